@@ -1,0 +1,80 @@
+// recurrent_conv: what the host code and every device's kernels agree on. Plain structs, no torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace rcu_ops {
+
+enum class DType : int32_t { f64, f32, bf16, f16 };
+
+// A strided [N,C,T,H,W] tensor; strides in elements, any value including 0. data == nullptr means "absent".
+// States [N,C,H,W] leave t at 0. g is the stride between groups of frames that are scanned side by side (chunks).
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t n = 0, c = 0, t = 0, h = 0, w = 0, g = 0;
+};
+
+// How the first frame sees the state before it.
+enum class Init : int32_t {
+  none,   // no state: the first frame's value is alpha_first * x
+  state,  // v_first = alpha_first * (W state + x)
+  added,  // v_first = alpha_first * (state + x): the gradient that arrives at the last state
+};
+
+// What is written to `last` once all frames are done.
+enum class Last : int32_t {
+  none,
+  state,      // the last value, in the state's precision
+  projected,  // W times the last value: the gradient of the first state
+};
+
+// One scan over time, the shape of the forward pass, of its fused inference form and of the backward pass alike:
+//
+//     v_i = alpha_i * (W v_{i-1} + x_{t(i)}),   t(i) = i or T-1-i,   alpha_i = alpha except at the two ends
+//     y_{t(i)} = v_i,  or  act(scale * v_i + shift (+ residual_{t(i)}))
+//
+// The backward pass is the scan in the opposite direction with W transposed (swap weight_out and weight_in), x = grad_h
+// and v = dx: with u = alpha * g the recurrence g_t = grad_t + alpha W^T g_{t+1} becomes u_t = alpha (grad_t + W^T u_{t+1}).
+struct Scan {
+  int64_t N = 0, C = 0, T = 0, H = 0, W = 0, G = 1;
+  DType dtype = DType::f32;  // of x, y, residual and weight; the state is f64 for f64 and f32 otherwise
+  View x;                    // may be absent: zeros
+  View y;                    // may be absent: nothing but `last` is wanted
+  View residual;
+  View first;  // dtype may be dtype or the state's
+  View last;   // dtype may be dtype or the state's
+  const void* weight = nullptr;
+  int64_t weight_out = 0, weight_in = 0;  // strides of W[out][in]
+  const void* scale = nullptr;            // [C], contiguous, the state's dtype; absent: plain output
+  const void* shift = nullptr;
+  bool relu = false;
+  bool reverse = false;
+  Init init = Init::none;
+  Last last_kind = Last::none;
+  double alpha = 1, alpha_first = 1, alpha_final = 1;
+};
+
+// dW[o][i] = sum over frames and positions of dx_t[o] * h_{t-1}[i], where t-1 is the frame processed before t and the
+// frame before the first is `first` (skipped when absent).
+struct WeightGrad {
+  int64_t N = 0, C = 0, T = 0, H = 0, W = 0;
+  DType dtype = DType::f32;
+  View dx, h, first;
+  bool reverse = false;
+  void* dweight = nullptr;  // [C,C] contiguous, dtype
+};
+
+// The caller's thread pool: runs task(context, 0..count-1), each exactly once, in any order and on any thread.
+struct Parallel {
+  int threads = 1;
+  void (*run)(void* pool, int64_t count, void (*task)(void* context, int64_t index), void* context) = nullptr;
+  void* pool = nullptr;
+};
+
+namespace cpu {
+void scan(const Scan& problem, const Parallel& parallel);
+void weight_grad(const WeightGrad& problem, const Parallel& parallel);
+}  // namespace cpu
+
+}  // namespace rcu_ops

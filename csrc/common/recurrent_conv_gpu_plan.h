@@ -1,0 +1,216 @@
+// recurrent_conv on a GPU: which kernel runs a scan, how it is cut into blocks, and what memory it needs. Pure functions of
+// shapes, strides and the device's limits, so that they are tested without one.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "gpu.h"
+#include "recurrent_conv.h"
+
+namespace rcu_ops::cuda {
+
+inline constexpr int64_t most_blocks = 0x7fffffff;  // along x of a grid
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline int64_t state_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// ---- the plain scan ----------------------------------------------------------------------------------------------
+
+inline constexpr int plain_threads = 256;
+inline constexpr int plain_lanes = 4;  // a thread computes plain_lanes channels at plain_lanes positions
+
+// A block owns `positions` columns for all frames; it computes `channels` output channels at a time, and reads W in pieces
+// of `depth` input channels unless all of W stays in shared memory.
+struct PlainScanPlan {
+  int positions = 0;
+  int channels = 0;
+  int depth = 0;
+  bool weight_resident = false;
+  bool state_shared = true;  // else both copies of the state live in the caller's scratch
+  int64_t blocks = 0;
+  // Byte offsets into shared memory. Rows of the state hold state_pitch columns, rows of W (one per input channel)
+  // weight_pitch output channels: multiples of plain_lanes, shifted against each other in the banks.
+  int64_t state_at = 0, weight_at = 0, shared_bytes = 0;
+  int64_t state_pitch = 0, weight_pitch = 0;
+  int64_t scratch_bytes = 0;
+};
+
+inline PlainScanPlan plain_scan_plan_for(const Scan& p, int positions, bool weight_resident, bool state_shared) {
+  const int64_t size = state_size(p.dtype), columns = p.N * p.G * p.H * p.W;
+  PlainScanPlan plan;
+  plan.positions = positions;
+  plan.channels = plain_threads * plain_lanes * plain_lanes / positions;
+  plan.depth = positions;  // a piece of W is then 4096 numbers
+  plan.weight_resident = weight_resident;
+  plan.state_shared = state_shared;
+  plan.blocks = ceil_div(columns, positions);
+  plan.state_pitch = positions + plain_lanes;
+  plan.weight_pitch = (weight_resident ? round_up(p.C, plain_lanes) : plan.channels) + plain_lanes;
+  const int64_t state_bytes = 2 * p.C * plan.state_pitch * size;
+  plan.state_at = round_up(5 * positions * 8, 16);  // before it: the columns' offsets in x, y, residual, first, last
+  plan.weight_at = plan.state_at + (state_shared ? state_bytes : 0);
+  plan.shared_bytes = plan.weight_at + (weight_resident ? p.C : plan.depth) * plan.weight_pitch * size;
+  plan.scratch_bytes = state_shared ? 0 : plan.blocks * state_bytes;
+  return plan;
+}
+
+// The widest tile that still gives every multiprocessor a block and whose state fits beside W, or beside a piece of it.
+inline PlainScanPlan plan_plain_scan(const Scan& p, const Gpu& gpu) {
+  const int64_t columns = p.N * p.G * p.H * p.W;
+  int widest = 64;
+  while (widest > 8 && ceil_div(columns, widest) < gpu.multiprocessors) widest /= 2;
+  for (const bool resident : {true, false})
+    for (int positions = widest; positions >= (resident ? 8 : 4); positions /= 2) {
+      const PlainScanPlan plan = plain_scan_plan_for(p, positions, resident, true);
+      if (plan.shared_bytes <= gpu.shared_bytes) return plan;
+    }
+  return plain_scan_plan_for(p, widest > 32 ? 32 : widest, false, false);
+}
+
+inline std::string describe(const PlainScanPlan& plan) {
+  const auto text = [](int64_t v) { return std::to_string(v); };
+  return "plain: " + text(plan.blocks) + " blocks of " + text(plan.positions) + " columns, " +
+         (plan.weight_resident ? std::string("W resident") : "W in pieces of " + text(plan.depth) + " x " + text(plan.channels)) +
+         ", state in " + (plan.state_shared ? "shared memory" : "scratch memory");
+}
+
+// ---- the matrix-unit scan: 16-bit data, up to 128 channels ---------------------------------------------------------
+
+inline constexpr int tile_warps = 4;
+inline constexpr int tile_most_channels = 128;
+
+// A warp owns `positions` columns for all frames, independently of the other warps of its block.
+struct TileScanPlan {
+  int padded_channels = 0;  // 32, 64 or 128
+  int positions = 0;        // of a warp
+  bool along_channels = false;  // which way memory is contiguous in x, y and the residual alike; else along columns
+  int vector_bytes = 0;     // 16, 8, 4 or 2: the widest word that every row of those tensors is aligned to
+  int stages = 0;           // frames in flight or in use: 3, or 2 where shared memory is short
+  int64_t blocks = 0;
+  // Shared memory: W [padded][padded + 8] of 16 bits; diagonal, scale, shift (fp32); the columns' offsets; the slots of each
+  // warp, one per stage for x, which y then takes over, and one for the residual. A slot's rows are columns or channels;
+  // 16 bytes more than they need spread eight of them over all banks.
+  int64_t numbers_at = 0, offsets_at = 0, slots_at = 0, shared_bytes = 0;
+  int64_t slot_pitch = 0, slot_bytes = 0;  // in bytes
+};
+
+constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
+
+// The plan, or none and `why_not`.
+inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+  const auto refuse = [&](const char* reason) {
+    why_not = reason;
+    return std::nullopt;
+  };
+  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return refuse("the matrix unit is used for 16-bit data");
+  if (p.C > tile_most_channels) return refuse("more than 128 channels");
+  if (p.G != 1) return refuse("frames scanned side by side");
+  TileScanPlan plan;
+  bool channels = true, columns = true;
+  for (const View* v : {&p.x, &p.y, &p.residual}) {
+    if (!v->data) continue;
+    channels = channels && (v->c == 1 || p.C == 1);
+    columns = columns && (v->w == 1 || p.W == 1) && (v->h == p.W * (p.W == 1 ? v->h : v->w) || p.H == 1) &&
+              (p.W > 1 || p.H == 1 || v->h == 1);
+  }
+  if (!channels && !columns) return refuse("neither channels nor positions are contiguous in x, y and the residual");
+  plan.along_channels = channels;
+  const int64_t row = 2 * (channels ? p.C : p.H * p.W);  // bytes that are contiguous
+  plan.vector_bytes = 16;
+  const auto align = [&](int64_t bytes) {
+    while (bytes % plan.vector_bytes != 0) plan.vector_bytes /= 2;
+  };
+  align(row);
+  for (const View* v : {&p.x, &p.y, &p.residual}) {
+    if (!v->data) continue;
+    align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(v->data) % 16));
+    if (p.N > 1) align(2 * v->n);
+    if (p.T > 1) align(2 * v->t);
+    if (channels && p.H > 1) align(2 * v->h);
+    if (channels && p.W > 1) align(2 * v->w);
+    if (!channels && p.C > 1) align(2 * v->c);
+  }
+  plan.padded_channels = p.C <= 32 ? 32 : p.C <= 64 ? 64 : 128;
+  plan.positions = tile_positions(plan.padded_channels);
+  plan.blocks = ceil_div(p.N * p.H * p.W, tile_warps * plan.positions);
+  plan.slot_pitch = 2 * (channels ? plan.padded_channels : plan.positions) + 16;
+  plan.slot_bytes = plan.slot_pitch * (channels ? plan.positions : plan.padded_channels);
+  plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
+  plan.offsets_at = plan.numbers_at + 3 * 4 * plan.padded_channels;
+  plan.slots_at = plan.offsets_at + 5 * 8 * tile_warps * plan.positions;
+  for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
+    plan.shared_bytes = plan.slots_at + tile_warps * plan.stages * plan.slot_bytes * (p.residual.data ? 2 : 1);
+    if (plan.shared_bytes <= gpu.shared_bytes) return plan;
+  }
+  return refuse("too little shared memory");
+}
+
+inline std::string describe(const TileScanPlan& plan) {
+  return "tile: " + std::to_string(plan.blocks) + " blocks of " + std::to_string(tile_warps) + " x " +
+         std::to_string(plan.positions) + " columns, channels padded to " + std::to_string(plan.padded_channels) +
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + std::to_string(plan.vector_bytes) +
+         " bytes, " + std::to_string(plan.stages) + " stages";
+}
+
+// ---- the choice ----------------------------------------------------------------------------------------------------
+
+enum class Kernel : int { best, plain };
+
+struct ScanPlan {
+  std::optional<TileScanPlan> tile;
+  std::string why_not_tile;
+  PlainScanPlan plain;  // when there is no tile plan
+};
+
+inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
+  ScanPlan plan;
+  if (kernel == Kernel::plain)
+    plan.why_not_tile = "the plain kernel was asked for";
+  else
+    plan.tile = plan_tile_scan(p, gpu, plan.why_not_tile);
+  if (!plan.tile) plan.plain = plan_plain_scan(p, gpu);
+  return plan;
+}
+
+inline std::string describe(const ScanPlan& plan) {
+  return plan.tile ? describe(*plan.tile) : describe(plan.plain) + " (not the matrix unit: " + plan.why_not_tile + ")";
+}
+
+// ---- the weight gradient -----------------------------------------------------------------------------------------
+
+inline constexpr int weight_grad_threads = 256;
+inline constexpr int weight_grad_tile = 64;   // output and input channels of a block
+inline constexpr int weight_grad_depth = 32;  // rows (frames x positions) staged at a time
+
+// A function of the shape alone: the order of the additions, hence every bit of the result, is the same on every GPU.
+struct WeightGradPlan {
+  int64_t rows = 0;  // frames that have a state before them x positions
+  int64_t tiles = 0;
+  int64_t splits = 0;
+  int64_t rows_per_split = 0;
+  int64_t shared_bytes = 0;
+  int64_t scratch_bytes = 0;  // [splits][C][C] partial sums; none for a single split
+};
+
+inline WeightGradPlan plan_weight_grad(const WeightGrad& p) {
+  WeightGradPlan plan;
+  plan.rows = p.N * (p.first.data ? p.T : p.T - 1) * p.H * p.W;
+  const int64_t per_side = ceil_div(p.C, weight_grad_tile), size = state_size(p.dtype);
+  plan.tiles = per_side * per_side;
+  // About four blocks for each multiprocessor of a large GPU, none with less than eight stages of rows.
+  const int64_t wanted = ceil_div(512, plan.tiles), most = ceil_div(plan.rows, 8 * weight_grad_depth);
+  const int64_t splits = most < 1 ? 1 : most < wanted ? most : wanted;
+  plan.rows_per_split = round_up(ceil_div(plan.rows, splits), weight_grad_depth);
+  plan.splits = plan.rows == 0 ? 1 : ceil_div(plan.rows, plan.rows_per_split);
+  plan.shared_bytes = 4 * weight_grad_depth * 8 + 2 * weight_grad_depth * (weight_grad_tile + 4) * size;
+  plan.scratch_bytes = plan.splits > 1 ? plan.splits * p.C * p.C * size : 0;
+  return plan;
+}
+
+}  // namespace rcu_ops::cuda

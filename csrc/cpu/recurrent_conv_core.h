@@ -1,0 +1,639 @@
+// recurrent_conv on vector units: the body of every instruction set but the matrix one.
+//
+// Included once per instruction set, inside a namespace of its own and under that file's target pragma, so that no
+// inline function compiled for one processor can be linked into the code of another. For the same reason nothing here
+// instantiates a template of the standard library.
+//
+// Layout.   Columns q = (n, g, h, w) are independent. A task owns a range of columns for all frames. Its state lives in
+//           two scratch copies (old and new), in the precision of the arithmetic (fp32, or fp64), cut into panels:
+//             planar    [panel][channel][NV * L columns]            vectors along columns, W[out][k] broadcast
+//             channels  [panel of MR columns][channel / L][MR][L]   vectors along channels, the state broadcast,
+//                                                                   W packed to [panel][k][NV * L output channels]
+//           so both read their operands with unit stride and write the next state where the next frame reads it.
+//           x, y and the residual pass through stages of [MR rows][a group of panels], see recurrent_conv_transport.h.
+// Aliasing. y must not overlap any input. The caller owns every tensor; scratch belongs to the thread.
+// Scratch.  2 * C * columns of state per task, and W once per call in the form above (none for fp32 rows as they are).
+// Order.    For every 128 k: acc = -0, acc = fma(W[o][k], v[k], acc) one k after the other; then the sum of these parts, in
+//           order; v' = alpha * (sum + x). Neither the blocking nor a tail nor the orientation changes that, so results do
+//           not depend on tiling, number of threads, or on how many frames one call is given. (-0 + x is x for every x.)
+// Bound.    Per element 2 C FLOP and, beyond the caches, x read + y written once (+ the read that a write of a line
+//           costs): memory below C of about bytes_per_element * FLOP_rate / (2 * bandwidth), arithmetic above it.
+//
+// The including file defines, in the namespace: the vector types F32 and F64, after recurrent_conv_scalar.h.
+
+// ---- the block: C[MR][NV vectors] += A(m, k) B(k, n), and what follows the last k ---------------------------------
+
+template <class S, class T>
+struct Block {
+  const S* a = nullptr;  // planar: W rows, lda apart; channels: the state panel
+  int64_t lda = 0;
+  const S* b = nullptr;  // [k][NV * L]
+  int64_t k = 0;
+  S* c = nullptr;       // the block of the new state; holds partial sums between two ranges of k
+  bool resume = false;  // add what is in c
+  bool add = false;     // start from zero and add the sums to c: pairs of short sums round less than one long one
+  bool last = false;    // nothing of k is left: finish
+  bool relu = false;
+  S alpha = 1;
+  const T *x = nullptr, *residual = nullptr;  // [MR] rows, `stage` apart; absent: zero
+  T* y = nullptr;
+  int64_t stage = 0;
+  const S *scale = nullptr, *shift = nullptr;  // of this block's channels
+};
+
+template <class V, class T, int MR, int NV, bool Channels, bool Affine>
+static void run_block(const Block<typename V::S, T>& p) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L, NR = NV * L;
+  constexpr int c_row = Channels ? L : NR, c_vector = Channels ? MR * L : L;
+  R acc[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(S(-0.0));
+  const S* b = p.b;
+  if constexpr (Channels) {
+    for (int64_t k0 = 0; k0 < p.k; k0 += L) {
+      const S* a = p.a + k0 * MR;
+      const int64_t count = min_of<int64_t>(L, p.k - k0);
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < count; ++k, b += NR) {
+        R bv[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+          const R av = V::set1(a[m * L + k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
+        }
+      }
+    }
+  } else {
+    const S* a = p.a;
+    const int64_t lda = p.lda;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < p.k; ++k, b += NR) {
+      R bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const R av = V::set1(a[m * lda + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
+      }
+    }
+  }
+  if (p.resume) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::add(V::load(p.c + m * c_row + v * c_vector), acc[m][v]);
+  }
+  if (p.last) {
+    if (p.x) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const T* x = p.x + m * p.stage;
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[m][v] = V::add(acc[m][v], V::load(x + v * L));
+      }
+    }
+    const R alpha = V::set1(p.alpha);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::mul(acc[m][v], alpha);
+  }
+  if (p.add) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::add(V::load(p.c + m * c_row + v * c_vector), acc[m][v]);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) V::store(p.c + m * c_row + v * c_vector, acc[m][v]);
+  if (!p.last || !p.y) return;
+  if constexpr (Affine) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const R scale = Channels ? V::load(p.scale + v * L) : V::set1(p.scale[m]);
+        const R shift = Channels ? V::load(p.shift + v * L) : V::set1(p.shift[m]);
+        R y = V::fma(scale, acc[m][v], shift);
+        if (p.residual) y = V::add(y, V::load(p.residual + m * p.stage + v * L));
+        if (p.relu) y = V::relu(y);
+        acc[m][v] = y;
+      }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+    T* y = p.y + m * p.stage;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) V::store(y + v * L, acc[m][v]);
+  }
+}
+
+// ---- a task: one tile of columns, all frames -------------------------------------------------------------------
+
+template <class V, class T, bool Channels>
+struct Tile {
+  using S = typename V::S;
+  static constexpr int L = V::L;
+  static constexpr int MR = Channels ? V::channels_rows : V::planar_rows;
+  static constexpr int NV = Channels ? V::channels_vectors : V::planar_vectors;
+
+  const Scan& p;
+  const S* weight;  // planar: rows `ldw` apart, padded to a multiple of MR; channels: panels
+  int64_t ldw;
+  const S *scale, *shift;  // padded to a multiple of lanes and rows
+  int64_t k_block;
+  int64_t group;  // vectors per stage
+  bool around, around_state;  // y and the last state go past the caches
+
+  // Lanes are cut into panels of NV vectors; the rest goes to narrower ones.
+  static int vectors_at(int64_t done, int64_t total) {
+    const int64_t left = total - done;
+    if (left > NV + 1 || left == NV) return NV;
+    if (left > NV) return static_cast<int>((left + 1) / 2);  // NV + 1: two halves rather than NV and 1
+    return static_cast<int>(left);
+  }
+
+  template <int NVb>
+  static void call(const Block<S, T>& b, bool affine) {
+    if (affine)
+      run_block<V, T, MR, NVb, Channels, true>(b);
+    else
+      run_block<V, T, MR, NVb, Channels, false>(b);
+  }
+  static void dispatch(const Block<S, T>& b, int vectors, bool affine) {
+    if (vectors == 1)
+      call<1>(b, affine);
+    else if (vectors == 2)
+      call<2>(b, affine);
+    else if constexpr (NV >= 3)
+      call<3>(b, affine);
+  }
+
+  void make_stream(const View& view, Stream<T>& s, int64_t q0, int64_t columns, int64_t* table) const {
+    if (!view.data) return;
+    s.base = static_cast<T*>(view.data) + (p.reverse ? (p.T - 1) * view.t : 0);
+    s.t = p.reverse ? -view.t : view.t;
+    int64_t* channels = table + columns;
+    column_offsets(p, view, q0, columns, table);
+    for (int64_t c = 0; c < p.C; ++c) channels[c] = c * view.c;
+    s.rows = Channels ? table : channels;
+    s.lanes = Channels ? channels : table;
+  }
+
+  // Columns [q0, q1), all frames. Output channels [c0, c1) (multiples of the block) only when there is a single product
+  // to compute: several tasks then share the columns.
+  void run(int64_t q0, int64_t q1, int64_t c0, int64_t c1) const {
+    const int64_t columns = q1 - q0, C = p.C;
+    const int64_t padded_columns = round_up(columns, Channels ? MR : L);
+    const int64_t padded_channels = round_up(C, Channels ? L : MR);
+    const int64_t lanes = Channels ? C : columns, rows = Channels ? columns : C;
+    const int64_t lane_vectors = (Channels ? padded_channels : padded_columns) / L;
+    const int64_t state_size = padded_columns * (Channels ? padded_channels : C + MR);  // planar: a row tail may spill
+    const int64_t table = columns + C;
+    const int64_t stage_width = min_of<int64_t>(group, lane_vectors) * L, stage_size = MR * stage_width;
+
+    size_t bytes = 0;
+    const auto reserve = [&](size_t size) {
+      const size_t at = bytes;
+      bytes += (size + 63) / 64 * 64;
+      return at;
+    };
+    const size_t at_state = reserve(2 * state_size * sizeof(S)), at_table = reserve((3 * table + 2 * columns) * sizeof(int64_t));
+    const size_t at_stage = reserve(3 * stage_size * sizeof(T));
+    char* memory = static_cast<char*>(scratch(1, bytes));
+    S* old_state = reinterpret_cast<S*>(memory + at_state);
+    S* new_state = old_state + state_size;
+    int64_t* tables = reinterpret_cast<int64_t*>(memory + at_table);
+    T* stage = reinterpret_cast<T*>(memory + at_stage);
+    memset(static_cast<void*>(stage), 0, 3 * stage_size * sizeof(T));  // rows and lanes that do not exist compute on zeros
+
+    Stream<T> x, y, residual;
+    make_stream(p.x, x, q0, columns, tables);
+    make_stream(p.y, y, q0, columns, tables + table);
+    make_stream(p.residual, residual, q0, columns, tables + 2 * table);
+
+    if (p.init != Init::none) load_state(p.init == Init::state ? old_state : new_state, q0, columns, state_size, tables + 3 * table);
+
+    const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
+    const int64_t row_begin = Channels ? 0 : c0, row_end = Channels ? rows : min_of(c1, rows);
+    for (int64_t i = 0; i < frames; ++i) {
+      const bool extra = i == p.T, resume_first = i == 0 && p.init == Init::added;
+      const int64_t K = i > 0 || p.init == Init::state ? C : 0;
+      const double alpha = extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha;
+      for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += k_block) {
+        const bool last = k0 + k_block >= K, transport = last && !extra;
+        for (int64_t g0 = 0; g0 < lane_vectors;) {
+          int64_t g1 = g0;
+          while (g1 < lane_vectors && g1 + vectors_at(g1, lane_vectors) - g0 <= group) g1 += vectors_at(g1, lane_vectors);
+          const int64_t group_lanes = min_of(g1 * L, lanes) - g0 * L;
+          for (int64_t m0 = row_begin; m0 < row_end; m0 += MR) {
+            const int64_t group_rows = min_of<int64_t>(MR, row_end - m0);
+            if (transport && x.base)
+              copy_in<T>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * L, group_lanes, stage, stage_width);
+            if (transport && residual.base)
+              copy_in<T>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * L, group_lanes,
+                         stage + stage_size, stage_width);
+            if (transport && x.base) {
+              // The next piece, so that it has come by when this one is computed.
+              const bool same_group = m0 + MR < row_end, same_frame = same_group || g1 < lane_vectors;
+              const int64_t m = same_group ? m0 + MR : row_begin;
+              const int64_t g = same_group ? g0 : same_frame ? g1 : 0, f = same_frame ? i : i + 1;
+              if (f < p.T)
+                prefetch_rows<T>(x.base + f * x.t, x.rows + m, min_of<int64_t>(MR, row_end - m), x.lanes[g * L],
+                                 min_of(group_lanes, lanes - g * L));
+            }
+            for (int64_t v = g0; v < g1;) {
+              const int nv = vectors_at(v, lane_vectors), NR = nv * L;
+              const int64_t l0 = v * L;
+              v += nv;
+              Block<S, T> b;
+              b.k = min_of(k_block, K - k0);
+              if (Channels) {
+                b.a = old_state + m0 * padded_channels + k0 * MR;
+                b.b = weight + l0 * C + k0 * NR;
+                b.c = new_state + m0 * padded_channels + l0 * MR;
+              } else {
+                b.a = weight + m0 * ldw + k0;
+                b.lda = ldw;
+                b.b = old_state + l0 * (C + MR) + k0 * NR;
+                b.c = new_state + l0 * (C + MR) + m0 * NR;
+              }
+              b.resume = k0 > 0 || resume_first;
+              b.last = last;
+              b.alpha = static_cast<S>(alpha);
+              b.relu = p.relu;
+              b.stage = stage_width;
+              if (transport) {
+                T* at = stage + (l0 - g0 * L);
+                if (x.base) b.x = at;
+                if (residual.base) b.residual = at + stage_size;
+                if (y.base) b.y = at + 2 * stage_size;
+              }
+              if (p.scale) {
+                b.scale = scale + (Channels ? l0 : m0);
+                b.shift = shift + (Channels ? l0 : m0);
+              }
+              dispatch(b, nv, p.scale != nullptr);
+            }
+            if (transport && y.base)
+              copy_out<T>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes, stage + 2 * stage_size,
+                          stage_width, around);
+          }
+          g0 = g1;
+        }
+      }
+      S* swap = old_state;
+      old_state = new_state;
+      new_state = swap;
+    }
+    if (p.last_kind != Last::none) store_state(old_state, q0, columns, c0, c1, tables + 3 * table);
+    if (around || around_state) end_around();
+  }
+
+  // Calls visit(state index, offset in v, offsets, count, adjacent) for every piece of a state that is adjacent in scratch:
+  // columns of one channel (planar; unless adjacent in v too, column i lies offsets[i] further) or channels of one column.
+  template <class Visit>
+  void for_each_piece(const View& v, int64_t q0, int64_t columns, int64_t c0, int64_t c1, int64_t* column_at,
+                      Visit&& visit) const {
+    column_offsets(p, v, q0, columns, column_at);
+    if (Channels) {
+      const int64_t padded_channels = round_up(p.C, L);
+      for (int64_t q = 0; q < columns; ++q) {
+        const int64_t offset = column_at[q], at = q / MR * MR * padded_channels + q % MR * L;
+        for (int64_t c = c0; c < c1; c += L) visit(at + c * MR, offset + c * v.c, nullptr, min_of<int64_t>(L, c1 - c), v.c == 1);
+      }
+    } else {
+      const int64_t lane_vectors = round_up(columns, L) / L;
+      int64_t* const run_ends = column_at + columns;
+      for (int64_t q = 0; q < columns;) {
+        const int64_t end = run_end(column_at, q, columns);
+        while (q < end) run_ends[q++] = end;
+      }
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t first = 0; first < lane_vectors;) {
+          const int64_t NR = vectors_at(first, lane_vectors) * L, l0 = first * L, count = min_of(NR, columns - l0);
+          const bool adjacent = run_ends[l0] >= l0 + count;
+          visit(l0 * (p.C + MR) + c * NR, (adjacent ? column_at[l0] : 0) + c * v.c, column_at + l0, count, adjacent);
+          first += NR / L;
+        }
+    }
+  }
+
+  void load_state(S* state, int64_t q0, int64_t columns, int64_t state_size, int64_t* column_at) const {
+    if (columns % (Channels ? MR : L)) memset(static_cast<void*>(state), 0, sizeof(S) * state_size);
+    const View& v = p.first;
+    const bool same = v.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
+    for_each_piece(v, q0, columns, 0, p.C, column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
+      if (same && adjacent)
+        copy_row(state + at, static_cast<const S*>(v.data) + offset, count * sizeof(S));
+      else
+        for (int64_t i = 0; i < count; ++i)
+          state[at + i] = static_cast<S>(load_any(v.data, v.dtype, offset + (adjacent ? i : Channels ? i * v.c : offsets[i])));
+    });
+  }
+
+  void store_state(const S* state, int64_t q0, int64_t columns, int64_t c0, int64_t c1, int64_t* column_at) const {
+    const View& v = p.last;
+    const bool same = v.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
+    for_each_piece(v, q0, columns, c0, min_of(c1, p.C), column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
+      if (same && adjacent && around_state)
+        copy_around(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
+      else if (same && adjacent)
+        copy_row(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
+      else
+        for (int64_t i = 0; i < count; ++i)
+          store_any(v.data, v.dtype, offset + (adjacent ? i : Channels ? i * v.c : offsets[i]), state[at + i]);
+    });
+  }
+};
+
+// ---- a scan ----------------------------------------------------------------------------------------------------
+
+template <class V, class T, bool Channels>
+struct ScanTasks {
+  using S = typename V::S;
+  using TileType = Tile<V, T, Channels>;
+  static constexpr int L = V::L, MR = TileType::MR;
+
+  const Scan& p;
+  const Plan& plan;
+  S* packed = nullptr;
+  TileType tile;
+
+  static void pack(void* self, int64_t index) {
+    auto& t = *static_cast<ScanTasks*>(self);
+    const Scan& p = t.p;
+    const T* w = static_cast<const T*>(p.weight);
+    if (Channels) {  // one panel: [k][NR], columns past C zero
+      const int64_t vectors = round_up(p.C, L) / L;
+      int64_t v = 0;
+      for (int64_t i = 0; i < index; ++i) v += TileType::vectors_at(v, vectors);
+      const int64_t NR = TileType::vectors_at(v, vectors) * L;
+      S* out = t.packed + v * L * p.C;
+      const int64_t valid = min_of(NR, p.C - v * L);
+      const T* src = w + v * L * p.weight_out;
+      int64_t n0 = 0;
+      if (p.weight_in == 1) {
+        int64_t rows[L];
+        for (; n0 + L <= valid; n0 += L) {
+          for (int64_t l = 0; l < L; ++l) rows[l] = (n0 + l) * p.weight_out;
+          int64_t k = 0;
+          for (; k + L <= p.C; k += L) V::template transpose<T>(src + k, rows, out + k * NR + n0, NR);
+          for (; k < p.C; ++k)
+            for (int64_t l = 0; l < L; ++l) out[k * NR + n0 + l] = V::scalar(src[rows[l] + k]);
+        }
+      }
+      for (int64_t k = 0; k < p.C; ++k)
+        for (int64_t n = n0; n < NR; ++n)
+          out[k * NR + n] = n < valid ? V::scalar(src[n * p.weight_out + k * p.weight_in]) : S(0);
+    } else {  // MR rows, rows past C zero
+      for (int64_t k = 0; k < p.C; ++k)
+        for (int64_t m = index * MR; m < (index + 1) * MR; ++m)
+          t.packed[m * p.C + k] = m < p.C ? V::scalar(w[m * p.weight_out + k * p.weight_in]) : S(0);
+    }
+  }
+
+  static void task(void* self, int64_t index) {
+    const auto& t = *static_cast<const ScanTasks*>(self);
+    const TaskRange r = task_range(t.plan, t.p.N * t.p.G * t.p.H * t.p.W, t.p.C, index);
+    t.tile.run(r.column_begin, r.column_end, r.channel_begin, r.channel_end);
+  }
+
+  static void run(const Scan& p, const Plan& plan, const Parallel& parallel) {
+    const int64_t C = p.C, columns = p.N * p.G * p.H * p.W;
+    ScanTasks t{p, plan, nullptr, TileType{p, nullptr, C, nullptr, nullptr, plan.k_block, plan.group, plan.around, plan.around_state}};
+    const bool as_is = !Channels && sizeof(T) == sizeof(S) && p.weight_in == 1 && C % MR == 0;
+    const int64_t weight_size = Channels ? round_up(C, L) * C : round_up(C, MR) * C;
+    const int64_t affine_size = round_up(C, MR * L);
+    S* memory = static_cast<S*>(scratch(0, ((as_is ? 0 : weight_size) + 2 * affine_size) * sizeof(S)));
+    if (p.scale) {
+      S* scale = memory;
+      S* shift = memory + affine_size;
+      for (int64_t c = 0; c < affine_size; ++c) {
+        scale[c] = c < C ? static_cast<const S*>(p.scale)[c] : S(0);
+        shift[c] = c < C ? static_cast<const S*>(p.shift)[c] : S(0);
+      }
+      t.tile.scale = scale;
+      t.tile.shift = shift;
+    }
+    if (as_is) {
+      t.tile.weight = static_cast<const S*>(p.weight);
+      t.tile.ldw = p.weight_out;
+    } else {
+      t.packed = memory + 2 * affine_size;
+      t.tile.weight = t.packed;
+      int64_t tasks = 0;
+      if (Channels)
+        for (int64_t v = 0, n = round_up(C, L) / L; v < n; ++tasks) v += TileType::vectors_at(v, n);
+      else
+        tasks = round_up(C, MR) / MR;
+      if (C * C < 16384)
+        for (int64_t i = 0; i < tasks; ++i) pack(&t, i);
+      else
+        parallel.run(parallel.pool, tasks, pack, &t);
+    }
+    parallel.run(parallel.pool, task_count(plan, columns), task, &t);
+  }
+};
+
+template <class V, class T>
+static void scan_of(const Scan& p, const Plan& plan, const Parallel& parallel) {
+  if (plan.channels)
+    ScanTasks<V, T, true>::run(p, plan, parallel);
+  else
+    ScanTasks<V, T, false>::run(p, plan, parallel);
+}
+
+void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::f64: return scan_of<F64, double>(p, plan, parallel);
+    case DType::f32: return scan_of<F32, float>(p, plan, parallel);
+    case DType::bf16: return scan_of<F32, bf16_t>(p, plan, parallel);
+    default: return scan_of<F32, f16_t>(p, plan, parallel);
+  }
+}
+
+// ---- gradient of the weight --------------------------------------------------------------------------------------
+//
+// dW = U H^T over rows r = (frame, column), U = dx at that frame and H = the state before it.
+//
+// Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K rows
+//           of its slab of U to [o][K] and of H to panels [K][NR] and adds their product to its own fp32 (fp64) slab.
+// Order.    Sums of `chain` rows are added up in order within a range, then the ranges in order: independent of the number
+//           of threads, and with the rounding of short sums.
+// Scratch.  parts * C * C shared; per task K * (slab + C).
+// Bound.    2 C^2 FLOP per row; packing moves 2 * C (1 + C / slab / 2) elements per row through the first-level cache.
+
+template <class V, class T>
+struct WeightGradTasks {
+  using S = typename V::S;
+  static constexpr int L = V::L, MR = V::planar_rows, NV = V::planar_vectors, NR = NV * L;
+  static constexpr int64_t K = 256, slab = 128, chain = 32;
+
+  const WeightGrad& p;
+  int64_t columns, first_frame, rows, parts, panels, slabs, slab_size;
+  S* partial;  // [part][slab of outputs][panel of inputs][slab + MR][NR]
+
+  explicit WeightGradTasks(const WeightGrad& problem) : p(problem) {
+    columns = p.N * p.H * p.W;
+    first_frame = p.first.data ? 0 : 1;
+    rows = (p.T - first_frame) * columns;
+    panels = (p.C + NR - 1) / NR;
+    slabs = (p.C + slab - 1) / slab;
+    slab_size = panels * (min_of(slab, p.C) + MR) * NR;
+    const int64_t most = max_of<int64_t>((int64_t(64) << 20) / int64_t(slabs * slab_size * sizeof(S)), 1);
+    parts = max_of<int64_t>(min_of(min_of<int64_t>(rows / 2048, 16), most), 1);
+    partial = nullptr;
+  }
+
+  // Offsets of rows [r0, r0 + count): U's frame, and H's frame before it (rows of the first frame: `first`).
+  void offsets(int64_t r0, int64_t count, int64_t* u, int64_t* h, bool* from_first) const {
+    Scan shape;  // for column_offsets
+    shape.N = p.N, shape.H = p.H, shape.W = p.W;
+    for (int64_t k = 0; k < count;) {
+      const int64_t i = (r0 + k) / columns + first_frame, q = (r0 + k) % columns, piece = min_of(count - k, columns - q);
+      const int64_t t = p.reverse ? p.T - 1 - i : i, before = i == 0 ? 0 : p.reverse ? t + 1 : t - 1;
+      column_offsets(shape, p.dx, q, piece, u + k);
+      column_offsets(shape, i == 0 ? p.first : p.h, q, piece, h + k);
+      for (int64_t end = k + piece; k < end; ++k) {
+        u[k] += t * p.dx.t;
+        h[k] += i == 0 ? 0 : before * p.h.t;
+        from_first[k] = i == 0;
+      }
+    }
+  }
+
+  static void task(void* self, int64_t index) {
+    const auto& t = *static_cast<const WeightGradTasks*>(self);
+    const WeightGrad& p = t.p;
+    const int64_t part = index / t.slabs, o0 = index % t.slabs * slab, outputs = min_of(slab, p.C - o0);
+    S* c = t.partial + index * t.slab_size;
+    const int64_t c_panel = (min_of(slab, p.C) + MR) * NR;
+    const int64_t padded = round_up(outputs, MR);
+
+    char* memory = static_cast<char*>(scratch(1, (padded + t.panels * NR) * K * sizeof(S) + K * 17 + 64));
+    S* u = reinterpret_cast<S*>(memory);
+    S* h = u + padded * K;
+    int64_t* u_rows = reinterpret_cast<int64_t*>(h + t.panels * NR * K);
+    int64_t* h_rows = u_rows + K;
+    bool* from_first = reinterpret_cast<bool*>(h_rows + K);
+
+    const int64_t begin = t.rows * part / t.parts, end = t.rows * (part + 1) / t.parts;
+    for (int64_t r = begin; r == begin || r < end; r += K) {
+      const int64_t count = max_of<int64_t>(min_of(K, end - r), 0);
+      t.offsets(r, count, u_rows, h_rows, from_first);
+      t.pack_u(u, o0, outputs, padded, u_rows, count);
+      t.pack_h(h, h_rows, from_first, count);
+      for (int64_t panel = 0; panel < t.panels; ++panel)
+        for (int64_t m = 0; m < padded; m += MR)
+          for (int64_t k = 0; k == 0 || k < count; k += chain) {
+            Block<S, T> b;
+            b.a = u + m * K + k;
+            b.lda = K;
+            b.b = h + panel * K * NR + k * NR;
+            b.k = min_of(chain, count - k);
+            b.c = c + panel * c_panel + m * NR;
+            b.add = r > begin || k > 0;
+            run_block<V, T, MR, NV, false, false>(b);
+          }
+    }
+  }
+
+  void pack_u(S* u, int64_t o0, int64_t outputs, int64_t padded, const int64_t* rows_at, int64_t count) const {
+    const T* src = static_cast<const T*>(p.dx.data) + o0 * p.dx.c;
+    for (int64_t o = outputs; o < padded; ++o) memset(static_cast<void*>(u + o * K), 0, K * sizeof(S));
+    int64_t k = 0;
+    for (; k + L <= count; k += L) {
+      if (rows_at[k + L - 1] - rows_at[k] == L - 1 && adjacent(rows_at + k)) {
+        for (int64_t o = 0; o < outputs; ++o) V::store(u + o * K + k, V::load(src + rows_at[k] + o * p.dx.c));
+      } else if (p.dx.c == 1) {
+        int64_t o = 0;
+        for (; o + L <= outputs; o += L) V::template transpose<T>(src + o, rows_at + k, u + o * K + k, K);
+        for (; o < outputs; ++o)
+          for (int l = 0; l < L; ++l) u[o * K + k + l] = V::scalar(src[rows_at[k + l] + o]);
+      } else {
+        for (int64_t o = 0; o < outputs; ++o)
+          for (int l = 0; l < L; ++l) u[o * K + k + l] = V::scalar(src[rows_at[k + l] + o * p.dx.c]);
+      }
+    }
+    for (; k < count; ++k)
+      for (int64_t o = 0; o < outputs; ++o) u[o * K + k] = V::scalar(src[rows_at[k] + o * p.dx.c]);
+  }
+
+  void pack_h(S* h, const int64_t* rows_at, const bool* from_first, int64_t count) const {
+    const T* src = static_cast<const T*>(p.h.data);
+    const int64_t wide = p.C / L * L;
+    int64_t k = 0;
+    while (k < count) {
+      if (from_first[k]) {
+        for (int64_t c = 0; c < panels * NR; ++c)
+          h[c / NR * K * NR + k * NR + c % NR] =
+              c < p.C ? static_cast<S>(load_any(p.first.data, p.first.dtype, rows_at[k] + c * p.first.c)) : S(0);
+        ++k;
+        continue;
+      }
+      const bool group = k + L <= count && adjacent(rows_at + k) && !from_first[k + L - 1];
+      const int64_t step = group ? L : 1;
+      int64_t c = 0;
+      if (group) {
+        // L adjacent positions of L channels, turned to L channels of each position.
+        int64_t channels[L];
+        for (int l = 0; l < L; ++l) channels[l] = l * p.h.c;
+        for (; c < wide; c += L)
+          V::template transpose<T>(src + rows_at[k] + c * p.h.c, channels, h + c / NR * K * NR + k * NR + c % NR, NR);
+      } else if (p.h.c == 1) {
+        for (; c < wide; c += L)
+          V::store(h + c / NR * K * NR + k * NR + c % NR, V::load(src + rows_at[k] + c));
+      }
+      for (; c < panels * NR; ++c)
+        for (int64_t s = 0; s < step; ++s)
+          h[c / NR * K * NR + (k + s) * NR + c % NR] = c < p.C ? V::scalar(src[rows_at[k + s] + c * p.h.c]) : S(0);
+      k += step;
+    }
+  }
+
+  static bool adjacent(const int64_t* at) {
+    for (int l = 1; l < L; ++l)
+      if (at[l] != at[0] + l) return false;
+    return true;
+  }
+
+  static void reduce(void* self, int64_t o) {
+    const auto& t = *static_cast<const WeightGradTasks*>(self);
+    const int64_t C = t.p.C, c_panel = (min_of(slab, C) + MR) * NR;
+    T* out = static_cast<T*>(t.p.dweight) + o * C;
+    for (int64_t c = 0; c < C; ++c) {
+      const S* at = t.partial + o / slab * t.slab_size + c / NR * c_panel + o % slab * NR + c % NR;
+      S sum = at[0];
+      for (int64_t part = 1; part < t.parts; ++part) sum += at[part * t.slabs * t.slab_size];
+      from_double(sum, out[c]);
+    }
+  }
+
+  static void run(const WeightGrad& p, const Parallel& parallel) {
+    WeightGradTasks t(p);
+    t.partial = static_cast<S*>(scratch(0, t.parts * t.slabs * t.slab_size * sizeof(S)));
+    parallel.run(parallel.pool, t.parts * t.slabs, task, &t);
+    parallel.run(parallel.pool, p.C, reduce, &t);
+  }
+};
+
+void weight_grad(const WeightGrad& p, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::f64: return WeightGradTasks<F64, double>::run(p, parallel);
+    case DType::f32: return WeightGradTasks<F32, float>::run(p, parallel);
+    case DType::bf16: return WeightGradTasks<F32, bf16_t>::run(p, parallel);
+    default: return WeightGradTasks<F32, f16_t>::run(p, parallel);
+  }
+}

@@ -1,0 +1,30 @@
+// recurrent_conv on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
+#pragma once
+
+#include <string>
+
+#include "common/recurrent_conv.h"
+#include "common/recurrent_conv_gpu_plan.h"
+
+struct CUstream_st;
+
+namespace rcu_ops::cuda {
+
+// Bytes of uninitialised device memory (aligned to 16) that the call of the same name needs as `scratch`; error: why there
+// is no answer, empty otherwise. They describe the current device.
+struct Scratch {
+  int64_t bytes = 0;
+  std::string error;
+};
+Scratch scan_scratch(const Scan& problem, Kernel kernel = Kernel::best);
+Scratch weight_grad_scratch(const WeightGrad& problem);
+
+// How scan() would run the problem on the current device, in words.
+std::string describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
+
+// Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or
+// an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
+std::string scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
+std::string weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream);
+
+}  // namespace rcu_ops::cuda

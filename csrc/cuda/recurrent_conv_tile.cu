@@ -1,0 +1,330 @@
+// recurrent_conv on the matrix unit: bf16 and fp16, up to 128 channels, state in registers.
+#include "cuda/recurrent_conv_tile.h"
+
+#include "cuda/device/async_copy.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/convert.h"
+#include "cuda/device/matrix_copy.h"
+#include "cuda/device/mma.h"
+#include "cuda/device/shared_memory.h"
+#include "cuda/recurrent_conv_views.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+constexpr int tile_threads = 32 * tile_warps;
+template <int PaddedChannels>
+constexpr int rows_of_warp = tile_positions(PaddedChannels);
+
+template <int Bytes>
+struct Word;
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<2> {
+  using Type = uint16_t;
+};
+
+// Calls function(Word<bytes>()).
+template <typename Function>
+__device__ __forceinline__ void with_word(int bytes, Function function) {
+  if (bytes == 16)
+    function(Word<16>());
+  else if (bytes == 8)
+    function(Word<8>());
+  else if (bytes == 4)
+    function(Word<4>());
+  else
+    function(Word<2>());
+}
+
+template <typename W>
+constexpr int word_bytes = sizeof(typename W::Type);
+
+// What a product with the rounded state leaves out. Nothing where the state is infinite or NaN: there the rounded one
+// already says all.
+__device__ __forceinline__ float rest_of(float h, float rounded) {
+  const float rest = h - rounded;
+  return rest - rest == 0 ? rest : 0.0f;
+}
+
+// One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {2, 4, 8}.
+//
+// Layout.   x, y and the residual have contiguous channels (Channels) or contiguous columns (otherwise), any other strides.
+// Work.     A block is 4 warps; a warp owns M = 32 columns (16 for KT = 8) for all frames and meets the others only after
+//           W has been staged. Rows of the matrix product are columns of the problem, its columns output channels: the
+//           accumulator fragments d[M][16 KT] (mma.h) are the state in fp32, and rounded to T they are, register by
+//           register, the a fragments of the next frame's product. W[out][in] in shared memory is b as it stands.
+// State.    v' = alpha * (W round(v) + diag(W) * (v - round(v)) + x): the matrix unit sees the state rounded to T, and the
+//           diagonal, which carries the state from frame to frame, makes good for that in fp32. With W = I this is the fp32
+//           recurrence. Of the rounding error only what the off-diagonal elements multiply is left.
+// Memory.   Shared memory as in TileScanPlan. Frame i + stages - 1 is copied by cp.async while frame i is computed (2-byte
+//           words by ordinary loads). A slot's x becomes fragments by ldmatrix (.trans when columns are contiguous); the
+//           same slot then takes y by stmatrix, and goes out in words of vector_bytes. A slot is rewritten only after the
+//           warp barrier of the next frame, so one barrier per frame orders loads, one more x's readers against y's writers,
+//           and one y's writers against those who copy it out.
+// Padding.  Channels from C on have zero weights and are set to zero in the state every frame: an infinite state in another
+//           channel must not reach them as 0 * inf. Columns beyond the last are computed on zeros and not stored.
+// Aliasing. y and last overlap no input. Every output element has one writer.
+// Order.    The matrix unit's order of additions depends on nothing but C: cutting a sequence in two changes no bit, as the
+//           state handed on is fp32 (h0 in T loses what rounding to T loses).
+// Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s). Reading b
+//           from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and y need
+//           from HBM, the reason why more channels want another kernel.
+template <typename T, int KT, bool Channels>
+__global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const TileScanPlan plan) {
+  constexpr int CP = 16 * KT, M = rows_of_warp<CP>, MT = M / 16, NT = 2 * KT, weight_pitch = CP + 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = static_cast<int>(p.C);
+  const int fragment_row = lane / 4, fragment_pair = lane % 4 * 2;
+
+  T* weight = dynamic_shared<T>();
+  float* diagonal = dynamic_shared<float>(plan.numbers_at);
+  float *scale = diagonal + CP, *shift = scale + CP;
+  int64_t* x_offset = dynamic_shared<int64_t>(plan.offsets_at) + warp * 5 * M;
+  int64_t *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
+          *last_offset = first_offset + M;
+  const bool with_residual = p.residual.data != nullptr;
+  const int pitch = static_cast<int>(plan.slot_pitch);
+  const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
+  unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at + warp * plan.stages * stage_bytes);
+
+  const T* w = static_cast<const T*>(p.weight);
+  for (int i = threadIdx.x; i < CP * CP; i += tile_threads) {
+    const bool along_inputs = p.weight_in == 1;
+    const int output = along_inputs ? i / CP : i % CP, input = along_inputs ? i % CP : i / CP;
+    weight[output * weight_pitch + input] =
+        output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : narrow<T>(0.0f);
+  }
+  for (int c = threadIdx.x; c < CP; c += tile_threads) {
+    diagonal[c] = c < C ? widen(w[c * (p.weight_out + p.weight_in)]) : 0.0f;
+    scale[c] = p.scale && c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
+    shift[c] = p.scale && c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
+  }
+  const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * tile_warps + warp) * M;
+  const int64_t columns_left = p.N * p.H * p.W - column0;
+  const int columns = columns_left <= 0 ? 0 : columns_left < M ? static_cast<int>(columns_left) : M;
+  if (lane < columns) {
+    x_offset[lane] = column_offset(p, p.x, column0 + lane);
+    y_offset[lane] = column_offset(p, p.y, column0 + lane);
+    residual_offset[lane] = column_offset(p, p.residual, column0 + lane);
+    first_offset[lane] = column_offset(p, p.first, column0 + lane);
+    last_offset[lane] = column_offset(p, p.last, column0 + lane);
+  }
+  // Copies write what exists; the rest of a slot stays zero.
+  for (int64_t i = lane; i < plan.stages * stage_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
+  block_barrier();
+  if (columns == 0) return;
+
+  const auto slot_of = [&](int64_t i) { return slots + i % plan.stages * stage_bytes; };
+  const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
+  // Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of the warp's tile.
+  const auto for_words = [&](auto word, const View& v, const int64_t* offset, auto visit) {
+    constexpr int bytes = word_bytes<decltype(word)>, numbers = bytes / 2;
+    if constexpr (Channels) {
+      const auto rows = [&](int words) {
+#pragma unroll 2
+        for (int e = lane; e < columns * words; e += 32)
+          visit(offset[e / words] + e % words * numbers, e / words * pitch + e % words * bytes);
+      };
+      if (C == CP)
+        rows(CP / numbers);  // a constant: no division is left
+      else
+        rows(C / numbers);
+    } else {
+      constexpr int words = M / numbers;
+#pragma unroll 2
+      for (int e = lane; e < C * words; e += 32)
+        if (e % words * numbers < columns)
+          visit(e / words * v.c + offset[e % words * numbers], e / words * pitch + e % words * bytes);
+    }
+  };
+  const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
+    const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
+    with_word(plan.vector_bytes, [&](auto word) {
+      constexpr int bytes = word_bytes<decltype(word)>;
+      for_words(word, v, offset, [&](int64_t element, int at) {
+        if constexpr (bytes >= 4)
+          async_copy<bytes>(slot + at, from + element);
+        else
+          *reinterpret_cast<T*>(slot + at) = from[element];
+      });
+    });
+  };
+  const auto prefetch = [&](int64_t i) {
+    if (i < p.T) {
+      if (p.x.data) fetch(p.x, x_offset, i, slot_of(i));
+      if (with_residual) fetch(p.residual, residual_offset, i, slot_of(i) + plan.slot_bytes);
+    }
+    async_commit();
+  };
+
+  // The address of this lane's row of the 16 x 16 tile (columns from 16 m, channels from 16 k) in a slot; the four 8 x 8
+  // tiles come in the order of a's registers.
+  const int tile = lane / 8, tile_row = lane % 8;
+  const auto tile_at = [&](unsigned char* slot, int m, int k) {
+    const int column = 16 * m + tile % 2 * 8, channel = 16 * k + tile / 2 * 8;
+    return Channels ? slot + (column + tile_row) * pitch + 2 * channel : slot + (channel + tile_row) * pitch + 2 * column;
+  };
+
+  float state[MT][NT][4];
+  uint32_t rounded[MT][KT][4];
+  // Calls visit(state element, channel, column within the warp's tile).
+  const auto for_state = [&](auto visit) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          visit(state[m][n][j], 8 * n + fragment_pair + j % 2, 16 * m + fragment_row + j / 2 * 8);
+  };
+  const auto round_state = [&] {
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int k = 0; k < KT; ++k)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float* pair = &state[m][2 * k + r / 2][r % 2 * 2];
+          rounded[m][k][r] = pack<T>(pair[0], pair[1]);
+        }
+  };
+  for_state([&](float& h, int channel, int column) {
+    h = 0;
+    if (p.init != Init::none && channel < C && column < columns)
+      h = load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+  });
+  round_state();
+
+  // The gradient of the first state is one more product, without an input and without y.
+  const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
+  for (int64_t i = 1 - plan.stages; i < frames; ++i) {
+    const bool extra = i == p.T;
+    if (i >= 0 && !extra) {
+      if (plan.stages == 3)
+        async_wait<1>();
+      else
+        async_wait<0>();
+      warp_barrier();  // frame i is here for all lanes, and frame i - 1 has left its slot
+    }
+    if (!extra) prefetch(i + plan.stages - 1);
+    if (i < 0) continue;
+    const float alpha = static_cast<float>(extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha);
+    const bool product = i > 0 || p.init == Init::state, keep = i == 0 && p.init == Init::added;
+    unsigned char* slot = slot_of(i);
+
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int k = 0; k < KT; ++k) {
+        uint32_t x[4] = {};
+        if (p.x.data && !extra) load_matrix<4, !Channels>(x, tile_at(slot, m, k));
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float* h = &state[m][2 * k + r / 2][r % 2 * 2];
+          const float* d = diagonal + 16 * k + r / 2 * 8 + fragment_pair;
+          const float2 added = unpack<T>(x[r]), h16 = unpack<T>(rounded[m][k][r]);
+          h[0] = added.x + (product ? d[0] * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
+          h[1] = added.y + (product ? d[1] * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
+        }
+      }
+    if (product) {
+#pragma unroll
+      for (int k = 0; k < KT; ++k)
+#pragma unroll
+        for (int n = 0; n < KT; ++n) {
+          uint32_t b[4];
+          load_matrix<4, false>(b, weight + (16 * n + tile / 2 * 8 + tile_row) * weight_pitch + 16 * k + tile % 2 * 8);
+          const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+#pragma unroll
+          for (int m = 0; m < MT; ++m) {
+            mma_m16n8k16<T>(state[m][2 * n], rounded[m][k], first);
+            mma_m16n8k16<T>(state[m][2 * n + 1], rounded[m][k], second);
+          }
+        }
+    }
+    for_state([&](float& h, int, int) { h *= alpha; });
+    if (C < CP)
+      for_state([&](float& h, int channel, int) {
+        if (channel >= C) h = 0;
+      });
+    round_state();
+
+    if (p.y.data && !extra) {
+      warp_barrier();  // x has been read
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int k = 0; k < KT; ++k) {
+          if (!p.scale) {
+            store_matrix<4, !Channels>(tile_at(slot, m, k), rounded[m][k]);
+            continue;
+          }
+          uint32_t residual[4] = {}, y[4];
+          if (with_residual) load_matrix<4, !Channels>(residual, tile_at(slot + plan.slot_bytes, m, k));
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int channel = 16 * k + r / 2 * 8 + fragment_pair;
+            const float* h = &state[m][2 * k + r / 2][r % 2 * 2];
+            const float2 added = unpack<T>(residual[r]);
+            float v[2] = {fma(scale[channel], h[0], shift[channel]), fma(scale[channel + 1], h[1], shift[channel + 1])};
+            v[0] += added.x;
+            v[1] += added.y;
+            if (p.relu) {  // NaN stays
+              v[0] = v[0] < 0 ? 0.0f : v[0];
+              v[1] = v[1] < 0 ? 0.0f : v[1];
+            }
+            y[r] = pack<T>(v[0], v[1]);
+          }
+          store_matrix<4, !Channels>(tile_at(slot, m, k), y);
+        }
+      warp_barrier();  // y is complete
+      T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
+      with_word(plan.vector_bytes, [&](auto word) {
+        using Type = typename decltype(word)::Type;
+        for_words(word, p.y, y_offset, [&](int64_t element, int at) {
+          *reinterpret_cast<Type*>(to + element) = *reinterpret_cast<const Type*>(slot + at);
+        });
+      });
+    }
+  }
+  if (p.last_kind != Last::none)
+    for_state([&](float& h, int channel, int column) {
+      if (channel < C && column < columns)
+        store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype, h);
+    });
+}
+
+template <typename T, int KT>
+Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
+  return launch("recurrent_conv tile_scan", plan.along_channels ? tile_scan<T, KT, true> : tile_scan<T, KT, false>,
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(tile_threads), static_cast<size_t>(plan.shared_bytes), stream,
+                p, plan);
+}
+
+template <typename T>
+Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
+  switch (plan.padded_channels) {
+    case 32: return launch_as<T, 2>(p, plan, stream);
+    case 64: return launch_as<T, 4>(p, plan, stream);
+    default: return launch_as<T, 8>(p, plan, stream);
+  }
+}
+
+}  // namespace
+
+Error launch_tile_scan(const Scan& p, const TileScanPlan& plan, Stream stream) {
+  return p.dtype == DType::bf16 ? launch_as<__nv_bfloat16>(p, plan, stream) : launch_as<__half>(p, plan, stream);
+}
+
+}  // namespace rcu_ops::cuda

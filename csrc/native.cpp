@@ -1,0 +1,65 @@
+// Python module rcu_ops._native: what was built, and the planners and index maths of the kernels for tests and for `explain`.
+//
+// One bind_<op> function per op, each defined in native_<op>.cpp. Neither torch nor CUDA is needed to compile or to import it, and
+// the package works without it.
+
+#include <pybind11/pybind11.h>
+
+#include <sstream>
+#include <string>
+
+namespace py = pybind11;
+
+void bind_recurrent_conv(py::module_& m);
+
+namespace {
+
+std::string compiler_version() {
+  std::ostringstream text;
+#if defined(__clang__)
+  text << "clang " << __clang_major__ << '.' << __clang_minor__ << '.' << __clang_patchlevel__;
+#elif defined(__GNUC__)
+  text << "gcc " << __GNUC__ << '.' << __GNUC_MINOR__ << '.' << __GNUC_PATCHLEVEL__;
+#else
+  text << "unknown";
+#endif
+  return text.str();
+}
+
+// "a,b" -> ["a", "b"]; "" -> []
+py::list split(const std::string& text) {
+  py::list parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.append(part);
+  return parts;
+}
+
+// The RCU_OPS_… macros come from the build (build_backend/rcu_ops_build.py). No time and no path among them: equal sources and tools
+// give equal files.
+py::dict build_info() {
+  const std::string cuda = RCU_OPS_CUDA_VERSION;
+  py::dict info;
+  info["kind"] = RCU_OPS_BUILD_KIND;
+  info["version"] = RCU_OPS_VERSION;
+  info["commit"] = RCU_OPS_COMMIT;
+  info["compiler"] = compiler_version();
+  info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
+  info["architectures"] = cuda.empty() ? py::object(py::none()) : py::object(split(RCU_OPS_CUDA_ARCHITECTURES));
+  info["torch"] = RCU_OPS_TORCH_VERSION;
+  info["python"] = PY_VERSION;
+  return info;
+}
+
+void bind_build_info(py::module_& m) {
+  m.def("build_info", &build_info,
+        "What this build is: kind ('cpu' or 'cuda'), version, git commit, compiler, CUDA toolkit and architectures (None without "
+        "CUDA kernels), and the torch and Python versions it was built against.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Build info, planners and index maths of rcu_ops.";
+  bind_build_info(m);
+  bind_recurrent_conv(m);
+}

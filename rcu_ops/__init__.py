@@ -1,0 +1,65 @@
+"""rcu-ops: kernels, modules and networks for recurrent video models that stream one frame at a time."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rcu_ops._version import __version__
+from rcu_ops.ops import (
+    explain,
+    recurrent_conv,
+    recurrent_conv_affine_act,
+    use_backend,
+    warmup,
+)
+
+if TYPE_CHECKING:
+    from rcu_ops import models, nn, reference, streaming
+    from rcu_ops.models import create_model, list_models, load_weights
+    from rcu_ops.nn import convert_to_recurrent, fuse_for_inference
+    from rcu_ops.streaming import Streamer
+
+_LAZY = {
+    "Streamer": "rcu_ops.streaming",
+    "convert_to_recurrent": "rcu_ops.nn",
+    "create_model": "rcu_ops.models",
+    "fuse_for_inference": "rcu_ops.nn",
+    "list_models": "rcu_ops.models",
+    "load_weights": "rcu_ops.models",
+}
+_LAZY_MODULES = ("analysis", "models", "nn", "reference", "streaming", "video")
+
+__all__ = [
+    "Streamer",
+    "__version__",
+    "analysis",
+    "convert_to_recurrent",
+    "create_model",
+    "explain",
+    "fuse_for_inference",
+    "list_models",
+    "load_weights",
+    "models",
+    "nn",
+    "recurrent_conv",
+    "recurrent_conv_affine_act",
+    "reference",
+    "streaming",
+    "use_backend",
+    "video",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Modules and models load when first touched: importing rcu_ops brings the operators and nothing heavier.
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"rcu_ops.{name}")
+    raise AttributeError(f"module 'rcu_ops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,54 @@
+"""Ways of running a function that every operator is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rcu_ops.bench.case import Bind, Inputs, Variant
+from rcu_ops.bench.timing import Thunk
+
+
+def compiled(function: Callable[[Inputs], Any]) -> Bind:
+    """``torch.compile`` of ``function`` for the one shape that is measured; fails where there is no compiler."""
+
+    def bind(inputs: Inputs) -> Thunk:
+        torch._dynamo.reset()  # no leftovers of other shapes, and no limit on recompilations
+        run = torch.compile(function, dynamic=False, fullgraph=True)
+        return lambda: run(inputs)
+
+    return bind
+
+
+def graphed(bind: Bind) -> Bind:
+    """The call captured in a CUDA graph: no launch costs, the same kernels."""
+
+    def bind_graph(inputs: Inputs) -> Thunk:
+        thunk = bind(inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):  # libraries choose algorithms and allocate workspaces at their first calls
+                thunk()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            outputs = thunk()
+
+        def replay() -> Any:
+            graph.replay()
+            return outputs
+
+        return replay
+
+    return bind_graph
+
+
+def on_device(variants: dict[str, Variant], device: torch.device) -> dict[str, Variant]:
+    """The variants as they are on a CPU; each under a CUDA graph on a GPU."""
+    if device.type != "cuda":
+        return variants
+    return {f"{name}, graphed": replace(v, bind=graphed(v.bind)) for name, v in variants.items()}

@@ -1,0 +1,140 @@
+"""``rcu-ops bench``: the benchmark suite, with a table, a JSON file and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcu_ops.bench.suite import OPERATORS, collect
+from rcu_ops.cli_errors import UserError
+
+if TYPE_CHECKING:
+    from rcu_ops.bench.runner import CaseResult
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register ``bench``."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure the operators against their floors and against PyTorch",
+        description="Measure every operator against its floor (bytes or arithmetic at rates measured in the same run), "
+        "eager PyTorch, torch.compile and hand-written library loops. Everything is checked before it is timed; the "
+        "candidates are timed in turns. On a CPU only the ratios mean something for other machines.",
+    )
+    tier = parser.add_mutually_exclusive_group()
+    tier.add_argument("--quick", dest="tier", action="store_const", const="quick", help="few small cases, minutes")
+    tier.add_argument("--full", dest="tier", action="store_const", const="full", help="all shapes and batch sizes")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--op", action="append", choices=sorted(OPERATORS), help="only this one; may repeat")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, the longest part")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: bench-out")
+    parser.set_defaults(run=run, tier="standard")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the suite.  Returns 0, or 1 when a result was wrong; what was measured before an interrupt is kept (130)."""
+    import torch
+
+    from rcu_ops.bench import machine, output
+    from rcu_ops.bench.timing import SCHEDULES, make_timer
+
+    device = _device(args.device)
+    cases = collect(args.tier, device, args.op, args.filter)
+    if not cases:
+        raise UserError(f"--filter: no case of the {args.tier} tier contains {args.filter!r}; see --list")
+    if args.list:
+        print("\n".join(case.id for case in cases))
+        return 0
+    if args.no_compile:
+        for case in cases:
+            case.compile = False
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror or error}") from error
+
+    about = machine.describe(device)
+    _warn_if_busy()
+    timer = make_timer(device)
+    dtypes = tuple(dict.fromkeys([torch.float32, *(case.dtype for case in cases)]))
+    peaks = machine.measure_peaks(device, timer, dtypes)
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.flops_per_second.items())
+    print(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}")
+    print(f"measured peaks: copy {peaks.bytes_per_second / 1e9:.1f} GB/s, {rates}\n")
+
+    results, interrupted = _measure(cases, timer, peaks, SCHEDULES[args.tier])
+    print(output.table(results))
+    output.write_json(args.out / "bench.json", about, peaks, args.tier, results)
+    print(f"\nwrote {args.out / 'bench.json'}", file=sys.stderr)
+    _draw(args.out, results, about)
+    failures = [failure for result in results for failure in result.failures]
+    for result in results:
+        for candidate in result.candidates:
+            if candidate.left_out and not candidate.left_out.startswith("wrong"):
+                print(f"left out: {result.case.id}: {candidate.name}: {candidate.left_out}", file=sys.stderr)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 130 if interrupted else int(bool(failures))
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device: this machine or this torch has no CUDA device")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"--device: there are {torch.cuda.device_count()} CUDA devices, got {name!r}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def _warn_if_busy() -> None:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 0.5 * cores:
+        print(
+            f"warning: other programs are running (load {load:.1f} on {cores} cores): times will be long and uneven",
+            file=sys.stderr,
+        )
+
+
+def _measure(cases: list[Any], timer: Any, peaks: Any, schedule: Any) -> tuple[list[CaseResult], bool]:
+    from rcu_ops.bench.runner import run_case
+    from rcu_ops.progress import Progress
+
+    results: list[CaseResult] = []
+    with Progress(len(cases), "bench", "cases") as bar:
+        for case in cases:
+            bar.update(0, note=case.id)
+            try:
+                results += run_case(case, timer, peaks, schedule)
+            except KeyboardInterrupt:
+                return results, True
+            bar.update()
+    return results, False
+
+
+def _draw(out: Path, results: list[CaseResult], about: dict[str, Any]) -> None:
+    from rcu_ops.bench import output
+
+    subtitle = f"{about.get('gpu') or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}"
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("no pictures: they need matplotlib (pip install 'rcu-ops[plot]')", file=sys.stderr)
+        return
+    for op in dict.fromkeys(result.case.op for result in results):
+        path = out / f"bench_{op}.png"
+        output.plot(path, op, [result for result in results if result.case.op == op], subtitle)
+        print(f"wrote {path}", file=sys.stderr)

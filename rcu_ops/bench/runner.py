@@ -1,0 +1,141 @@
+"""Runs cases: checks every candidate, then times those that passed in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rcu_ops.bench.case import DTYPE_NAMES, OURS, Case, Prepared
+from rcu_ops.bench.correctness import WrongResultError
+from rcu_ops.bench.machine import Peaks
+from rcu_ops.bench.timing import Schedule, Thunk, Timer, Timing, interleaved
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """One candidate of one case.
+
+    Attributes:
+        name, variant: which.
+        timing: None when it was left out.
+        error_used: share of the error allowed by the tolerance rule.
+        left_out: why it has no time: "wrong: ..." when outside the tolerance rule, else what it raised.
+    """
+
+    name: str
+    variant: str | None = None
+    timing: Timing | None = None
+    error_used: float | None = None
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case at one cache temperature ("warm", or "cold" on a GPU)."""
+
+    case: Case
+    temperature: str
+    backend: str
+    plan: str | None
+    floor_seconds: float
+    candidates: tuple[CandidateResult, ...]
+
+    @property
+    def ours(self) -> Timing | None:
+        """The time of the operator under test, if it was right."""
+        return self.timing(OURS)
+
+    def timing(self, name: str) -> Timing | None:
+        """The time of a candidate by name."""
+        return next((c.timing for c in self.candidates if c.name == name), None)
+
+    def speedup(self, name: str) -> float | None:
+        """Median time of a baseline over ours."""
+        ours, other = self.ours, self.timing(name)
+        return None if ours is None or other is None else other.median / ours.median
+
+    @property
+    def failures(self) -> list[str]:
+        """Wrong results of any candidate, and anything that kept ours from running."""
+        return [
+            f"{self.case.id}: {c.name}: {c.left_out}"
+            for c in self.candidates
+            if c.left_out is not None and (c.name == OURS or c.left_out.startswith("wrong"))
+        ]
+
+
+def run_case(case: Case, timer: Timer, peaks: Peaks, schedule: Schedule) -> Iterator[CaseResult]:
+    """Check and time one case: once on a CPU, cold and warm on a GPU."""
+    for temperature in ("cold", "warm") if case.device.type == "cuda" else ("warm",):
+        prepared = Prepared.of(case, cold=temperature == "cold")
+        thunks: dict[str, list[Thunk]] = {}
+        left_out: dict[str, str] = {}
+        candidates = case.candidates()
+        for candidate in candidates:
+            try:
+                thunks[candidate.name] = prepared.thunks(candidate, timer)
+            except WrongResultError as error:
+                left_out[candidate.name] = f"wrong: {error}"
+            except Exception as error:  # a baseline may need a compiler, or memory, that is not there
+                left_out[candidate.name] = f"{type(error).__name__}: {_first_line(error)}"
+        timings = interleaved(thunks, timer, schedule) if thunks else {}
+        backend, plan = case.backend(prepared.input_sets[0])
+        yield CaseResult(
+            case=case,
+            temperature=temperature,
+            backend=backend,
+            plan=plan,
+            floor_seconds=peaks.floor(case.bytes_moved, case.flops, case.dtype),
+            candidates=tuple(
+                CandidateResult(
+                    c.name,
+                    prepared.chosen.get(c.name),
+                    timings.get(c.name),
+                    prepared.error_used.get(c.name),
+                    left_out.get(c.name),
+                )
+                for c in candidates
+            ),
+        )
+        del prepared, thunks
+        gc.collect()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def as_data(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
+    """Results for the JSON file; times in seconds."""
+    return [
+        {
+            "id": result.case.id,
+            "op": result.case.op,
+            "kind": result.case.kind,
+            "shape": result.case.shape,
+            "dtype": DTYPE_NAMES[result.case.dtype],
+            "layout": result.case.layout,
+            "device": str(result.case.device),
+            "cache": result.temperature,
+            "backend": result.backend,
+            "plan": result.plan,
+            "bytes": result.case.bytes_moved,
+            "flops": result.case.flops,
+            "floor_s": result.floor_seconds,
+            "candidates": [_candidate_as_data(result, c) for c in result.candidates],
+        }
+        for result in results
+    ]
+
+
+def _candidate_as_data(result: CaseResult, c: CandidateResult) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": c.name, "variant": c.variant, "error_used": c.error_used, "left_out": c.left_out}
+    if c.timing is not None:
+        low, high = c.timing.quartiles
+        data |= {"median_s": c.timing.median, "q1_s": low, "q3_s": high, "samples_s": list(c.timing.samples)}
+        if c.name != OURS:
+            data["speedup_of_ours"] = result.speedup(c.name)
+    return data

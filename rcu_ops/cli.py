@@ -1,0 +1,59 @@
+"""The command ``rcu-ops``: a thin dispatcher. Each command lives in the module that knows its subject."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rcu_ops._version import __version__
+from rcu_ops.cli_errors import UserError
+
+# Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
+COMMAND_MODULES = (
+    "rcu_ops.stream_command",
+    "rcu_ops.doctor",
+    "rcu_ops.cost",
+    "rcu_ops.bench.command",
+    "rcu_ops.analysis.command",
+    "rcu_ops.recipes.command",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="rcu-ops",
+        description="Recurrent video networks: stream a video through one, measure, analyse, and see what this "
+        "installation can run.",
+    )
+    parser.add_argument("--version", action="version", version=f"rcu-ops {__version__}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for module in COMMAND_MODULES:
+        importlib.import_module(module).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The command's exit code; 2 for bad input, with one line on standard error; 130 when interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"rcu-ops: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rcu-ops: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone; nothing is wrong
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

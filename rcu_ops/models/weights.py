@@ -1,0 +1,199 @@
+"""Loading of weights: own files, and 2D ImageNet ResNets into RCN and I3D networks (sections 4.5, 4.6)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from rcu_ops.models.resnet import Conv2Plus1d, VideoResNet
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_weights` did.
+
+    Attributes:
+        loaded: names of the parameters and buffers that were set.
+        kept: names that a 2D network cannot have (recurrent weights, step counters of batch normalisation) or that
+            were allowed to be missing: they keep their values.
+        skipped: names in the file that were left out because of ``skip_head``.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    sha256: str | None = None,
+    *,
+    skip_head: bool = False,
+    allow_missing: tuple[str, ...] = (),
+) -> LoadReport:
+    """Load a file of weights into ``model``. Either everything fits, or nothing is changed and the error lists it all.
+
+    Files of torchvision's 2D ResNets (keys ``conv1.weight``, ``layer1.0.conv1.weight``, ``fc.weight``) are recognised
+    by their four-dimensional ``conv1.weight`` and mapped onto a :class:`VideoResNet` of the same depth: d x d becomes
+    1xdxd in RCN and 2D networks, whose recurrent weights keep their initialisation, and is inflated (repeated n times
+    in time, divided by n) in I3D networks. (2+1)D networks have other numbers of planes and cannot take them.
+
+    Args:
+        model: any module; for 2D weights a VideoResNet.
+        source: a path or an http(s), file or ftp URL of a ``.safetensors`` file or a ``torch.save``d state dict (read
+            with ``weights_only=True``), possibly within ``{"state_dict": …}``. Downloads are kept in
+            ``torch.hub.get_dir()/checkpoints``.
+        sha256: the file's digest in hexadecimal digits (all 64, or at least the first 8), checked before anything is
+            read.
+        skip_head: leave the classifier as it is, for another number of classes.
+        allow_missing: names (or prefixes, ending with a dot) of the model that the file need not have.
+
+    Raises:
+        FileNotFoundError: no such file. OSError: the download failed. ValueError: wrong digest, not a file of weights,
+            or weights that do not fit: missing, unexpected and misshapen ones are all listed by name.
+    """
+    path = _fetch(source, sha256)
+    weights = _read(path)
+    expected = model.state_dict()
+    kept: list[str] = []
+    if _is_2d_resnet(weights):
+        weights = _from_2d(model, weights, expected, source)
+        kept = [
+            name for name in expected if name not in weights and name.endswith((".weight_hh", ".num_batches_tracked"))
+        ]
+    kept += [
+        name
+        for name in expected
+        if name not in weights
+        and name not in kept
+        and any(name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in allow_missing)
+    ]
+    skipped: list[str] = []
+    if skip_head:
+        head = [name for name in weights if name.startswith("head.")]
+        if not head and not any(name.startswith("head.") for name in expected):
+            raise ValueError("skip_head: neither the model nor the file has a head (names that start with 'head.')")
+        skipped = head
+        kept += [name for name in expected if name.startswith("head.") and name not in kept]
+    fits = {name: tensor for name, tensor in weights.items() if name not in skipped}
+
+    problems = [f"missing: {name}" for name in expected if name not in fits and name not in kept]
+    problems += [f"unexpected: {name}" for name in fits if name not in expected]
+    problems += [
+        f"shape: {name} expected {list(expected[name].shape)}, got {list(tensor.shape)}"
+        for name, tensor in fits.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    if problems:
+        hint = ""
+        if any(problem.startswith("shape: head.") for problem in problems):
+            hint = "\n(skip_head=True leaves the classifier of another number of classes out)"
+        raise ValueError(f"source: {source} does not fit the model:\n  " + "\n  ".join(problems) + hint)
+    with torch.no_grad():
+        for name, tensor in fits.items():
+            expected[name].copy_(tensor)
+    return LoadReport(loaded=sorted(fits), kept=sorted(kept), skipped=sorted(skipped))
+
+
+def _fetch(source: str | os.PathLike[str], sha256: str | None) -> Path:
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
+        raise ValueError(f"sha256: expected 8 to 64 hexadecimal digits, got {sha256!r}")
+    digest = None if sha256 is None else sha256.lower()
+    text = os.fspath(source)
+    address = urlparse(text)
+    if address.scheme not in ("http", "https", "ftp", "file"):
+        path = Path(text)
+        if not path.is_file():
+            raise FileNotFoundError(f"source: there is no file {text}")
+        if digest is not None and (actual := _sha256(path)) != digest and not actual.startswith(digest):
+            raise ValueError(f"sha256: expected {digest}, but {text} has {actual}")
+        return path
+    # Different files can share a base name, so the digest (or that of the address) is part of the cached one.
+    mark = (digest or hashlib.sha256(text.encode()).hexdigest())[:16]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{mark}-{Path(address.path).name or 'weights'}"
+    if path.is_file() and (digest is None or _sha256(path).startswith(digest)):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(text, str(path), hash_prefix=digest, progress=True)
+    except RuntimeError as error:  # torch.hub's name for a wrong digest
+        raise ValueError(f"sha256: expected {digest}, but {text} is another file ({error})") from error
+    except OSError as error:
+        raise OSError(f"source: could not download {text}: {error}") from error
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"source: {path} is not a readable safetensors file: {error}") from error
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's errors have no common base
+        raise ValueError(f"source: {path} is not a readable file of weights: {error}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"source: {path} holds no state dict (a dict of names and tensors)")
+    if content and all(name.startswith("module.") for name in content):  # saved from a DataParallel wrapper
+        content = {name[len("module.") :]: tensor for name, tensor in content.items()}
+    return content
+
+
+def _is_2d_resnet(weights: dict[str, Tensor]) -> bool:
+    first = weights.get("conv1.weight")
+    return first is not None and first.dim() == 4
+
+
+def _from_2d(
+    model: nn.Module, weights: dict[str, Tensor], expected: dict[str, Tensor], source: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """torchvision's 2D ResNet as a state dict of ``model``: names and dimensions changed, nothing dropped."""
+    if not isinstance(model, VideoResNet):
+        raise ValueError(
+            f"source: {source} holds a 2D ResNet, which only a VideoResNet can take, not {type(model).__name__}"
+        )
+    if any(isinstance(module, Conv2Plus1d) for module in model.modules()):
+        raise ValueError(
+            f"source: {source} holds a 2D ResNet, which a (2+1)D network cannot take: its convolutions have other "
+            "numbers of planes (section 4.5)"
+        )
+    mapped: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        name = re.sub(r"^conv1\.", "stem.conv.", key)
+        name = re.sub(r"^bn1\.", "stem.bn.", name)
+        name = re.sub(r"^fc\.", "head.conv.", name)
+        if name.endswith(".weight") and name not in expected and f"{name}_xh" in expected:
+            name += "_xh"
+        target = expected.get(name)
+        if target is not None and target.dim() == 5:
+            if tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]
+            if tensor.dim() == 4:
+                n = target.shape[2]
+                tensor = (tensor / n).unsqueeze(2).expand(-1, -1, n, -1, -1)
+        mapped[name] = tensor
+    return mapped

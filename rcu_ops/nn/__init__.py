@@ -1,0 +1,23 @@
+"""Modules of recurrent video networks, conversion of 3D CNNs into them, and fusion for inference."""
+
+from rcu_ops.nn.causality import register_per_frame, streaming_obstacles
+from rcu_ops.nn.convert import FrameClassifier, convert_to_recurrent
+from rcu_ops.nn.fuse import fuse_for_inference
+from rcu_ops.nn.gating import FeatureGate
+from rcu_ops.nn.layer_choice import choose_layers
+from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
+from rcu_ops.nn.stream_state import StreamPass, active_slot
+
+__all__ = [
+    "FeatureGate",
+    "FrameClassifier",
+    "FrameConv3d",
+    "RecurrentConv3d",
+    "StreamPass",
+    "active_slot",
+    "choose_layers",
+    "convert_to_recurrent",
+    "fuse_for_inference",
+    "register_per_frame",
+    "streaming_obstacles",
+]

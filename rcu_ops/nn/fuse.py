@@ -1,0 +1,405 @@
+"""Folding of recurrent convolution + batch normalisation (+ residual) (+ ReLU) into single inference modules."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rcu_ops.nn.causality import register_per_frame
+from rcu_ops.nn.frames import batch_to_frames, check_clip, frames_to_batch
+from rcu_ops.nn.packed_conv import PackedWeights, conv2d_act
+from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_arguments, frame_conv2d
+from rcu_ops.nn.stream_state import active_slot, scan_with_state
+from rcu_ops.ops import recurrent_conv_affine_act
+from rcu_ops.reference.recurrent_conv import state_dtype_of
+
+
+def fuse_for_inference(model: nn.Module) -> nn.Module:
+    """A new model for inference with fewer passes over memory; ``model`` is left untouched.
+
+    * :class:`RecurrentConv3d` + ``BatchNorm3d`` (+ residual addition) (+ ReLU) becomes one
+      :class:`FusedRecurrentConv3d`, which runs :func:`rcu_ops.recurrent_conv_affine_act`.
+    * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
+
+    Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
+    has no gradients with respect to its parameters. Modules whose ``forward`` cannot be traced stay unfused, and a
+    warning lists them.
+
+    Args:
+        model: in evaluation mode.
+
+    Raises:
+        ValueError: a module of the model is in training mode (batch statistics cannot be folded).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"model: expected evaluation mode (call model.eval()), but {training[0]}"
+            f"{f' and {len(training) - 1} more modules are' if len(training) > 1 else ' is'} in training mode"
+        )
+    untraced: list[str] = []
+    fused = _fuse(copy.deepcopy(model), "", {}, untraced)
+    if untraced:
+        warnings.warn(
+            "fuse_for_inference left these modules as they are, because their forward cannot be traced or the root has "
+            f"methods that a traced module would lose: {', '.join(untraced)}",
+            stacklevel=2,
+        )
+    return fused.requires_grad_(False)
+
+
+class FusedRecurrentConv3d(nn.Module):
+    """``act(scale * h_t + shift (+ residual_t))`` of a recurrent convolution's hidden states, for inference.
+
+    Made by :func:`fuse_for_inference`. Parameters as in RecurrentConv3d (shared names and shapes); buffers ``scale``
+    and ``shift`` [O] in the state's dtype.
+
+    Args:
+        conv: the recurrent convolution.
+        norm: the batch normalisation after it, in evaluation mode, or None.
+        relu: end with a ReLU.
+    """
+
+    carries_state: ClassVar[bool] = True
+
+    scale: Tensor
+    shift: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: RecurrentConv3d, norm: nn.BatchNorm3d | None, relu: bool) -> None:
+        super().__init__()
+        self.in_channels = conv.in_channels
+        self.out_channels = conv.out_channels
+        self.kernel_size = conv.kernel_size
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation
+        self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        self.update = conv.update
+        self.activation = "relu" if relu else "identity"
+        self.weight_xh = conv.weight_xh
+        self.weight_hh = conv.weight_hh
+        self.bias = conv.bias
+        state_dtype = state_dtype_of(conv.weight_xh.dtype)
+        if norm is None:
+            scale = torch.ones(conv.out_channels, dtype=state_dtype, device=conv.weight_hh.device)
+            shift = torch.zeros_like(scale)
+        else:
+            scale, shift = _affine(norm)
+        self.register_buffer("scale", scale.to(state_dtype))
+        self.register_buffer("shift", shift.to(state_dtype))
+        self._arguments = conv2d_arguments(conv)
+        self._packed = PackedWeights()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecurrentConv3d:
+        # model.to(dtype) must not round scale and shift to 16 bits: they belong to the state's dtype.
+        before = self.scale, self.shift
+        super()._apply(fn, recurse)
+        state_dtype = state_dtype_of(self.weight_xh.dtype)
+        if not before[0].is_meta:
+            self.scale = before[0].to(self.scale.device, state_dtype)
+            self.shift = before[1].to(self.shift.device, state_dtype)
+        return self
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N,C,T,H,W] (and a residual that expands to [N,O,T,H',W']) -> [N,O,T,H',W']."""
+        check_clip(self, x, self.in_channels)
+        frames = _convolve(self, self._packed, frames_to_batch(x), self.weight_xh, self.bias)
+        xh = batch_to_frames(frames, x.shape[0], x.shape[2])
+        if residual is not None and residual.shape != xh.shape:
+            residual = residual.expand(xh.shape)
+
+        def scan(h0: Tensor | None) -> tuple[Tensor, Tensor]:
+            return recurrent_conv_affine_act(
+                xh,
+                self.weight_hh,
+                self.scale,
+                self.shift,
+                h0,
+                residual,
+                update=self.update,
+                activation=self.activation,
+            )
+
+        return scan_with_state(scan, active_slot(self), xh, self.update)
+
+    def extra_repr(self) -> str:
+        """Shape, update and activation."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, update={self.update!r}, activation={self.activation!r}"
+        )
+
+
+@register_per_frame
+class FusedFrameConv3d(nn.Module):
+    """A 1xdxd convolution with batch normalisation folded in, and the residual addition and ReLU after it.
+
+    Made by :func:`fuse_for_inference`; ``weight`` [O,C/groups,1,kh,kw] and ``bias`` [O] include the normalisation.
+
+    Args:
+        conv: the convolution.
+        norm: the batch normalisation after it, in evaluation mode, or None.
+        relu: end with a ReLU.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, conv: FrameConv3d, norm: nn.BatchNorm3d | None, relu: bool) -> None:
+        super().__init__()
+        self.in_channels = conv.in_channels
+        self.out_channels = conv.out_channels
+        self.kernel_size = conv.kernel_size
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation
+        self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        self.relu = relu
+        if norm is None:
+            self.weight, self.bias = conv.weight, conv.bias
+        else:
+            self.weight, self.bias = _fold(conv, norm)
+        self._arguments = conv2d_arguments(conv)
+        self._packed = PackedWeights()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N,C,T,H,W] (and a residual that expands to the output) -> [N,O,T,H',W']."""
+        check_clip(self, x, self.in_channels)
+        n, t = x.shape[0], x.shape[2]
+        frames = frames_to_batch(x)
+        if residual is None or residual.shape == self._output_shape(x):
+            added = None if residual is None else frames_to_batch(residual)
+            return batch_to_frames(
+                _convolve(self, self._packed, frames, self.weight, self.bias, added, self.relu), n, t
+            )
+        y = batch_to_frames(_convolve(self, self._packed, frames, self.weight, self.bias), n, t) + residual
+        return F.relu(y) if self.relu else y
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        if self.padding == "same":
+            size = list(x.shape[3:])
+        else:
+            padding = (0, 0, 0) if isinstance(self.padding, str) else self.padding
+            size = [
+                (x.shape[2 + i] + 2 * padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i]
+                + 1
+                for i in (1, 2)
+            ]
+        return x.shape[0], self.out_channels, x.shape[2], *size
+
+    def extra_repr(self) -> str:
+        """Shape and activation."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, relu={self.relu}"
+        )
+
+
+def _convolve(
+    conv: FusedRecurrentConv3d | FusedFrameConv3d,
+    packed: PackedWeights,
+    frames: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return conv2d_act(packed, frames, weight, bias, residual=residual, relu=relu, **conv._arguments)
+    y = frame_conv2d(frames, weight, bias, **conv._arguments, padding_mode=conv.padding_mode)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def _affine(norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
+    """The normalisation as ``scale * x + shift``, both [C], in fp64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var.detach().double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.detach().double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def _fold(conv: nn.Conv3d, norm: nn.BatchNorm3d) -> tuple[nn.Parameter, nn.Parameter]:
+    scale, shift = _affine(norm)
+    weight = conv.weight.detach().double() * scale.view(-1, 1, 1, 1, 1)
+    if conv.bias is not None:
+        shift = shift + conv.bias.detach().double() * scale
+    return nn.Parameter(weight.to(conv.weight.dtype)), nn.Parameter(shift.to(conv.weight.dtype))
+
+
+# ---- finding what to fuse ------------------------------------------------------------------------------------------
+
+
+class _ShallowTracer(fx.Tracer):
+    """Traces one module: Sequential children are looked into, all others are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is not nn.Sequential
+
+
+def _fuse(module: nn.Module, name: str, done: dict[int, tuple[nn.Module, nn.Module]], untraced: list[str]) -> nn.Module:
+    """``module`` with everything in it fused; a module met twice gives the same result twice.
+
+    ``done`` keeps the originals too, so that their ids stay theirs.
+    """
+    if id(module) in done:
+        return done[id(module)][1]
+    result = module
+    if _has_convolution(module):
+        # A traced module has a forward and nothing else: a root with other methods of its own keeps its class.
+        traced = None if not name and hasattr(module, "frame_scores") else _trace(module)
+        if traced is not None:
+            result = traced
+        elif any(isinstance(child, RecurrentConv3d) for child in module.children()):
+            untraced.append(name or type(module).__name__)
+    done[id(module)] = (module, result)
+    if isinstance(result, fx.GraphModule) and result is not module:
+        children = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
+    else:
+        children = {child_name for child_name, _ in result.named_children()}
+    for child_name in sorted(children):
+        child_path = f"{name}.{child_name}" if name else child_name
+        result.set_submodule(child_name, _fuse(result.get_submodule(child_name), child_path, done, untraced))
+    return result
+
+
+def _nearby(module: nn.Module) -> list[nn.Module]:
+    """The children of ``module``, looking through Sequentials."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found.extend(_nearby(child) if type(child) is nn.Sequential else [child])
+    return found
+
+
+def _has_convolution(module: nn.Module) -> bool:
+    return any(isinstance(child, (RecurrentConv3d, nn.Conv3d)) for child in _nearby(module))
+
+
+def _trace(module: nn.Module) -> nn.Module | None:
+    """``module`` as a fused GraphModule; ``module`` itself if nothing fuses; None if it cannot be traced."""
+    tracer = _ShallowTracer()
+    try:
+        graph = tracer.trace(module)
+    except Exception:  # user code may raise anything when it meets a proxy; the caller reports the module by name
+        return None
+    if any(not node.users for node in graph.nodes if node.op not in ("placeholder", "output")):
+        return None  # a call whose result is not used acts in place: dead-code elimination would drop it
+    for node in graph.nodes:
+        node.type = None  # annotations may be strings, which a GraphModule cannot be pickled with
+    traced = fx.GraphModule(module, graph, type(module).__name__)
+    # Where a recurrent and a plain convolution are added, the recurrent one takes the other as its residual.
+    nodes = sorted(graph.nodes, key=lambda node: not isinstance(_called(traced, node), RecurrentConv3d))
+    changed = False
+    for node in nodes:
+        changed = _fuse_node(traced, node) or changed
+    if not changed:
+        return module
+    graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    graph.lint()
+    traced.recompile()
+    return traced.eval()
+
+
+def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Fuse the pattern that starts with the convolution ``node``, if it is one; True if the graph has changed."""
+    conv = _called(traced, node)
+    if (
+        not isinstance(conv, (RecurrentConv3d, nn.Conv3d))
+        or _calls(traced, node) != 1
+        or len(node.args) != 1
+        or node.kwargs
+    ):
+        return False
+    last = node
+    norm: nn.BatchNorm3d | None = None
+    after = _only_user(last)
+    if after is not None and isinstance(candidate := _called(traced, after), nn.BatchNorm3d):
+        if candidate.running_mean is None:
+            return False
+        norm, last = candidate, after
+    residual: fx.Node | None = None
+    after = _only_user(last)
+    if after is not None and norm is not None and (other := _added_to(after, last)) is not None:
+        residual, last = other, after
+    after = _only_user(last)
+    relu = after is not None and _is_relu(traced, after)
+    if relu:
+        assert after is not None
+        last = after
+    if last is node:
+        return False
+    fused: nn.Module
+    if isinstance(conv, RecurrentConv3d):
+        fused = FusedRecurrentConv3d(conv, norm, relu)
+    elif isinstance(conv, FrameConv3d) and conv.stride[0] == 1:
+        fused = FusedFrameConv3d(conv, norm, relu)
+    elif norm is not None:
+        # Temporal kernels and strides: only the normalisation folds, the rest of the pattern stays in the graph.
+        folded = copy.deepcopy(conv)
+        folded.weight, folded.bias = _fold(conv, norm)
+        traced.set_submodule(str(node.target), folded)
+        norm_node = _only_user(node)
+        assert norm_node is not None
+        norm_node.replace_all_uses_with(node)
+        traced.graph.erase_node(norm_node)
+        return True
+    else:
+        return False
+    target = str(node.target)
+    traced.set_submodule(target, fused.eval())
+    with traced.graph.inserting_after(last):
+        call = traced.graph.call_module(target, (node.args[0],) if residual is None else (node.args[0], residual))
+    last.replace_all_uses_with(call)
+    traced.graph.eliminate_dead_code()
+    return True
+
+
+def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _calls(traced: fx.GraphModule, node: fx.Node) -> int:
+    """How often the module of ``node`` is called, under any name."""
+    module = _called(traced, node)
+    return sum(_called(traced, other) is module for other in traced.graph.nodes)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The other operand if ``node`` is ``value + other`` (either order, in place or not), else None."""
+    function = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
+    method = node.op == "call_method" and node.target in ("add", "add_")
+    if not (function or method) or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    other = b if a is value else a
+    return other if isinstance(other, fx.Node) and other is not value else None
+
+
+def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(_called(traced, node)) is nn.ReLU
+    if node.op == "call_function":
+        return node.target in (F.relu, F.relu_, torch.relu, torch.relu_)
+    return node.op == "call_method" and node.target in ("relu", "relu_")

@@ -1,0 +1,19 @@
+"""The operators: schema, fake, checks, backend choice, autograd and the public functions."""
+
+from rcu_ops.ops import _schema
+from rcu_ops.ops._registry import OPERATORS, Explanation, current_backend, explain, use_backend
+from rcu_ops.ops._warmup import warmup
+from rcu_ops.ops.recurrent_conv import recurrent_conv, recurrent_conv_affine_act
+
+_schema.load_kernels()
+
+__all__ = [
+    "OPERATORS",
+    "Explanation",
+    "current_backend",
+    "explain",
+    "recurrent_conv",
+    "recurrent_conv_affine_act",
+    "use_backend",
+    "warmup",
+]

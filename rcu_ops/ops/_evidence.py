@@ -1,0 +1,89 @@
+"""Which CUDA C++ kernels have been seen to run correctly on a GPU, and where that is written down.
+
+A variant whose ``evidence`` is None is experimental: ``auto`` does not take it unless RCU_OPS_EXPERIMENTAL=1 is in the
+environment; ``use_backend("cuda")`` does. The doctor lists such variants, and ``benchmarks/results/UNVERIFIED.md`` is
+this module's output::
+
+    python -m rcu_ops.ops._evidence > benchmarks/results/UNVERIFIED.md
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from rcu_ops.ops import _registry
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which a CUDA kernel file runs an operator.
+
+    Attributes:
+        operator: the operator family, which is the kernel file's name.
+        name: the variant's name, unique within the operator.
+        covers: which arguments it is for.
+        architectures: the oldest architecture it runs on, ``sm_80`` or ``sm_90a``.
+        evidence: a file under benchmarks/results that records a correct run on a GPU, or None.
+    """
+
+    operator: str
+    name: str
+    covers: str
+    architectures: str
+    evidence: str | None = None
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("recurrent_conv", "plain scan", "any number of channels, dtype and strides; forward and backward", "sm_80"),
+    Variant("recurrent_conv", "tile scan", "bf16 and fp16 with up to 128 channels, on the matrix unit", "sm_80"),
+    Variant("recurrent_conv", "plain weight gradient", "any number of channels, dtype and strides", "sm_80"),
+)
+
+#: RCU_OPS_EXPERIMENTAL=1 when the package was imported.
+EXPERIMENTAL = os.environ.get("RCU_OPS_EXPERIMENTAL") == "1"
+
+
+def unverified(operator: str | None = None) -> tuple[Variant, ...]:
+    """The variants without evidence, of one operator or of all."""
+    return tuple(v for v in VARIANTS if v.evidence is None and operator in (None, v.operator))
+
+
+def experimental(operator: str) -> tuple[str, ...]:
+    """Their names."""
+    return tuple(v.name for v in unverified(operator))
+
+
+def why_not(operator: str) -> str | None:
+    """Why the operator's CUDA kernels are not taken without being asked for, or None when they may be."""
+    names = experimental(operator)
+    if not names or EXPERIMENTAL or _registry.current_backend() == "cuda":
+        return None
+    return (
+        f"no run on a GPU has been recorded for {', '.join(names)}: RCU_OPS_EXPERIMENTAL=1 in the environment or "
+        'use_backend("cuda") takes the kernels all the same'
+    )
+
+
+def render() -> str:
+    """The text of benchmarks/results/UNVERIFIED.md."""
+    lines = [
+        "# CUDA kernels that no GPU has confirmed",
+        "",
+        "Written by `python -m rcu_ops.ops._evidence`. `auto` does not take these variants unless",
+        'RCU_OPS_EXPERIMENTAL=1; `use_backend("cuda")` does. What there is for them: they compile for every',
+        "architecture in the build without spilling registers (`tests/ops/test_cuda_compile.py`), and the same source,",
+        "executed thread by thread on a CPU, keeps the tolerance rule and is clean under address, undefined-behaviour",
+        "and race checks (`tests/cuda_host/`).",
+        "",
+    ]
+    missing = unverified()
+    if not missing:
+        return "\n".join([*lines[:2], "None: there is a recorded run for every variant.", ""])
+    lines += ["| operator | variant | for | from |", "| --- | --- | --- | --- |"]
+    lines += [f"| {v.operator} | {v.name} | {v.covers} | {v.architectures} |" for v in missing]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(render(), end="")

@@ -1,0 +1,120 @@
+"""Compile the Triton kernels ahead of their first use."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcu_ops.ops import _registry, _selftest, _triton
+from rcu_ops.progress import track
+
+MEMORY_FORMATS = (torch.channels_last_3d, torch.contiguous_format)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def warmup(
+    shapes: Iterable[Sequence[int]],
+    *,
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    memory_formats: Iterable[torch.memory_format] = MEMORY_FORMATS,
+    training: bool = True,
+    inference: bool = True,
+    device: torch.device | str | int | None = None,
+) -> int:
+    """Compile the Triton kernels that calls of these shapes will need, so that no call has to wait for the compiler.
+
+    Without it the first call of each kind compiles, a second or so each; Triton keeps what it compiled on disk, so
+    later processes only load it. The number of frames and the update rule are no part of what is compiled: one T
+    stands for all (up to 2^31 elements, where offsets become wider). States are taken as the operators return them
+    (fp32). The self-tests of the kernels on the device are run too, if they have not been. Kernels of the CUDA and CPU
+    backends are compiled when the package is built and need no warm-up.
+
+    Args:
+        shapes: [N,C,T,H,W] of the sequences that :func:`rcu_ops.recurrent_conv` will get.
+        dtypes: of the sequences: fp16, bf16, fp32. fp32 is compiled for the current
+            ``torch.get_float32_matmul_precision()``.
+        memory_formats: torch.channels_last_3d, torch.contiguous_format or both.
+        training: compile :func:`rcu_ops.recurrent_conv`, forward and backward.
+        inference: compile it forward, and :func:`rcu_ops.recurrent_conv_affine_act`.
+        device: the CUDA device to compile for; the current one by default.
+
+    Returns:
+        The number of different kernels compiled or found compiled.
+
+    Raises:
+        RuntimeError: no CUDA device, or triton is not installed. ValueError: a shape that is not [N,C,T,H,W], a memory
+        format or device that cannot be warmed up, neither training nor inference. TypeError: another dtype.
+    """
+    sequences = [_shape(shape) for shape in shapes]
+    dtypes, memory_formats = list(dtypes), list(memory_formats)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise TypeError(f"dtypes: expected float16, bfloat16 or float32, got {dtype}")
+    for memory_format in memory_formats:
+        if memory_format not in MEMORY_FORMATS:
+            raise ValueError(f"memory_formats: expected channels_last_3d or contiguous_format, got {memory_format}")
+    if not (training or inference):
+        raise ValueError("training, inference: expected at least one to be True")
+    if not torch.cuda.is_available():
+        raise RuntimeError("warmup: there is no CUDA device; the kernels are compiled for the GPU that will run them")
+    if not _triton.PRESENT:
+        raise RuntimeError("warmup: the package triton is not installed")
+    target = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+    if target.type != "cuda":
+        raise ValueError(f"device: expected a CUDA device, got {target}")
+
+    kernels = _triton.kernels("recurrent_conv")
+    arch = kernels.architecture(target)
+    launches: dict[tuple[Any, ...], Any] = {}
+    for shape, dtype, memory_format in itertools.product(sequences, dtypes, memory_formats):
+        for launch in planned(kernels, shape, dtype, memory_format, arch, training, inference):
+            launches.setdefault(launch.key(), launch)
+    with torch.cuda.device(target):
+        for launch in track(list(launches.values()), label="compiling Triton kernels", unit="kernels"):
+            launch.compile_ahead()
+    for dtype, operator in itertools.product(dtypes, _registry.OPERATORS):
+        if _selftest.known(f"{operator}/triton"):
+            _selftest.why_not(f"{operator}/triton", target, dtype)
+    return len(launches)
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) != 5 or min(shape) < 1:
+        raise ValueError(f"shapes: expected [N,C,T,H,W] of positive sizes, got {list(shape)}")
+    if shape[1] > _triton.MAX_CHANNELS:
+        raise ValueError(f"shapes: the kernels take at most {_triton.MAX_CHANNELS} channels, got {list(shape)}")
+    return tuple(shape)
+
+
+def planned(
+    kernels: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    arch: int,
+    training: bool,
+    inference: bool,
+) -> Iterator[Any]:
+    """Every launch that calls of one shape can make, with and without the optional arguments, on meta tensors."""
+
+    def like(size: tuple[int, ...]) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta").to(memory_format=memory_format)
+
+    x = like(shape)
+    weight = torch.empty(shape[1], shape[1], dtype=dtype, device="meta")
+    per_channel = torch.empty(shape[1], device="meta")
+    state = torch.empty_like(x.select(2, 0), dtype=torch.float32)
+    for h0 in (None, state):
+        yield from kernels.plan_forward(x, weight, h0, False, False, arch)[1]
+        if inference:
+            for residual, relu in itertools.product((None, x), (False, True)):
+                fused = (x, weight, per_channel, per_channel, h0, residual, False, relu, arch)
+                yield from kernels.plan_affine_act(*fused)[1]
+        if training:
+            for grad_h, grad_h_n in ((x, None), (x, state), (None, state)):
+                backward = (grad_h, grad_h_n, x, weight, h0, False, False, True, arch)
+                yield from kernels.plan_backward(*backward)[1]

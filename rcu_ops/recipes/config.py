@@ -1,0 +1,181 @@
+"""The papers' training settings by name.
+
+What a paper says is in its entry of :data:`RECIPES`; what it does not say is a default of :class:`Recipe` or of the
+entry that :func:`assumptions` names, so that nobody takes it for the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LOSSES = ("cross_entropy", "bce")
+
+
+def _setting(text: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what is trained on and how; every field is an option of ``rcu-ops train``.
+
+    ``loss="cross_entropy"`` compares the mean score of a clip with the one label of its video; ``"bce"`` (binary cross
+    entropy) compares the scores of every frame with the classes present in it, averaged over frames and classes.
+
+    Raises:
+        ValueError: a value out of its range, naming the field.
+    """
+
+    name: str
+    model: str = _setting("network, one of rcu_ops.list_models()")
+    classes: int = _setting("number of classes")
+    loss: str = _setting("cross_entropy (one label per video) or bce (dense labels per frame)")
+    frames: int = _setting("frames in a clip")
+    batch: int = _setting("clips in one step, over all processes and accumulated parts")
+    lr: float = _setting("initial learning rate; it does not follow --batch")
+    milestones: tuple[int, ...] = _setting("steps after which the learning rate is multiplied by lr-factor")
+    iterations: int = _setting("steps in all")
+    lr_factor: float = _setting("factor at every milestone", 0.1)
+    momentum: float = _setting("of SGD", 0.9)
+    weight_decay: float = _setting("of SGD, on all parameters", 1e-4)
+    period: int = _setting("distance in frames between neighbouring frames of a clip", 1)
+    crop: int = _setting("side in pixels of what the network sees", 112)
+    scales: tuple[int, int] = _setting("range of the short side in pixels before the random crop", (128, 160))
+    flip: float = _setting("probability of mirroring a training clip", 0.5)
+    jitter: bool = _setting("start training clips at a random frame (otherwise they are centred)", True)
+    eval_scale: int = _setting("short side in pixels before the centre crop of evaluation", 128)
+    eval_clips: int = _setting("regularly spaced clips per video in evaluation", 10)
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected {' or '.join(LOSSES)}, got {self.loss!r}")
+        for name in ("classes", "frames", "batch", "iterations", "period", "crop", "eval_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "lr_factor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("momentum", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay: expected a number from 0, got {self.weight_decay}")
+        if any(step < 1 for step in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: expected rising steps from 1, got {self.milestones}")
+        if len(self.scales) != 2 or not self.crop <= self.scales[0] <= self.scales[1]:
+            raise ValueError(f"scales: expected two numbers, rising, from the crop {self.crop} on, got {self.scales}")
+        if self.eval_scale < self.crop:
+            raise ValueError(f"eval_scale: expected at least the crop {self.crop}, got {self.eval_scale}")
+
+    @property
+    def dense(self) -> bool:
+        """Whether labels belong to frames instead of videos."""
+        return self.loss == "bce"
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: divided once per milestone that lies behind it."""
+        return self.lr * self.lr_factor ** sum(milestone <= step for milestone in self.milestones)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values (lists for tuples), for files."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that :meth:`as_dict` was called on.
+
+        Settings that came later have their defaults. ValueError for unknown settings, and missing ones without default.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        needed = {item.name for item in dataclasses.fields(cls) if item.default is dataclasses.MISSING}
+        unknown, missing = set(values) - known, needed - set(values)
+        if unknown or missing:
+            raise ValueError(
+                f"recipe: expected the settings of this version, got unknown {sorted(unknown) or 'none'} and missing "
+                f"{sorted(missing) or 'none'}"
+            )
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fields)
+
+
+_KINETICS: dict[str, Any] = {
+    "classes": 400,
+    "loss": "cross_entropy",
+    "milestones": (250_000, 350_000),
+    "iterations": 400_000,
+}
+
+# Recurrent Convolutions for Causal 3D CNNs, §5.1 (Kinetics), §5.3 (32 frames) and §5.4 (MultiTHUMOS).
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="kinetics_resnet18", model="rcn_resnet18", frames=8, batch=64, lr=0.01, **_KINETICS),
+        Recipe(name="kinetics_resnet34", model="rcn_resnet34", frames=16, batch=32, lr=0.005, **_KINETICS),
+        Recipe(name="kinetics_resnet50", model="rcn_resnet50", frames=8, batch=32, lr=0.005, **_KINETICS),
+        Recipe(name="kinetics_resnet50_32frames", model="rcn_resnet50", frames=32, batch=8, lr=0.00125, **_KINETICS),
+        Recipe(
+            name="multithumos_resnet50",
+            model="rcn_resnet50",
+            classes=65,
+            loss="bce",
+            frames=16,
+            period=4,
+            batch=16,
+            lr=0.001,
+            milestones=(14_000,),
+            iterations=20_000,
+        ),
+    )
+}
+
+_RCN_ASSUMED: dict[str, str] = {
+    "momentum": "the usual SGD momentum",
+    "weight_decay": "the usual value for ResNets",
+    "crop": "the input of the paper's Table 1; that of training is not given",
+    "scales": "the usual short sides for crops of 112",
+    "eval_scale": "the lower of the training scales",
+}
+_KINETICS_ASSUMED = {**_RCN_ASSUMED, "period": "neighbouring frames; the paper gives a period for MultiTHUMOS only"}
+_ASSUMED: Mapping[str, Mapping[str, str]] = {
+    "kinetics_resnet18": _KINETICS_ASSUMED,
+    "kinetics_resnet34": _KINETICS_ASSUMED,
+    "kinetics_resnet50": _KINETICS_ASSUMED,
+    "kinetics_resnet50_32frames": {
+        **_KINETICS_ASSUMED,
+        "lr": "proportional to the batch, as 0.01 is for 64 and 0.005 for 32",
+    },
+    "multithumos_resnet50": {**_RCN_ASSUMED, "lr_factor": "the paper says that the rate is dropped, not how far"},
+}
+
+STARTING_WEIGHTS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("kinetics_resnet18", "kinetics_resnet34", "kinetics_resnet50", "kinetics_resnet50_32frames"),
+        "ImageNet weights of a 2D ResNet of the same depth",
+    ),
+    "multithumos_resnet50": "the network trained on Kinetics",
+}
+"""What the paper starts each recipe from (``--weights``)."""
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ValueError: there is none; similar names are listed.
+    """
+    if name not in RECIPES:
+        similar = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else f"expected one of {', '.join(RECIPES)}"
+        raise ValueError(f"recipe: there is no recipe named {name!r}; {hint}")
+    return RECIPES[name]
+
+
+def assumptions(name: str) -> Mapping[str, str]:
+    """The fields of a recipe that its paper does not give, each with the reason for its value."""
+    return _ASSUMED[get_recipe(name).name]

@@ -1,0 +1,260 @@
+"""Training clips, every one a function of (seed, epoch, place in the list) and of the file.
+
+Batches are cut from one endless sequence of shuffled passes over the list, so a step's clips follow from its number:
+on one process or many, with any number of workers, from the start or resumed. A file that cannot be used is replaced by
+the next one of the list that can, which depends on the files alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from rcu_ops.recipes.config import Recipe
+from rcu_ops.recipes.lists import LabelledVideo
+from rcu_ops.video import BrokenVideoError, VideoError, VideoReader, open_video
+from rcu_ops.video.sample import jittered_clip, regular_clips
+from rcu_ops.video.transform import center_crop, flip, normalize, random_crop, resize_short_side
+
+__all__ = ["Clip", "ClipBatch", "ClipDataset", "ClipSampler", "collate", "mix_seed", "network_input", "read_clip"]
+
+
+def mix_seed(*parts: int) -> int:
+    """A seed in [0, 2^63) for each tuple of integers, the same everywhere."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Excerpt(NamedTuple):
+    """Frames of a video.
+
+    Attributes:
+        images: uint8 RGB [T, H, W, 3]. times: seconds [T].
+        fault: why the file breaks after the frames that could be used, or None.
+    """
+
+    images: np.ndarray
+    times: np.ndarray
+    fault: str | None
+
+
+def read_clip(source: str, choose: Callable[[int], Sequence[int]]) -> Excerpt:
+    """The frames that ``choose(frame_count)`` asks for, decoded from the start of the video.
+
+    Containers announce a number of frames that can be wrong. When the video ends (or breaks) before a chosen frame,
+    ``choose`` is asked again with the number of frames that there are.
+
+    Raises:
+        VideoError: the video cannot be opened, not one frame of it decodes, or its picture size changes on the way.
+    """
+    with open_video(source) as reader:
+        announced = reader.frame_count
+        if announced is not None:
+            indices = choose(announced)
+            found, fault = _collect(reader, set(indices))
+            if len(found) == len(set(indices)):
+                return _excerpt(reader.name, found, indices, None)
+        else:
+            _, fault = _collect(reader, set())
+        count = reader.frames_read
+    indices = choose(count)
+    with open_video(source) as reader:
+        found, _ = _collect(reader, set(indices))
+        return _excerpt(reader.name, found, indices, fault)
+
+
+Found = dict[int, tuple[np.ndarray, float]]
+
+
+def _collect(reader: VideoReader, wanted: set[int]) -> tuple[Found, str | None]:
+    """The wanted frames, and why the video breaks if it does before the last of them; reads on to the end for none."""
+    found: Found = {}
+    try:
+        for frame in reader:
+            if frame.index in wanted:
+                found[frame.index] = (frame.image, frame.time_seconds)
+                if len(found) == len(wanted):
+                    break
+    except BrokenVideoError as error:
+        return found, f"broke at frame {error.frame_index}: {error.reason}"
+    return found, None
+
+
+def _excerpt(name: str, found: Found, indices: Sequence[int], fault: str | None) -> Excerpt:
+    if not found.keys() >= set(indices):
+        raise VideoError(f"{name}: two passes over it give different numbers of frames")
+    images = [found[index][0] for index in indices]
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise VideoError(f"{name}: its picture size changes")
+    return Excerpt(np.stack(images), np.asarray([found[index][1] for index in indices]), fault)
+
+
+class ClipKey(NamedTuple):
+    """Which clip: the pass over the list, and the place in the list."""
+
+    epoch: int
+    place: int
+
+
+class Clip(NamedTuple):
+    """One training example.
+
+    Attributes:
+        frames: uint8 [T, crop, crop, 3]; None when no video of the list can be used.
+        target: int64 [] (one label) or float32 [K, T] (classes present in each frame).
+        problems: (place in the list, reason) of the files that were found unusable, or broken in part, on the way.
+    """
+
+    frames: torch.Tensor | None
+    target: torch.Tensor
+    problems: list[tuple[int, str]]
+
+
+class ClipBatch(NamedTuple):
+    """Examples stacked: frames uint8 [N, T, crop, crop, 3] or None, targets [N] or [N, K, T], all problems."""
+
+    frames: torch.Tensor | None
+    target: torch.Tensor
+    problems: list[tuple[int, str]]
+
+
+class ClipDataset(Dataset[Clip]):
+    """Augmented training clips of a list of videos, looked up by :class:`ClipKey`.
+
+    Temporal jitter, scale, crop place and mirroring are drawn, in this order, from a generator that is seeded with
+    (seed, epoch, place in the list).
+    """
+
+    def __init__(self, videos: Sequence[LabelledVideo], recipe: Recipe, seed: int) -> None:
+        self._videos = videos
+        self._recipe = recipe
+        self._seed = seed
+        self._unusable: set[int] = set()  # of this worker; only saves trying them again
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, key: ClipKey) -> Clip:
+        problems: list[tuple[int, str]] = []
+        for further in range(len(self._videos)):
+            index = (key.place + further) % len(self._videos)
+            if index in self._unusable:
+                continue
+            try:
+                frames, target, fault = self._load(index, key)
+            except VideoError as error:
+                self._unusable.add(index)
+                problems.append((index, str(error)))
+                continue
+            if fault is not None:
+                problems.append((index, fault))
+            return Clip(frames, target, problems)
+        return Clip(None, torch.zeros(()), problems)
+
+    def _load(self, index: int, key: ClipKey) -> tuple[torch.Tensor, torch.Tensor, str | None]:
+        recipe, video = self._recipe, self._videos[index]
+        generator = torch.Generator()
+
+        def choose(frame_count: int) -> list[int]:
+            generator.manual_seed(mix_seed(self._seed, key.epoch, key.place))
+            if recipe.jitter:
+                clip = jittered_clip(frame_count, recipe.frames, stride=recipe.period, generator=generator)
+            else:
+                clip = regular_clips(frame_count, recipe.frames, 1, stride=recipe.period)[0]
+            return [int(frame) for frame in clip]
+
+        images, times, fault = read_clip(str(video.path), choose)
+        low, high = recipe.scales
+        scale = low + int(torch.randint(high - low + 1, (), generator=generator))
+        frames = resize_short_side(torch.from_numpy(images), scale)
+        frames = random_crop(frames, recipe.crop, generator=generator)
+        frames = flip(frames, probability=recipe.flip, generator=generator).contiguous()
+        if recipe.dense:
+            target = torch.from_numpy(video.present(times, recipe.classes)).float()
+        else:
+            target = torch.tensor(video.label, dtype=torch.int64)
+        return frames, target, fault
+
+
+def collate(clips: Sequence[Clip]) -> ClipBatch:
+    """Stack examples; without frames if any example has none."""
+    problems = [problem for clip in clips for problem in clip.problems]
+    frames = [clip.frames for clip in clips if clip.frames is not None]
+    if len(frames) < len(clips):
+        return ClipBatch(None, torch.zeros(()), problems)
+    return ClipBatch(torch.stack(frames), torch.stack([clip.target for clip in clips]), problems)
+
+
+class ClipSampler(Sampler[list[ClipKey]]):
+    """The keys of one process's parts of batches, from step ``start`` to the last one.
+
+    Args:
+        videos: number of videos.
+        batch: clips in a step, over all processes and parts.
+        seed: of the shuffling; every pass over the list has its own order.
+        start, stop: steps, the last one not included.
+        rank, processes: this process among how many.
+        parts: parts in which a process takes its share of a step (gradient accumulation).
+
+    Raises:
+        ValueError: the batch cannot be divided equally.
+    """
+
+    def __init__(
+        self,
+        videos: int,
+        batch: int,
+        seed: int,
+        *,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+        parts: int = 1,
+    ) -> None:
+        if batch % (processes * parts):
+            raise ValueError(
+                f"batch: expected a multiple of processes x accumulated parts = {processes} x {parts}, got {batch}"
+            )
+        self._videos = videos
+        self._batch = batch
+        self._seed = seed
+        self._steps = range(start, stop)
+        self._rank = rank
+        self._parts = parts
+        self.part_size = batch // (processes * parts)
+        self._order: tuple[int, list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._parts
+
+    def __iter__(self) -> Iterator[list[ClipKey]]:
+        for step in self._steps:
+            for part in range(self._parts):
+                first = step * self._batch + (self._rank * self._parts + part) * self.part_size
+                yield [self._key(position) for position in range(first, first + self.part_size)]
+
+    def _key(self, position: int) -> ClipKey:
+        epoch, place = divmod(position, self._videos)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix_seed(self._seed, epoch))
+            self._order = epoch, torch.randperm(self._videos, generator=generator).tolist()
+        return ClipKey(epoch, self._order[1][place])
+
+
+def evaluation_picture(image: np.ndarray, recipe: Recipe) -> torch.Tensor:
+    """One decoded picture [H, W, 3] scaled to ``eval_scale`` and centre-cropped: uint8 [crop, crop, 3]."""
+    frames = resize_short_side(torch.from_numpy(image)[None], recipe.eval_scale)
+    return center_crop(frames, recipe.crop)[0]
+
+
+def network_input(frames: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 [N, T, H, W, 3] normalised to [N, 3, T, H, W], a view of the same memory order (channels last)."""
+    count = frames.shape[:2]
+    return normalize(frames.flatten(0, 1), dtype=dtype).unflatten(1, count).transpose(0, 1)

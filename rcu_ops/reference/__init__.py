@@ -1,0 +1,8 @@
+"""The operators in plain PyTorch: the definition every kernel is held against.
+
+Nothing here knows a kernel; this package imports torch alone.
+"""
+
+from rcu_ops.reference.recurrent_conv import recurrent_conv, recurrent_conv_affine_act, recurrent_conv_backward
+
+__all__ = ["recurrent_conv", "recurrent_conv_affine_act", "recurrent_conv_backward"]

@@ -1,0 +1,292 @@
+"""Running a causal network over a stream, one chunk of frames at a time, with explicit state.
+
+    streamer = Streamer(model.eval())
+    state = None
+    with torch.inference_mode():
+        for frames in chunks:                       # [N,3,t,H,W], any t >= 1
+            scores, state = streamer(frames, state)  # [N,K,t]
+
+The scores are those of one pass over the whole clip, whatever the chunks. The state is a ``dict[str, Tensor]``: one
+entry per recurrent layer, and ``"#frames"``, the number of frames each sample has seen. It belongs to the caller: a
+call changes neither the state it is given nor anything in the model, so streams can be forked, stored and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcu_ops.nn.causality import carries_state, register_per_frame, streaming_obstacles
+from rcu_ops.nn.stream_state import StreamPass
+from rcu_ops.report import replacing
+
+__all__ = [
+    "FRAMES_KEY",
+    "State",
+    "Streamer",
+    "detach_state",
+    "load_state",
+    "register_per_frame",
+    "save_state",
+    "state_bytes",
+    "state_to",
+]
+
+State = dict[str, Tensor]
+
+FRAMES_KEY = "#frames"
+
+_FILE_FORMAT = "rcu-ops stream state"
+
+
+class Streamer:
+    """Runs a causal model chunk by chunk; equal to the model over the whole clip.
+
+    Args:
+        model: in evaluation mode (dropout and batch statistics would make chunks differ from the clip), made of layers
+            that treat every frame alone or carry their state (:class:`rcu_ops.nn.RecurrentConv3d` and others). Its
+            ``frame_scores(clip)`` is called if it has one, else the model itself; the result has time in dimension 2.
+        graph: run every chunk as a CUDA graph, captured at the first chunk of each shape (and the start of a stream and
+            resets count as shapes of their own). No gradients then. Changes of weights in place are seen.
+
+    Raises:
+        ValueError: a module is in training mode; modules that look at several frames at once, or that are not known to
+            treat frames alone (all listed by name; see ``register_per_frame``); ``graph=True`` for a model that is not
+            on a CUDA device.
+
+    Outside ``torch.no_grad`` / ``inference_mode`` the returned state carries gradients, through any number of chunks.
+    For truncated backpropagation through time cut it with :func:`detach_state`.
+    """
+
+    def __init__(self, model: nn.Module, graph: bool = False) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.graph = graph
+        self._modules = list(model.modules())
+        self._check_mode()
+        obstacles = streaming_obstacles(model)
+        if obstacles:
+            listing = "\n  ".join(f"{name}: {reason}" for name, reason in obstacles)
+            raise ValueError(f"model: cannot run frame by frame:\n  {listing}")
+        if graph:
+            device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+            if device.type != "cuda":
+                raise ValueError(f"graph: a CUDA graph needs a CUDA model, this one is on {device}")
+        # Wrappers such as torch.compile's put a prefix before every name; states should not depend on it.
+        self._names = {
+            module: name.replace("_orig_mod.", "") for name, module in model.named_modules() if carries_state(module)
+        }
+        self._advance: Callable[..., tuple[Tensor, State]] = self._run
+        self._graphs: dict[Any, _GraphedChunk] = {}
+
+    def compile(self, **options: Any) -> Streamer:
+        """Run chunks through ``torch.compile(**options)``; returns the streamer. One compilation per chunk shape."""
+        self._advance = torch.compile(self._run, **options)
+        return self
+
+    def __call__(
+        self, frames: Tensor, state: Mapping[str, Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Scores of the next frames.
+
+        Args:
+            frames: [N,C,t,H,W], t >= 1.
+            state: what the previous call returned; None at the start.
+            reset: bool [N]; the samples that start anew with this chunk. Nothing of their old state, NaN included,
+                reaches their scores.
+
+        Returns:
+            ``(scores [N,K,t], state)``.
+
+        Raises:
+            ValueError: a module has been put into training mode; frames and state differ in batch size, frame size,
+                dtype or device; the state is another model's; the model does not give one output per frame.
+        """
+        self._check_mode()
+        self._check_frames(frames)
+        n, t = frames.shape[0], frames.shape[2]
+        fresh = None
+        seen = None
+        if state is not None:
+            seen = state.get(FRAMES_KEY)
+            if seen is None:
+                raise ValueError(f"state: expected what this Streamer returned, got no entry {FRAMES_KEY!r}")
+            if seen.shape[0] != n:
+                raise ValueError(
+                    f"state: holds {seen.shape[0]} streams, but frames are {list(frames.shape)} with N = {n}"
+                )
+            fresh = self._check_reset(reset, frames)
+        elif reset is not None:
+            self._check_reset(reset, frames)  # everything starts here anyway
+
+        carried = None if state is None else {key: value for key, value in state.items() if key != FRAMES_KEY}
+        scores, written = self._replay(frames, carried, fresh) if self.graph else self._advance(frames, carried, fresh)
+        if carried is not None and (unknown := carried.keys() - written.keys()):
+            raise ValueError(f"state: has entries that this model does not: {', '.join(sorted(unknown))}")
+        if scores.dim() < 3 or scores.shape[0] != n or scores.shape[2] != t:
+            raise ValueError(
+                f"model: expected scores [{n},K,{t}], one per frame, got {list(scores.shape)}: the model needs a "
+                "frame_scores(clip) method, or a forward that keeps time in dimension 2"
+            )
+        if seen is None:
+            seen = torch.zeros(n, dtype=torch.int64, device=frames.device)
+        elif fresh is not None:
+            seen = seen.masked_fill(fresh, 0)
+        written[FRAMES_KEY] = seen + t
+        return scores, written
+
+    def _run(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
+        """The pure function of a chunk: what is compiled and captured."""
+        with StreamPass(self._names, carried, fresh) as stream:
+            scores = getattr(self.model, "frame_scores", self.model)(frames)
+        return scores, stream.written
+
+    def _replay(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
+        layout = None
+        if carried is not None:
+            layout = tuple((name, value.shape, value.dtype, value.device) for name, value in sorted(carried.items()))
+        key = (frames.shape, frames.dtype, frames.device, layout, fresh is None)
+        if key not in self._graphs:
+            self._graphs[key] = _GraphedChunk(self._run, frames, carried, fresh)
+        return self._graphs[key](frames, carried, fresh)
+
+    def _check_mode(self) -> None:
+        if any(module.training for module in self._modules):
+            names = [name or "the model" for name, module in self.model.named_modules() if module.training]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"model: expected evaluation mode (call model.eval()), but {names[0]}{more} in training mode: dropout "
+                "and batch statistics make a chunk differ from the same frames of a clip"
+            )
+
+    def _check_frames(self, frames: Tensor) -> None:
+        if not isinstance(frames, Tensor):
+            raise TypeError(f"frames: expected a tensor, got {type(frames).__name__}")
+        if frames.dim() != 5 or frames.shape[2] < 1:
+            raise ValueError(f"frames: expected [N,C,t,H,W] with t >= 1, got {list(frames.shape)}")
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            return
+        if frames.device != weight.device:
+            raise ValueError(f"frames: expected on the model's device {weight.device}, got {frames.device}")
+        if frames.dtype != weight.dtype and not torch.is_autocast_enabled(frames.device.type):
+            raise ValueError(f"frames: expected the model's dtype {weight.dtype}, got {frames.dtype}")
+
+    def _check_reset(self, reset: Tensor | None, frames: Tensor) -> Tensor | None:
+        if reset is None:
+            return None
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool or tuple(reset.shape) != (frames.shape[0],):
+            got = f"{reset.dtype} {list(reset.shape)}" if isinstance(reset, Tensor) else type(reset).__name__
+            raise ValueError(f"reset: expected a bool tensor [N] = [{frames.shape[0]}], got {got}")
+        if reset.device.type == "cpu" and not reset.any():  # on a GPU the question would stall the stream
+            return None
+        return reset.to(frames.device, non_blocking=True)
+
+
+class _GraphedChunk:
+    """One chunk shape as a CUDA graph with fixed input and output buffers.
+
+    Args:
+        run: (frames, carried, fresh) -> (scores, written), without data-dependent control flow.
+        frames, carried, fresh: example arguments, which fix shapes, dtypes and which are None.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, State | None, Tensor | None], tuple[Tensor, State]],
+        frames: Tensor,
+        carried: State | None,
+        fresh: Tensor | None,
+    ) -> None:
+        # Buffers made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._frames = frames.clone()
+            self._carried = None if carried is None else {key: value.clone() for key, value in carried.items()}
+            self._fresh = None if fresh is None else fresh.clone()
+            arguments = (self._frames, self._carried, self._fresh)
+            # Libraries choose algorithms and allocate workspaces at their first calls, which a capture cannot hold.
+            side = torch.cuda.Stream(frames.device)
+            side.wait_stream(torch.cuda.current_stream(frames.device))
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    run(*arguments)
+            torch.cuda.current_stream(frames.device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._scores, self._written = run(*arguments)
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
+        into, source = [self._frames], [frames]
+        if self._carried is not None and carried is not None:
+            into += [self._carried[key] for key in self._carried]
+            source += [carried[key] for key in self._carried]
+        if self._fresh is not None and fresh is not None:
+            into.append(self._fresh)
+            source.append(fresh)
+        for buffer, value in zip(into, source, strict=True):
+            buffer.copy_(value)
+        self._graph.replay()
+        # The buffers are overwritten at the next replay; what is handed out must not be.
+        return self._scores.clone(), {key: value.clone() for key, value in self._written.items()}
+
+
+def state_to(
+    state: Mapping[str, Tensor], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> State:
+    """The state on another device, or with its hidden states in another dtype (16 bits halve it, at a loss).
+
+    Streamers take hidden states in the state's own dtype (fp32; fp64 for fp64 models) or in the model's.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+    return {
+        key: value.to(device=device, dtype=dtype if value.is_floating_point() else None) for key, value in state.items()
+    }
+
+
+def detach_state(state: Mapping[str, Tensor]) -> State:
+    """The state cut from the graph of gradients (truncated backpropagation through time)."""
+    return {key: value.detach() for key, value in state.items()}
+
+
+def state_bytes(state: Mapping[str, Tensor]) -> int:
+    """The size of the state in bytes."""
+    return sum(value.numel() * value.element_size() for value in state.values())
+
+
+def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write the state to a safetensors file; an existing file is replaced at once or not at all."""
+    from safetensors.torch import save
+
+    tensors = {key: value.detach().contiguous().cpu() for key, value in state.items()}
+    data = save(tensors, metadata={"format": _FILE_FORMAT})
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> State:
+    """Read a state written by :func:`save_state`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a file that ``save_state`` wrote, or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = Path(path).read_bytes()
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable state file: {error}") from error
+    if header.get("__metadata__", {}).get("format") != _FILE_FORMAT or FRAMES_KEY not in tensors:
+        raise ValueError(f"{path}: a safetensors file, but not the state of a stream")
+    return state_to(tensors, device)

@@ -1,0 +1,344 @@
+"""The benchmark's own machinery: what it refuses, how it times, what it writes; and that its loops are right."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+
+import pytest
+import torch
+
+from rcu_ops.bench import command, output, recurrent_conv
+from rcu_ops.bench.case import OURS, Candidate, Case, Prepared, Variant
+from rcu_ops.bench.correctness import WrongResultError, check_outputs
+from rcu_ops.bench.machine import Peaks, describe
+from rcu_ops.bench.runner import run_case
+from rcu_ops.bench.suite import OPERATORS, TIERS, collect
+from rcu_ops.bench.timing import SCHEDULES, CpuTimer, Schedule, Timing, input_sets_for_cold_cache, interleaved
+from rcu_ops.cli import main
+
+CPU = torch.device("cpu")
+FAST = Schedule(repeats=3, block_seconds=0.0, budget_seconds=1.0, least_repeats=2)
+PEAKS = Peaks(bytes_per_second=1e9, flops_per_second={"fp32": 1e9, "bf16": 2e9})
+
+
+class _Doubling(Case):
+    """Twice the input; the candidates are what a test needs."""
+
+    op = "doubling"
+
+    def __init__(self, **candidates):
+        super().__init__("forward", "N3", torch.float32, "contiguous", CPU)
+        self._candidates = [
+            Candidate(name, call, name != OURS)
+            if isinstance(call, dict)
+            else Candidate.simple(name, call, optional=name != OURS)
+            for name, call in candidates.items()
+        ]
+
+    def inputs(self):
+        return {"x": torch.randn(3, 4, generator=self.generator())}
+
+    def exact(self, inputs):
+        return (2 * inputs["x"].double(),)
+
+    def eager(self, inputs):
+        return (2 * inputs["x"],)
+
+    def candidates(self):
+        return self._candidates
+
+    @property
+    def bytes_moved(self):
+        return 96
+
+    @property
+    def flops(self):
+        return 12
+
+    def backend(self, inputs):
+        return "cpu", "in one go"
+
+
+def right(inputs):
+    return (inputs["x"] + inputs["x"],)
+
+
+def wrong(inputs):
+    return (inputs["x"] * 2.0001,)
+
+
+def broken(inputs):
+    raise RuntimeError("no compiler here\nlong trace")
+
+
+def test_the_tolerance_rule_lets_nothing_slip():
+    exact = (torch.randn(4, 5, dtype=torch.float64),)
+    eager = (exact[0].float(),)
+    assert check_outputs(eager, exact, eager) <= 1
+    assert check_outputs((torch.zeros(0, 3),), (torch.zeros(0, 3, dtype=torch.float64),), (torch.zeros(0, 3),)) == 0
+    for bad, message in (
+        ((eager[0] + 1e-5,), "output 0: rms error"),
+        ((eager[0].index_fill(0, torch.tensor([1]), float("nan")),), "output 0: rms error nan"),
+        ((eager[0][:, :4],), r"output 0: expected shape \[4, 5\], got \[4, 4\]"),
+        ((), "expected 1 outputs, got 0"),
+    ):
+        with pytest.raises(WrongResultError, match=message):
+            check_outputs(bad, exact, eager)
+    one_off = eager[0].clone()
+    one_off[2, 3] += 4e-6
+    many, exact_many = one_off.repeat(1, 500), exact[0].repeat(1, 500)
+    many[:, 5:] = exact_many[:, 5:].float()
+    with pytest.raises(WrongResultError, match="max error"):
+        check_outputs((many,), (exact_many,), (exact_many.float(),))
+
+
+class _FakeTimer:
+    """Counts calls; a candidate takes as many seconds as its thunk returns."""
+
+    def __init__(self):
+        self.order = []
+
+    def block(self, thunks, calls):
+        self.order.append(thunks[0]())
+        return self.order[-1]
+
+
+def test_candidates_take_turns_and_every_one_starts_a_round():
+    timer = _FakeTimer()
+    timings = interleaved({str(s): [lambda s=s: s] for s in (1.0, 2.0, 3.0)}, timer, Schedule(3, 0.0, 60.0, 3))
+    assert timer.order[6:] == [1.0, 2.0, 3.0, 2.0, 3.0, 1.0, 3.0, 1.0, 2.0]
+    assert {name: t.samples for name, t in timings.items()} == {str(s): (s,) * 3 for s in (1.0, 2.0, 3.0)}
+
+
+def test_short_calls_are_timed_in_blocks_that_visit_all_inputs():
+    calls = []
+    interleaved({"a": [lambda: calls.append(0), lambda: calls.append(1)]}, CpuTimer(), Schedule(2, 1e-4, 1.0, 1))
+    assert len(calls) > 8
+    assert calls.count(0) == calls.count(1)
+
+
+def test_the_budget_ends_the_repeats_but_not_before_the_least():
+    timing = interleaved({"a": [lambda: None]}, CpuTimer(), Schedule(50, 0.0, 0.0, 4))["a"]
+    assert len(timing.samples) == 4
+
+
+def test_median_and_quartiles():
+    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0))
+    assert timing.median == 3.0
+    assert timing.quartiles == (2.0, 4.0)
+    assert Timing((1.0, 2.0)).median == 1.5
+    assert Timing((7.0,)).quartiles == (7.0, 7.0)
+
+
+def test_a_cpu_needs_one_set_of_inputs():
+    assert input_sets_for_cold_cache(1, CPU) == 1
+
+
+def test_right_candidates_are_timed_and_wrong_ones_are_not():
+    case = _Doubling(**{OURS: right, "slow but right": right, "wrong": wrong, "broken": broken})
+    (result,) = run_case(case, CpuTimer(), PEAKS, FAST)
+    assert {c.name: c.timing is not None for c in result.candidates} == {
+        OURS: True,
+        "slow but right": True,
+        "wrong": False,
+        "broken": False,
+    }
+    assert result.speedup("slow but right") == pytest.approx(
+        result.timing("slow but right").median / result.ours.median
+    )
+    assert result.speedup("wrong") is None
+    assert len(result.failures) == 1
+    assert "doubling forward N3 fp32 contiguous: wrong: wrong: output 0" in result.failures[0]
+    (left_out,) = [c.left_out for c in result.candidates if c.name == "broken"]
+    assert left_out == "RuntimeError: no compiler here"
+    # 96 bytes at 1 GB/s take longer than 12 operations at 1 GFLOP/s.
+    assert result.floor_seconds == pytest.approx(96e-9)
+
+
+def test_ours_must_run():
+    (result,) = run_case(_Doubling(**{OURS: broken, "eager": right}), CpuTimer(), PEAKS, FAST)
+    assert result.failures == [f"doubling forward N3 fp32 contiguous: {OURS}: RuntimeError: no compiler here"]
+    assert result.speedup("eager") is None
+
+
+def test_the_fastest_variant_is_taken_and_all_are_checked():
+    slow = Variant(lambda inputs: lambda: (sum(torch.ones(10**6)[:1] for _ in range(20)), *right(inputs))[1:])
+    quick = Variant(lambda inputs: lambda: right(inputs))
+    case = _Doubling(**{OURS: {"slow": slow, "quick": quick}})
+    ready = Prepared.of(case)
+    ready.thunks(case.candidates()[0], CpuTimer())
+    assert ready.chosen == {OURS: "quick"}
+    case = _Doubling(**{OURS: {"quick": quick, "wrong": Variant(lambda inputs: lambda: wrong(inputs))}})
+    with pytest.raises(WrongResultError):
+        Prepared.of(case).thunks(case.candidates()[0], CpuTimer())
+
+
+def test_a_variant_may_be_checked_by_another_call_and_yardstick():
+    verified = Variant(lambda inputs: lambda: None, verify=right)
+    case = _Doubling(**{OURS: {"a": verified}})
+    Prepared.of(case).thunks(case.candidates()[0], CpuTimer())
+    rough = Variant(lambda inputs: lambda: wrong(inputs), eager=wrong)
+    case = _Doubling(**{OURS: {"a": rough}})
+    Prepared.of(case).thunks(case.candidates()[0], CpuTimer())
+
+
+@pytest.mark.parametrize("layout", list(recurrent_conv.LAYOUTS))
+@pytest.mark.parametrize("mix", list(recurrent_conv.MIXES))
+@pytest.mark.parametrize(
+    "kind", [recurrent_conv.Forward, recurrent_conv.ForwardBackward, recurrent_conv.AffineAct, recurrent_conv.Step]
+)
+def test_every_library_loop_is_right(kind, mix, layout):
+    shape = recurrent_conv.Shape(2, 5, 1 if kind is recurrent_conv.Step else 4, 3)
+    case = kind(shape, torch.float32, layout, CPU, compile=False)
+    ready = Prepared.of(case)
+    loops = next(c for c in case.candidates() if c.name == "library loop")
+    ready.thunks(Candidate("one", {mix: loops.variants[mix]}), CpuTimer())
+    assert ready.chosen == {"one": mix}
+
+
+@pytest.mark.parametrize("kind", [recurrent_conv.Forward, recurrent_conv.ForwardBackward, recurrent_conv.AffineAct])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_cases_run_through(kind, dtype):
+    (result,) = run_case(
+        kind(recurrent_conv.Shape(2, 8, 3, 4), dtype, "channels_last_3d", CPU, compile=False), CpuTimer(), PEAKS, FAST
+    )
+    assert result.failures == []
+    assert all(c.timing is not None for c in result.candidates)
+    assert all(0 <= c.error_used <= 1 for c in result.candidates)
+
+
+def test_counted_work():
+    shape = recurrent_conv.Shape(2, 8, 4, 3)
+    arguments = (shape, torch.bfloat16, "NCTHW", CPU)
+    clip, state, weight = 2 * 8 * 4 * 9 * 2, 2 * 8 * 9 * 4, 8 * 8 * 2
+    scan = 2 * 2 * 9 * 8 * 8 * 3
+    forward, both = recurrent_conv.Forward(*arguments), recurrent_conv.ForwardBackward(*arguments)
+    fused = recurrent_conv.AffineAct(*arguments)
+    assert (forward.bytes_moved, forward.flops) == (2 * clip + state + weight, scan)
+    assert (both.bytes_moved, both.flops) == (5 * clip + 3 * weight, 3 * scan)
+    assert (fused.bytes_moved, fused.flops) == (3 * clip + state + weight, scan)
+    step = recurrent_conv.Step(recurrent_conv.Shape(2, 8, 1, 3), *arguments[1:])
+    assert (step.bytes_moved, step.flops) == (2 * clip // 4 + 2 * state + weight, 2 * 2 * 9 * 8 * 8)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_ids_are_unique(tier):
+    ids = [case.id for case in collect(tier, CPU)]
+    assert len(ids) == len(set(ids))
+    assert {id.split()[0] for id in ids} == set(OPERATORS)
+    assert tier in SCHEDULES
+
+
+def test_the_suite_has_the_shapes_that_were_promised():
+    standard, full = ({case.id for case in collect(tier, CPU)} for tier in ("standard", "full"))
+    for c, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        for kind, dtype, layout in itertools.product(
+            ("forward", "forward+backward", "fused inference"), ("fp32", "bf16"), ("NCTHW", "channels_last_3d")
+        ):
+            assert f"recurrent_conv {kind} N16 C{c} T16 {side}x{side} {dtype} {layout}" in full
+            assert f"recurrent_conv {kind} N8 C{c} T8 {2 * side}x{2 * side} {dtype} {layout}" in full
+            assert any(
+                f"recurrent_conv {kind} N" in i and f"C{c} T16 {side}x{side} {dtype} {layout}" in i for i in standard
+            )
+        for n in (1, 8):
+            assert f"recurrent_conv step N{n} C{c} T1 {side}x{side} fp32 channels_last_3d" in standard
+    assert "recurrent_conv forward N1 C512 T256 7x7 bf16 NCTHW" in full
+    assert "streaming one frame RCN-18 N1 112x112 bf16 channels_last_3d" in standard
+
+
+def _results():
+    good = _Doubling(**{OURS: right, "eager": right, "compile": broken})
+    bad = _Doubling(**{OURS: wrong, "eager": right})
+    return [next(run_case(case, CpuTimer(), PEAKS, FAST)) for case in (good, bad)]
+
+
+def test_table():
+    text = output.table(_results())
+    header, first, second = text.splitlines()
+    assert header.split("  ")[0] == "doubling: forward"
+    assert "vs eager" in header
+    assert "vs compile" in header
+    assert first.startswith("N3 fp32 contiguous")
+    assert "x" in first.split()[-3]
+    assert "wrong" in second
+
+
+def test_json_round_trip(tmp_path):
+    results = _results()
+    output.write_json(tmp_path / "bench.json", describe(CPU), PEAKS, "quick", results)
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["format"] == output.FORMAT
+    assert data["machine"]["versions"]["torch"] == torch.__version__
+    assert data["machine"]["threads"] == torch.get_num_threads()
+    good, bad = data["results"]
+    ours, eager, compiled = good["candidates"]
+    assert ours["median_s"] == results[0].ours.median == statistics.median(ours["samples_s"])
+    assert eager["speedup_of_ours"] == results[0].speedup("eager")
+    assert compiled["left_out"].startswith("RuntimeError")
+    assert "median_s" not in bad["candidates"][0]
+    assert bad["candidates"][0]["left_out"].startswith("wrong")
+    assert (good["plan"], good["floor_s"]) == ("in one go", pytest.approx(96e-9))
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    output.plot(tmp_path / "bench.png", "doubling", _results(), "a machine")
+    image = imread(tmp_path / "bench.png")[..., :3]
+    drawn = (image < 0.95).any(axis=-1)
+    assert 0.003 < drawn.mean() < 0.5
+    assert (image.max(axis=-1) - image.min(axis=-1) > 0.3).sum() > 50
+    assert not any(edge.any() for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.234, "1.23 s"), (0.0243, "24.3 ms"), (0.123, "123 ms"), (2.5e-6, "2.50 µs"), (3e-8, "30 ns")],
+)
+def test_seconds_for_people(seconds, text):
+    assert output.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "nonsense"], "--device: expected cpu, cuda or cuda:N, got 'nonsense'"),
+        (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (["--filter", "no such case"], "--filter: no case of the standard tier contains 'no such case'"),
+    ],
+)
+def test_bad_arguments_exit_with_2(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rcu-ops: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda_is_said_in_one_line(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["bench", "--quick", "--list", "--op", "streaming"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"streaming one frame RCN-18 N1 112x112 {dtype} channels_last_3d" for dtype in ("fp32", "bf16")
+    ]
+
+
+def test_the_command_writes_its_results_and_fails_on_wrong_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "collect", lambda *_: [_Doubling(**{OURS: right, "eager": right})])
+    monkeypatch.setattr("rcu_ops.bench.machine.measure_peaks", lambda *_: PEAKS)
+    monkeypatch.setitem(SCHEDULES, "quick", FAST)
+    assert main(["bench", "--quick", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "bench.json").exists()
+    assert (tmp_path / "out" / "bench_doubling.png").exists()
+    assert "doubling: forward" in capsys.readouterr().out
+    monkeypatch.setattr(command, "collect", lambda *_: [_Doubling(**{OURS: wrong, "eager": right})])
+    assert main(["bench", "--quick", "--out", str(tmp_path / "out")]) == 1
+    assert f"FAILED: doubling forward N3 fp32 contiguous: {OURS}: wrong: output 0" in capsys.readouterr().err

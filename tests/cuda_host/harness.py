@@ -1,0 +1,296 @@
+"""Builds the CUDA kernels for the host (see machine.h) and runs them on torch CPU tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of rcu_ops::DType
+
+FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+SANITIZERS: dict[str, list[str]] = {
+    "none": ["-O1"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+MACHINE: dict[str, list[str]] = {
+    "none": ["-O1"],
+    "address": ["-O1", "-fsanitize=address"],
+    "thread": ["-O1", "-DCUDA_HOST_THREAD_SANITIZER"],
+}
+
+
+def kernel_sources() -> list[Path]:
+    return [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "probes.cu"]
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """The CUDA compiler, as the build looks for it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+@functools.cache
+def toolkit_headers() -> Path | None:
+    """The directory of cuda_bf16.h, or None."""
+    if (compiler := nvcc()) is None:
+        return None
+    # nvcc itself knows its root; what is on PATH may be a wrapper.
+    text = subprocess.run([compiler, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    tops = [line.partition("TOP=")[2] for line in text.splitlines() if line.startswith("#$ TOP=")]
+    for top in [*tops, str(Path(compiler).parent.parent)]:
+        for include in (Path(top) / "include", Path(top) / "targets" / "x86_64-linux" / "include"):
+            if (include / "cuda_bf16.h").exists():
+                return include.resolve()
+    return None
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be built for the host here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    if toolkit_headers() is None:
+        return "no CUDA toolkit headers (cuda_bf16.h)"
+    return None
+
+
+class BuildError(Exception):
+    pass
+
+
+def _compile(command: Sequence[str | Path]) -> subprocess.Popen[str]:
+    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def build(directory: Path, sanitizer: str = "none", replaced: dict[str, Path] | None = None) -> Path:
+    """Compile the machine with all kernels; ``replaced``: file names of kernel sources to take from elsewhere.
+
+    Objects are shared between builds in ``directory`` that need the same ones, two compilers run at once.
+    """
+    headers = toolkit_headers()
+    assert headers is not None
+    include = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(headers)]
+    jobs = []
+    for source in [*kernel_sources(), HERE / "machine.cpp", HERE / "main.cpp"]:
+        source = (replaced or {}).get(source.name, source)
+        flags = [*FLAGS, *SANITIZERS[sanitizer]]
+        if source.name == "machine.cpp":
+            # Only the kernels are under test. ThreadSanitizer is told about fibers and must not see the machine itself.
+            flags = [*FLAGS, *MACHINE[sanitizer]]
+        elif source.name == "main.cpp":
+            flags = [*FLAGS, *SANITIZERS["none"]]
+        name = hashlib.sha256(f"{source} {flags}".encode()).hexdigest()[:16]
+        jobs.append((["g++", *flags, *include, "-x", "c++", "-c", source], directory / f"{source.stem}-{name}.o"))
+    running: list[tuple[subprocess.Popen[str], Path]] = []
+    waiting = [job for job in jobs if not job[1].exists()]
+    while waiting or running:
+        while waiting and len(running) < 2:
+            command, output = waiting.pop()
+            running.append((_compile([*command, "-o", output]), output))
+        process, output = running.pop(0)
+        text = process.communicate()[0]
+        if process.returncode != 0:
+            output.unlink(missing_ok=True)
+            raise BuildError(text)
+    objects = [str(output) for _, output in jobs]
+    executable = directory / f"cuda_host-{sanitizer}-{hashlib.sha256(''.join(objects).encode()).hexdigest()[:16]}"
+    if not executable.exists():
+        link = subprocess.run(
+            ["g++", *SANITIZERS[sanitizer], *objects, "-o", str(executable)], capture_output=True, text=True
+        )
+        if link.returncode != 0:
+            raise BuildError(link.stderr)
+    return executable
+
+
+class LaunchError(Exception):
+    """A launch returned an error, or the machine reported a fault."""
+
+
+class SanitizerReport(Exception):
+    """AddressSanitizer, UndefinedBehaviorSanitizer or ThreadSanitizer ended the process."""
+
+
+@dataclasses.dataclass
+class Machine:
+    """An executable of :func:`build` and where its cases are written.
+
+    Attributes:
+        seed: of the schedule.
+        device: limits of the pretended GPU (shared_bytes, multiprocessors, architecture) and ``resident`` blocks.
+        plain: run scans on the plain kernel whatever the planner prefers.
+        plan: how the last scan ran, in the planner's words.
+    """
+
+    executable: Path
+    directory: Path
+    seed: int = 0
+    device: dict[str, int] = dataclasses.field(default_factory=dict)
+    plain: bool = False
+    plan: str = ""
+
+    def run(self, fields: dict[str, object], storages: Iterable[Tensor]) -> None:
+        """One case; the tensors' storages are updated in place."""
+        case = self.directory / "case"
+        storages = list(storages)
+        raw = [torch.empty(0, dtype=torch.uint8).set_(s.untyped_storage()) for s in storages]
+        lines = {"storages": [r.numel() for r in raw], "seed": self.seed, **self.device, **fields}
+        case.with_suffix(".txt").write_text(
+            "".join(
+                f"{key} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}\n"
+                for key, value in lines.items()
+            )
+        )
+        case.with_suffix(".bin").write_bytes(b"".join(r.numpy().tobytes() for r in raw))
+        environment = {
+            **os.environ,
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # an aborted launch abandons its fibers
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+        }
+        # ThreadSanitizer's memory layout does not survive every kind of address space randomisation.
+        command = (
+            ["setarch", "-R", str(self.executable)] if "-thread-" in self.executable.name else [str(self.executable)]
+        )
+        result = subprocess.run(
+            [*command, str(case)], env=environment, capture_output=True, text=True, errors="replace"
+        )
+        if result.returncode != 0:
+            raise SanitizerReport(f"exit code {result.returncode}\n{result.stdout}{result.stderr[:8000]}")
+        verdict, _, self.plan = result.stdout.strip().partition(" ")
+        if verdict != "ok":
+            raise LaunchError(result.stdout.strip())
+        data, at = bytearray(case.with_suffix(".out").read_bytes()), 0
+        for r in raw:
+            if r.numel():
+                r.copy_(torch.frombuffer(data, dtype=torch.uint8, count=r.numel(), offset=at))
+            at += r.numel()
+
+    def probe(self, name: str, *tensors: Tensor) -> None:
+        self.run({"op": "probe", "name": name}, tensors)
+
+    # ---- the operators, as csrc/bindings.cpp calls the kernels ----
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        h0: Tensor | None = None,
+        *,
+        mean: bool = False,
+        reverse: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """recurrent_conv, or recurrent_conv_affine_act when scale is given."""
+        alpha = 0.5 if mean else 1.0
+        y, h_n = poisoned_like(x), poisoned_like(x.select(2, 0), state_dtype(x.dtype))
+        first = alpha if h0 is not None else 1.0
+        self._call(
+            "scan",
+            views={"x": x, "y": y, "residual": residual, "first": h0, "last": h_n},
+            pointers={"weight": weight, "scale": scale, "shift": shift},
+            shape=x,
+            reverse=int(reverse),
+            weight_out=weight.stride(0),
+            weight_in=weight.stride(1),
+            relu=int(relu),
+            init=0 if h0 is None else 1,
+            last_kind=1,
+            alpha=alpha,
+            alpha_first=first,
+            alpha_final=alpha if x.shape[2] > 1 else first,
+        )
+        return y, h_n
+
+    def backward(
+        self,
+        grad_h: Tensor | None,
+        grad_h_n: Tensor | None,
+        h: Tensor,
+        weight: Tensor,
+        h0: Tensor | None = None,
+        *,
+        mean: bool = False,
+        reverse: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        alpha = 0.5 if mean else 1.0
+        dx, dweight = poisoned_like(h), poisoned_like(torch.empty(weight.shape, dtype=weight.dtype))
+        dh0 = None if h0 is None else poisoned_like(h0)
+        final = 1.0 if h0 is None else alpha
+        self._call(
+            "scan",
+            views={"x": grad_h, "y": dx, "first": grad_h_n, "last": dh0},
+            pointers={"weight": weight},
+            shape=h,
+            reverse=int(not reverse),
+            weight_out=weight.stride(1),
+            weight_in=weight.stride(0),
+            relu=0,
+            init=0 if grad_h_n is None else 2,
+            last_kind=0 if h0 is None else 2,
+            alpha=alpha,
+            alpha_first=alpha if h.shape[2] > 1 else final,
+            alpha_final=final,
+        )
+        self._call(
+            "weight_grad",
+            views={"dx": dx, "h": h, "first": h0},
+            pointers={"dweight": dweight},
+            shape=h,
+            reverse=int(reverse),
+        )
+        return dx, dweight, dh0
+
+    def _call(
+        self,
+        op: str,
+        views: dict[str, Tensor | None],
+        pointers: dict[str, Tensor | None],
+        shape: Tensor,
+        **fields: float,
+    ) -> None:
+        n, c, t, height, width = shape.shape
+        case: dict[str, object] = {"op": op, "N": n, "C": c, "T": t, "H": height, "W": width}
+        case.update(fields, dtype=DTYPES.index(shape.dtype), plain=int(self.plain))
+        storages: dict[int, Tensor] = {}
+
+        def place(tensor: Tensor) -> list[int]:
+            key = tensor.untyped_storage()._cdata
+            storages.setdefault(key, tensor)
+            return [list(storages).index(key), tensor.storage_offset()]
+
+        for name, tensor in views.items():
+            if tensor is not None:
+                s = tensor.stride()
+                strides = s if len(s) == 5 else (*s[:2], 0, *s[2:])
+                case[name] = [*place(tensor), DTYPES.index(tensor.dtype), *strides]
+        for name, tensor in pointers.items():
+            if tensor is not None:
+                case[name] = place(tensor)
+        self.run(case, storages.values())
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def poisoned_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.empty_like`` in which an element that nobody writes stays NaN."""
+    return torch.full_like(x, torch.nan, dtype=dtype)

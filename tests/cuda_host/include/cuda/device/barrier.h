@@ -1,0 +1,11 @@
+// Host twin of csrc/cuda/device/barrier.h.
+#pragma once
+
+#include "cuda/device/runtime.h"
+
+namespace rcu_ops::cuda {
+
+inline void block_barrier(cuda_host::Location where = cuda_host::Location::current()) { cuda_host::block_barrier(where); }
+inline void warp_barrier(cuda_host::Location where = cuda_host::Location::current()) { cuda_host::warp_barrier(where); }
+
+}  // namespace rcu_ops::cuda

@@ -1,0 +1,55 @@
+// Host twin of csrc/cuda/device/matrix_copy.h. Every lane reads and writes its own elements itself, so that the sanitizers
+// see who touches what; and since nothing says which lane of the warp fetches a row, the one that names it reads it too.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device/matrix_store_shuffled.h"
+#include "cuda/device/runtime.h"
+
+namespace rcu_ops::cuda {
+
+namespace matrix_host {
+
+// The rows' addresses of Count tiles, checked.
+template <int Count>
+auto rows(const char* operation, const void* row, const cuda_host::Location& where) {
+  const auto mine = reinterpret_cast<uintptr_t>(row);
+  if (cuda_host::lane() < 8 * Count && mine % 16 != 0) cuda_host::fail("a row of a tile is not aligned to 16 bytes", where);
+  return cuda_host::exchange(operation, mine, where);
+}
+
+}  // namespace matrix_host
+
+template <int Count, bool Transposed>
+void load_matrix(uint32_t (&r)[Count], const void* row, cuda_host::Location where = cuda_host::Location::current()) {
+  static_assert(Count == 1 || Count == 2 || Count == 4);
+  const auto all = matrix_host::rows<Count>("load_matrix", row, where);
+  const int g = cuda_host::lane() / 4, q = cuda_host::lane() % 4;
+  if (cuda_host::lane() < 8 * Count)
+    for (int i = 0; i < 8; ++i) static_cast<void>(static_cast<const volatile uint16_t*>(row)[i]);
+  for (int i = 0; i < Count; ++i) {
+    uint32_t halves[2];
+    for (int j = 0; j < 2; ++j)
+      halves[j] = Transposed ? reinterpret_cast<const uint16_t*>(all[8 * i + 2 * q + j])[g]
+                             : reinterpret_cast<const uint16_t*>(all[8 * i + g])[2 * q + j];
+    r[i] = halves[0] | halves[1] << 16;
+  }
+}
+
+template <int Count, bool Transposed>
+void store_matrix(void* row, const uint32_t (&r)[Count], cuda_host::Location where = cuda_host::Location::current()) {
+  static_assert(Count == 1 || Count == 2 || Count == 4);
+  const auto all = matrix_host::rows<Count>("store_matrix", row, where);
+  const int g = cuda_host::lane() / 4, q = cuda_host::lane() % 4;
+  for (int i = 0; i < Count; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const auto half = static_cast<uint16_t>(r[i] >> (16 * j));
+      if (Transposed)
+        reinterpret_cast<uint16_t*>(all[8 * i + 2 * q + j])[g] = half;
+      else
+        reinterpret_cast<uint16_t*>(all[8 * i + g])[2 * q + j] = half;
+    }
+}
+
+}  // namespace rcu_ops::cuda

@@ -1,0 +1,482 @@
+#include "machine.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+// This file is compiled without -fsanitize=thread, so that ThreadSanitizer sees the kernels alone, and is told what orders
+// memory through its fiber interface.
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+#include <sanitizer/tsan_interface.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace cuda_host {
+
+Options options;
+
+namespace {
+
+// ---- context switches ----------------------------------------------------------------------------------------------
+
+constexpr size_t stack_bytes = 256 * 1024;
+
+#if defined(__x86_64__)
+extern "C" void cuda_host_switch(void** save, void* restore);
+asm(R"(
+.text
+.type cuda_host_switch, @function
+cuda_host_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_host_switch, .-cuda_host_switch
+)");
+#endif
+
+struct Context {
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t state;
+#endif
+  char* stack = nullptr;  // null: the scheduler, on the process's own stack
+  size_t size = 0;
+  void* fake_stack = nullptr;
+  void* sanitizer = nullptr;
+
+  void prepare(void (*entry)()) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, size);
+#endif
+#if defined(__x86_64__)
+    // As if a call to `entry` had been cut off at the switch: six registers, the return address, and its own (none).
+    auto** top = reinterpret_cast<void**>(stack + size) - 8;
+    std::fill(top, top + 8, nullptr);
+    top[6] = reinterpret_cast<void*>(entry);
+    stack_pointer = top;
+#else
+    getcontext(&state);
+    state.uc_stack.ss_sp = stack;
+    state.uc_stack.ss_size = size;
+    state.uc_link = nullptr;
+    makecontext(&state, entry, 0);
+#endif
+  }
+};
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+#endif
+
+void announce_switch([[maybe_unused]] Context& from, [[maybe_unused]] const Context& to, [[maybe_unused]] bool dying) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(dying ? nullptr : &from.fake_stack, to.stack ? to.stack : scheduler_stack,
+                                 to.stack ? to.size : scheduler_stack_size);
+#endif
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  __tsan_switch_to_fiber(to.sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
+// On arrival in `self`; the first arrival in a fiber also tells where the scheduler's stack is.
+void arrived([[maybe_unused]] Context& self) {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* from = nullptr;
+  size_t size = 0;
+  __sanitizer_finish_switch_fiber(self.fake_stack, &from, &size);
+  if (self.stack) {
+    scheduler_stack = from;
+    scheduler_stack_size = size;
+  }
+#endif
+}
+
+void switch_context(Context& from, Context& to, bool dying = false) {
+  announce_switch(from, to, dying);
+#if defined(__x86_64__)
+  cuda_host_switch(&from.stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&from.state, &to.state);
+#endif
+  arrived(from);
+}
+
+// Memory ordering, for ThreadSanitizer: what was done before release(x) is seen after acquire(x).
+void acquire([[maybe_unused]] void* token) {
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  __tsan_acquire(token);
+#endif
+}
+void release([[maybe_unused]] void* token) {
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  __tsan_release(token);
+#endif
+}
+
+// ---- threads, warps, blocks ------------------------------------------------------------------------------------------
+
+struct Copy {
+  void* shared;
+  const void* global;
+  size_t bytes;
+};
+
+enum class Wait { none, block, warp, exited };
+
+struct Block;
+struct Warp;
+
+struct Fiber {
+  Context context;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  uint3 index{};
+  unsigned number = 0;  // within the block
+  Wait wait = Wait::none;
+  const char* operation = "";
+  Location where;
+  std::vector<Copy> open;                // not committed yet
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
+  uint64_t exchanges = 0, block_barriers = 0, warp_barriers = 0;
+};
+
+// Tokens name what orders memory. Barriers take turns with two of them: a thread may leave for the next barrier before
+// another has woken up from this one, and must not be ordered with it by that.
+struct Warp {
+  int members = 0, waiting = 0;
+  alignas(64) unsigned char contributions[2][32 * contribution_bytes];
+  char barrier[2] = {};
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<Fiber*> fibers;
+  std::vector<std::unique_ptr<Warp>> warps;
+  unsigned char* shared = nullptr;
+  size_t waiting = 0, exited = 0;
+  char begin = 0, end = 0, barrier[2] = {};
+};
+
+struct Launch {
+  const char* name;
+  dim3 grid, block;
+  size_t shared_bytes;
+  const std::function<void()>* kernel;
+  std::string error;
+};
+
+Context scheduler;
+Fiber* running = nullptr;
+Launch* launch = nullptr;
+std::vector<Fiber*> runnable;
+std::vector<Fiber*> idle;  // finished fibers, with their stacks
+std::mt19937_64 random_source;
+
+size_t draw(size_t count) { return std::uniform_int_distribution<size_t>(0, count - 1)(random_source); }
+
+std::string place(const Location& where) {
+  const char* file = std::strrchr(where.file_name(), '/');
+  return std::string(file ? file + 1 : where.file_name()) + ":" + std::to_string(where.line());
+}
+
+std::string name_of(const Fiber& f) {
+  const auto text = [](uint3 v) {
+    return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
+  };
+  return "block " + text(f.block->index) + " thread " + std::to_string(f.number);
+}
+
+void land(std::vector<Copy>& copies) {
+  while (!copies.empty()) {
+    std::swap(copies[draw(copies.size())], copies.back());
+    const Copy copy = copies.back();
+    copies.pop_back();
+    std::memcpy(copy.shared, copy.global, copy.bytes);
+  }
+}
+
+void make_runnable(Fiber* f) {
+  f->wait = Wait::none;
+  runnable.push_back(f);
+}
+
+void sleep(Wait wait, const char* operation, const Location& where) {
+  running->wait = wait;
+  running->operation = operation;
+  running->where = where;
+  switch_context(running->context, scheduler);
+}
+
+void fiber_main() {
+  arrived(running->context);
+  acquire(&running->block->begin);
+  (*launch->kernel)();
+  const bool landed = std::all_of(running->groups.begin(), running->groups.end(), [](const auto& g) { return g.empty(); });
+  if (!running->open.empty() || !landed)
+    fail("a thread exits with asynchronous copies in flight", Location::current());
+  release(&running->block->end);
+  running->wait = Wait::exited;
+  switch_context(running->context, scheduler, true);
+  std::abort();
+}
+
+Fiber* new_fiber() {
+  if (!idle.empty()) {
+    Fiber* f = idle.back();
+    idle.pop_back();
+    return f;
+  }
+  auto* f = new Fiber;
+  // An inaccessible page below the stack: an overflow is a fault and not somebody else's data.
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  void* memory = mmap(nullptr, page + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
+    std::perror("a fiber's stack");
+    std::abort();
+  }
+  f->context.stack = static_cast<char*>(memory) + page;
+  f->context.size = stack_bytes;
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  f->context.sanitizer = __tsan_create_fiber(0);
+#endif
+  return f;
+}
+
+std::unique_ptr<Block> start_block(const Launch& l, uint64_t number) {
+  auto block = std::make_unique<Block>();
+  block->index = {static_cast<unsigned>(number % l.grid.x), static_cast<unsigned>(number / l.grid.x % l.grid.y),
+                  static_cast<unsigned>(number / l.grid.x / l.grid.y)};
+  if (l.shared_bytes > 0) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, l.shared_bytes) != 0) std::abort();
+    block->shared = static_cast<unsigned char*>(memory);
+    std::memset(block->shared, 0xff, l.shared_bytes);
+  }
+  const unsigned threads = l.block.x * l.block.y * l.block.z;
+  for (unsigned i = 0; i < threads; ++i) {
+    if (i % 32 == 0) block->warps.push_back(std::make_unique<Warp>());
+    Fiber* f = new_fiber();
+    f->block = block.get();
+    f->warp = block->warps.back().get();
+    ++f->warp->members;
+    f->number = i;
+    f->index = {i % l.block.x, i / l.block.x % l.block.y, i / l.block.x / l.block.y};
+    f->exchanges = f->block_barriers = f->warp_barriers = 0;
+    f->open.clear();
+    f->groups.clear();
+    f->context.prepare(fiber_main);
+    block->fibers.push_back(f);
+    make_runnable(f);
+  }
+  release(&block->begin);
+  return block;
+}
+
+void end_block(Block& block) {
+  acquire(&block.end);
+  for (Fiber* f : block.fibers) idle.push_back(f);
+  std::free(block.shared);
+}
+
+// Nobody can run: says who waits for what.
+std::string report_deadlock(const Block& block) {
+  struct Group {
+    std::string text;
+    unsigned first, count;
+  };
+  std::vector<Group> groups;
+  for (const Fiber* f : block.fibers) {
+    std::string text = f->wait == Wait::exited ? "exited"
+                                               : std::string("at ") + f->operation + " (" + place(f->where) + ")";
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.text == text; });
+    if (same != groups.end())
+      ++same->count;
+    else
+      groups.push_back({std::move(text), f->number, 1});
+  }
+  std::string text = "threads of one block wait for each other in different places:";
+  for (const Group& g : groups)
+    text += " " + std::to_string(g.count) + " " + g.text + ", the first is thread " + std::to_string(g.first) + ";";
+  return text;
+}
+
+void release_block_if_complete(Block& block) {
+  if (block.waiting != block.fibers.size()) return;
+  block.waiting = 0;
+  const Fiber& first = *block.fibers.front();
+  for (const Fiber* f : block.fibers)
+    if (f->where.line() != first.where.line() || std::strcmp(f->where.file_name(), first.where.file_name()) != 0) {
+      launch->error = report_deadlock(block);
+      return;
+    }
+  for (Fiber* f : block.fibers) make_runnable(f);
+}
+
+void release_warp_if_complete(Warp& warp, Block& block) {
+  if (warp.waiting != 32) return;
+  warp.waiting = 0;
+  const Fiber* first = nullptr;
+  for (Fiber* f : block.fibers) {
+    if (f->warp != &warp) continue;
+    if (!first) first = f;
+    if (f->where.line() != first->where.line() || std::strcmp(f->operation, first->operation) != 0) {
+      launch->error = report_deadlock(block);
+      return;
+    }
+  }
+  for (Fiber* f : block.fibers)
+    if (f->warp == &warp) make_runnable(f);
+}
+
+void meet_warp(const char* operation, const Location& where) {
+  if (running->warp->members != 32) fail(std::string(operation) + " in a warp of fewer than 32 threads", where);
+  ++running->warp->waiting;
+  sleep(Wait::warp, operation, where);
+}
+
+}  // namespace
+
+std::string run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+  const auto refuse = [&](const std::string& why) { return std::string(name) + ": invalid launch: " + why; };
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || blocks == 0) return refuse("the grid is empty or too large");
+  if (threads == 0 || threads > 1024 || block.z > 64) return refuse(std::to_string(threads) + " threads per block");
+  if (static_cast<int64_t>(shared_bytes) > options.shared_bytes)
+    return refuse(std::to_string(shared_bytes) + " bytes of shared memory, the device has " + std::to_string(options.shared_bytes));
+
+  Launch current{name, grid, block, shared_bytes, &kernel, {}};
+  launch = &current;
+  random_source.seed(options.seed);
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  scheduler.sanitizer = __tsan_get_current_fiber();
+#endif
+  std::vector<uint64_t> order(blocks);
+  for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random_source);
+  std::vector<std::unique_ptr<Block>> resident;
+  size_t started = 0;
+  while (current.error.empty() && (started < blocks || !resident.empty())) {
+    while (started < blocks && resident.size() < static_cast<size_t>(options.resident))
+      resident.push_back(start_block(current, order[started++]));
+    if (runnable.empty()) {
+      current.error = report_deadlock(*resident[draw(resident.size())]);
+      break;
+    }
+    std::swap(runnable[draw(runnable.size())], runnable.back());
+    running = runnable.back();
+    runnable.pop_back();
+    switch_context(scheduler, running->context);
+    Block& of = *running->block;
+    if (running->wait == Wait::block) {
+      release_block_if_complete(of);
+    } else if (running->wait == Wait::warp) {
+      release_warp_if_complete(*running->warp, of);
+    } else if (running->wait == Wait::exited && ++of.exited == of.fibers.size()) {
+      end_block(of);
+      resident.erase(std::find_if(resident.begin(), resident.end(), [&](const auto& b) { return b.get() == &of; }));
+    }
+  }
+  // After an error the fibers in flight are abandoned where they stand, with their stacks.
+  runnable.clear();
+  running = nullptr;
+  launch = nullptr;
+  return current.error.empty() ? std::string() : std::string(name) + ": " + current.error;
+}
+
+uint3 thread_index() { return running->index; }
+uint3 block_index() { return running->block->index; }
+dim3 block_size() { return launch->block; }
+dim3 grid_size() { return launch->grid; }
+unsigned char* dynamic_shared() { return running->block->shared; }
+
+void fail(const std::string& what, const Location& where) {
+  launch->error = name_of(*running) + ": " + what + " (" + place(where) + ")";
+  switch_context(running->context, scheduler);
+  std::abort();
+}
+
+void block_barrier(const Location& where) {
+  char* token = &running->block->barrier[running->block_barriers++ % 2];
+  release(token);
+  ++running->block->waiting;
+  sleep(Wait::block, "block_barrier", where);
+  acquire(token);
+}
+
+void warp_barrier(const Location& where) {
+  char* token = &running->warp->barrier[running->warp_barriers++ % 2];
+  release(token);
+  meet_warp("warp_barrier", where);
+  acquire(token);
+}
+
+void copy_quietly(void* to, const void* from, size_t size) {
+  // Not memcpy, which ThreadSanitizer intercepts: what the asm hides does not become one.
+  for (size_t i = 0; i < size; ++i) {
+    static_cast<unsigned char*>(to)[i] = static_cast<const unsigned char*>(from)[i];
+    asm volatile("" ::: "memory");
+  }
+}
+
+const unsigned char* exchange(const char* operation, const void* contribution, size_t size, const Location& where) {
+  // Two buffers suffice: nobody contributes to the exchange after the next before all have left this one.
+  unsigned char* all = running->warp->contributions[running->exchanges++ % 2];
+  copy_quietly(all + running->number % 32 * contribution_bytes, contribution, size);
+  meet_warp(operation, where);
+  return all;
+}
+
+void async_copy(void* shared, const void* global, size_t bytes, const Location& where) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0)
+    fail("an asynchronous copy of " + std::to_string(bytes) + " bytes is not aligned to its size", where);
+  const auto* begin = running->block->shared;
+  const auto* at = static_cast<const unsigned char*>(shared);
+  if (at < begin || at + bytes > begin + launch->shared_bytes)
+    fail("an asynchronous copy ends outside of shared memory", where);
+  std::memset(shared, 0xff, bytes);
+  running->open.push_back({shared, global, bytes});
+}
+
+void async_commit() {
+  running->groups.push_back(std::move(running->open));
+  running->open.clear();
+}
+
+void async_wait(size_t groups) {
+  std::vector<Copy> due;
+  while (running->groups.size() > groups) {
+    due.insert(due.end(), running->groups.front().begin(), running->groups.front().end());
+    running->groups.pop_front();
+  }
+  land(due);
+}
+
+}  // namespace cuda_host

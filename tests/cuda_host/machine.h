@@ -1,0 +1,90 @@
+// A CUDA device on a CPU: runs the unchanged kernels thread by thread. The headers under include/cuda/device/ stand in for
+// those of csrc/cuda/device/ and call this.
+//
+// Threads.     Every CUDA thread is a fiber of one CPU thread; nothing runs in parallel. Whenever a fiber must wait, the
+//              next one is drawn at random from all that can run (Options::seed), across the `resident` blocks that are in
+//              flight at once, which start in random order. A missing barrier therefore shows as a wrong result under most
+//              seeds, and, in the build with ThreadSanitizer, as a data race under all of them: each fiber is a thread to
+//              it, and only what orders memory in CUDA (block_barrier, warp_barrier, the ends of a launch) orders it here.
+// Shared       Dynamic shared memory is a heap block of exactly the launch's size, so that AddressSanitizer sees the first
+// memory.      byte beyond it, and starts as 0xff bytes: NaN in every format, -1 as an index.
+// Waiting.     Threads that wait for each other in different places, or for threads that have exited, end the launch with
+//              a report instead of a hang.
+// Warps.       Warp-wide operations meet at exchange(): all 32 lanes, the same operation, the same source line.
+// Copies.      An asynchronous copy lands when its thread waits for it and not before, in random order within what the wait
+//              covers; until then its destination holds 0xff bytes. Copies still in flight when a thread exits are reported.
+//
+// What this does not show: timing, bank conflicts, coalescing, registers, the rounding of the matrix unit (a product sum is
+// computed exactly and truncated to fp32), and races between blocks that were not in flight together.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+
+namespace cuda_host {
+
+using Location = std::source_location;
+
+struct Options {
+  uint64_t seed = 0;
+  int resident = 2;  // blocks in flight at once
+  // The device that launches see; an sm_80 unless a test says otherwise.
+  int architecture = 80;
+  int multiprocessors = 4;
+  int64_t shared_bytes = 163 * 1024;
+};
+extern Options options;
+
+// Runs every block of the grid. Returns what went wrong, or an empty string.
+std::string run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+// ---- from inside a kernel ----------------------------------------------------------------------------------------
+
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+unsigned char* dynamic_shared();
+
+// Ends the launch with a report; does not return.
+[[noreturn]] void fail(const std::string& what, const Location& where);
+
+void block_barrier(const Location& where);
+void warp_barrier(const Location& where);
+
+// The most that one lane contributes to an exchange.
+inline constexpr size_t contribution_bytes = 64;
+
+// Every lane of the warp contributes `size` bytes and gets those of all lanes, `contribution_bytes` apart and in lane
+// order, valid until its next exchange. Orders no memory.
+const unsigned char* exchange(const char* operation, const void* contribution, size_t size, const Location& where);
+
+// Copies without a sanitizer's knowledge: what lanes exchange is registers, not memory.
+void copy_quietly(void* to, const void* from, size_t size);
+
+// The exchange of one value of type T.
+template <typename T>
+struct Lanes {
+  T values[32];
+  const T& operator[](int lane) const { return values[lane]; }
+};
+template <typename T>
+Lanes<T> exchange(const char* operation, const T& mine, const Location& where) {
+  static_assert(sizeof(T) <= contribution_bytes);
+  const unsigned char* all = exchange(operation, &mine, sizeof(T), where);
+  Lanes<T> lanes;
+  for (int lane = 0; lane < 32; ++lane) copy_quietly(&lanes.values[lane], all + lane * contribution_bytes, sizeof(T));
+  return lanes;
+}
+inline int lane() { return static_cast<int>(thread_index().x % 32); }
+
+void async_copy(void* shared, const void* global, size_t bytes, const Location& where);
+void async_commit();
+void async_wait(size_t groups);
+
+}  // namespace cuda_host

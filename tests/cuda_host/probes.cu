@@ -1,0 +1,241 @@
+// Kernels that show one thing each: what a wrapper of csrc/cuda/device/ does, or a fault that the machine must report.
+#include "probes.h"
+
+#include "cuda/device/async_copy.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/matrix_copy.h"
+#include "cuda/device/mma.h"
+#include "cuda/device/runtime.h"
+#include "cuda/device/shared_memory.h"
+#include "cuda/device/shuffle.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+// a [32 lanes][4], b [32][2], d [32][4], in and out.
+template <typename T>
+__global__ void mma_probe(const uint32_t* a, const uint32_t* b, float* d) {
+  const int lane = threadIdx.x;
+  uint32_t x[4], y[2];
+  float z[4];
+  for (int i = 0; i < 4; ++i) x[i] = a[4 * lane + i];
+  for (int i = 0; i < 2; ++i) y[i] = b[2 * lane + i];
+  for (int i = 0; i < 4; ++i) z[i] = d[4 * lane + i];
+  if constexpr (std::is_same_v<T, float>)
+    mma_m16n8k8_tf32(z, x, y);
+  else
+    mma_m16n8k16<T>(z, x, y);
+  for (int i = 0; i < 4; ++i) d[4 * lane + i] = z[i];
+}
+
+constexpr int tile_bytes = 4096;
+
+// shared [4096 bytes] in, rows [32] byte offsets in, r [32][Count] out.
+template <int Count, bool Transposed>
+__global__ void load_matrix_probe(const uint32_t* shared, const int* rows, uint32_t* r) {
+  auto* memory = dynamic_shared<uint32_t>();
+  for (int i = threadIdx.x; i < tile_bytes / 4; i += 32) memory[i] = shared[i];
+  warp_barrier();
+  uint32_t loaded[Count];
+  load_matrix<Count, Transposed>(loaded, dynamic_shared<char>(rows[threadIdx.x]));
+  for (int i = 0; i < Count; ++i) r[Count * threadIdx.x + i] = loaded[i];
+}
+
+// The inverse: shared is the output, of which the rest is zero.
+template <int Count, bool Transposed, bool Shuffled>
+__global__ void store_matrix_probe(uint32_t* shared, const int* rows, const uint32_t* r) {
+  auto* memory = dynamic_shared<uint32_t>();
+  for (int i = threadIdx.x; i < tile_bytes / 4; i += 32) memory[i] = 0;
+  warp_barrier();
+  uint32_t stored[Count];
+  for (int i = 0; i < Count; ++i) stored[i] = r[Count * threadIdx.x + i];
+  if constexpr (Shuffled)
+    store_matrix_shuffled<Count, Transposed>(dynamic_shared<char>(rows[threadIdx.x]), stored);
+  else
+    store_matrix<Count, Transposed>(dynamic_shared<char>(rows[threadIdx.x]), stored);
+  warp_barrier();
+  for (int i = threadIdx.x; i < tile_bytes / 4; i += 32) shared[i] = memory[i];
+}
+
+// values [32], argument [1], out [4][32]: shuffle from lane + argument, shuffle_xor, shuffle_up, shuffle_down.
+__global__ void shuffle_probe(const int64_t* values, const int* argument, int64_t* out) {
+  const int lane = threadIdx.x, n = *argument;
+  const auto value = static_cast<long long>(values[lane]);
+  out[lane] = shuffle(value, lane + n);
+  out[32 + lane] = shuffle_xor(value, n);
+  out[64 + lane] = shuffle_up(value, n);
+  out[96 + lane] = shuffle_down(value, n);
+}
+
+// in [3][32] words, out [3][32]: the second of three groups of copies may still be in flight when it is read.
+__global__ void async_copy_probe(const uint32_t* in, uint32_t* out) {
+  auto* memory = dynamic_shared<uint32_t>();
+  const int lane = threadIdx.x;
+  for (int group = 0; group < 3; ++group) {
+    async_copy<4>(memory + 32 * group + lane, in + 32 * group + lane);
+    async_commit();
+  }
+  async_wait<2>();
+  out[lane] = memory[lane];
+  out[32 + lane] = memory[32 + lane];
+  async_wait<0>();
+  out[64 + lane] = memory[64 + lane];
+}
+
+// Every block writes its index and size of the grid, every thread its own: out [blocks][threads][4].
+__global__ void index_probe(int* out) {
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  int* at = out + 4 * (block * static_cast<int>(blockDim.x * blockDim.y * blockDim.z) + thread);
+  at[0] = blockIdx.x + 10 * blockIdx.y + 100 * blockIdx.z;
+  at[1] = threadIdx.x + 10 * threadIdx.y + 100 * threadIdx.z;
+  at[2] = gridDim.x + 10 * gridDim.y + 100 * gridDim.z;
+  at[3] = blockDim.x + 10 * blockDim.y + 100 * blockDim.z;
+}
+
+// ---- faults ----------------------------------------------------------------------------------------------------------
+
+__global__ void divergent_barrier(int* out) {
+  if (threadIdx.x < 40)
+    block_barrier();
+  else
+    block_barrier();
+  out[threadIdx.x] = 1;
+}
+__global__ void barrier_after_exit(int* out) {
+  if (threadIdx.x == 7) return;
+  block_barrier();
+  out[threadIdx.x] = 1;
+}
+__global__ void half_a_warp_shuffles(int* out) {
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = shuffle_xor(static_cast<int>(threadIdx.x), 1);
+}
+__global__ void different_operations(int* out) {
+  out[threadIdx.x] = threadIdx.x % 2 ? shuffle_xor(1, 2) : shuffle_up(1, 2);
+}
+__global__ void misaligned_copy(const uint32_t* in, uint32_t* out) {
+  async_copy<8>(dynamic_shared<uint32_t>() + 1, in);
+  async_commit();
+  async_wait<0>();
+  out[0] = *dynamic_shared<uint32_t>();
+}
+__global__ void copy_never_awaited(const uint32_t* in, uint32_t* out) {
+  async_copy<4>(dynamic_shared<uint32_t>(), in);
+  async_commit();
+  out[0] = 1;
+}
+// Neighbours exchange through shared memory; Barrier says whether correctly.
+template <bool Barrier>
+__global__ void neighbours(int* out) {
+  auto* memory = dynamic_shared<int>();
+  memory[threadIdx.x] = static_cast<int>(threadIdx.x);
+  if constexpr (Barrier) block_barrier();
+  out[threadIdx.x] = memory[(threadIdx.x + 1) % blockDim.x];
+}
+// A shuffle between the write and the read orders nothing.
+__global__ void shuffle_is_no_barrier(int* out) {
+  auto* memory = dynamic_shared<int>();
+  memory[threadIdx.x] = static_cast<int>(threadIdx.x);
+  const int zero = shuffle_xor(0, 1);
+  out[threadIdx.x] = memory[(threadIdx.x + 1) % 32] + zero;
+}
+__global__ void one_past_shared_memory(int* out) {
+  auto* memory = dynamic_shared<int>();
+  memory[threadIdx.x + 1] = 1;
+  block_barrier();
+  out[threadIdx.x] = memory[threadIdx.x];
+}
+
+using Probe = Error (*)(const std::vector<void*>& s);
+
+template <int Count, bool Transposed>
+Error load_probe(const std::vector<void*>& s) {
+  return launch("load_matrix_probe", load_matrix_probe<Count, Transposed>, dim3(1), dim3(32), tile_bytes, Stream(),
+                static_cast<const uint32_t*>(s[0]), static_cast<const int*>(s[1]), static_cast<uint32_t*>(s[2]));
+}
+template <int Count, bool Transposed, bool Shuffled>
+Error store_probe(const std::vector<void*>& s) {
+  return launch("store_matrix_probe", store_matrix_probe<Count, Transposed, Shuffled>, dim3(1), dim3(32), tile_bytes, Stream(),
+                static_cast<uint32_t*>(s[0]), static_cast<const int*>(s[1]), static_cast<const uint32_t*>(s[2]));
+}
+template <typename T>
+Error mma(const std::vector<void*>& s) {
+  return launch("mma_probe", mma_probe<T>, dim3(1), dim3(32), 0, Stream(), static_cast<const uint32_t*>(s[0]),
+                static_cast<const uint32_t*>(s[1]), static_cast<float*>(s[2]));
+}
+template <void (*Kernel)(int*), int Threads, size_t SharedBytes>
+Error fault(const std::vector<void*>& s) {
+  return launch("fault", Kernel, dim3(1), dim3(Threads), SharedBytes, Stream(), static_cast<int*>(s[0]));
+}
+template <void (*Kernel)(const uint32_t*, uint32_t*), int Threads, size_t SharedBytes>
+Error copy(const std::vector<void*>& s) {
+  return launch("copy", Kernel, dim3(1), dim3(Threads), SharedBytes, Stream(), static_cast<const uint32_t*>(s[0]),
+                static_cast<uint32_t*>(s[1]));
+}
+
+const std::map<std::string, Probe>& probes() {
+  static const std::map<std::string, Probe> all = {
+      {"mma_bf16", mma<__nv_bfloat16>},
+      {"mma_f16", mma<__half>},
+      {"mma_tf32", mma<float>},
+      {"load_1", load_probe<1, false>},
+      {"load_2", load_probe<2, false>},
+      {"load_4", load_probe<4, false>},
+      {"load_1_transposed", load_probe<1, true>},
+      {"load_2_transposed", load_probe<2, true>},
+      {"load_4_transposed", load_probe<4, true>},
+      {"store_1", store_probe<1, false, false>},
+      {"store_2", store_probe<2, false, false>},
+      {"store_4", store_probe<4, false, false>},
+      {"store_1_transposed", store_probe<1, true, false>},
+      {"store_2_transposed", store_probe<2, true, false>},
+      {"store_4_transposed", store_probe<4, true, false>},
+      {"store_1_shuffled", store_probe<1, false, true>},
+      {"store_2_shuffled", store_probe<2, false, true>},
+      {"store_4_shuffled", store_probe<4, false, true>},
+      {"store_1_transposed_shuffled", store_probe<1, true, true>},
+      {"store_2_transposed_shuffled", store_probe<2, true, true>},
+      {"store_4_transposed_shuffled", store_probe<4, true, true>},
+      {"shuffles",
+       [](const std::vector<void*>& s) {
+         return launch("shuffle_probe", shuffle_probe, dim3(1), dim3(32), 0, Stream(), static_cast<const int64_t*>(s[0]),
+                       static_cast<const int*>(s[1]), static_cast<int64_t*>(s[2]));
+       }},
+      {"indices",
+       [](const std::vector<void*>& s) {
+         return launch("index_probe", index_probe, dim3(2, 3, 4), dim3(4, 3, 2), 0, Stream(), static_cast<int*>(s[0]));
+       }},
+      {"too_many_threads",
+       [](const std::vector<void*>& s) {
+         return launch("index_probe", index_probe, dim3(1), dim3(1025), 0, Stream(), static_cast<int*>(s[0]));
+       }},
+      {"too_much_shared_memory",
+       [](const std::vector<void*>& s) {
+         return launch("index_probe", index_probe, dim3(1), dim3(1), 1 << 20, Stream(), static_cast<int*>(s[0]));
+       }},
+      {"async_copies", copy<async_copy_probe, 32, 384>},
+      {"misaligned_copy", copy<misaligned_copy, 1, 16>},
+      {"copy_outside_shared_memory", copy<async_copy_probe, 32, 380>},
+      {"copy_never_awaited", copy<copy_never_awaited, 1, 16>},
+      {"divergent_barrier", fault<divergent_barrier, 64, 0>},
+      {"barrier_after_exit", fault<barrier_after_exit, 64, 0>},
+      {"half_a_warp_shuffles", fault<half_a_warp_shuffles, 64, 0>},
+      {"different_operations", fault<different_operations, 32, 0>},
+      {"partial_warp", fault<half_a_warp_shuffles, 48, 0>},
+      {"barrier", fault<neighbours<true>, 64, 256>},
+      {"no_barrier", fault<neighbours<false>, 64, 256>},
+      {"shuffle_is_no_barrier", fault<shuffle_is_no_barrier, 32, 128>},
+      {"one_past_shared_memory", fault<one_past_shared_memory, 32, 128>},
+  };
+  return all;
+}
+
+}  // namespace
+
+std::string run_probe(const std::string& name, const std::vector<void*>& storages) {
+  const auto found = probes().find(name);
+  return found == probes().end() ? "no such probe" : found->second(storages);
+}
+
+}  // namespace rcu_ops::cuda

@@ -1,0 +1,197 @@
+"""The machine itself: warp operations against the layouts of the PTX manual, and the faults that it must report.
+
+The layouts are written down here once more, from the manual ("Matrix Fragments for mma.m16n8k16 / m16n8k8", "ldmatrix",
+"stmatrix"), and share nothing with the machine's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_host.harness import LaunchError, SanitizerReport
+
+
+def words(values: Tensor) -> Tensor:
+    """Pairs of 16-bit values -> 32-bit registers, the first in the lower half."""
+    return values.contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("mma_bf16", torch.bfloat16), ("mma_f16", torch.float16)])
+def test_mma_m16n8k16(machine, name, dtype) -> None:
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    a_registers, b_registers = torch.zeros(32, 4, 2, dtype=dtype), torch.zeros(32, 2, 2, dtype=dtype)
+    d = torch.zeros(32, 4)
+    for lane in range(32):
+        group, in_group = lane >> 2, lane % 4
+        for i in range(8):  # a_i, i = 0..7: two in each of four registers
+            row = group if i in (0, 1, 4, 5) else group + 8
+            column = in_group * 2 + (i & 1) + (8 if i >= 4 else 0)
+            a_registers[lane, i // 2, i % 2] = a[row, column]
+        for i in range(4):
+            row = in_group * 2 + (i & 1) + (8 if i >= 2 else 0)
+            b_registers[lane, i // 2, i % 2] = b[row, group]
+        for i in range(4):
+            d[lane, i] = c[group if i < 2 else group + 8, in_group * 2 + (i & 1)]
+    machine.probe(name, words(a_registers), words(b_registers), d)
+    want = c.double() + a.double() @ b.double()
+    for lane in range(32):
+        group, in_group = lane >> 2, lane % 4
+        for i in range(4):
+            expected = want[group if i < 2 else group + 8, in_group * 2 + (i & 1)].item()
+            assert abs(d[lane, i].item() - expected) <= 2**-23 * abs(expected)  # truncation to fp32
+
+
+def test_mma_m16n8k8_tf32(machine) -> None:
+    def tf32(v: Tensor) -> Tensor:
+        return (v.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    a, b, c = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
+    a_registers, b_registers, d = torch.zeros(32, 4), torch.zeros(32, 2), torch.zeros(32, 4)
+    for lane in range(32):
+        group, in_group = lane >> 2, lane % 4
+        for i in range(4):
+            a_registers[lane, i] = a[group if i in (0, 2) else group + 8, in_group if i < 2 else in_group + 4]
+            d[lane, i] = c[group if i < 2 else group + 8, in_group * 2 + (i & 1)]
+        for i in range(2):
+            b_registers[lane, i] = b[in_group + 4 * i, group]
+    machine.probe("mma_tf32", a_registers, b_registers, d)
+    want = c.double() + tf32(a).double() @ tf32(b).double()
+    for lane in range(32):
+        group, in_group = lane >> 2, lane % 4
+        for i in range(4):
+            expected = want[group if i < 2 else group + 8, in_group * 2 + (i & 1)].item()
+            assert abs(d[lane, i].item() - expected) <= 2**-23 * abs(expected)
+
+
+def rows_of_tiles(count: int) -> Tensor:
+    """Random distinct 16-byte aligned row addresses of ``count`` 8x8 tiles; the other lanes' are out of the way."""
+    rows = torch.randperm(256)[:32] * 16
+    if count < 4:
+        rows[8 * count :] = 4096 - 16
+    return rows.to(torch.int32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_load_matrix(machine, count, transposed) -> None:
+    memory, rows = torch.randint(0, 2**15, (2048,), dtype=torch.int16), rows_of_tiles(count)
+    registers = torch.zeros(32, count, 2, dtype=torch.int16)
+    machine.probe(f"load_{count}" + "_transposed" * transposed, memory, rows, registers)
+    for i in range(count):
+        tile = torch.stack([memory[rows[8 * i + r] // 2 :][:8] for r in range(8)])
+        if transposed:
+            tile = tile.T
+        for lane in range(32):
+            assert registers[lane, i, 0] == tile[lane // 4, 2 * (lane % 4)]
+            assert registers[lane, i, 1] == tile[lane // 4, 2 * (lane % 4) + 1]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_store_matrix_and_its_substitute(machine, count, transposed, shuffled) -> None:
+    registers = torch.randint(0, 2**15, (32, count, 2), dtype=torch.int16)
+    rows = rows_of_tiles(4)
+    memory, want = torch.zeros(2048, dtype=torch.int16), torch.zeros(2048, dtype=torch.int16)
+    for i in range(count):
+        tile = torch.zeros(8, 8, dtype=torch.int16)
+        for lane in range(32):
+            tile[lane // 4, 2 * (lane % 4)] = registers[lane, i, 0]
+            tile[lane // 4, 2 * (lane % 4) + 1] = registers[lane, i, 1]
+        if transposed:
+            tile = tile.T
+        for r in range(8):
+            want[rows[8 * i + r] // 2 :][:8] = tile[r]
+    machine.probe(f"store_{count}" + "_transposed" * transposed + "_shuffled" * shuffled, memory, rows, registers)
+    assert torch.equal(memory, want)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 16, 31])
+def test_shuffles(machine, n) -> None:
+    values, out = torch.randint(-(2**62), 2**62, (32,)), torch.zeros(4, 32, dtype=torch.int64)
+    machine.probe("shuffles", values, torch.tensor([n], dtype=torch.int32), out)
+    lane = torch.arange(32)
+    assert torch.equal(out[0], values[(lane + n) % 32])
+    assert torch.equal(out[1], values[lane ^ n])
+    assert torch.equal(out[2], values[torch.where(lane >= n, lane - n, lane)])
+    assert torch.equal(out[3], values[torch.where(lane + n < 32, lane + n, lane)])
+
+
+def test_async_copies_land_at_the_wait_and_not_before(machine) -> None:
+    source, out = torch.randint(0, 2**30, (3, 32), dtype=torch.int32), torch.zeros(3, 32, dtype=torch.int32)
+    machine.probe("async_copies", source, out)
+    assert torch.equal(out[0], source[0])  # waited for
+    assert (out[1] == -1).all()  # in flight: nothing but poison to be seen
+    assert torch.equal(out[2], source[2])
+
+
+def test_indices_and_sizes(machine) -> None:
+    out = torch.zeros(24, 24, 4, dtype=torch.int32)
+    machine.probe("indices", out)
+    for block in range(24):
+        for thread in range(24):
+            bx, by, bz = block % 2, block // 2 % 3, block // 6
+            tx, ty, tz = thread % 4, thread // 4 % 3, thread // 12
+            want = [bx + 10 * by + 100 * bz, tx + 10 * ty + 100 * tz, 2 + 30 + 400, 4 + 30 + 200]
+            assert out[block, thread].tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("divergent_barrier", "wait for each other in different places: 40 at block_barrier .* 24 at block_barrier"),
+        ("barrier_after_exit", "different places: .*1 exited, the first is thread 7"),
+        ("half_a_warp_shuffles", "different places: .*at shuffle_xor .*exited"),
+        ("different_operations", "different places: 16 at shuffle_up .* 16 at shuffle_xor"),
+        ("partial_warp", "shuffle_xor in a warp of fewer than 32 threads"),
+        ("misaligned_copy", "of 8 bytes is not aligned to its size"),
+        ("copy_outside_shared_memory", "ends outside of shared memory"),
+        ("copy_never_awaited", "exits with asynchronous copies in flight"),
+        ("too_many_threads", "invalid launch: 1025 threads per block"),
+        ("too_much_shared_memory", "invalid launch: 1048576 bytes of shared memory, the device has 166912"),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_faults_are_reported_and_do_not_hang(machine, name, report, seed) -> None:
+    machine.seed = seed
+    source, out = torch.zeros(256, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
+    with pytest.raises(LaunchError, match=report):
+        machine.probe(name, *((source, out) if "copy" in name else (out,)))
+
+
+def test_a_missing_barrier_gives_wrong_results(machine) -> None:
+    want = ((torch.arange(64) + 1) % 64).to(torch.int32)
+    wrong = 0
+    for seed in range(8):
+        machine.seed = seed
+        out = torch.zeros(64, dtype=torch.int32)
+        machine.probe("barrier", out)
+        assert torch.equal(out, want)
+        machine.probe("no_barrier", out)
+        wrong += not torch.equal(out, want)
+    assert wrong == 8
+
+
+@pytest.mark.parametrize("name", ["no_barrier", "shuffle_is_no_barrier"])
+def test_thread_sanitizer_sees_a_missing_barrier(machine_with, name) -> None:
+    machine = machine_with("thread")
+    out = torch.zeros(64, dtype=torch.int32)
+    machine.probe("barrier", out)  # correct: no report
+    with pytest.raises(SanitizerReport, match=r"data race.*\n.*\n +#0 .*(neighbours|shuffle_is_no_barrier)"):
+        machine.probe(name, out)
+
+
+def test_address_sanitizer_sees_the_first_byte_beyond_shared_memory(machine_with) -> None:
+    machine = machine_with("address")
+    out = torch.zeros(64, dtype=torch.int32)
+    machine.probe("barrier", out)
+    with pytest.raises(SanitizerReport, match="heap-buffer-overflow"):
+        machine.probe("one_past_shared_memory", out)
+
+
+def test_address_sanitizer_sees_the_first_byte_beyond_a_tensor(machine_with) -> None:
+    machine = machine_with("address")
+    with pytest.raises(SanitizerReport, match="heap-buffer-overflow"):
+        machine.probe("barrier", torch.zeros(63, dtype=torch.int32))

@@ -1,0 +1,195 @@
+"""The harness notices mistakes: each is planted in a copy of a kernel file, and a run of the copy must fail.
+
+A build with ThreadSanitizer judges what is a race whatever the schedule; the others judge by results and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda_host import harness
+from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
+from tests.cuda_host.test_recurrent_conv import LAYOUTS, check_backward, check_forward, inputs
+
+
+def forward(machine: Machine) -> None:
+    x, weight, h0 = inputs((2, 19, 3, 5, 5), torch.float32)
+    check_forward(machine, x, weight, h0, False, False)
+    check_forward(machine, LAYOUTS["channels_last"](x), weight, None, True, True)
+
+
+def forward_in_pieces(machine: Machine) -> None:
+    machine.device = {"shared_bytes": 26 * 1024, "multiprocessors": 1}
+    x, weight, h0 = inputs((1, 130, 2, 2, 5), torch.float32)
+    check_forward(machine, x, weight, h0, False, False)
+    assert "in pieces" in machine.plan
+
+
+def backward(machine: Machine) -> None:
+    x, weight, h0 = inputs((2, 19, 3, 5, 5), torch.float32)
+    check_backward(machine, x, h0, x, weight, h0, False, False)
+
+
+def tile(machine: Machine) -> None:
+    for shape, layout in (((1, 60, 5, 6, 6), "contiguous"), ((1, 60, 5, 5, 7), "channels_last")):
+        x, weight, h0 = (v.contiguous() for v in inputs(shape, torch.bfloat16))
+        check_forward(machine, LAYOUTS[layout](x), weight, h0.float(), False, False)
+        assert machine.plan.startswith("tile")
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    old: str
+    new: str
+    run: Callable[[Machine], None]
+    sanitizer: str = "none"
+    file: str = "recurrent_conv.cu"
+
+
+def tile_long(machine: Machine) -> None:
+    x, weight = torch.ones(1, 32, 300, 1, 1).bfloat16(), torch.eye(32).bfloat16()
+    assert torch.equal(machine.forward(x, weight)[1], torch.full((1, 32, 1, 1), 300.0))
+
+
+TILE = "recurrent_conv_tile.cu"
+BARRIER = "    block_barrier();\n"
+FAULTS = [
+    Fault("no barrier before the product", f"{BARRIER}\n    // Phase 2.", "\n    // Phase 2.", forward),
+    Fault(
+        "no barrier before the product, as a race",
+        f"{BARRIER}\n    // Phase 2.",
+        "\n    // Phase 2.",
+        forward,
+        "thread",
+    ),
+    Fault("no barrier before y is written", f"{BARRIER}\n    // Phase 3.", "\n    // Phase 3.", forward),
+    Fault(
+        "a piece of W is overwritten while it is read",
+        "          block_barrier();  // the piece before this one has been read\n",
+        "",
+        forward_in_pieces,
+        "thread",
+    ),
+    Fault(
+        "a barrier that only some threads reach",
+        f"{BARRIER}\n    // Phase 3.",
+        "    if (my_channel < C) block_barrier();\n\n    // Phase 3.",
+        forward,
+    ),
+    Fault(
+        "a tile edge off by one",
+        "columns_left < P ? static_cast<int>(columns_left) : P",
+        "columns_left <= P ? static_cast<int>(columns_left) - 1 : P",
+        forward,
+    ),
+    Fault(
+        "a tile edge beyond the tensor",
+        "columns_left < P ? static_cast<int>(columns_left) : P",
+        "columns_left < P ? static_cast<int>(columns_left) + 1 : P",
+        forward,
+        "address",
+    ),
+    Fault(
+        "the last row of W is left out",
+        "k < count; ++k, w +=",
+        "k < count - 1; ++k, w +=",
+        forward,
+    ),
+    Fault(
+        "the wrong frame in reverse",
+        "p.reverse ? p.T - 1 - i : i;\n    const S alpha",
+        "i;\n    const S alpha",
+        forward,
+    ),
+    Fault("alpha of the first frame", "i == 0 ? p.alpha_first : p.alpha", "p.alpha", forward),
+    Fault(
+        "no barrier between two stages of rows",
+        "    block_barrier();\n  }\n#pragma unroll\n",
+        "  }\n#pragma unroll\n",
+        backward,
+    ),
+    Fault("the state before is taken from the frame itself", "p.reverse ? t + 1 : t - 1", "t", backward),
+    Fault(
+        "a swapped fragment row",
+        "const uint32_t first[2] = {b[0], b[1]}",
+        "const uint32_t first[2] = {b[1], b[0]}",
+        tile,
+        file=TILE,
+    ),
+    Fault(
+        "tiles of x in the wrong order",
+        "16 * m + tile % 2 * 8, channel = 16 * k + tile / 2 * 8",
+        "16 * m + tile / 2 * 8, channel = 16 * k + tile % 2 * 8",
+        tile,
+        file=TILE,
+    ),
+    Fault("x is not transposed", "load_matrix<4, !Channels>(x,", "load_matrix<4, false>(x,", tile, file=TILE),
+    Fault("no wait for an asynchronous copy", "async_wait<1>();", "async_wait<2>();", tile, file=TILE),
+    Fault("no warp barrier after the wait", "warp_barrier();  // frame i", "// frame i", tile, "thread", file=TILE),
+    Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
+    Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
+    Fault("a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE),
+    Fault("words beyond the last column", "if (e % words * numbers < columns)", "if (true)", tile, file=TILE),
+    Fault("dW without the first state", "p.first.data ? 0 : 1", "1", backward),
+]
+
+
+# The copies are compiled for the types in use alone.
+FEWER = {
+    "recurrent_conv.cu": [("double()", "float()"), ("__half()", "float()"), ("__nv_bfloat16()", "float()")],
+    TILE: [
+        ("launch_as<T, 2>", "launch_as<T, 4>"),
+        ("launch_as<T, 8>", "launch_as<T, 4>"),
+        ("<__half>", "<__nv_bfloat16>"),
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "_"))
+def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
+    source = next(path for path in harness.kernel_sources() if path.name == fault.file)
+    text = source.read_text()
+    assert text.count(fault.old) == 1, "the fault no longer fits the kernel"
+    mutant = tmp_path / fault.file
+    for old, new in [*FEWER[fault.file], (fault.old, fault.new)]:
+        assert old in text
+        text = text.replace(old, new)
+    mutant.write_text(text)
+    machine = Machine(harness.build(objects, fault.sanitizer, {fault.file: mutant}), tmp_path, seed)
+    with pytest.raises((LaunchError, SanitizerReport, AssertionError)) as caught:
+        fault.run(machine)
+    if fault.sanitizer == "thread":
+        assert "data race" in str(caught.value)
+    if fault.sanitizer == "address":
+        assert "AddressSanitizer" in str(caught.value)
+
+
+@pytest.mark.parametrize("run", [forward, forward_in_pieces, backward, tile, tile_long], ids=lambda f: f.__name__)
+def test_and_the_kernels_as_they_are_pass(machine, run) -> None:
+    run(machine)
+
+
+KERNELS = sorted((harness.CSRC / "cuda").glob("*.cu"))
+TWINS = harness.HERE / "include" / "cuda" / "device"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_kernel_files_use_the_wrappers_alone(path: Path) -> None:
+    text = path.read_text()
+    for forbidden in ("asm", "__shared__", "__sync", "__shfl", "<<<", "cuda_runtime", "torch/"):
+        assert forbidden not in text
+
+
+def test_every_wrapper_with_device_code_has_a_twin() -> None:
+    for header in (harness.CSRC / "cuda" / "device").glob("*.h"):
+        text = header.read_text()
+        needs = any(
+            word in text for word in ("asm volatile", "__sync", "__shfl", "__shared__", "cudaLaunch", "cuda_runtime")
+        )
+        assert (TWINS / header.name).exists() == needs, header.name

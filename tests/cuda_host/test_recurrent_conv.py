@@ -1,0 +1,428 @@
+"""The CUDA kernels of recurrent_conv, run on the CPU: numerics, layouts, edges, determinism, sanitizers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rcu_ops import reference
+from tests.cuda_host.harness import DTYPES, Machine, state_dtype
+from tests.tolerance import assert_close_to_reference
+
+contiguous = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": contiguous,
+    "channels_last": lambda x: contiguous(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3),
+    "frame_major": lambda x: contiguous(x.transpose(1, 2)).transpose(1, 2),
+    "width_major": lambda x: contiguous(x.transpose(3, 4)).transpose(3, 4),
+    "every_other_column": lambda x: contiguous(torch.stack([x, torch.full_like(x, torch.nan)], dim=5))[..., 0],
+    "middle_channels": lambda x: torch.cat([torch.full_like(x, torch.nan), x, x], dim=1)[
+        :, x.shape[1] : 2 * x.shape[1]
+    ],
+}
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, radius: float = 0.9) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, _, height, width = shape
+    weight = torch.eye(c) * 0.5 + torch.randn(c, c) * (radius - 0.5) / c**0.5
+    return torch.randn(shape).to(dtype), weight.to(dtype), torch.randn(n, c, height, width).to(dtype)
+
+
+def update(mean: bool) -> str:
+    return "mean" if mean else "sum"
+
+
+def long(v: Tensor | None) -> np.ndarray | None:
+    """In extended precision, so that fp64 has an exact result to be held against, too."""
+    return None if v is None else v.detach().double().numpy().astype(np.longdouble)
+
+
+def rounded(v: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(v).astype(np.float64))
+
+
+def mix(weight: np.ndarray, h: np.ndarray) -> np.ndarray:
+    return np.einsum("oc,nchw->nohw", weight, h)
+
+
+def exact_forward(x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    xs, w, h = long(x), long(weight), long(h0)
+    states = np.zeros_like(xs)
+    for i, t in enumerate(range(x.shape[2])[:: -1 if reverse else 1]):
+        h = xs[:, :, t] if i == 0 and h is None else (mix(w, h) + xs[:, :, t]) / (1 + mean)
+        states[:, :, t] = h
+    return rounded(states), rounded(h)
+
+
+def exact_backward(
+    grad_h: Tensor | None,
+    grad_h_n: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    mean: bool,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    states, w, first = long(h), long(weight), long(h0)
+    a = np.longdouble(0.5 if mean else 1)
+    order = list(range(h.shape[2]))[:: -1 if reverse else 1]
+    g = np.zeros_like(states[:, :, 0]) if grad_h_n is None else long(grad_h_n)
+    dx, dw = np.zeros_like(states), np.zeros_like(w)
+    for i in range(len(order) - 1, -1, -1):
+        if i < len(order) - 1:
+            g = a * mix(w.T, g)
+        if grad_h is not None:
+            g = g + long(grad_h)[:, :, order[i]]
+        before = first if i == 0 else states[:, :, order[i - 1]]
+        dx[:, :, order[i]] = g if before is None else a * g
+        if before is not None:
+            dw = dw + a * np.einsum("nohw,nchw->oc", g, before)
+    return (rounded(dx), rounded(dw), *(() if h0 is None else (rounded(a * mix(w.T, g)),)))
+
+
+def check_forward(machine: Machine, x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool) -> None:
+    got = machine.forward(x, weight, h0, mean=mean, reverse=reverse)
+    exact = exact_forward(x, weight, h0, mean, reverse)
+    eager = reference.recurrent_conv(x, weight, h0, update=update(mean), reverse=reverse, state_dtype=x.dtype)
+    for g, e, r, name in zip(got, exact, eager, ("h", "h_n"), strict=True):
+        assert_close_to_reference(g, e, r, name)
+
+
+def check_backward(
+    machine: Machine,
+    grad_h: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    mean: bool,
+    reverse: bool,
+) -> None:
+    """Eager is autograd through the recurrence in x's dtype."""
+    leaves = [v.detach().requires_grad_() for v in (x, weight, h0) if v is not None]
+    out = reference.recurrent_conv(*leaves, update=update(mean), reverse=reverse, state_dtype=x.dtype)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(out, (grad_h, grad_h_n), strict=True) if g is not None]
+    eager = torch.autograd.grad(
+        [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+    )
+    h = torch.empty_like(x).copy_(reference.recurrent_conv(x, weight, h0, update=update(mean), reverse=reverse)[0])
+    got = machine.backward(grad_h, grad_h_n, h, weight, h0, mean=mean, reverse=reverse)
+    states, _ = exact_forward(x, weight, h0, mean, reverse)
+    exact = exact_backward(grad_h, grad_h_n, states, weight, h0, mean, reverse)
+    for g, e, r, name in zip(got, exact, eager, ("dx", "dweight", "dh0"), strict=False):
+        assert g is not None
+        assert_close_to_reference(g, e, r, name)
+
+
+SHAPES = [(2, 3, 4, 2, 3), (1, 16, 5, 7, 7), (2, 33, 3, 5, 3), (1, 64, 1, 3, 3), (3, 1, 6, 4, 1), (1, 130, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(machine, shape, dtype, seed) -> None:
+    x, weight, h0 = inputs(shape, dtype)
+    for i, (mean, reverse, state) in enumerate(
+        [(False, False, None), (True, False, h0), (False, True, h0.to(state_dtype(dtype))), (True, True, None)]
+    ):
+        machine.seed = seed + i
+        check_forward(machine, x, weight, state, mean, reverse)
+
+
+# A weight gradient of one number is no sample to compare errors by: one channel is in test_integers_are_exact.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 1], ids=str)
+def test_backward(machine, shape, dtype, seed) -> None:
+    x, weight, h0 = inputs(shape, dtype)
+    grad_h, grad_h_n = torch.randn(shape).to(dtype), torch.randn(h0.shape, dtype=state_dtype(dtype))
+    for i, (mean, reverse, state, g, g_n) in enumerate(
+        [
+            (False, False, None, grad_h, None),
+            (True, False, h0, grad_h, grad_h_n),
+            (False, True, h0.to(state_dtype(dtype)), None, grad_h_n),
+            (True, True, None, grad_h, grad_h_n),
+        ]
+    ):
+        machine.seed = seed + i
+        check_backward(machine, g, g_n, x, weight, state, mean, reverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 6, 4, 1), (1, 5, 3, 3, 2)], ids=str)
+def test_integers_are_exact(machine, shape, dtype) -> None:
+    """Small integers and a permutation with signs as W: no rounding anywhere, not one bit may differ."""
+    c = shape[1]
+    x, grad_h = (torch.randint(-2, 3, shape).to(dtype) for _ in range(2))
+    weight = (torch.eye(c)[torch.randperm(c)] * torch.tensor([1.0, -1.0])[torch.randint(0, 2, (c, 1))]).to(dtype)
+    want = exact_forward(x, weight, None, False, False)
+    got = machine.forward(x, weight)
+    assert all(torch.equal(g.double(), w) for g, w in zip(got, want, strict=True))
+    want = exact_backward(grad_h, None, got[0], weight, None, False, False)
+    got = machine.backward(grad_h, None, got[0], weight)
+    assert all(torch.equal(g.double(), w) for g, w in zip(got, want, strict=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_are_read_and_written_in_place(machine, layout, dtype, seed) -> None:
+    x, weight, h0 = inputs((2, 16, 3, 4, 6), dtype)
+    machine.seed = seed
+    laid_out = LAYOUTS[layout](x)
+    state = LAYOUTS["channels_last"](h0.unsqueeze(2)).squeeze(2)
+    check_forward(machine, laid_out, weight.t().contiguous().t(), state, False, False)
+    check_backward(
+        machine, LAYOUTS[layout](torch.randn(x.shape).to(dtype)), None, laid_out, weight, state, False, False
+    )
+
+
+def test_expanded_inputs(machine) -> None:
+    x, weight, h0 = inputs((1, 8, 3, 1, 5), torch.float32)
+    check_forward(machine, x.expand(4, 8, 3, 6, 5), weight, h0.expand(4, 8, 6, 5), False, False)
+    ones = torch.ones(()).expand(2, 8, 3, 4, 5)  # the gradient of a sum
+    check_backward(machine, ones, None, torch.randn(2, 8, 3, 4, 5), weight, None, False, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_affine_act(machine, dtype, layout, relu, seed) -> None:
+    x, weight, h0 = (LAYOUTS[layout](v) if v.dim() == 5 else v for v in inputs((2, 20, 3, 3, 5), dtype))
+    state = state_dtype(dtype)
+    scale, shift, residual = torch.randn(20, dtype=state), torch.randn(20, dtype=state), torch.randn(x.shape).to(dtype)
+    machine.seed = seed
+    for first, added in ((None, residual), (h0, LAYOUTS["contiguous"](residual)), (h0, None)):
+        got = machine.forward(x, weight, first, scale=scale, shift=shift, residual=added, relu=relu, mean=True)
+        h, h_n = exact_forward(x, weight, first, mean=True, reverse=False)
+        per_channel = (slice(None), None, None, None)
+        y = long(scale)[per_channel] * long(h) + long(shift)[per_channel] + (0 if added is None else long(added))
+        exact = rounded(np.maximum(y, 0) if relu else y), h_n
+        eager = reference.recurrent_conv_affine_act(
+            x,
+            weight,
+            scale.to(dtype),
+            shift.to(dtype),
+            first,
+            added,
+            update="mean",
+            activation="relu" if relu else "identity",
+            state_dtype=dtype,
+        )
+        for g, e, r, name in zip(got, exact, eager, ("y", "h_n"), strict=True):
+            assert_close_to_reference(g, e, r, name)
+
+
+@pytest.mark.parametrize("empty", [(0, 4, 3, 2, 2), (2, 4, 3, 0, 2), (2, 4, 3, 2, 0)], ids=str)
+def test_empty(machine, empty) -> None:
+    x, weight, h0 = inputs(empty, torch.float32)
+    y, h_n = machine.forward(x, weight, h0)
+    assert y.shape == empty
+    assert h_n.shape == h0.shape
+    _, dweight, _ = machine.backward(x, None, x, weight, h0)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+def test_one_frame_without_a_state_has_no_weight_gradient(machine) -> None:
+    x, weight, _ = inputs((2, 5, 1, 3, 3), torch.float32)
+    dx, dweight, _ = machine.backward(x, None, x, weight)
+    assert torch.equal(dx, x)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+def test_the_state_does_not_stall_in_bf16(machine) -> None:
+    """W = I and inputs of mean 1: a bf16 state stops growing at 256; the fp32 state does not."""
+    x = torch.ones(1, 4, 600, 1, 1, dtype=torch.bfloat16)
+    _, h_n = machine.forward(x, torch.eye(4, dtype=torch.bfloat16))
+    assert torch.equal(h_n, torch.full((1, 4, 1, 1), 600.0))
+
+
+def test_nan_and_inf_propagate_like_the_reference(machine) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, h0 = inputs((2, 6, 4, 2, 3), dtype)
+        x[0, 1, 1, 0, 0] = torch.nan
+        x[1, 2, 2, 1, 1] = torch.inf
+        for got, want in zip(machine.forward(x, weight, h0), reference.recurrent_conv(x, weight, h0), strict=True):
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_chunks_continue_exactly(machine, dtype, layout) -> None:
+    x, weight, _ = inputs((2, 24, 5, 3, 3), dtype)
+    x = LAYOUTS[layout](x)
+    whole, whole_n = machine.forward(x, weight)
+    state, parts = None, []
+    for part in x.split([1, 3, 1], dim=2):
+        h, state = machine.forward(part, weight, state)
+        parts.append(h)
+    assert torch.equal(torch.cat(parts, 2), whole)
+    assert torch.equal(state, whole_n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_schedules_change_no_bit(machine, dtype) -> None:
+    x, weight, h0 = inputs((2, 20, 3, 9, 9), dtype)
+    results = []
+    for s in range(3):
+        machine.seed = s
+        machine.device = {"resident": 1 + s}
+        results.append([*machine.forward(x, weight, h0), *machine.backward(x, h0.to(torch.float32), x, weight, h0)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_outside_the_output_is_written(machine, monkeypatch) -> None:
+    """Outputs inside a larger allocation: every gap keeps its value."""
+    from tests.cuda_host import harness
+
+    x, weight, h0 = inputs((2, 7, 3, 3, 3), torch.float32)
+    frames: list[Tensor] = []
+
+    def framed(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        big = torch.full([s + 2 for s in like.shape], 12345.0, dtype=dtype or like.dtype)
+        frames.append(big)
+        inner = big[tuple(slice(1, -1) for _ in like.shape)]
+        return inner.fill_(torch.nan)
+
+    monkeypatch.setattr(harness, "poisoned_like", framed)
+    y, h_n = machine.forward(x, weight, h0)
+    want, want_n = reference.recurrent_conv(x, weight, h0)
+    assert torch.allclose(y, want)
+    assert torch.allclose(h_n, want_n)
+    assert len(frames) == 2
+    for big in frames:
+        inside = torch.zeros_like(big, dtype=torch.bool)
+        inside[tuple(slice(1, -1) for _ in big.shape)] = True
+        assert (big[~inside] == 12345.0).all()
+
+
+# Pretended devices under which the plan takes every road, for 130 channels and 30 columns.
+ROADS = [
+    (163 * 1024, "plain: 1 blocks of 64 columns, W resident, state in shared memory"),
+    (80 * 1024, "plain: 1 blocks of 32 columns, W in pieces of 32 x 128, state in shared memory"),
+    (26 * 1024, "plain: 8 blocks of 4 columns, W in pieces of 4 x 1024, state in shared memory"),
+    (24 * 1024, "plain: 1 blocks of 32 columns, W in pieces of 32 x 128, state in scratch memory"),
+]
+
+
+@pytest.mark.parametrize(("shared_bytes", "plan"), ROADS, ids=lambda v: str(v) if isinstance(v, int) else "")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_way_to_cut_the_plain_scan(machine, shared_bytes, plan, dtype, seed) -> None:
+    machine.device, machine.seed = {"shared_bytes": shared_bytes, "multiprocessors": 1}, seed
+    x, weight, h0 = inputs((2, 130, 2, 5, 3), dtype)
+    check_forward(machine, x, weight, h0, False, False)
+    assert machine.plan.startswith(plan)
+    check_backward(machine, x, h0.to(torch.float32), LAYOUTS["channels_last"](x), weight, h0, True, False)
+
+
+# For the matrix unit: shape, layout, plan. Words of 16, 8, 4 and 2 bytes; padded and full channels; tiles that end
+# inside a sample, with it, and inside a warp; the state of several warps and blocks.
+TILES = [
+    ((2, 32, 3, 4, 8), "contiguous", "4 x 32 columns, channels padded to 32, along columns by 16 bytes, 3 stages"),
+    ((1, 64, 5, 7, 7), "contiguous", "4 x 32 columns, channels padded to 64, along columns by 2 bytes, 3 stages"),
+    ((3, 20, 2, 2, 6), "contiguous", "4 x 32 columns, channels padded to 32, along columns by 8 bytes, 3 stages"),
+    ((2, 70, 3, 3, 6), "contiguous", "4 x 16 columns, channels padded to 128, along columns by 4 bytes, 3 stages"),
+    ((3, 128, 2, 8, 8), "frame_major", "4 x 16 columns, channels padded to 128, along columns by 16 bytes, 3 stages"),
+    ((2, 64, 6, 9, 9), "channels_last", "4 x 32 columns, channels padded to 64, along channels by 16 bytes, 3 stages"),
+    (
+        (1, 128, 3, 3, 5),
+        "channels_last",
+        "4 x 16 columns, channels padded to 128, along channels by 16 bytes, 3 stages",
+    ),
+    ((1, 100, 2, 3, 5), "channels_last", "4 x 16 columns, channels padded to 128, along channels by 8 bytes, 3 stages"),
+    ((2, 6, 2, 3, 5), "channels_last", "4 x 32 columns, channels padded to 32, along channels by 4 bytes, 3 stages"),
+    ((2, 33, 4, 3, 5), "channels_last", "4 x 32 columns, channels padded to 64, along channels by 2 bytes, 3 stages"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "plan"), TILES, ids=lambda v: str(v).replace(" ", "")[:24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_way_to_cut_the_matrix_unit_scan(machine, shape, layout, plan, dtype, seed) -> None:
+    machine.seed = seed
+    x, weight, h0 = inputs(shape, dtype)
+    x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(shape).to(dtype))
+    check_forward(machine, x, weight, h0.float(), True, False)
+    assert machine.plan.endswith(plan)
+    check_forward(machine, x, weight, None, False, True)
+    check_backward(machine, grad_h, h0.float(), x, weight, h0, False, False)
+    check_backward(machine, None, h0.float(), x, weight, None, True, True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_matrix_unit_epilogue_with_two_stages(machine, layout) -> None:
+    """Where shared memory is short two frames are in flight; then the plain kernel takes over."""
+    x, weight, h0 = inputs((1, 64, 5, 6, 6), torch.bfloat16)
+    x, residual = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(x.shape).bfloat16())
+    channels = torch.randn(64)
+    options: dict[str, Any] = {"scale": channels, "shift": -channels, "residual": residual, "relu": True}
+    want, want_n = machine.forward(x, weight, h0, **options)
+    assert "3 stages" in machine.plan
+    machine.device = {"shared_bytes": 100 * 1024}
+    y, h_n = machine.forward(x, weight, h0, **options)
+    assert "2 stages" in machine.plan
+    assert torch.equal(y, want)
+    assert torch.equal(h_n, want_n)
+    machine.device = {"shared_bytes": 60 * 1024}
+    machine.forward(x, weight, h0, **options)
+    assert "too little shared memory" in machine.plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_kernel_on_16_bit_data(machine, dtype, seed) -> None:
+    machine.plain, machine.seed = True, seed
+    x, weight, h0 = inputs((2, 33, 3, 5, 3), dtype)
+    check_forward(machine, x, weight, h0, False, False)
+    assert "the plain kernel was asked for" in machine.plan
+    check_backward(machine, x, h0.float(), LAYOUTS["channels_last"](x), weight, h0, True, True)
+
+
+@pytest.mark.parametrize(("off_diagonal", "factor"), [(0.0, 1000), (0.02, 20)])
+def test_the_matrix_unit_s_state_is_fp32(machine, off_diagonal, factor) -> None:
+    """What reaches the next frame through the diagonal is not rounded to bf16 on the way, though the matrix unit reads
+    bf16: without other weights the error is fp32's, orders of magnitude below that of a bf16 state."""
+    x = torch.randn(1, 64, 200, 2, 2).bfloat16()
+    weight = (torch.diag(torch.rand(64) * 0.5 + 0.5) + off_diagonal * torch.randn(64, 64) / 8).bfloat16()
+    _, h_n = machine.forward(x, weight)
+    assert machine.plan.startswith("tile")
+    _, exact = exact_forward(x, weight, None, False, False)
+    _, rounded_state = reference.recurrent_conv(x, weight, state_dtype=torch.bfloat16)
+    assert (h_n - exact).abs().max() * factor < (rounded_state - exact).abs().max()
+
+
+def test_weight_gradient_of_many_rows_and_channels(machine) -> None:
+    """Several splits, several tiles, odd edges of both."""
+    x, weight, h0 = inputs((3, 67, 4, 9, 10), torch.float32)
+    check_backward(machine, torch.randn(x.shape), None, x, weight, h0, False, False)
+
+
+# ---- sanitizers ---------------------------------------------------------------------------------------------------
+
+SANITIZED = [
+    ((1, 64, 3, 5, 5), torch.bfloat16, "contiguous", {}),
+    ((2, 24, 3, 4, 4), torch.float16, "contiguous", {}),
+    ((1, 128, 4, 3, 7), torch.bfloat16, "channels_last", {}),
+    ((1, 20, 4, 3, 7), torch.float16, "channels_last", {}),
+    ((2, 5, 3, 3, 3), torch.float32, "contiguous", {}),
+    ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
+    ((1, 130, 2, 3, 7), torch.float16, "middle_channels", {"shared_bytes": 26 * 1024, "multiprocessors": 1}),
+    ((1, 130, 2, 3, 3), torch.float64, "every_other_column", {"shared_bytes": 40 * 1024, "multiprocessors": 1}),
+]
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize(("shape", "dtype", "layout", "device"), SANITIZED, ids=lambda v: str(v).replace(" ", ""))
+def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, shape, dtype, layout, device, seed) -> None:
+    machine = machine_with(sanitizer, seed=seed, device=device)
+    x, weight, h0 = inputs(shape, dtype)
+    x = LAYOUTS[layout](x)
+    state = state_dtype(dtype)
+    channels = torch.ones(shape[1], dtype=state)
+    y, _ = machine.forward(x, weight, h0, scale=channels, shift=channels, residual=x, relu=True)
+    assert not y.isnan().any()
+    check_backward(machine, x, h0.to(state), x, weight, h0, True, True)
+    check_backward(machine, x, None, x, weight, None, False, False)

@@ -1,0 +1,272 @@
+"""The video ResNet: Table 1's sizes, parameter counts, costs, options, names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rcu_ops
+from rcu_ops.models import VideoResNet, create_model, list_models, register_model, registry
+from rcu_ops.models.resnet import Conv2Plus1d, matched_mid_planes
+from rcu_ops.nn import FeatureGate, FrameConv3d, RecurrentConv3d
+from tests.networks import assert_same, eager_frame_scores, small_model
+
+PARAMETERS = {"rcn_resnet18": 12_778_448, "i3d_resnet18": 33_371_472, "r2plus1d_resnet18": 33_383_797}
+
+
+def on_meta(name: str, **options: object) -> VideoResNet:
+    with torch.device("meta"):
+        model = create_model(name, **options)
+    assert isinstance(model, VideoResNet)
+    return model.eval()
+
+
+def gmac(model: nn.Module, *shape: int) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(*shape, device="meta"))
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_at_400_classes(name: str) -> None:
+    assert sum(parameter.numel() for parameter in on_meta(name).parameters()) == PARAMETERS[name]
+
+
+def test_gmac_of_i3d() -> None:
+    assert round(gmac(on_meta("i3d_resnet18"), 1, 3, 16, 112, 112), 2) == 40.70
+
+
+def test_gmac_of_rcn_is_that_of_a_2d_resnet_and_its_recurrences() -> None:
+    model = on_meta("rcn_resnet18")
+    planes = {"stem": (1, 64, 56), "layer1": (4, 64, 56), "layer2": (4, 128, 28), "layer3": (4, 256, 14)}
+    planes["layer4"] = (4, 512, 7)
+    recurrence = sum(15 * layers * c * c * size * size for layers, c, size in planes.values())
+    framewise = on_meta("rcn_resnet18", recurrent_layers="none")
+    frames = gmac(framewise, 1, 3, 16, 112, 112)
+    total = gmac(model, 1, 3, 16, 112, 112)
+    # The counter may count the first frame's multiplication by the state, which does not exist.
+    assert total - frames == pytest.approx(recurrence / 1e9, rel=1 / 14)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("rcn_resnet18", [16] * 5), ("i3d_resnet18", [16, 16, 8, 4, 2]), ("r2plus1d_resnet18", [16, 16, 8, 4, 2]),
+     ("i3d_resnet18_dense", [16] * 5)],
+)  # fmt: skip
+def test_output_sizes_of_table_1(name: str, frames: list[int]) -> None:
+    model = on_meta(name)
+    shapes = []
+    for stage in (model.stem, model.layer1, model.layer2, model.layer3, model.layer4):
+        stage.register_forward_hook(lambda module, arguments, output: shapes.append(tuple(output.shape)))
+    clip = torch.empty(2, 3, 16, 112, 112, device="meta")
+    assert model.frame_scores(clip).shape == (2, 400, frames[-1])
+    planes, sizes = [64, 64, 128, 256, 512], [56, 56, 28, 14, 7]
+    assert shapes == [(2, c, t, s, s) for c, t, s in zip(planes, frames, sizes, strict=True)]
+    assert model.features(clip).shape == shapes[-1]
+    assert model(clip).shape == (2, 400)
+
+
+@pytest.mark.parametrize("name", ["rcn_resnet34", "i3d_resnet34", "r2plus1d_resnet34", "rcn_resnet50", "i3d_resnet50"])
+def test_deeper_networks(name: str) -> None:
+    model = on_meta(name)
+    depth = int(name[-2:])
+    layers = [m for m in model.modules() if isinstance(m, (RecurrentConv3d, nn.Conv3d, Conv2Plus1d))]
+    inside = [m for pair in model.modules() if isinstance(pair, Conv2Plus1d) for m in (pair.spatial, pair.temporal)]
+    shortcuts = [block.downsample[0] for stage in stages(model) for block in stage if block.downsample is not None]
+    assert len(layers) - len(inside) - len(shortcuts) == depth
+    recurrent = sum(isinstance(m, RecurrentConv3d) for m in model.modules())
+    assert recurrent == (0 if not name.startswith("rcn") else 33 if depth == 34 else 17)
+    assert model.features(torch.empty(1, 3, 8, 64, 64, device="meta")).shape[1] == (2048 if depth == 50 else 512)
+
+
+def stages(model: VideoResNet) -> list[nn.Module]:
+    return [model.layer1, model.layer2, model.layer3, model.layer4]
+
+
+def test_every_3d_convolution_of_i3d_is_recurrent_in_rcn() -> None:
+    rcn, i3d = dict(on_meta("rcn_resnet50").named_modules()), dict(on_meta("i3d_resnet50").named_modules())
+    three_d = {name for name, m in i3d.items() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1}
+    assert three_d == {name for name, m in rcn.items() if isinstance(m, RecurrentConv3d)}
+    assert all(m.kernel_size == (1, 1, 1) for name, m in rcn.items() if isinstance(m, FrameConv3d))
+    assert all(i3d[name].kernel_size[0] == 3 for name in three_d)
+    assert all(m.bias is None for m in rcn.values() if isinstance(m, RecurrentConv3d))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["rcn_resnet18", "rcn_resnet34", "rcn_resnet18_last_four", "rcn_resnet18_random"])
+def test_rcn_against_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+    model = small_model(name, dtype=dtype)
+    clip = torch.randn(2, 3, 4, 33, 31).to(dtype)  # odd sizes too
+    exact = eager_frame_scores(copy.deepcopy(model).double(), clip.double())
+    with torch.no_grad():
+        assert_same(model.frame_scores(clip), exact, eager_frame_scores(model, clip))
+
+
+def test_matched_mid_planes() -> None:
+    assert [matched_mid_planes(c, c, 3, 3) for c in (64, 128, 256, 512)] == [144, 288, 576, 1152]
+    assert matched_mid_planes(3, 64, 7, 3) == 83
+    stem = on_meta("r2plus1d_resnet18").stem.conv
+    assert (stem.spatial.out_channels, stem.temporal.kernel_size) == (83, (3, 1, 1))
+    own = on_meta("r2plus1d_resnet18", stem_mid_planes=45).stem.conv
+    assert own.spatial.out_channels == 45
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (("last", 4), ["layer3.5.conv2", "layer4.0.conv2", "layer4.1.conv2", "layer4.2.conv2"]),
+        (("spaced", 4), ["layer1.2.conv2", "layer2.3.conv2", "layer3.3.conv2", "layer4.2.conv2"]),
+        (("every", 8), ["layer2.3.conv2", "layer4.1.conv2"]),
+        (lambda name, _: name == "stem.conv", ["stem.conv"]),
+        ("none", []),
+    ],
+    ids=["last", "spaced", "every", "predicate", "none"],
+)
+def test_recurrent_layers(choice: object, expected: list[str]) -> None:
+    model = on_meta("rcn_resnet50", recurrent_layers=choice)
+    assert [name for name, m in model.named_modules() if isinstance(m, RecurrentConv3d)] == expected
+    rest = [m for m in model.modules() if isinstance(m, FrameConv3d) and m.kernel_size[1] > 1]
+    assert len(rest) == 17 - len(expected)
+
+
+@pytest.mark.parametrize(("name", "causal"), [("rcn_resnet18", True), ("i3d_resnet50", False)])
+def test_gating(name: str, causal: bool) -> None:
+    model = on_meta(name, gating=True)
+    gates = [m for m in model.modules() if isinstance(m, FeatureGate)]
+    assert len(gates) == sum(len(stage) for stage in stages(model))
+    assert {gate.causal for gate in gates} == {causal}
+    model(torch.empty(1, 3, 8, 32, 32, device="meta"))
+
+
+def test_stem_pool_and_channels() -> None:
+    model = on_meta("rcn_resnet18", stem_pool=True, in_channels=20)
+    assert model.stem(torch.empty(1, 20, 4, 112, 112, device="meta")).shape == (1, 64, 4, 28, 28)
+    assert all(on_meta(name).stem.pool is None for name in list_models())
+
+
+def test_clip_score_is_the_mean_of_the_frames() -> None:
+    model = small_model("rcn_resnet18")
+    clip = torch.randn(2, 3, 4, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(clip), model.frame_scores(clip).mean(2))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last_3d, torch.contiguous_format], ids=str)
+def test_memory_formats(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = create_model("rcn_resnet18", width=4, num_classes=3, memory_format=memory_format).eval().double()
+    seen = []
+    model.layer1.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    clip = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
+    scores = model(clip)
+    if memory_format == torch.channels_last_3d:
+        assert seen[0].is_contiguous(memory_format=torch.channels_last_3d)
+        assert model.stem.conv.weight_xh.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.manual_seed(0)
+    other = create_model("rcn_resnet18", width=4, num_classes=3).eval().double()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(scores, other(clip.contiguous(memory_format=torch.channels_last_3d)))
+
+
+def test_initialisation() -> None:
+    model = create_model("rcn_resnet18", num_classes=7)
+    assert torch.equal(model.layer4[1].conv2.weight_hh, torch.eye(512))
+    deviation = model.layer4[1].conv2.weight_xh.std().item()
+    assert abs(deviation / (2 / (9 * 512)) ** 0.5 - 1) < 0.02
+    assert abs(model.head.conv.weight.std().item() / 0.01 - 1) < 0.1
+    assert not model.head.conv.bias.any()
+    random = create_model("rcn_resnet18", hidden_init="random", width=16)
+    assert not torch.equal(random.stem.conv.weight_hh, torch.eye(16))
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = small_model("rcn_resnet18")
+    model.head.dropout.p = 0.5
+    x = torch.randn(1, 32, 2, 2, 2)
+    assert torch.equal(model.head(x), model.head(x))
+    model.head.train()
+    assert not torch.equal(model.head(x), model.head(x))
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = small_model("rcn_resnet18", dtype=torch.float64)
+    clip = torch.randn(1, 3, 3, 32, 32, dtype=torch.float64)
+    parameters = list(model.parameters())
+    plain = torch.autograd.grad(model(clip).sum(), parameters)
+    saved = torch.autograd.grad(checkpoint(model, clip, use_reentrant=False).sum(), parameters)
+    for a, b in zip(plain, saved, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_runs_and_is_copied(name: str) -> None:
+    model = create_model(name, num_classes=3, width=4)
+    clip = torch.randn(2, 3, 8, 32, 32)
+    model.train()(clip).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    other = create_model(name, num_classes=3, width=4).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(clip), model(clip))
+        assert torch.equal(copy.deepcopy(model)(clip), model(clip))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("block", "plain"),
+        ("conv", "c3d"),
+        ("layers", (2, 2, 2)),
+        ("layers", (2, 0, 2, 2)),
+        ("temporal_strides", (1, 2, 2, 2)),
+        ("temporal_strides", (1, 1)),
+        ("temporal_kernel", 2),
+        ("num_classes", 0),
+        ("recurrent_layers", ("last", 18)),
+        ("memory_format", torch.channels_last),
+        ("update", "max"),
+        ("hidden_init", "zeros"),
+    ],
+)
+def test_bad_arguments(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=argument), torch.device("meta"):
+        VideoResNet(**{argument: value})
+
+
+def test_dense() -> None:
+    assert on_meta("i3d_resnet50", dense=True).frame_scores(torch.empty(1, 3, 9, 32, 32, device="meta")).shape[2] == 9
+    with pytest.raises(ValueError, match="dense"):
+        on_meta("i3d_resnet50", dense=True, temporal_strides=(1, 1, 1, 2))
+
+
+def test_names() -> None:
+    assert list_models() == sorted(list_models())
+    assert list_models("rcn_*") == ["rcn_resnet18", "rcn_resnet34", "rcn_resnet50"]
+    assert rcu_ops.list_models("i3d_*_dense") == [f"i3d_resnet{depth}_dense" for depth in (18, 34, 50)]
+    assert list_models("nothing") == []
+    with pytest.raises(ValueError, match=r"did you mean rcn_resnet18"):
+        rcu_ops.create_model("rcn_resnet8")
+    with pytest.raises(ValueError, match=r"expected one of .*rcn_resnet50"):
+        create_model("zzz")
+    with pytest.raises(TypeError, match="wings"):
+        create_model("rcn_resnet18", wings=2)
+
+
+def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+
+    @register_model("own")
+    def own(planes: int = 2) -> nn.Module:
+        return nn.Conv3d(3, planes, 1)
+
+    assert create_model("own", planes=4).out_channels == 4
+    assert "own" in list_models()
+    with pytest.raises(ValueError, match="'own' already"):
+        register_model("own")(own)

@@ -1,0 +1,251 @@
+"""fuse_for_inference: the same numbers from fewer modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rcu_ops.models import create_model
+from rcu_ops.nn import FrameConv3d, RecurrentConv3d, convert_to_recurrent, fuse_for_inference
+from rcu_ops.nn.fuse import FusedFrameConv3d, FusedRecurrentConv3d
+from rcu_ops.streaming import Streamer
+from tests.networks import CAUSAL_MODELS, assert_same, calibrated, eager_frame_scores, perturb, small_model
+from tests.tolerance import assert_close_to_reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_fused_models_are_equal_and_leave_nothing_unfused(name: str) -> None:
+    model = small_model(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused = fuse_for_inference(model)
+    clip = torch.randn(6, 3, 4, 32, 32)
+    exact = copy.deepcopy(model).double().frame_scores(clip.double())
+    with torch.no_grad():
+        assert_close_to_reference(fused.frame_scores(clip), exact, model.frame_scores(clip))
+    assert type(fused) is type(model)
+    assert not any(isinstance(module, (RecurrentConv3d, nn.BatchNorm3d)) for module in fused.modules())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("update", ["sum", "mean"])
+def test_fused_network_against_plain_pytorch(dtype: torch.dtype, update: str) -> None:
+    model = create_model("rcn_resnet18", num_classes=64, width=4, update=update)
+    perturb(model)
+    model = calibrated(model).to(dtype)
+    clip = torch.randn(2, 3, 4, 32, 32).to(dtype)
+    exact = eager_frame_scores(copy.deepcopy(model).double(), clip.double())
+    with torch.no_grad():
+        assert_same(fuse_for_inference(model).frame_scores(clip), exact, eager_frame_scores(model, clip))
+
+
+def test_residual_goes_into_the_recurrent_layer() -> None:
+    fused = fuse_for_inference(small_model("rcn_resnet18"))
+    for block in (fused.layer1[0], fused.layer2[0]):
+        calls = [node for node in block.graph.nodes if node.op in ("call_module", "call_function", "call_method")]
+        assert all(node.op == "call_module" for node in calls)
+        assert len(calls[-1].args) == 2
+        assert isinstance(block.conv2, FusedRecurrentConv3d)
+    assert isinstance(fused.layer2[0].get_submodule("downsample.0"), FusedFrameConv3d)
+
+
+def test_the_old_model_is_untouched() -> None:
+    model = small_model("rcn_resnet18")
+    before, structure = copy.deepcopy(model.state_dict()), repr(model)
+    fused = fuse_for_inference(model)
+    for parameter in fused.parameters():
+        parameter.data.add_(1)
+    assert repr(model) == structure
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_streams_move_between_a_model_and_its_fused_form() -> None:
+    model = small_model("rcn_resnet18", dtype=torch.float64)
+    fused = fuse_for_inference(model)
+    clip = torch.randn(2, 3, 5, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model.frame_scores(clip)
+        _, state = Streamer(model)(clip[:, :, :2])
+        second, state = Streamer(fused)(clip[:, :, 2:4], state)
+        third, _ = Streamer(model)(clip[:, :, 4:], state)
+    torch.testing.assert_close(torch.cat([second, third], 2), whole[:, :, 2:])
+
+
+def test_copies_and_pickles() -> None:
+    fused = fuse_for_inference(small_model("rcn_resnet18"))
+    clip = torch.randn(1, 3, 2, 32, 32)
+    with torch.no_grad():
+        scores = fused(clip)
+        assert torch.equal(copy.deepcopy(fused)(clip), scores)
+        assert torch.equal(pickle.loads(pickle.dumps(fused))(clip), scores)
+        other = fuse_for_inference(small_model("rcn_resnet18"))
+        other.load_state_dict(fused.state_dict())
+        assert torch.equal(other(clip), scores)
+
+
+def test_changed_weights_are_seen() -> None:
+    """The kept layouts of weights follow changes in place."""
+    fused = fuse_for_inference(small_model("rcn_resnet18"))
+    clip = torch.randn(1, 3, 2, 32, 32)
+    with torch.no_grad():
+        before = fused(clip)
+        for parameter in fused.parameters():
+            parameter.mul_(1.5)
+        after = fused(clip)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, copy.deepcopy(fused)(clip))  # a copy starts without kept layouts
+
+
+def test_fusing_then_casting_keeps_the_affine_part_in_fp32() -> None:
+    model = small_model("rcn_resnet18")
+    fused = fuse_for_inference(model).bfloat16()
+    layer = fused.stem.conv
+    assert layer.weight_xh.dtype == torch.bfloat16
+    assert layer.scale.dtype == torch.float32
+    assert torch.equal(layer.scale, fuse_for_inference(model).stem.conv.scale)
+    assert fused.double().stem.conv.scale.dtype == torch.float64
+
+
+class Odd(nn.Module):
+    """Additions in several spellings, a bare recurrent layer, a broadcast residual, a layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = RecurrentConv3d(3, 4, 3, padding=1, bias=True)
+        self.bn_a = nn.BatchNorm3d(4, affine=False)
+        self.b = FrameConv3d(4, 4, 3, padding=1)
+        self.bn_b = nn.BatchNorm3d(4)
+        self.c = RecurrentConv3d(4, 4, 1)
+        self.d = RecurrentConv3d(4, 4, 3, padding=1, padding_mode="replicate")
+        self.bn_d = nn.BatchNorm3d(4)
+        self.twice = RecurrentConv3d(4, 4, 3, padding=1)
+        self.bn_twice = nn.BatchNorm3d(4)
+        self.e = nn.Conv3d(4, 4, 3, padding=1, bias=False)
+        self.bn_e = nn.BatchNorm3d(4)
+        self.f = FrameConv3d(4, 4, 3, padding="same")
+        self.bn_f = nn.BatchNorm3d(4)
+        self.shift = nn.Parameter(torch.randn(4, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn_a(self.a(x))
+        x = self.bn_b(self.b(x)).add_(x).relu_()
+        x = torch.relu(self.c(x))
+        x = F.relu(self.shift + self.bn_d(self.d(x)))
+        x = self.bn_twice(self.twice(self.twice(x)))
+        x = F.relu(self.bn_e(self.e(x)))
+        x = torch.add(x.mean((3, 4), keepdim=True), self.bn_f(self.f(x)))
+        x += self.bn_b(x)
+        return x
+
+
+def test_unusual_patterns() -> None:
+    model = Odd()
+    perturb(model)
+    calibrated(model)
+    x = torch.randn(2, 3, 4, 8, 8)
+    fused = fuse_for_inference(model)
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.no_grad():
+        assert_close_to_reference(fused(x), exact, model(x))
+    kinds = {name: type(module) for name, module in fused.named_modules()}
+    assert kinds["a"] is kinds["c"] is kinds["d"] is FusedRecurrentConv3d
+    assert kinds["b"] is kinds["f"] is FusedFrameConv3d
+    assert kinds["twice"] is RecurrentConv3d
+    assert kinds["e"] is nn.Conv3d
+    assert "bn_e" not in kinds
+    assert kinds["bn_b"] is nn.BatchNorm3d  # still called by itself
+
+
+class Untraceable(nn.Module):
+    """Control flow on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = RecurrentConv3d(3, 4, 3)
+        self.bn = nn.BatchNorm3d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return y if y.sum() > 0 else -y
+
+
+class InPlace(Untraceable):
+    """The result of an in-place call is not used; dropping the call would change the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        y.relu_()
+        return y
+
+
+@pytest.mark.parametrize("kind", [Untraceable, InPlace])
+def test_untraceable_modules_stay_and_are_reported(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind(), nn.Sequential(RecurrentConv3d(4, 4, 3), nn.BatchNorm3d(4), nn.ReLU())).eval()
+    with pytest.warns(UserWarning, match=r"left these modules as they are.*: 0$"):
+        fused = fuse_for_inference(model)
+    assert isinstance(fused.get_submodule("0"), kind)
+    x = torch.randn(1, 3, 2, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_converted_networks_fuse() -> None:
+    model = nn.Sequential(
+        nn.Conv3d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(4, 4, 3), nn.BatchNorm3d(4), nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+    converted = calibrated(convert_to_recurrent(model))
+    fused = fuse_for_inference(converted)
+    assert sum(isinstance(module, FusedRecurrentConv3d) for module in fused.modules()) == 2
+    x = torch.randn(1, 3, 4, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.frame_scores(x), converted.frame_scores(x))
+
+
+def test_baselines_fuse_too() -> None:
+    model = small_model("i3d_resnet18", dtype=torch.float64)
+    fused = fuse_for_inference(model)
+    assert not any(isinstance(module, nn.BatchNorm3d) for module in fused.modules())
+    clip = torch.randn(1, 3, 8, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(fused(clip), model(clip))
+
+
+def test_shared_blocks_stay_shared() -> None:
+    block = nn.Sequential(RecurrentConv3d(3, 3, 3, padding=1), nn.BatchNorm3d(3))
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.holder = nn.ModuleList([nn.ModuleDict({"block": block}), nn.ModuleDict({"block": block})])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for holder in self.holder:
+                x = holder["block"](x)
+            return x
+
+    model = Twice().eval()
+    fused = fuse_for_inference(model)
+    assert fused.holder[0]["block"] is fused.holder[1]["block"]
+    x = torch.randn(1, 3, 3, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_errors() -> None:
+    model = create_model("rcn_resnet18", width=4)
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        fuse_for_inference(model)
+    model.eval().layer1[0].bn1.train()
+    with pytest.raises(ValueError, match=r"layer1\.0\.bn1 is in training mode"):
+        fuse_for_inference(model)
+    with pytest.raises(TypeError, match="model"):
+        fuse_for_inference(None)

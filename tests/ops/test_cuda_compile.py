@@ -1,0 +1,148 @@
+"""Every CUDA kernel compiles for the architectures of the build, without spilling and within one table of limits."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_host import harness
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+# Registers per thread. A block must find room: 65536 registers per multiprocessor / (threads x limit) blocks at once.
+REGISTERS = {
+    "plain_scan": 128,  # 2 blocks of 256
+    "weight_grad_partial": 128,  # 2 blocks of 256
+    "weight_grad_partial<double>": 200,  # 1 block of 256
+    "tile_scan": 255,  # 2 blocks of 128
+    "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
+}
+# Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h).
+STATIC_SHARED_BYTES = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def compile_for(source: Path, architecture: str, directory: Path) -> dict[str, Usage]:
+    """From a kernel's demangled signature to what it uses."""
+    compiler = harness.nvcc()
+    assert compiler is not None
+    target = ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}", "-cubin"]
+    output = directory / f"{source.stem}-{architecture}"
+    flags = ["-std=c++20", "-O3", "-DNDEBUG", f"-I{harness.CSRC}", "-Xptxas", "-v"]
+    result = subprocess.run(
+        [compiler, *flags, *target, "-o", str(output), str(source)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stderr.splitlines() if "warning" in line]
+    assert not warnings, warnings
+    text = subprocess.run(["c++filt"], input=result.stderr, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for entry in text.split("Compiling entry function ")[1:]:
+        numbers = {
+            key: int(match.group(1)) if (match := re.search(pattern, entry)) else 0
+            for key, pattern in {
+                "registers": r"Used (\d+) registers",
+                "stack_bytes": r"(\d+) bytes stack frame",
+                "shared_bytes": r"(\d+) bytes smem",
+            }.items()
+        }
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", entry)))
+        name = re.match(r"'(.*?)' for", entry)
+        assert name is not None
+        assert numbers["registers"] > 0
+        found[name.group(1)] = Usage(spilled_bytes=spilled, **numbers)
+    return found
+
+
+def short_name(signature: str) -> str:
+    """``void rcu_ops::cuda::(anonymous namespace)::kernel<float, true>(...)`` -> ``kernel<float, true>``."""
+    match = re.search(r"namespace\)::(\w+(?:<.*?>)?)\(", signature)
+    assert match is not None, signature
+    return match.group(1)
+
+
+@pytest.fixture(scope="module")
+def usage(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Usage]:
+    """From architecture and kernel to what it uses."""
+    if harness.nvcc() is None:
+        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    directory = tmp_path_factory.mktemp("cubin")
+    sources = sorted((harness.CSRC / "cuda").glob("*.cu"))
+    jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda job: compile_for(*job, directory), jobs))
+    return {
+        (architecture, short_name(signature)): use
+        for (_, architecture), kernels in zip(jobs, results, strict=True)
+        for signature, use in kernels.items()
+    }
+
+
+def test_every_kernel_has_a_limit_and_every_limit_a_kernel(usage) -> None:
+    for architecture in ARCHITECTURES:
+        kernels = {name.partition("<")[0] for arch, name in usage if arch == architecture}
+        assert kernels == {name.partition("<")[0] for name in REGISTERS}
+
+
+def test_registers(usage) -> None:
+    over = {}
+    for (architecture, name), use in usage.items():
+        limit = REGISTERS.get(name, REGISTERS[name.partition("<")[0]])
+        if use.registers > limit:
+            over[architecture, name] = use.registers
+    assert not over
+
+
+def test_nothing_spills(usage) -> None:
+    assert not {key: use for key, use in usage.items() if use.spilled_bytes or use.stack_bytes}
+
+
+def test_shared_memory(usage) -> None:
+    assert not {key: use for key, use in usage.items() if use.shared_bytes > STATIC_SHARED_BYTES}
+
+
+def test_all_types_are_there(usage) -> None:
+    for architecture in ARCHITECTURES:
+        assert sum(arch == architecture and name.startswith("tile_scan<") for arch, name in usage) == 2 * 3 * 2
+        for kernel in ("plain_scan", "weight_grad_partial", "sum_splits"):
+            types = {
+                name.split("<")[1].split(",")[0].strip(">")
+                for arch, name in usage
+                if arch == architecture and name.startswith(kernel + "<")
+            }
+            assert types == {"double", "float", "__nv_bfloat16", "__half"}
+
+
+def test_every_wrapper_assembles(tmp_path) -> None:
+    """The probes of tests/cuda_host use every instruction behind csrc/cuda/device once."""
+    if harness.nvcc() is None:
+        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    with ThreadPoolExecutor(2) as pool:
+        probes = harness.HERE / "probes.cu"
+        for found in pool.map(lambda architecture: compile_for(probes, architecture, tmp_path), ARCHITECTURES):
+            assert len(found) > 30
+
+
+def test_ptx_for_later_architectures(tmp_path) -> None:
+    """The build ships PTX of compute_90: nothing in a kernel may need an architecture-specific feature."""
+    if (compiler := harness.nvcc()) is None:
+        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    for source in sorted((harness.CSRC / "cuda").glob("*.cu")):
+        command = [compiler, "-std=c++20", "-O3", f"-I{harness.CSRC}", "-ptx", "-arch=compute_90"]
+        result = subprocess.run(
+            [*command, "-o", str(tmp_path / "x.ptx"), str(source)], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert ".target sm_90\n" in (tmp_path / "x.ptx").read_text()

@@ -1,0 +1,109 @@
+"""Kernels that no GPU has confirmed are not taken unasked, and are listed where users look."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rcu_ops
+from rcu_ops import _library
+from rcu_ops.ops import OPERATORS, _evidence
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def verified(monkeypatch) -> None:
+    monkeypatch.setattr(
+        _evidence, "VARIANTS", tuple(dataclasses.replace(v, evidence="h200/run.json") for v in _evidence.VARIANTS)
+    )
+
+
+def test_the_committed_list_is_up_to_date() -> None:
+    command = [sys.executable, "-m", "rcu_ops.ops._evidence"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (RESULTS / "UNVERIFIED.md").read_text() == printed
+
+
+def test_the_list_names_every_unverified_variant(monkeypatch) -> None:
+    text = _evidence.render()
+    for variant in _evidence.VARIANTS:
+        assert (f"| {variant.name} |" in text) == (variant.evidence is None)
+    half = (dataclasses.replace(_evidence.VARIANTS[0], evidence="h200/run.json"), *_evidence.VARIANTS[1:])
+    monkeypatch.setattr(_evidence, "VARIANTS", half)
+    assert f"| {half[0].name} |" not in _evidence.render()
+    assert f"| {half[1].name} |" in _evidence.render()
+
+
+def test_nothing_is_listed_once_all_is_verified(verified) -> None:
+    assert "None:" in _evidence.render()
+    assert "|" not in _evidence.render()
+
+
+def test_recorded_evidence_exists() -> None:
+    for variant in _evidence.VARIANTS:
+        assert variant.evidence is None or (RESULTS / variant.evidence).is_file()
+
+
+def test_names_are_unique_and_belong_to_kernel_files() -> None:
+    names = [(v.operator, v.name) for v in _evidence.VARIANTS]
+    assert len(set(names)) == len(names)
+    files = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert {v.operator for v in _evidence.VARIANTS} <= files
+
+
+def test_auto_waits_for_evidence(monkeypatch) -> None:
+    monkeypatch.setattr(_evidence, "EXPERIMENTAL", False)
+    with rcu_ops.use_backend("auto"):
+        reason = _evidence.why_not("recurrent_conv")
+        assert reason is not None
+        assert "no run on a GPU has been recorded for plain scan" in reason
+        monkeypatch.setattr(_evidence, "EXPERIMENTAL", True)
+        assert _evidence.why_not("recurrent_conv") is None
+
+
+def test_an_explicit_choice_takes_them(monkeypatch) -> None:
+    monkeypatch.setattr(_evidence, "EXPERIMENTAL", False)
+    with rcu_ops.use_backend("cuda"):
+        assert _evidence.why_not("recurrent_conv") is None
+    with rcu_ops.use_backend("triton"):
+        assert _evidence.why_not("recurrent_conv") is not None
+
+
+def test_evidence_lifts_the_reserve(verified, monkeypatch) -> None:
+    monkeypatch.setattr(_evidence, "EXPERIMENTAL", False)
+    with rcu_ops.use_backend("auto"):
+        assert _evidence.why_not("recurrent_conv") is None
+
+
+@pytest.mark.parametrize("operator", ["recurrent_conv", "recurrent_conv_affine_act"])
+def test_the_backend_s_predicate_asks(monkeypatch, operator) -> None:
+    """The cuda backend gives the reason for a CUDA tensor, once the library holds its kernel."""
+
+    class OnCuda:
+        device = torch.device("cuda", 0)
+        dtype = torch.float32
+
+    monkeypatch.setattr(_evidence, "EXPERIMENTAL", False)
+    monkeypatch.setattr(_library, "has_kernel", lambda name, key: True)
+    backend = OPERATORS[operator].backend("cuda")
+    with rcu_ops.use_backend("auto"):
+        assert "no run on a GPU" in str(backend.why_not(OnCuda()))
+    with rcu_ops.use_backend("cuda"):
+        assert backend.why_not(OnCuda()) is None
+    assert backend.experimental == _evidence.experimental("recurrent_conv")
+
+
+def test_the_environment_variable_is_read() -> None:
+    code = "import rcu_ops.ops._evidence as e; print(e.EXPERIMENTAL)"
+    for value, want in (("1", "True"), ("0", "False"), ("", "False")):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"RCU_OPS_EXPERIMENTAL": value}
+        )
+        assert result.stdout.strip() == want, result.stderr

@@ -1,0 +1,187 @@
+"""Backend choice: explicit, explained, never silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import rcu_ops
+from rcu_ops import doctor
+from rcu_ops.cli import main
+from rcu_ops.ops import OPERATORS, _registry
+from rcu_ops.ops._registry import Backend, Operator
+
+
+@pytest.fixture
+def operator() -> Operator:
+    """An operator with two backends; the fast one wants an even size and says so."""
+
+    def why_not_fast(x: torch.Tensor) -> str | None:
+        return None if x.numel() % 2 == 0 else f"needs an even number of elements, got {x.numel()}"
+
+    return Operator(
+        "toy",
+        (
+            Backend("cpu", lambda x: ("fast", x), why_not_fast, plan=lambda x: f"{x.numel() // 2} pairs"),
+            Backend("reference", lambda x: ("slow", x), lambda x: None),
+        ),
+        check=lambda x: (x,),
+        probe=lambda device: (torch.zeros(2, device=device),),
+    )
+
+
+def test_auto_takes_the_first_backend_that_can(operator) -> None:
+    assert operator.select(torch.zeros(2)).name == "cpu"
+    assert operator.select(torch.zeros(3)).name == "reference"
+
+
+def test_an_explicit_choice_that_cannot_run_raises_its_reason(operator) -> None:
+    with rcu_ops.use_backend("cpu"):
+        assert operator.select(torch.zeros(2)).name == "cpu"
+        with pytest.raises(ValueError, match="backend 'cpu' cannot run toy: needs an even number of elements, got 3"):
+            operator.select(torch.zeros(3))
+    with rcu_ops.use_backend("triton"), pytest.raises(ValueError, match="toy has no triton kernel"):
+        operator.select(torch.zeros(2))
+
+
+def test_explain_uses_the_same_predicate(operator) -> None:
+    even, odd = operator.explain(torch.zeros(4)), operator.explain(torch.zeros(3))
+    assert (even.backend, even.plan) == ("cpu", "2 pairs")
+    assert odd.backend == "reference"
+    assert odd.reasons["cpu"] == "needs an even number of elements, got 3"
+    assert "not cpu: needs an even number" in str(odd)
+    with rcu_ops.use_backend("cpu"):
+        assert operator.explain(torch.zeros(3)).backend is None
+
+
+def test_use_backend_is_a_setting_and_a_context() -> None:
+    before = _registry.current_backend()
+    with rcu_ops.use_backend("reference"):
+        assert _registry.current_backend() == "reference"
+        with rcu_ops.use_backend("auto"):
+            assert _registry.current_backend() == "auto"
+        assert _registry.current_backend() == "reference"
+    assert _registry.current_backend() == before
+    setting = rcu_ops.use_backend("reference")
+    assert _registry.current_backend() == "reference"
+    setting.__exit__(None, None, None)
+    assert _registry.current_backend() == before
+    with pytest.raises(ValueError, match="use_backend: expected one of auto, cuda, triton, cpu, reference, got 'gpu'"):
+        rcu_ops.use_backend("gpu")
+    assert _registry.current_backend() == before
+
+
+def test_backend_restored_after_an_error() -> None:
+    before = _registry.current_backend()
+    with pytest.raises(RuntimeError, match="boom"), rcu_ops.use_backend("reference"):
+        raise RuntimeError("boom")
+    assert _registry.current_backend() == before
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gpu_backends_refuse_cpu_tensors(name) -> None:
+    x, weight = torch.zeros(1, 4, 2, 3, 3), torch.eye(4)
+    with rcu_ops.use_backend(name), pytest.raises(ValueError, match=f"backend '{name}' cannot run recurrent_conv"):
+        rcu_ops.recurrent_conv(x, weight)
+
+
+def test_slow_fallback_for_cuda_tensors_warns_once(operator, monkeypatch) -> None:
+    monkeypatch.setattr(_registry, "_device_of", lambda args: "cuda")
+    monkeypatch.setattr(_registry, "_warned", set())
+    with pytest.warns(UserWarning, match="toy runs on the slow reference backend .*cpu: needs an even number"):
+        operator.select(torch.zeros(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operator.select(torch.zeros(3))
+
+
+def test_explain_of_the_public_operators() -> None:
+    explanation = rcu_ops.explain("recurrent_conv", torch.zeros(1, 4, 2, 3, 3), torch.eye(4), update="mean")
+    assert explanation.backend in ("cpu", "reference")
+    assert set(explanation.reasons) == {"cuda", "triton", "cpu", "reference"}
+    if explanation.backend == "cpu":
+        assert explanation.plan is not None and explanation.plan in str(explanation)
+    with pytest.raises(ValueError, match=r"operator: expected one of .*recurrent_conv.*, got 'conv'"):
+        rcu_ops.explain("conv")
+    with pytest.raises(ValueError, match=r"weight: expected \[C,C\]"):
+        rcu_ops.explain("recurrent_conv", torch.zeros(1, 4, 2, 3, 3), torch.eye(5))
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_variable_sets_the_choice() -> None:
+    code = "import rcu_ops.ops as o; print(o.current_backend())"
+    assert run_python(code, RCU_OPS_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run_python(code, RCU_OPS_BACKEND="fastest")
+    assert wrong.returncode != 0
+    assert "RCU_OPS_BACKEND: expected one of auto" in wrong.stderr
+
+
+def test_everything_runs_without_the_binary() -> None:
+    """Hide the library: operators, gradients, compile and export still work, on the reference."""
+    code = """
+import torch, rcu_ops
+x, w = torch.randn(2, 4, 3, 2, 2, requires_grad=True), torch.eye(4, requires_grad=True)
+h, h_n = rcu_ops.recurrent_conv(x, w)
+h.sum().backward()
+direct, _ = torch.ops.rcu_ops.recurrent_conv(x, w, None, False, False)
+assert torch.allclose(direct, h)
+class M(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.eye(4))
+    def forward(self, x):
+        return rcu_ops.recurrent_conv(x, self.w)[0]
+program = torch.export.export(M(), (x.detach(),), dynamic_shapes=({2: torch.export.Dim("t", min=1, max=64)},))
+longer = torch.randn(2, 4, 9, 2, 2)
+assert torch.allclose(program.module()(longer), rcu_ops.recurrent_conv(longer, w)[0])
+explanation = rcu_ops.explain("recurrent_conv", x, w)
+assert explanation.backend == "reference" and "gone.so is not there" in explanation.reasons["cpu"], explanation
+print("fine")
+"""
+    result = run_python(code, RCU_OPS_LIBRARY="gone.so")
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_doctor_reports_and_says_usable(capsys) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "recurrent_conv on cpu:" in text
+    assert text.strip().endswith("usable")
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["usable"] is True
+    assert set(report["operators"]) == set(OPERATORS)
+    assert report["versions"]["torch"] == torch.__version__
+
+
+def test_doctor_exits_1_when_an_operator_cannot_run(capsys) -> None:
+    with rcu_ops.use_backend("triton"):
+        assert main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert "NOT usable" in captured.out
+    assert "recurrent_conv cannot run on cpu" in captured.out
+    assert captured.err.count("\n") == 1
+
+
+def test_doctor_survives_an_installation_that_cannot_be_examined(capsys, monkeypatch) -> None:
+    def broken() -> None:
+        raise OSError("torch is broken")
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    assert main(["doctor"]) == 1
+    assert "torch is broken" in capsys.readouterr().out

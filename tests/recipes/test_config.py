@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from rcu_ops.cli import main
+from rcu_ops.models import list_models
+from rcu_ops.recipes import RECIPES, Recipe, assumptions, command, get_recipe
+from rcu_ops.recipes.config import STARTING_WEIGHTS
+
+SETTINGS = [item for item in dataclasses.fields(Recipe) if item.name != "name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("kinetics_resnet18", {"batch": 64, "lr": 0.01, "frames": 8}),
+        ("kinetics_resnet34", {"batch": 32, "lr": 0.005, "frames": 16}),
+        ("kinetics_resnet50", {"batch": 32, "lr": 0.005, "frames": 8}),
+        ("kinetics_resnet50_32frames", {"batch": 8, "frames": 32}),
+    ],
+)
+def test_kinetics_recipes_are_the_papers(name, expected):
+    recipe = get_recipe(name)
+    common = {
+        "classes": 400,
+        "loss": "cross_entropy",
+        "milestones": (250_000, 350_000),
+        "lr_factor": 0.1,
+        "iterations": 400_000,
+        "flip": 0.5,
+        "jitter": True,
+        "eval_clips": 10,
+    }
+    for field, value in {**common, **expected}.items():
+        assert getattr(recipe, field) == value, field
+        assert field not in assumptions(name), field
+
+
+def test_multithumos_recipe_is_the_papers():
+    recipe = get_recipe("multithumos_resnet50")
+    paper = {
+        "model": "rcn_resnet50",
+        "classes": 65,
+        "loss": "bce",
+        "frames": 16,
+        "period": 4,
+        "lr": 0.001,
+        "milestones": (14_000,),
+        "iterations": 20_000,
+        "batch": 16,
+    }
+    for field, value in paper.items():
+        assert getattr(recipe, field) == value, field
+        assert field not in assumptions(recipe.name), field
+    assert recipe.dense
+    assert not get_recipe("kinetics_resnet18").dense
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_assumptions_name_fields_with_reasons_and_models_exist(name):
+    fields = {item.name for item in SETTINGS}
+    assert set(assumptions(name)) <= fields
+    assert all(assumptions(name).values())
+    assert {"weight_decay", "scales", "momentum"} <= set(assumptions(name))
+    assert get_recipe(name).model in list_models()
+    assert STARTING_WEIGHTS[name]
+
+
+def test_learning_rate_falls_after_the_milestone_steps():
+    recipe = get_recipe("kinetics_resnet18")
+    # 250,000 steps (numbers 0 to 249,999) at the first rate.
+    for step, rate in ((0, 0.01), (249_999, 0.01), (250_000, 0.001), (349_999, 0.001), (350_000, 0.0001)):
+        assert recipe.learning_rate(step) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_a_file(name):
+    recipe = get_recipe(name)
+    assert Recipe.from_dict(recipe.as_dict()) == recipe
+    with pytest.raises(ValueError, match="missing \\['lr'\\]"):
+        Recipe.from_dict({key: value for key, value in recipe.as_dict().items() if key != "lr"})
+    later = {key: value for key, value in recipe.as_dict().items() if key != "jitter"}
+    assert Recipe.from_dict(later) == recipe  # a file from before the setting existed
+    with pytest.raises(ValueError, match="unknown \\['warmup'\\]"):
+        Recipe.from_dict({**recipe.as_dict(), "warmup": 3})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("loss", "mse"),
+        ("frames", 0),
+        ("batch", -1),
+        ("iterations", 0),
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("momentum", 1.5),
+        ("flip", -0.1),
+        ("weight_decay", -1e-4),
+        ("milestones", (5, 5)),
+        ("milestones", (0,)),
+        ("scales", (160, 128)),
+        ("scales", (100, 128)),
+        ("scales", (128,)),
+        ("eval_scale", 100),
+        ("eval_clips", 0),
+    ],
+)
+def test_impossible_values_name_the_field(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        dataclasses.replace(get_recipe("kinetics_resnet18"), **{field: value})
+
+
+def test_unknown_recipe_suggests_similar_ones():
+    with pytest.raises(ValueError, match="did you mean kinetics_resnet18"):
+        get_recipe("kinetics_resnet_18")
+    with pytest.raises(ValueError, match="expected one of kinetics_resnet18, "):
+        get_recipe("zzz")
+
+
+OVERRIDES = {
+    "model": ("i3d_resnet18", "i3d_resnet18"),
+    "classes": ("7", 7),
+    "loss": ("bce", "bce"),
+    "frames": ("5", 5),
+    "batch": ("6", 6),
+    "lr": ("0.25", 0.25),
+    "milestones": ("10,20", (10, 20)),
+    "iterations": ("30", 30),
+    "lr_factor": ("0.5", 0.5),
+    "momentum": ("0.8", 0.8),
+    "weight_decay": ("0.5", 0.5),
+    "period": ("3", 3),
+    "crop": ("64", 64),
+    "scales": ("128,256", (128, 256)),
+    "flip": ("0.25", 0.25),
+    "jitter": (None, False),
+    "eval_scale": ("200", 200),
+    "eval_clips": ("4", 4),
+}
+
+
+@pytest.mark.parametrize("field", [item.name for item in SETTINGS])
+def test_every_field_is_an_option(field):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    text, expected = OVERRIDES[field]
+    flag = f"--{field.replace('_', '-')}"
+    given = [flag, text] if text is not None else [f"--no-{field}"]
+    args = parser.parse_args(["train", "--recipe", "kinetics_resnet18", *given])
+    changed = command._recipe(args)
+    assert changed == dataclasses.replace(get_recipe("kinetics_resnet18"), **{field: expected})
+
+
+def test_show_marks_what_the_paper_does_not_give(capsys):
+    assert main(["train", "--recipe", "kinetics_resnet18", "--show", "--lr", "0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split()[0]: line for line in lines}
+    assert "not in the paper" in shown["weight-decay"]
+    assert "not in the paper" not in shown["batch"]
+    assert "overridden" in shown["lr"]
+    assert "ImageNet" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "nothing_like_it"], "--recipe: there is no recipe named 'nothing_like_it'"),
+        ([], "--recipe is missing"),
+        (["--recipe", "kinetics_resnet18", "--eval-scale", "3"], "--eval-scale: expected at least the crop 112, got 3"),
+        (["--recipe", "kinetics_resnet18", "--accumulate", "0"], "--accumulate: expected at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_one_line(options, message, capsys):
+    assert main(["train", "--show", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rcu-ops: error: ")
+    assert message in error
+    assert error.count("\n") == 1

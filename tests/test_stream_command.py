@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+import rcu_ops
+from rcu_ops.cli import main
+from rcu_ops.models import registry
+from rcu_ops.nn import RecurrentConv3d
+from rcu_ops.stream_command import OUTPUT_NAMES
+from rcu_ops.video import open_video
+from rcu_ops.video.transform import FrameTransform
+from tests.video.clips import damage, write_audio, write_clip
+
+MODEL = "one_layer"
+SMALL = ["--size", "32"]
+LABELS = ["juggling", "wrestling", "cooking"]
+
+
+class OneLayer(nn.Module):
+    """The smallest causal network: what is under test here is the command around it."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = RecurrentConv3d(3, 8, 3, 2, 1)
+        self.bn = nn.BatchNorm3d(8)
+        self.head = RecurrentConv3d(8, num_classes, 1)
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(x)).relu().mean((3, 4), keepdim=True))[..., 0, 0]
+
+
+@pytest.fixture(autouse=True)
+def small_and_single_threaded(monkeypatch):
+    monkeypatch.setitem(registry._BUILDERS, MODEL, OneLayer)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_clip(tmp_path / "clip.mp4", 12)
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("\n".join(LABELS) + "\n")
+    return path
+
+
+def stream(*arguments):
+    model = [] if "--model" in arguments else ["--model", MODEL]
+    return main(["stream", *map(str, arguments), *model, *SMALL])
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def trained_weights(path, name=MODEL):
+    """Weights as a training run would leave them: other than those of a fresh network."""
+    model = rcu_ops.create_model(name, num_classes=len(LABELS))
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+def softmax(scores):
+    return torch.tensor(scores, dtype=torch.float64).softmax(-1).numpy()
+
+
+def test_all_outputs(tmp_path, clip, labels, capsys):
+    out = tmp_path / "out"
+    assert stream(clip, "--labels", labels, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(OUTPUT_NAMES)
+
+    lines = lines_of(out)
+    assert [line["index"] for line in lines] == list(range(12))
+    assert np.allclose([line["time"] for line in lines], 0.04 * np.arange(12))
+    scores = np.array([line["scores"] for line in lines])
+    assert scores.shape == (12, 3)
+    for n, line in enumerate(lines):
+        running, instant = softmax(scores[: n + 1].mean(axis=0)), softmax(scores[n])
+        ranked = np.argsort(-running, kind="stable")
+        assert [entry["class"] for entry in line["top"]] == ranked.tolist()
+        assert [entry["label"] for entry in line["top"]] == [LABELS[c] for c in ranked]
+        assert np.allclose([entry["score"] for entry in line["top"]], running[ranked], atol=1e-5)
+        assert line["frame_top"]["class"] == instant.argmax()
+        assert line["frame_top"]["score"] == pytest.approx(instant.max(), abs=1e-5)
+
+    summary = summary_of(out)
+    assert summary["status"] == "complete"
+    assert (summary["frames"], summary["dropped_frames"], summary["classes"]) == (12, 0, 3)
+    assert (summary["model"], summary["dtype"], summary["size"]) == (MODEL, "fp32", 32)
+    assert 0 < summary["latency_ms"]["p50"] <= summary["latency_ms"]["p99"] <= summary["latency_ms"]["max"]
+    assert summary["frames_per_second"] > 0
+    assert summary["state_bytes"] > 0
+    assert summary["top"] == lines[-1]["top"]
+    assert summary["versions"]["torch"] == torch.__version__
+
+    with open_video(out / "annotated.mp4") as reader:
+        frames = list(reader)
+    assert np.allclose([frame.time_seconds for frame in frames], 0.04 * np.arange(12), atol=1e-3)
+    assert frames[0].image.shape[1] == 320
+    assert (out / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+    text = capsys.readouterr().out
+    assert "12 frames in" in text
+    assert "frames/s; latency p50" in text
+    assert "0 frames dropped" in text
+
+
+def test_scores_are_those_of_the_whole_clip(tmp_path, clip, labels):
+    model = trained_weights(tmp_path / "weights.pt", "rcn_resnet18")
+    out = tmp_path / "out"
+    weights = ["--model", "rcn_resnet18", "--weights", tmp_path / "weights.pt"]
+    assert stream(clip, "--labels", labels, *weights, "--out", out) == 0
+    transform = FrameTransform(32)
+    with open_video(clip) as reader:
+        frames = torch.cat([transform(frame.image) for frame in reader], dim=1)[None]
+    with torch.inference_mode():
+        whole = model.frame_scores(frames)[0].T.double()
+        exact = model.double().frame_scores(frames.double())[0].T
+    streamed = torch.tensor([line["scores"] for line in lines_of(out)], dtype=torch.float64)
+    # Six digits are written; on top of them, what eager PyTorch itself is off by.
+    tolerance = 2 * (whole - exact).abs().max() + exact.abs().max() * 1e-5
+    assert (streamed - exact).abs().max() <= tolerance
+
+
+def test_an_untrained_network_says_so_everywhere(tmp_path, clip, capsys):
+    out = tmp_path / "out"
+    assert stream(clip, "--out", out) == 0
+    assert "untrained network" in capsys.readouterr().out
+    assert all(line["untrained"] is True for line in lines_of(out))
+    summary = summary_of(out)
+    assert summary["untrained"] is True
+    assert summary["weights"] == summary["weights_sha256"] == "untrained"
+    assert summary["warning"] == "untrained network"
+    assert summary["classes"] == 400
+    assert stream(clip) == 0
+    text = capsys.readouterr().out
+    assert text.count("untrained network") >= 3
+
+
+def test_a_trained_network_does_not(tmp_path, clip, labels, capsys):
+    weights = tmp_path / "weights.pt"
+    trained_weights(weights)
+    out = tmp_path / "out"
+    assert stream(clip, "--labels", labels, "--weights", weights, "--out", out) == 0
+    assert "untrained" not in capsys.readouterr().out
+    assert not any(line["untrained"] for line in lines_of(out))
+    summary = summary_of(out)
+    assert (summary["untrained"], summary["warning"]) == (False, None)
+    assert summary["weights"] == str(weights)
+    assert summary["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_the_same_untrained_network_every_time(tmp_path, clip):
+    torch.manual_seed(1)
+    assert stream(clip, "--out", tmp_path / "a") == 0
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert stream(clip, "--out", tmp_path / "b") == 0
+    assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_source_a_sample_is_streamed(capsys):
+    assert main(["stream", "--size", "16", "--max-frames", "5", "--top", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("sample clip: 320x240, h264, 25 frames/s")
+    assert "rcn_resnet18 (untrained network" in text
+    assert "5 frames in" in text
+    assert "video so far" in text
+    assert "0.16 s        4   class" in text
+
+
+def test_every_and_max_frames(tmp_path, clip):
+    assert stream(clip, "--every", 3, "--max-frames", 3, "--out", tmp_path / "out") == 0
+    assert [line["index"] for line in lines_of(tmp_path / "out")] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_dtypes(tmp_path, clip, dtype):
+    assert stream(clip, "--dtype", dtype, "--max-frames", 4, "--out", tmp_path / "out") == 0
+    assert summary_of(tmp_path / "out")["dtype"] == dtype
+    assert np.isfinite([line["scores"] for line in lines_of(tmp_path / "out")]).all()
+
+
+def test_top(tmp_path, clip, labels):
+    assert stream(clip, "--labels", labels, "--top", 2, "--max-frames", 1, "--out", tmp_path / "a") == 0
+    assert len(lines_of(tmp_path / "a")[0]["top"]) == 2
+    assert stream(clip, "--labels", labels, "--top", 50, "--max-frames", 1, "--out", tmp_path / "b") == 0
+    assert len(lines_of(tmp_path / "b")[0]["top"]) == 3
+
+
+def test_realtime_drops_rather_than_lags(tmp_path, monkeypatch, capsys):
+    from rcu_ops import stream_command
+
+    path = write_clip(tmp_path / "long.mp4", times=[20 * n for n in range(60)])
+    step = stream_command._Network.__call__
+
+    def slow(network, image):
+        time.sleep(0.08)
+        return step(network, image)
+
+    monkeypatch.setattr(stream_command._Network, "__call__", slow)
+    assert stream(path, "--realtime", "--out", tmp_path / "out") == 0
+    summary = summary_of(tmp_path / "out")
+    indices = [line["index"] for line in lines_of(tmp_path / "out")]
+    assert summary["dropped_frames"] > 0
+    assert summary["frames"] + summary["dropped_frames"] == 60
+    assert indices == sorted(set(indices))
+    assert indices[-1] == 59
+    # All of it at 0.08 s a frame would take almost five seconds.
+    assert summary["seconds"] < 4
+    assert summary["lag_ms"]["p50"] >= 80
+    text = capsys.readouterr().out
+    assert f"{summary['dropped_frames']} frames dropped" in text
+    assert "behind the clock p50" in text
+
+
+def test_realtime_paces_a_file_by_its_time_stamps(tmp_path):
+    path = write_clip(tmp_path / "slow.mp4", times=[0, 300, 600])
+    assert stream(path, "--realtime", "--out", tmp_path / "out") == 0
+    summary = summary_of(tmp_path / "out")
+    assert (summary["frames"], summary["dropped_frames"]) == (3, 0)
+    assert summary["seconds"] >= 0.6
+
+
+# What cannot be used: exit 2, one line, nothing left behind
+
+
+def fails(capsys, *arguments):
+    capsys.readouterr()
+    assert stream(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("rcu-ops: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_sources_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("text")
+    sound = write_audio(tmp_path / "sound.m4a")
+    out = tmp_path / "out"
+    for source, complaint in {
+        tmp_path / "missing.mp4": "no such file",
+        tmp_path / "empty.mp4": "the file is empty",
+        tmp_path / "text.mp4": "not a video file",
+        sound: "sound but no video",
+        "webcam:97": "no such webcam",
+    }.items():
+        assert complaint in fails(capsys, source, "--out", out)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--every", "0"], "--every: expected at least 1, got 0"),
+        (["--max-frames", "0"], "--max-frames: expected at least 1, got 0"),
+        (["--top", "-1"], "--top: expected at least 1, got -1"),
+        (["--device", "nonsense"], "--device: nonsense cannot be used"),
+        (["--device", "cuda:97"], "--device: cuda:97 cannot be used"),
+        (["--model", "rcn_resnet19"], "no model named 'rcn_resnet19'"),
+        (["--model", "i3d_resnet18"], "cannot run frame by frame"),
+        (["--weights", "/nowhere/weights.pt"], "/nowhere/weights.pt"),
+        (["--labels", "/nowhere/labels.txt"], "--labels: /nowhere/labels.txt cannot be read"),
+    ],
+)
+def test_arguments_that_cannot_be_used(tmp_path, clip, capsys, arguments, complaint):
+    out = tmp_path / "out"
+    error = fails(capsys, clip, *arguments, "--out", out)
+    assert complaint in error
+    assert len(error) < 600
+    assert not out.exists()
+
+
+def test_weights_that_do_not_fit(tmp_path, clip, capsys):
+    trained_weights(tmp_path / "weights.pt")
+    error = fails(capsys, clip, "--weights", tmp_path / "weights.pt")
+    assert "does not fit the model" in error
+
+
+def test_labels_that_cannot_be_used(tmp_path, clip, capsys):
+    labels = tmp_path / "labels.txt"
+    for text, complaint in {"": "the file is empty", "a\n\nb\n": "line 2 is empty"}.items():
+        labels.write_text(text)
+        assert complaint in fails(capsys, clip, "--labels", labels)
+    labels.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in fails(capsys, clip, "--labels", labels)
+
+
+def test_labels_of_any_script(tmp_path, clip):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("﻿Tanzen (Paar)\r\nключ\r\na\u2028b\r\n", encoding="utf-8")
+    assert stream(clip, "--labels", labels, "--max-frames", 2, "--out", tmp_path / "out") == 0
+    assert {entry["label"] for entry in lines_of(tmp_path / "out")[0]["top"]} == {"Tanzen (Paar)", "ключ", "a\u2028b"}
+
+
+def test_a_folder_with_something_in_it(tmp_path, clip, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert stream(clip, "--max-frames", 1, "--out", out) == 0
+    before = (out / "scores.jsonl").read_bytes()
+    assert "is not empty; give another folder, or --overwrite" in fails(capsys, clip, "--out", out)
+    assert (out / "scores.jsonl").read_bytes() == before
+    (out / "mine.txt").write_text("keep")
+    assert stream(clip, "--max-frames", 2, "--out", out, "--overwrite") == 0
+    assert len(lines_of(out)) == 2
+    assert sorted(path.name for path in out.iterdir()) == sorted([*OUTPUT_NAMES, "mine.txt"])
+    assert "is a file; expected a folder" in fails(capsys, clip, "--out", clip)
+
+
+def test_a_place_that_cannot_be_written(clip, capsys):
+    assert "cannot be written" in fails(capsys, clip, "--out", "/proc/nowhere/out")
+
+
+# What ends half-way: results up to there are kept
+
+
+def assert_whole(out, frames, status):
+    """All four files are there, finished, and hold so many frames."""
+    assert sorted(path.name for path in out.iterdir()) == sorted(OUTPUT_NAMES)
+    assert [line["index"] for line in lines_of(out)] == list(range(frames))
+    with open_video(out / "annotated.mp4") as reader:
+        assert len(list(reader)) == frames
+    summary = summary_of(out)
+    assert (summary["frames"], summary["status"]) == (frames, status)
+    return summary
+
+
+def breaking_clip(path):
+    """Twelve frames 0.15 s apart, of which the eighth is damaged."""
+    write_clip(path, options={"bf": "0", "g": "4"}, times=[150 * n for n in range(12)])
+    damage(path, 7)
+    return path
+
+
+def test_a_source_that_breaks(tmp_path, capsys):
+    path = breaking_clip(tmp_path / "clip.mp4")
+    out = tmp_path / "out"
+    assert stream(path, "--out", out) == 3
+    summary = assert_whole(out, 7, "broken")
+    assert "broke at frame 7" in summary["problem"]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"rcu-ops: error: {path}: broke at frame 7 (after 0.900 s): ")
+    assert error.endswith("the results of 7 frames are kept")
+
+
+def test_a_source_that_breaks_in_real_time(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert stream(breaking_clip(tmp_path / "clip.mp4"), "--realtime", "--out", out) == 3
+    summary = summary_of(out)
+    assert summary["status"] == "broken"
+    assert summary["frames"] + summary["dropped_frames"] == 7
+    assert [line["index"] for line in lines_of(out)][-1] == 6
+    assert "broke at frame 7" in capsys.readouterr().err
+
+
+def test_scores_that_overflow(tmp_path, clip, monkeypatch, capsys):
+    from rcu_ops import stream_command
+
+    step = stream_command._Network.__call__
+    calls = iter(range(1000))
+
+    def overflowing(network, image):
+        return step(network, image) * (np.inf if next(calls) == 2 + 5 else 1)  # after two frames of warm-up
+
+    monkeypatch.setattr(stream_command._Network, "__call__", overflowing)
+    assert stream(clip, "--dtype", "fp16", "--out", tmp_path / "out") == 1
+    assert_whole(tmp_path / "out", 5, "not finite")
+    assert "the scores of frame 5 are not finite in fp16; try --dtype bf16 or fp32" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="interrupts as POSIX has them")
+def test_an_interrupt(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", times=[100 * n for n in range(600)])
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rcu_ops", "stream", path, "--realtime", "--out", out, *SMALL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while sum(len(file.read_text().splitlines()) for file in out.glob(".scores*")) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    summary = summary_of(out)
+    assert summary["status"] == "interrupted"
+    assert sorted(file.name for file in out.iterdir()) == sorted(OUTPUT_NAMES)
+    assert len(lines_of(out)) == summary["frames"] >= 3
+    with open_video(out / "annotated.mp4") as reader:
+        assert len(list(reader)) == summary["frames"]
+    assert f"interrupted; the results of {summary['frames']} frames are kept" in error
+    assert "Traceback" not in error
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, clip, monkeypatch):
+    from rcu_ops.video.draw import ScorePanel
+
+    calls = iter(range(100))
+    draw = ScorePanel.draw
+
+    def failing(panel, image, **arguments):
+        if next(calls) == 3:
+            raise RuntimeError("a fault of our own")
+        return draw(panel, image, **arguments)
+
+    monkeypatch.setattr(ScorePanel, "draw", failing)
+    with pytest.raises(RuntimeError, match="a fault of our own"):
+        stream(clip, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_it_needs_is_named_when_missing(clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'rcu-ops[plot]'" in fails(capsys, clip, "--out", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install 'rcu-ops[video]'" in fails(capsys, clip)
+
+
+def test_an_interrupt_waits_for_the_frame_and_a_second_one_does_not():
+    from rcu_ops.stream_command import _DeferredInterrupt
+
+    steps = []
+    with _DeferredInterrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.deferred():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("the frame is finished")
+        with pytest.raises(KeyboardInterrupt), interrupt.deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            steps.append("not reached")
+    assert steps == ["the frame is finished"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
