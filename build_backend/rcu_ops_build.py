@@ -302,7 +302,7 @@ def _files(root: Path, *patterns: str) -> list[str]:
 
 def library_sources(root: Path = ROOT) -> list[str]:
     """Return the C++ sources of the op library."""
-    return ["csrc/bindings.cpp", *_files(root, "csrc/common/*.cpp", "csrc/cpu/*.cpp")]
+    return _files(root, "csrc/bindings*.cpp", "csrc/common/*.cpp", "csrc/cpu/*.cpp")
 
 
 def cuda_sources(root: Path = ROOT) -> list[str]:
@@ -421,7 +421,7 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     # Only the bindings know of CUDA: the CPU kernels' objects serve both kinds of build.
     cuda = [] if plan.cuda is None else ["-DRCU_OPS_WITH_CUDA", f"-isystem{plan.cuda.include}"]
     jobs = [
-        _job(source, [*command, *cuda] if source == "csrc/bindings.cpp" else command, objects, key)
+        _job(source, [*command, *cuda] if source.startswith("csrc/bindings") else command, objects, key)
         for source in library_sources()
     ]
     # --no-as-needed: the registrations run on load and must find torch loaded, also when no symbol of it seems needed.

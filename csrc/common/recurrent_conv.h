@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace rcu_ops {
+#include "types.h"
 
-enum class DType : int32_t { f64, f32, bf16, f16 };
+namespace rcu_ops {
 
 // A strided [N,C,T,H,W] tensor; strides in elements, any value including 0. data == nullptr means "absent".
 // States [N,C,H,W] leave t at 0. g is the stride between groups of frames that are scanned side by side (chunks).
@@ -63,13 +63,6 @@ struct WeightGrad {
   View dx, h, first;
   bool reverse = false;
   void* dweight = nullptr;  // [C,C] contiguous, dtype
-};
-
-// The caller's thread pool: runs task(context, 0..count-1), each exactly once, in any order and on any thread.
-struct Parallel {
-  int threads = 1;
-  void (*run)(void* pool, int64_t count, void (*task)(void* context, int64_t index), void* context) = nullptr;
-  void* pool = nullptr;
 };
 
 namespace cpu {

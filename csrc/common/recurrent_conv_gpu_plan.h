@@ -17,9 +17,6 @@ inline constexpr int64_t most_blocks = 0x7fffffff;  // along x of a grid
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-inline int64_t state_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
-
 // ---- the plain scan ----------------------------------------------------------------------------------------------
 
 inline constexpr int plain_threads = 256;

@@ -13,16 +13,7 @@ namespace rcu_ops::cpu {
 
 namespace {
 
-#include "recurrent_conv_scalar.h"
-
-struct Arena {
-  void* data[2] = {nullptr, nullptr};
-  size_t size[2] = {0, 0};
-  ~Arena() {
-    for (void* block : data) std::free(block);
-  }
-};
-thread_local Arena arena;
+#include "scalar.h"
 
 bool channels_contiguous(const Scan& p) {
   const View& v = p.y.data ? p.y : p.x;
@@ -42,19 +33,6 @@ void scan_as(Isa isa, const Scan& p, const Plan& plan, const Parallel& parallel)
 }
 
 }  // namespace
-
-void* scratch(int slot, size_t bytes) {
-  if (arena.size[slot] < bytes) {
-    std::free(arena.data[slot]);
-    const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    arena.data[slot] = std::aligned_alloc(64, size);
-    arena.size[slot] = arena.data[slot] ? size : 0;
-    if (!arena.data[slot]) throw std::bad_alloc();
-  }
-  if (const char* poison = std::getenv("RCU_OPS_POISON_SCRATCH"); poison && *poison == '1')
-    std::memset(arena.data[slot], 0xff, arena.size[slot]);  // NaN in every format
-  return arena.data[slot];
-}
 
 namespace {
 

@@ -60,7 +60,7 @@ static void copy_around(void* to, const void* from, size_t bytes) {
 }
 static void end_around() { _mm_sfence(); }
 
-#include "recurrent_conv_scalar.h"
+#include "scalar.h"
 #include "recurrent_conv_transport.h"
 
 static constexpr int block = 32, tile = 16, tile_values = 512;  // bf16 values per operand tile

@@ -39,7 +39,7 @@ static void copy_around(void* to, const void* from, size_t bytes) {
 }
 static void end_around() { _mm_sfence(); }
 
-#include "recurrent_conv_scalar.h"
+#include "scalar.h"
 #include "recurrent_conv_transport.h"
 
 struct F32 {

@@ -19,7 +19,7 @@
 // Bound.    Per element 2 C FLOP and, beyond the caches, x read + y written once (+ the read that a write of a line
 //           costs): memory below C of about bytes_per_element * FLOP_rate / (2 * bandwidth), arithmetic above it.
 //
-// The including file defines, in the namespace: the vector types F32 and F64, after recurrent_conv_scalar.h.
+// The including file defines, in the namespace: the vector types F32 and F64, after scalar.h.
 
 // ---- the block: C[MR][NV vectors] += A(m, k) B(k, n), and what follows the last k ---------------------------------
 

@@ -1,4 +1,4 @@
-// recurrent_conv on the CPU: entry points of the instruction sets, and the thread's scratch memory.
+// recurrent_conv on the CPU: entry points of the instruction sets.
 #pragma once
 
 #include <cstddef>
@@ -6,19 +6,9 @@
 
 #include "../common/recurrent_conv.h"
 #include "../common/recurrent_conv_plan.h"
+#include "memory.h"
 
 namespace rcu_ops::cpu {
-
-struct bf16_t {
-  uint16_t bits;
-};
-struct f16_t {
-  uint16_t bits;
-};
-
-// A 64-byte aligned block of at least `bytes` bytes that belongs to the calling thread until its next request with the
-// same slot. Grows, and is given back when the thread ends. Slot 0: what a call's tasks share; slot 1: a task's own.
-void* scratch(int slot, size_t bytes);
 
 namespace portable {
 void scan(const Scan&, const Plan&, const Parallel&);

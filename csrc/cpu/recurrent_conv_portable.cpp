@@ -10,7 +10,7 @@ static inline void copy_row(void* to, const void* from, size_t bytes) { memcpy(t
 static void copy_around(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 static void end_around() {}
 
-#include "recurrent_conv_scalar.h"
+#include "scalar.h"
 #include "recurrent_conv_transport.h"
 
 using float4 = float __attribute__((vector_size(16)));

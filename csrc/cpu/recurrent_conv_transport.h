@@ -1,5 +1,5 @@
 // recurrent_conv: the way between tensors and stages. Included inside each instruction set's namespace, after
-// recurrent_conv_scalar.h, copy_row and copy_around.
+// scalar.h, copy_row and copy_around.
 //
 // Kernels read x and write y through stages, dense [rows][width] pieces of a frame in the first-level cache. A stage is
 // filled and emptied row by row in runs of adjacent elements, as long as the tensor has them: memory sees a few long

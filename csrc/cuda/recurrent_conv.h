@@ -5,17 +5,11 @@
 
 #include "common/recurrent_conv.h"
 #include "common/recurrent_conv_gpu_plan.h"
-
-struct CUstream_st;
+#include "cuda/scratch.h"
 
 namespace rcu_ops::cuda {
 
-// Bytes of uninitialised device memory (aligned to 16) that the call of the same name needs as `scratch`; error: why there
-// is no answer, empty otherwise. They describe the current device.
-struct Scratch {
-  int64_t bytes = 0;
-  std::string error;
-};
+// What the call of the same name needs as `scratch` on the current device.
 Scratch scan_scratch(const Scan& problem, Kernel kernel = Kernel::best);
 Scratch weight_grad_scratch(const WeightGrad& problem);
 

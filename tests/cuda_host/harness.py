@@ -85,13 +85,13 @@ def build(directory: Path, sanitizer: str = "none", replaced: dict[str, Path] | 
     assert headers is not None
     include = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(headers)]
     jobs = []
-    for source in [*kernel_sources(), HERE / "machine.cpp", HERE / "main.cpp"]:
+    for source in [*kernel_sources(), HERE / "machine.cpp", HERE / "main.cpp", *sorted(HERE.glob("run_*.cpp"))]:
         source = (replaced or {}).get(source.name, source)
         flags = [*FLAGS, *SANITIZERS[sanitizer]]
         if source.name == "machine.cpp":
             # Only the kernels are under test. ThreadSanitizer is told about fibers and must not see the machine itself.
             flags = [*FLAGS, *MACHINE[sanitizer]]
-        elif source.name == "main.cpp":
+        elif source.name == "main.cpp" or source.name.startswith("run_"):
             flags = [*FLAGS, *SANITIZERS["none"]]
         name = hashlib.sha256(f"{source} {flags}".encode()).hexdigest()[:16]
         jobs.append((["g++", *flags, *include, "-x", "c++", "-c", source], directory / f"{source.stem}-{name}.o"))
@@ -183,7 +183,7 @@ class Machine:
     def probe(self, name: str, *tensors: Tensor) -> None:
         self.run({"op": "probe", "name": name}, tensors)
 
-    # ---- the operators, as csrc/bindings.cpp calls the kernels ----
+    # ---- recurrent_conv, as its bindings call the kernels ----
 
     def forward(
         self,
@@ -202,14 +202,14 @@ class Machine:
         alpha = 0.5 if mean else 1.0
         y, h_n = poisoned_like(x), poisoned_like(x.select(2, 0), state_dtype(x.dtype))
         first = alpha if h0 is not None else 1.0
-        self._call(
+        self._recurrent_conv(
             "scan",
-            views={"x": x, "y": y, "residual": residual, "first": h0, "last": h_n},
-            pointers={"weight": weight, "scale": scale, "shift": shift},
+            {
+                **{"x": x, "y": y, "residual": residual, "first": h0, "last": h_n},
+                **{"weight": weight, "scale": scale, "shift": shift},
+            },
             shape=x,
             reverse=int(reverse),
-            weight_out=weight.stride(0),
-            weight_in=weight.stride(1),
             relu=int(relu),
             init=0 if h0 is None else 1,
             last_kind=1,
@@ -234,14 +234,11 @@ class Machine:
         dx, dweight = poisoned_like(h), poisoned_like(torch.empty(weight.shape, dtype=weight.dtype))
         dh0 = None if h0 is None else poisoned_like(h0)
         final = 1.0 if h0 is None else alpha
-        self._call(
+        self._recurrent_conv(
             "scan",
-            views={"x": grad_h, "y": dx, "first": grad_h_n, "last": dh0},
-            pointers={"weight": weight},
+            {"x": grad_h, "y": dx, "first": grad_h_n, "last": dh0, "weight": weight.T},
             shape=h,
             reverse=int(not reverse),
-            weight_out=weight.stride(1),
-            weight_in=weight.stride(0),
             relu=0,
             init=0 if grad_h_n is None else 2,
             last_kind=0 if h0 is None else 2,
@@ -249,41 +246,34 @@ class Machine:
             alpha_first=alpha if h.shape[2] > 1 else final,
             alpha_final=final,
         )
-        self._call(
+        self._recurrent_conv(
             "weight_grad",
-            views={"dx": dx, "h": h, "first": h0},
-            pointers={"dweight": dweight},
+            {"dx": dx, "h": h, "first": h0, "dweight": dweight},
             shape=h,
             reverse=int(reverse),
         )
         return dx, dweight, dh0
 
-    def _call(
-        self,
-        op: str,
-        views: dict[str, Tensor | None],
-        pointers: dict[str, Tensor | None],
-        shape: Tensor,
-        **fields: float,
-    ) -> None:
+    def _recurrent_conv(self, op: str, tensors: dict[str, Tensor | None], shape: Tensor, **fields: float) -> None:
         n, c, t, height, width = shape.shape
-        case: dict[str, object] = {"op": op, "N": n, "C": c, "T": t, "H": height, "W": width}
-        case.update(fields, dtype=DTYPES.index(shape.dtype), plain=int(self.plain))
+        states = {  # a state's strides are those of a sequence with one frame
+            name: tensor.unsqueeze(2) if tensor is not None and tensor.dim() == 4 else tensor
+            for name, tensor in tensors.items()
+        }
+        fields.update(N=n, C=c, T=t, H=height, W=width, dtype=DTYPES.index(shape.dtype), plain=int(self.plain))
+        self.call(op, states, **fields)
+
+    def call(self, op: str, tensors: dict[str, Tensor | None], **fields: object) -> None:
+        """A case of ``run_<op>.cpp``: tensors by name (None: absent), and its other fields."""
+        case: dict[str, object] = {"op": op, **fields}
         storages: dict[int, Tensor] = {}
-
-        def place(tensor: Tensor) -> list[int]:
-            key = tensor.untyped_storage()._cdata
-            storages.setdefault(key, tensor)
-            return [list(storages).index(key), tensor.storage_offset()]
-
-        for name, tensor in views.items():
+        for name, tensor in tensors.items():
             if tensor is not None:
-                s = tensor.stride()
-                strides = s if len(s) == 5 else (*s[:2], 0, *s[2:])
-                case[name] = [*place(tensor), DTYPES.index(tensor.dtype), *strides]
-        for name, tensor in pointers.items():
-            if tensor is not None:
-                case[name] = place(tensor)
+                key = tensor.untyped_storage()._cdata
+                storages.setdefault(key, tensor)
+                offset = tensor.storage_offset() * tensor.element_size()
+                dtype = DTYPES.index(tensor.dtype) if tensor.dtype in DTYPES else -1
+                case[name] = [list(storages).index(key), offset, dtype, *tensor.stride()]
         self.run(case, storages.values())
 
 

@@ -1,4 +1,5 @@
-// recurrent_conv: scalar conversions. Included inside the namespace that uses them (see recurrent_conv_core.h).
+// Scalar conversions of the 16-bit formats (memory.h). Included inside the namespace of the instruction set that uses them, so that
+// no copy compiled for another one is linked in its place.
 
 template <class A>
 static inline A min_of(A a, A b) {

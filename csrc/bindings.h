@@ -1,0 +1,144 @@
+// What every op's bindings share: checks for direct torch.ops callers, allocation, threads, scratch memory and streams.
+//
+// bindings_<op>.cpp are the only files that see torch. They register the op's kernels with PyTorch through LibTorch's stable
+// ABI (the schemas are defined in Python, rcu_ops/ops), check arguments cheaply, allocate outputs and hand raw pointers to the
+// kernels of the tensor's device. One binary serves every torch from 2.11 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <atomic>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "common/types.h"
+#ifdef RCU_OPS_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/scratch.h"
+
+// Weak: a CPU-only torch does not have it, and the library must load there all the same.
+extern "C" [[gnu::weak]] AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace rcu_ops::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// ---- checks ----------------------------------------------------------------------------------------------------
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(Sizes sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected, const char* what) {
+  const Sizes sizes = tensor.sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected.begin()[i];
+  check(same, name, ": expected shape ", what, " = ", shape_text(Sizes(expected.begin(), expected.size())), ", got ",
+        shape_text(sizes));
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
+  check(tensor.scalar_type() == expected, name, ": expected dtype ", dtype_text(expected), ", got ",
+        dtype_text(tensor.scalar_type()));
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType one, ScalarType other) {
+  check(tensor.scalar_type() == one || tensor.scalar_type() == other, name, ": expected dtype ", dtype_text(one), " or ",
+        dtype_text(other), ", got ", dtype_text(tensor.scalar_type()));
+}
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& like, const char* like_name) {
+  check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+        ": expected the device of ", like_name, ", got another one");
+}
+
+inline DType dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  check(false, name, ": expected dtype Double, Float, BFloat16 or Half, got ", dtype_text(tensor.scalar_type()));
+  return {};
+}
+
+inline ScalarType state_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// ---- allocation ------------------------------------------------------------------------------------------------
+
+inline void* pointer(const Tensor& tensor) { return tensor.data_ptr(); }
+
+inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()));
+}
+
+// ---- launching -------------------------------------------------------------------------------------------------
+
+struct Tasks {
+  void (*task)(void*, int64_t);
+  void* context;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
+
+// Threads take tasks one by one, so that one slow core does not hold up the rest.
+inline void run_tasks(void*, int64_t count, void (*task)(void*, int64_t), void* context) {
+  if (count == 1) return task(context, 0);
+  Tasks tasks{task, context, count};
+  const auto worker = [](int64_t, int64_t, void* self) {
+    auto& tasks = *static_cast<Tasks*>(self);
+    for (int64_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;) tasks.task(tasks.context, i);
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, threads < count ? threads : count, 1, worker, &tasks));
+}
+
+inline Parallel cpu_threads() {
+  return {.threads = static_cast<int>(torch::stable::get_num_threads()), .run = run_tasks, .pool = nullptr};
+}
+
+#ifdef RCU_OPS_WITH_CUDA
+// On the current stream of `like`'s device. The scratch goes back to the caching allocator, which hands it out again in the
+// order of that stream.
+template <class Problem, class ScratchOf, class Run>
+void launch_on_gpu(const Problem& problem, const Tensor& like, ScratchOf scratch_of, Run run) {
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cuda::Scratch wanted = scratch_of(problem);
+  check(wanted.error.empty(), wanted.error);
+  std::optional<Tensor> scratch;
+  if (wanted.bytes > 0) scratch = torch::stable::new_empty(like, Sizes(&wanted.bytes, 1), ScalarType::Byte);
+  const std::string error = run(problem, scratch ? pointer(*scratch) : nullptr, static_cast<CUstream_st*>(stream));
+  check(error.empty(), error);
+}
+#endif
+
+}  // namespace rcu_ops::bindings

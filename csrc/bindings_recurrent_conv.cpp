@@ -1,0 +1,187 @@
+// recurrent_conv: its kernels as PyTorch operators (see bindings.h).
+#include "bindings.h"
+#include "common/recurrent_conv.h"
+#ifdef RCU_OPS_WITH_CUDA
+#include "cuda/recurrent_conv.h"
+#endif
+
+namespace rcu_ops::bindings {
+namespace {
+
+View sequence_view(const Tensor& tensor) {  // [N,C,T,H,W]
+  const Sizes s = tensor.strides();
+  return {.data = pointer(tensor), .dtype = dtype_of("tensor", tensor), .n = s[0], .c = s[1], .t = s[2], .h = s[3], .w = s[4]};
+}
+
+View state_view(const Tensor& tensor) {  // [N,C,H,W]
+  const Sizes s = tensor.strides();
+  return {.data = pointer(tensor), .dtype = dtype_of("tensor", tensor), .n = s[0], .c = s[1], .t = 0, .h = s[2], .w = s[3]};
+}
+
+// torch.empty_like(x.select(2, 0), dtype=state dtype): the state in x's memory format.
+Tensor empty_state(const Tensor& x) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 3> select{from(x), from(int64_t{2}), from(int64_t{0})};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::select", "int", select.data(), TORCH_ABI_VERSION));
+  const Tensor frame = to<Tensor>(select[0]);
+  std::array<StableIValue, 6> like{from(frame),        from(std::optional<ScalarType>(state_dtype(x.scalar_type()))),
+                                   from(std::nullopt), from(std::nullopt),
+                                   from(std::nullopt), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", like.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(like[0]);
+}
+
+void launch(const Scan& problem, [[maybe_unused]] const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda())
+    return launch_on_gpu(
+        problem, like, [](const auto& p) { return cuda::scan_scratch(p); },
+        [](const auto& p, void* scratch, CUstream_st* stream) { return cuda::scan(p, scratch, stream); });
+#endif
+  cpu::scan(problem, cpu_threads());
+}
+
+void launch(const WeightGrad& problem, [[maybe_unused]] const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda())
+    return launch_on_gpu(problem, like, cuda::weight_grad_scratch, cuda::weight_grad);
+#endif
+  cpu::weight_grad(problem, cpu_threads());
+}
+
+// ---- recurrent_conv --------------------------------------------------------------------------------------------
+
+Scan forward_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& h0, bool mean) {
+  check(x.dim() == 5, "x: expected [N,C,T,H,W], got ", x.dim(), " dimensions");
+  Scan p;
+  p.dtype = dtype_of("x", x);
+  p.N = x.size(0), p.C = x.size(1), p.T = x.size(2), p.H = x.size(3), p.W = x.size(4);
+  check(p.T > 0 && p.C > 0, "x: expected at least one frame and one channel, got ", shape_text(x.sizes()));
+  check_shape("weight", weight, {p.C, p.C}, "[C,C]");
+  check_dtype("weight", weight, x.scalar_type());
+  check_device("weight", weight, x, "x");
+  p.x = sequence_view(x);
+  p.weight = pointer(weight);
+  p.weight_out = weight.stride(0), p.weight_in = weight.stride(1);
+  if (h0) {
+    check_shape("h0", *h0, {p.N, p.C, p.H, p.W}, "[N,C,H,W]");
+    check_dtype("h0", *h0, x.scalar_type(), state_dtype(x.scalar_type()));
+    check_device("h0", *h0, x, "x");
+    p.first = state_view(*h0);
+    p.init = Init::state;
+  }
+  p.alpha = mean ? 0.5 : 1;
+  p.alpha_first = h0 ? p.alpha : 1;
+  p.alpha_final = p.T > 1 ? p.alpha : p.alpha_first;
+  p.last_kind = Last::state;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional<Tensor> h0, bool mean, bool reverse) {
+  Scan p = forward_problem(x, weight, h0, mean);
+  Tensor h = torch::stable::empty_like(x), h_n = empty_state(x);
+  p.reverse = reverse;
+  p.y = sequence_view(h);
+  p.last = state_view(h_n);
+  launch(p, x);
+  return {h, h_n};
+}
+
+std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift,
+                                                     std::optional<Tensor> h0, std::optional<Tensor> residual, bool mean,
+                                                     bool relu) {
+  Scan p = forward_problem(x, weight, h0, mean);
+  Tensor contiguous[2];
+  const Tensor* given[2] = {&scale, &shift};
+  const char* names[2] = {"scale", "shift"};
+  for (int i = 0; i < 2; ++i) {
+    check_shape(names[i], *given[i], {p.C}, "[C]");
+    check_dtype(names[i], *given[i], state_dtype(x.scalar_type()));
+    check_device(names[i], *given[i], x, "x");
+    contiguous[i] = torch::stable::contiguous(*given[i]);
+  }
+  p.scale = pointer(contiguous[0]);
+  p.shift = pointer(contiguous[1]);
+  p.relu = relu;
+  if (residual) {
+    const Sizes s = x.sizes();
+    check_shape("residual", *residual, {s[0], s[1], s[2], s[3], s[4]}, "of x");
+    check_dtype("residual", *residual, x.scalar_type());
+    check_device("residual", *residual, x, "x");
+    p.residual = sequence_view(*residual);
+  }
+  Tensor y = torch::stable::empty_like(x), h_n = empty_state(x);
+  p.y = sequence_view(y);
+  p.last = state_view(h_n);
+  launch(p, x);
+  return {y, h_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_h_n,
+                                                           Tensor h, Tensor weight, std::optional<Tensor> h0, bool mean,
+                                                           bool reverse, bool need_weight_grad) {
+  Scan p = forward_problem(h, weight, h0, mean);
+  check(grad_h || grad_h_n, "grad_h, grad_h_n: expected at least one of them, got none");
+  p.x = {};
+  if (grad_h) {
+    check_shape("grad_h", *grad_h, {p.N, p.C, p.T, p.H, p.W}, "of h");
+    check_dtype("grad_h", *grad_h, h.scalar_type());
+    check_device("grad_h", *grad_h, h, "h");
+    p.x = sequence_view(*grad_h);
+  }
+  p.first = {};
+  p.init = Init::none;
+  if (grad_h_n) {
+    check_shape("grad_h_n", *grad_h_n, {p.N, p.C, p.H, p.W}, "[N,C,H,W]");
+    check_dtype("grad_h_n", *grad_h_n, state_dtype(h.scalar_type()));
+    check_device("grad_h_n", *grad_h_n, h, "h");
+    p.first = state_view(*grad_h_n);
+    p.init = Init::added;
+  }
+  // dx runs against time with W transposed; without h0 the first frame's dx is g itself, and g = dx / alpha elsewhere.
+  p.reverse = !reverse;
+  std::swap(p.weight_out, p.weight_in);
+  p.alpha_final = h0 ? p.alpha : 1;
+  p.alpha_first = p.T > 1 ? p.alpha : p.alpha_final;
+
+  Tensor dx = torch::stable::empty_like(h);
+  Tensor dh0 = h0 ? torch::stable::empty_like(*h0) : empty_of(h, {0});
+  Tensor dweight = need_weight_grad ? empty_of(weight, {p.C, p.C}) : empty_of(weight, {0});
+  p.y = sequence_view(dx);
+  p.last_kind = Last::none;
+  if (h0) {
+    p.last = state_view(dh0);
+    p.last_kind = Last::projected;
+  }
+  launch(p, h);
+  if (need_weight_grad) {
+    WeightGrad g;
+    g.dtype = p.dtype;
+    g.N = p.N, g.C = p.C, g.T = p.T, g.H = p.H, g.W = p.W;
+    g.dx = sequence_view(dx);
+    g.h = sequence_view(h);
+    if (h0) g.first = state_view(*h0);
+    g.reverse = reverse;
+    g.dweight = pointer(dweight);
+    launch(g, h);
+  }
+  return {dx, dweight, dh0};
+}
+
+}  // namespace
+}  // namespace rcu_ops::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
+  m.impl("recurrent_conv", TORCH_BOX(&rcu_ops::bindings::recurrent_conv));
+  m.impl("recurrent_conv_backward", TORCH_BOX(&rcu_ops::bindings::recurrent_conv_backward));
+  m.impl("recurrent_conv_affine_act", TORCH_BOX(&rcu_ops::bindings::recurrent_conv_affine_act));
+}
+
+#ifdef RCU_OPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) {
+  m.impl("recurrent_conv", TORCH_BOX(&rcu_ops::bindings::recurrent_conv));
+  m.impl("recurrent_conv_backward", TORCH_BOX(&rcu_ops::bindings::recurrent_conv_backward));
+  m.impl("recurrent_conv_affine_act", TORCH_BOX(&rcu_ops::bindings::recurrent_conv_affine_act));
+}
+#endif

@@ -1,0 +1,74 @@
+// Cases of recurrent_conv: op scan (plain 1 or 0) and op weight_grad, with the fields of Scan and WeightGrad.
+#include "case.h"
+#include "cuda/recurrent_conv.h"
+
+namespace {
+
+using cuda_host::Case;
+using cuda_host::with_scratch;
+using rcu_ops::View;
+
+View view(const Case& c, const char* key) {
+  View v;
+  v.data = c.tensor(key);
+  if (!v.data) return v;
+  v.dtype = c.dtype(key);
+  v.n = c.stride(key, 0);
+  v.c = c.stride(key, 1);
+  v.t = c.stride(key, 2);
+  v.h = c.stride(key, 3);
+  v.w = c.stride(key, 4);
+  return v;
+}
+
+template <typename Problem>
+void shape(const Case& c, Problem& p) {
+  p.N = c.integer("N");
+  p.C = c.integer("C");
+  p.T = c.integer("T");
+  p.H = c.integer("H");
+  p.W = c.integer("W");
+  p.dtype = static_cast<rcu_ops::DType>(c.integer("dtype"));
+  p.reverse = c.integer("reverse") != 0;
+}
+
+std::string run_scan(const Case& c, std::string& plan) {
+  rcu_ops::Scan p;
+  shape(c, p);
+  p.x = view(c, "x");
+  p.y = view(c, "y");
+  p.residual = view(c, "residual");
+  p.first = view(c, "first");
+  p.last = view(c, "last");
+  p.weight = c.tensor("weight");
+  p.weight_out = c.stride("weight", 0);
+  p.weight_in = c.stride("weight", 1);
+  p.scale = c.tensor("scale");
+  p.shift = c.tensor("shift");
+  p.relu = c.integer("relu") != 0;
+  p.init = static_cast<rcu_ops::Init>(c.integer("init"));
+  p.last_kind = static_cast<rcu_ops::Last>(c.integer("last_kind"));
+  p.alpha = c.number("alpha");
+  p.alpha_first = c.number("alpha_first");
+  p.alpha_final = c.number("alpha_final");
+  const auto kernel = c.integer("plain") ? rcu_ops::cuda::Kernel::plain : rcu_ops::cuda::Kernel::best;
+  plan = rcu_ops::cuda::describe_scan(p, kernel);
+  return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel), [&](void* scratch) {
+    return rcu_ops::cuda::scan(p, scratch, nullptr, kernel);
+  });
+}
+
+std::string run_weight_grad(const Case& c, std::string&) {
+  rcu_ops::WeightGrad p;
+  shape(c, p);
+  p.dx = view(c, "dx");
+  p.h = view(c, "h");
+  p.first = view(c, "first");
+  p.dweight = c.tensor("dweight");
+  return with_scratch(rcu_ops::cuda::weight_grad_scratch(p),
+                      [&](void* scratch) { return rcu_ops::cuda::weight_grad(p, scratch, nullptr); });
+}
+
+const cuda_host::Registration scan("scan", run_scan), weight_grad("weight_grad", run_weight_grad);
+
+}  // namespace
