@@ -470,9 +470,9 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 //
 // Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K rows
 //           of its slab of U to [o][K] and of H to panels [K][NR] and adds their product to its own fp32 (fp64) slab.
-// Order.    Sums of `chain` rows are added up in order within a range, then the ranges in order: independent of the number
-//           of threads, and with the rounding of short sums.
-// Scratch.  parts * C * C shared; per task K * (slab + C).
+// Order.    Sums of `chain` rows are added up to sums of K, those within a range with their rounding errors kept beside them,
+//           and the ranges in fp64: independent of the number of threads, and as exact as short sums however many rows.
+// Scratch.  2 * parts * C * C shared; per task K * (slab + C).
 // Bound.    2 C^2 FLOP per row; packing moves 2 * C (1 + C / slab / 2) elements per row through the first-level cache.
 
 template <class V, class T>
@@ -483,7 +483,7 @@ struct WeightGradTasks {
 
   const WeightGrad& p;
   int64_t columns, first_frame, rows, parts, panels, slabs, slab_size;
-  S* partial;  // [part][slab of outputs][panel of inputs][slab + MR][NR]
+  S* partial;  // [part][slab of outputs][sum, its rounding errors][panel of inputs][slab + MR][NR]
 
   explicit WeightGradTasks(const WeightGrad& problem) : p(problem) {
     columns = p.N * p.H * p.W;
@@ -491,7 +491,7 @@ struct WeightGradTasks {
     rows = (p.T - first_frame) * columns;
     panels = (p.C + NR - 1) / NR;
     slabs = (p.C + slab - 1) / slab;
-    slab_size = panels * (min_of(slab, p.C) + MR) * NR;
+    slab_size = 2 * panels * (min_of(slab, p.C) + MR) * NR;
     const int64_t most = max_of<int64_t>((int64_t(64) << 20) / int64_t(slabs * slab_size * sizeof(S)), 1);
     parts = max_of<int64_t>(min_of(min_of<int64_t>(rows / 2048, 16), most), 1);
     partial = nullptr;
@@ -520,6 +520,8 @@ struct WeightGradTasks {
     const int64_t part = index / t.slabs, o0 = index % t.slabs * slab, outputs = min_of(slab, p.C - o0);
     S* c = t.partial + index * t.slab_size;
     const int64_t c_panel = (min_of(slab, p.C) + MR) * NR;
+    alignas(64) S block[MR * NR];
+    memset(static_cast<void*>(c), 0, t.slab_size * sizeof(S));
     const int64_t padded = round_up(outputs, MR);
 
     char* memory = static_cast<char*>(scratch(1, (padded + t.panels * NR) * K * sizeof(S) + K * 17 + 64));
@@ -536,17 +538,29 @@ struct WeightGradTasks {
       t.pack_u(u, o0, outputs, padded, u_rows, count);
       t.pack_h(h, h_rows, from_first, count);
       for (int64_t panel = 0; panel < t.panels; ++panel)
-        for (int64_t m = 0; m < padded; m += MR)
+        for (int64_t m = 0; m < padded; m += MR) {
           for (int64_t k = 0; k == 0 || k < count; k += chain) {
             Block<S, T> b;
             b.a = u + m * K + k;
             b.lda = K;
             b.b = h + panel * K * NR + k * NR;
             b.k = min_of(chain, count - k);
-            b.c = c + panel * c_panel + m * NR;
-            b.add = r > begin || k > 0;
+            b.c = block;
+            b.add = k > 0;
             run_block<V, T, MR, NV, false, false>(b);
           }
+          S* sum = c + panel * c_panel + m * NR;
+          add_exactly(block, sum, sum + t.panels * c_panel);
+        }
+    }
+  }
+
+  // sum += block, and what the addition rounds away to `lost`.
+  static void add_exactly(const S* block, S* sum, S* lost) {
+    for (int64_t i = 0; i < MR * NR; ++i) {
+      const S a = sum[i], b = block[i], s = a + b, part = s - a;
+      lost[i] += (a - (s - part)) + (b - part);
+      sum[i] = s;
     }
   }
 
@@ -615,8 +629,9 @@ struct WeightGradTasks {
     T* out = static_cast<T*>(t.p.dweight) + o * C;
     for (int64_t c = 0; c < C; ++c) {
       const S* at = t.partial + o / slab * t.slab_size + c / NR * c_panel + o % slab * NR + c % NR;
-      S sum = at[0];
-      for (int64_t part = 1; part < t.parts; ++part) sum += at[part * t.slabs * t.slab_size];
+      double sum = 0;
+      for (int64_t part = 0; part < t.parts; ++part, at += t.slabs * t.slab_size)
+        sum += static_cast<double>(at[0]) + static_cast<double>(at[t.panels * c_panel]);
       from_double(sum, out[c]);
     }
   }

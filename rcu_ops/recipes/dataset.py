@@ -8,12 +8,14 @@ the next one of the list that can, which depends on the files alone.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.recipes.lists import LabelledVideo
@@ -21,7 +23,17 @@ from rcu_ops.video import BrokenVideoError, VideoError, VideoReader, open_video
 from rcu_ops.video.sample import jittered_clip, regular_clips
 from rcu_ops.video.transform import center_crop, flip, normalize, random_crop, resize_short_side
 
-__all__ = ["Clip", "ClipBatch", "ClipDataset", "ClipSampler", "collate", "mix_seed", "network_input", "read_clip"]
+__all__ = [
+    "Clip",
+    "ClipBatch",
+    "ClipDataset",
+    "ClipSampler",
+    "collate",
+    "load_clips",
+    "mix_seed",
+    "network_input",
+    "read_clip",
+]
 
 
 def mix_seed(*parts: int) -> int:
@@ -246,6 +258,32 @@ class ClipSampler(Sampler[list[ClipKey]]):
             generator = torch.Generator().manual_seed(mix_seed(self._seed, epoch))
             self._order = epoch, torch.randperm(self._videos, generator=generator).tolist()
         return ClipKey(epoch, self._order[1][place])
+
+
+def load_clips(
+    dataset: ClipDataset, sampler: ClipSampler, *, workers: int = 0, pin_memory: bool = False
+) -> Iterator[ClipBatch]:
+    """The sampler's batches in its order, decoded by ``workers`` processes ahead of time, or here when it is 0.
+
+    The processes are new ones, not forks: a process with threads (a decoder's, OpenMP's) cannot be forked safely.
+    They leave SIGINT and SIGTERM, which terminals and batch systems send to every process of a group, to this one.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # the loader draws from it; torch's own is dropout's
+    )
+    if workers:
+        resource_tracker.ensure_running()  # its first start would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)  # starts the workers, which inherit what is blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def evaluation_picture(image: np.ndarray, recipe: Recipe) -> torch.Tensor:

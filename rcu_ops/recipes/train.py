@@ -23,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from rcu_ops.analysis.scores_io import list_names
 from rcu_ops.cli_errors import UserError
 from rcu_ops.progress import Progress, format_duration
 from rcu_ops.recipes.checkpoint import RunSettings, save_checkpoint, save_weights
-from rcu_ops.recipes.dataset import ClipBatch, ClipDataset, ClipSampler, collate, mix_seed, network_input
+from rcu_ops.recipes.dataset import ClipBatch, ClipDataset, ClipSampler, load_clips, mix_seed, network_input
 from rcu_ops.recipes.distributed import Processes
 from rcu_ops.recipes.lists import VideoList
 from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision
@@ -277,16 +276,13 @@ class Training:
         )
 
     def _batches(self) -> Generator[ClipBatch, None, None]:
-        loader = DataLoader(
+        batches = load_clips(
             ClipDataset(self._videos.videos, self._recipe, self._options.seed),
-            batch_sampler=self._sampler(),
-            collate_fn=collate,
-            num_workers=self._options.workers,
+            self._sampler(),
+            workers=self._options.workers,
             pin_memory=self._processes.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # the loader draws from it; torch's own is dropout's
         )
-        for batch in loader:
+        for batch in batches:
             for place, reason in batch.problems:
                 self._warn(self._videos.videos[place].name, reason)
             if batch.frames is None:
@@ -475,12 +471,6 @@ class Training:
             loss = f"; loss {self._rows[-1][2]:.4f}" if self._rows else ""
             print(f"{self.step} steps done, {steps} of them now in {format_duration(seconds)}{rate}{loss}")
             print(f"wrote {WEIGHTS}, {CHECKPOINT}, metrics.csv to {out}")
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leave signals to the training process: a terminal or a batch system sends them to every process of the group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def remove_results(out: Path) -> None:

@@ -5,11 +5,19 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from rcu_ops.recipes import dataset as module
 from rcu_ops.recipes.config import get_recipe
-from rcu_ops.recipes.dataset import ClipDataset, ClipKey, ClipSampler, collate, mix_seed, network_input, read_clip
+from rcu_ops.recipes.dataset import (
+    ClipDataset,
+    ClipKey,
+    ClipSampler,
+    collate,
+    load_clips,
+    mix_seed,
+    network_input,
+    read_clip,
+)
 from rcu_ops.recipes.lists import LabelledVideo, read_list
 from rcu_ops.video import BrokenVideoError, open_video
 from rcu_ops.video.transform import normalize
@@ -41,10 +49,7 @@ def test_a_clip_is_a_function_of_seed_and_key(motion):
 def test_workers_give_the_same_batches(motion):
     def batches(workers):
         sampler = ClipSampler(VIDEOS, 4, 7, start=2, stop=5)
-        loader = DataLoader(
-            ClipDataset(_videos(motion), RECIPE, 7), batch_sampler=sampler, collate_fn=collate, num_workers=workers
-        )
-        return list(loader)
+        return list(load_clips(ClipDataset(_videos(motion), RECIPE, 7), sampler, workers=workers))
 
     alone, shared = batches(0), batches(2)
     assert len(alone) == len(shared) == 3
