@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rcu_ops._version import __version__
 from rcu_ops.ops import (
     explain,
+    fast_gru,
+    fast_gru_step,
     recurrent_conv,
     recurrent_conv_affine_act,
     use_backend,
@@ -37,6 +39,8 @@ __all__ = [
     "convert_to_recurrent",
     "create_model",
     "explain",
+    "fast_gru",
+    "fast_gru_step",
     "fuse_for_inference",
     "list_models",
     "load_weights",

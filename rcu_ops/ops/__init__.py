@@ -3,6 +3,7 @@
 from rcu_ops.ops import _schema
 from rcu_ops.ops._registry import OPERATORS, Explanation, current_backend, explain, use_backend
 from rcu_ops.ops._warmup import warmup
+from rcu_ops.ops.fast_gru import fast_gru, fast_gru_step
 from rcu_ops.ops.recurrent_conv import recurrent_conv, recurrent_conv_affine_act
 
 _schema.load_kernels()
@@ -12,6 +13,8 @@ __all__ = [
     "Explanation",
     "current_backend",
     "explain",
+    "fast_gru",
+    "fast_gru_step",
     "recurrent_conv",
     "recurrent_conv_affine_act",
     "use_backend",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _schema, _selftest, _triton
+from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.recurrent_conv import mix_channels, state_dtype_of
 
@@ -325,15 +325,6 @@ def _fold(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return mapped.flatten(0, 1)
 
 
-def _pick(value: Any, dim: int | None, index: int) -> Any:
-    return value.select(dim, index) if dim is not None else value
-
-
-def _stacked(results: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
 def _vmap(operator: str, batched: tuple[int, ...]) -> Any:
     """The vmap rule of an operator whose arguments at positions ``batched`` have a leading batch dimension.
 
@@ -346,9 +337,7 @@ def _vmap(operator: str, batched: tuple[int, ...]) -> Any:
         sums_over_batch = operator.startswith("recurrent_conv_backward") and args[-1]
         others_mapped = any(d is not None for i, d in enumerate(in_dims) if i not in batched)
         if sums_over_batch or others_mapped:
-            return _stacked(
-                [call(*(_pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-            )
+            return _transforms.one_call_per_sample(call, info, in_dims, *args)
         folded = [_fold(a, in_dims[i], info.batch_size) if i in batched else a for i, a in enumerate(args)]
         results = call(*folded)
         shaped = tuple(
@@ -492,18 +481,14 @@ class _Operators:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """recurrent_conv, also under functorch transforms."""
-        h, h_n = self._forward_function.apply(*args) if _transformed() else self._forward_operator(*args)
+        h, h_n = self._forward_function.apply(*args) if _transforms.transformed() else self._forward_operator(*args)
         return h, h_n
 
     def backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """recurrent_conv_backward, also under functorch transforms."""
-        call = self._backward_function.apply if _transformed() else self._backward_operator
+        call = self._backward_function.apply if _transforms.transformed() else self._backward_operator
         dx, dweight, dh0 = call(*args)
         return dx, dweight, dh0
-
-
-def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _triton_kernel(name: str) -> Callable[..., Any]:
@@ -526,28 +511,6 @@ _TRITON = _Operators(
 # ---- backends -----------------------------------------------------------------------------------------------------
 
 
-def _why_not_cpu(operator: str) -> Any:
-    def why_not(x: Tensor, *_: Any) -> str | None:
-        if x.device.type not in ("cpu", "meta"):
-            return f"x is on {x.device}"
-        if x.device.type == "cpu" and not _library.has_kernel(operator, "CPU"):
-            return _library.load_error() or "the library was built without this CPU kernel"
-        return None
-
-    return why_not
-
-
-def _why_not_cuda(operator: str) -> Any:
-    def why_not(x: Tensor, *_: Any) -> str | None:
-        if x.device.type != "cuda":
-            return f"x is on {x.device}"
-        if not _library.has_kernel(operator, "CUDA"):
-            return _library.load_error() or "the library was built without this CUDA kernel"
-        return _evidence.why_not("recurrent_conv")
-
-    return why_not
-
-
 def _why_not_triton(operator: str) -> Any:
     def why_not(x: Tensor, *_: Any) -> str | None:
         if x.device.type != "cuda":
@@ -565,10 +528,6 @@ def _why_not_triton(operator: str) -> Any:
 
 def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
     return _triton.kernels("recurrent_conv").describe(x, weight)
-
-
-def _why_not_reference(*_: Any) -> None:
-    return None
 
 
 def _cpu_plan(x: Tensor, h0: Tensor | None) -> str:
@@ -633,12 +592,14 @@ OPERATOR = register(
             Backend(
                 "cuda",
                 _BINARY.forward,
-                _why_not_cuda("recurrent_conv"),
+                _predicates.why_not_cuda("recurrent_conv", "recurrent_conv"),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.forward, _why_not_triton("recurrent_conv"), _triton_plan),
-            Backend("cpu", _BINARY.forward, _why_not_cpu("recurrent_conv"), lambda *a: _cpu_plan(a[0], a[2])),
-            Backend("reference", _run_reference, _why_not_reference),
+            Backend(
+                "cpu", _BINARY.forward, _predicates.why_not_cpu("recurrent_conv"), lambda *a: _cpu_plan(a[0], a[2])
+            ),
+            Backend("reference", _run_reference, _predicates.why_not_reference),
         ),
         check=_check,
         probe=_probe,
@@ -651,17 +612,17 @@ AFFINE_ACT = register(
             Backend(
                 "cuda",
                 _BINARY.affine_act,
-                _why_not_cuda("recurrent_conv_affine_act"),
+                _predicates.why_not_cuda("recurrent_conv_affine_act", "recurrent_conv"),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.affine_act, _why_not_triton("recurrent_conv_affine_act"), _triton_plan),
             Backend(
                 "cpu",
                 _BINARY.affine_act,
-                _why_not_cpu("recurrent_conv_affine_act"),
+                _predicates.why_not_cpu("recurrent_conv_affine_act"),
                 lambda *a: _cpu_plan(a[0], a[4]),
             ),
-            Backend("reference", _run_reference_affine_act, _why_not_reference),
+            Backend("reference", _run_reference_affine_act, _predicates.why_not_reference),
         ),
         check=_check_affine_act,
         probe=_probe_affine_act,

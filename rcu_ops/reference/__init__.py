@@ -3,6 +3,13 @@
 Nothing here knows a kernel; this package imports torch alone.
 """
 
+from rcu_ops.reference.fast_gru import fast_gru, fast_gru_backward
 from rcu_ops.reference.recurrent_conv import recurrent_conv, recurrent_conv_affine_act, recurrent_conv_backward
 
-__all__ = ["recurrent_conv", "recurrent_conv_affine_act", "recurrent_conv_backward"]
+__all__ = [
+    "fast_gru",
+    "fast_gru_backward",
+    "recurrent_conv",
+    "recurrent_conv_affine_act",
+    "recurrent_conv_backward",
+]

@@ -1,0 +1,30 @@
+"""What the operators' rules for torch.vmap and torch.func share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def transformed() -> bool:
+    """Whether a functorch transform is active, which gradients registered with torch.library do not serve."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def pick(value: Any, dim: int | None, index: int) -> Any:
+    """One sample of a mapped argument."""
+    return value.select(dim, index) if dim is not None else value
+
+
+def stacked(results: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The results of one call per sample, as a vmap rule returns them."""
+    together = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return together, (0,) * len(together)
+
+
+def one_call_per_sample(call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """The vmap rule that serves every operator: it runs once per index."""
+    return stacked([call(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)])

@@ -1,0 +1,475 @@
+"""``fast_gru``: the recurrence over clips' features of FASTER, as an operator with backends and autograd."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcu_ops import _library, reference
+from rcu_ops.ops import _checks, _predicates, _schema, _transforms
+from rcu_ops.ops._registry import Backend, Operator, register
+from rcu_ops.reference.fast_gru import fast_gru_gates
+from rcu_ops.reference.recurrent_conv import state_dtype_of
+
+WEIGHTS = ("weight_ux", "weight_uo", "weight_w", "weight_vx", "weight_vo")
+
+
+def fast_gru(
+    x: Tensor,
+    weight_ux: Tensor,
+    weight_uo: Tensor,
+    weight_w: Tensor,
+    weight_vx: Tensor,
+    weight_vo: Tensor,
+    o0: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """FAST-GRU over the features of K clips (Eqs. 2-4 of "FASTER Recurrent Networks for ... Video Classification").
+
+    At every position, with all products 1x1x1 convolutions::
+
+        r' = relu(U_rx x + U_ro o)        z' = relu(U_zx x + U_zo o)
+        r  = sigmoid(W_r r')              z  = sigmoid(W_z z')
+        c  = tanh(V_x x + V_o (r * o))    o <- (1 - z) * o + z * c
+
+    Without o0 the first state is x of the first clip, and the recurrence starts at the second. The state is kept in
+    fp32 (fp64 for fp64 inputs) whatever x's dtype, so feeding ``o_n`` back as ``o0`` continues a sequence. A tied
+    candidate (one matrix for V_x and V_o) is the same tensor given as weight_vx and weight_vo.
+
+    Args:
+        x: [N,K,C,L,H,W], fp16, bf16, fp32 or fp64, any strides. N, L, H, W may be 0; K and C may not.
+        weight_ux, weight_uo: [2R,C], r before z; weight_w: [2,C,R]; weight_vx, weight_vo: [C,C]; all of x's dtype and
+            device.
+        o0: [N,C,L,H,W] state before the first clip in x's dtype or the state's, or None.
+        recompute: keep no gates for the backward pass, which computes them again from x and o: less memory (K steps of
+            2R + 3C numbers per position) for one more forward pass.
+
+    Returns:
+        ``(o, o_n)``: o [N,K,C,L,H,W] in x's dtype, channels innermost if they are in x, else contiguous;
+        o_n [N,C,L,H,W] in the state's dtype.
+
+    Raises:
+        TypeError: not a tensor, wrong dtype. ValueError: wrong shape or device, or a backend chosen by
+        :func:`rcu_ops.use_backend` that cannot run these arguments.
+
+    Under autocast x and the weights are cast to its dtype. Differentiable to any order.
+    """
+    args = _check(x, weight_ux, weight_uo, weight_w, weight_vx, weight_vo, o0, recompute=recompute)
+    o, o_n = OPERATOR.select(*args).run(*args)
+    return o, o_n
+
+
+def fast_gru_step(
+    x: Tensor,
+    o: Tensor,
+    weight_ux: Tensor,
+    weight_uo: Tensor,
+    weight_w: Tensor,
+    weight_vx: Tensor,
+    weight_vo: Tensor,
+) -> Tensor:
+    """One step of :func:`fast_gru`, for one clip at a time.
+
+    Args:
+        x: [N,C,L,H,W], the clip's features. weights: as in :func:`fast_gru`.
+        o: [N,C,L,H,W], the state, in x's dtype or, to lose nothing between steps, the state's (fp32; fp64 for fp64).
+
+    Returns:
+        The next state [N,C,L,H,W], in o's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`fast_gru`.
+    """
+    args = _check_step(x, o, weight_ux, weight_uo, weight_w, weight_vx, weight_vo)
+    _, o_n = STEP.select(*args).run(*args)
+    return o_n.to(o.dtype)
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool]
+
+
+def _check(
+    x: Tensor,
+    weight_ux: Tensor,
+    weight_uo: Tensor,
+    weight_w: Tensor,
+    weight_vx: Tensor,
+    weight_vo: Tensor,
+    o0: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> Arguments:
+    _checks.dims("x", _checks.tensor("x", x), "[N,K,C,L,H,W]")
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(f"x: expected at least one clip and one channel, got [N,K,C,L,H,W] = {list(x.shape)}")
+    return _check_arguments(x, (weight_ux, weight_uo, weight_w, weight_vx, weight_vo), "o0", o0, recompute)
+
+
+def _check_step(
+    x: Tensor,
+    o: Tensor,
+    weight_ux: Tensor,
+    weight_uo: Tensor,
+    weight_w: Tensor,
+    weight_vx: Tensor,
+    weight_vo: Tensor,
+) -> Arguments:
+    _checks.dims("x", _checks.tensor("x", x), "[N,C,L,H,W]")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one channel, got [N,C,L,H,W] = {list(x.shape)}")
+    _checks.tensor("o", o)
+    weights = (weight_ux, weight_uo, weight_w, weight_vx, weight_vo)
+    return _check_arguments(x.unsqueeze(1), weights, "o", o, False)
+
+
+def _check_arguments(
+    x: Tensor, weights: tuple[Tensor, ...], state_name: str, o0: Tensor | None, recompute: bool
+) -> Arguments:
+    n, _, c, length, height, width = x.shape
+    for name, weight in zip(WEIGHTS, weights, strict=True):
+        _checks.tensor(name, weight)
+    hidden = weights[0].shape[0]
+    if weights[0].dim() != 2 or hidden == 0 or hidden % 2:
+        raise ValueError(f"weight_ux: expected [2R,C] with R of at least 1, got {list(weights[0].shape)}")
+    shapes = ((hidden, c), (hidden, c), (2, c, hidden // 2), (c, c), (c, c))
+    meanings = ("[2R,C]", "[2R,C]", "[2,C,R]", "[C,C]", "[C,C]")
+    for name, weight, shape, meaning in zip(WEIGHTS, weights, shapes, meanings, strict=True):
+        _checks.shape(name, weight, shape, meaning)
+        _checks.same_device(name, weight, x, "x")
+    x, ux, uo, w, vx, vo = _checks.autocast(x, *weights)
+    for name, weight in zip(WEIGHTS, (ux, uo, w, vx, vo), strict=True):
+        _checks.dtype(name, weight, x.dtype)
+    if o0 is not None:
+        _checks.shape(state_name, _checks.tensor(state_name, o0), (n, c, length, height, width), "[N,C,L,H,W]")
+        _checks.same_device(state_name, o0, x, "x")
+        if o0.dtype != x.dtype and o0.dtype != state_dtype_of(x.dtype):
+            _checks.dtype(state_name, o0, x.dtype, state_dtype_of(x.dtype))
+    differentiated = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, ux, uo, w, vx, vo, o0)
+    )
+    return x, ux, uo, w, vx, vo, o0, differentiated and not recompute
+
+
+# ---- what the operators return ------------------------------------------------------------------------------------
+#
+# Kernels see every tensor as a matrix of features by columns: a column is a position of a step, in the order (step,
+# sample, position), steps being the clips that are computed (all but the first where it is the state). The matrices lie
+# [features, columns], or [columns, features] where channels are innermost in x.
+
+
+def _columns_first(x: Tensor) -> bool:
+    return x.stride(2) == 1
+
+
+def _empty_sequence(x: Tensor) -> Tensor:
+    n, k, c, length, height, width = x.shape
+    if _columns_first(x):
+        return x.new_empty(n, k, length, height, width, c).permute(0, 1, 5, 2, 3, 4)
+    return x.new_empty(x.shape)
+
+
+def _empty_state(x: Tensor, dtype: torch.dtype) -> Tensor:
+    n, _, c, length, height, width = x.shape
+    if _columns_first(x):
+        return x.new_empty(n, length, height, width, c, dtype=dtype).permute(0, 4, 1, 2, 3)
+    return x.new_empty(n, c, length, height, width, dtype=dtype)
+
+
+def _empty_saved(x: Tensor, features: int, planes: tuple[int, ...], o0: Tensor | None) -> Tensor:
+    n, k, _, length, height, width = x.shape
+    columns = (k if o0 is not None else k - 1) * n * length * height * width
+    matrix = (columns, features) if _columns_first(x) else (features, columns)
+    return x.new_empty(*planes, *matrix)
+
+
+def _fake_forward(
+    x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = _empty_saved(x, ux.shape[0], (), o0) if save else x.new_empty(0)
+    gates = _empty_saved(x, x.shape[2], (3,), o0) if save else x.new_empty(0)
+    return _empty_sequence(x), _empty_state(x, state_dtype_of(x.dtype)), hidden, gates
+
+
+def _fake_backward(
+    grad_o: Tensor | None,
+    grad_o_n: Tensor | None,
+    x: Tensor,
+    ux: Tensor,
+    uo: Tensor,
+    w: Tensor,
+    vx: Tensor,
+    vo: Tensor,
+    o0: Tensor | None,
+    o: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        _empty_sequence(x) if need_x else x.new_empty(0),
+        *(x.new_empty(weight.shape if need_weights else (0,)) for weight in (ux, uo, w, vx, vo)),
+        x.new_empty(0) if o0 is None else _empty_state(x, o0.dtype),
+    )
+
+
+def _reference_forward(
+    x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, o_n, hidden, gates = _fake_forward(x, ux, uo, w, vx, vo, o0, save)
+    wanted, wanted_n = reference.fast_gru(x, ux, uo, w, vx, vo, o0)
+    o.copy_(wanted)
+    o_n.copy_(wanted_n)
+    if save:
+        state = o_n.dtype
+        weights = [weight.to(state) for weight in (ux, uo, w, vx, vo)]
+        before = None if o0 is None else o0.to(state)
+        steps = []
+        for k in range(x.shape[1]):
+            x_k = x[:, k].to(state)
+            if before is not None:
+                steps.append(step := fast_gru_gates(x_k, before, *weights))
+                before = (1 - step.z) * before + step.z * step.candidate
+            else:
+                before = x_k
+        columns_first = _columns_first(x)
+        planes = [[step.hidden for step in steps], *([step[i] for step in steps] for i in (1, 2, 3))]
+        for values, target in zip(planes, (hidden, gates[0], gates[1], gates[2]), strict=True):
+            if values:
+                stack = torch.stack(values)
+                matrix = stack.movedim(2, -1).flatten(0, -2) if columns_first else stack.movedim(2, 0).flatten(1)
+                target.copy_(matrix)
+    return o, o_n, hidden, gates
+
+
+def _reference_backward(
+    grad_o: Tensor | None,
+    grad_o_n: Tensor | None,
+    x: Tensor,
+    ux: Tensor,
+    uo: Tensor,
+    w: Tensor,
+    vx: Tensor,
+    vo: Tensor,
+    o0: Tensor | None,
+    o: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    outputs = _fake_backward(grad_o, grad_o_n, x, ux, uo, w, vx, vo, o0, o, hidden, gates, need_x, need_weights)
+    gradients = reference.fast_gru_backward(grad_o, grad_o_n, x, ux, uo, w, vx, vo, o0)
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if gradient is not None and output.shape == gradient.shape:
+            output.copy_(gradient)
+    return outputs
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _ = inputs
+    o, _, hidden, gates = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(hidden, gates)
+    ctx.save_for_backward(*tensors, o, hidden, gates)
+
+
+def _backward(
+    operators: _Operators, ctx: Any, grad_o: Tensor | None, grad_o_n: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:7]
+    if grad_o is None and grad_o_n is None:
+        return (None,) * 8
+    gradients = operators.backward(grad_o, grad_o_n, *ctx.saved_tensors, needed[0], any(needed[1:6]))
+    return *(g if n else None for g, n in zip(gradients, needed, strict=True)), None
+
+
+def _save_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.need_x, ctx.need_weights = inputs[12:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9])  # o, hidden and gates are functions of these
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the backward pass: of the reference's, written in differentiable operations, so any order works."""
+    given = ctx.saved_tensors
+    present = [i for i, value in enumerate(given) if value is not None]
+    returned = [ctx.need_x, *(ctx.need_weights,) * 5, given[8] is not None]
+    wanted = [there and c is not None for there, c in zip(returned, cotangents, strict=True)]
+    results: list[Tensor | None] = [None] * 14
+    if any(wanted):
+
+        def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
+            arguments: list[Any] = [None] * 9
+            for i, tensor in zip(present, tensors, strict=True):
+                arguments[i] = tensor
+            gradients = reference.fast_gru_backward(*arguments)
+            return tuple(g for g, want in zip(gradients, wanted, strict=True) if want and g is not None)
+
+        pull = torch.func.vjp(backward, *(given[i] for i in present))[1]
+        pulled = pull(tuple(c for c, want in zip(cotangents, wanted, strict=True) if want and c is not None))
+        for i, gradient in zip(present, pulled, strict=True):
+            results[i] = gradient
+    return tuple(results)
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------------------------
+
+
+def _step_flops(x: Any, ux: Any, o0: Any) -> int:
+    n, k, c, length, height, width = x
+    steps = k if o0 is not None else k - 1
+    return 2 * n * steps * length * height * width * (3 * ux[0] * c + 2 * c * c)
+
+
+def _forward_flops(
+    x: Any, ux: Any, uo: Any, w: Any, vx: Any, vo: Any, o0: Any, save: bool, out_shape: Any = None
+) -> int:
+    return _step_flops(x, ux, o0)
+
+
+def _backward_flops(
+    grad_o: Any,
+    grad_o_n: Any,
+    x: Any,
+    ux: Any,
+    uo: Any,
+    w: Any,
+    vx: Any,
+    vo: Any,
+    o0: Any,
+    o: Any,
+    hidden: Any,
+    gates: Any,
+    need_x: bool,
+    need_weights: bool,
+    out_shape: Any = None,
+) -> int:
+    step = _step_flops(x, ux, o0)
+    through_inputs = step * (ux[0] + x[2]) // (3 * ux[0] + 2 * x[2])  # of Ux and Vx
+    recomputed = step if len(gates) == 1 else 0
+    return recomputed + step - (0 if need_x else through_inputs) + (step if need_weights else 0)
+
+
+# ---- registration -------------------------------------------------------------------------------------------------
+
+_WEIGHT_ARGUMENTS = "Tensor weight_ux, Tensor weight_uo, Tensor weight_w, Tensor weight_vx, Tensor weight_vo"
+_FORWARD = f"(Tensor x, {_WEIGHT_ARGUMENTS}, Tensor? o0, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor? grad_o, Tensor? grad_o_n, Tensor x, {_WEIGHT_ARGUMENTS}, Tensor? o0, Tensor o, Tensor hidden, "
+    "Tensor gates, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class _Operators:
+    """The two registered operators of one family: defined, differentiable, mappable, counted.
+
+    Args:
+        suffix: after the operators' names. "" are those whose kernels the binary brings.
+        cuda: per operator a Python function that is its CUDA kernel.
+    """
+
+    def __init__(self, suffix: str, cuda: dict[str, Callable[..., Any]]) -> None:
+        forward_name, backward_name = f"fast_gru{suffix}", f"fast_gru_backward{suffix}"
+        _schema.define(
+            forward_name + _FORWARD, fake=_fake_forward, reference=_reference_forward, cuda=cuda.get("fast_gru")
+        )
+        _schema.define(
+            backward_name + _BACKWARD,
+            fake=_fake_backward,
+            reference=_reference_backward,
+            cuda=cuda.get("fast_gru_backward"),
+        )
+        _schema.flop_formula(forward_name, _forward_flops)
+        _schema.flop_formula(backward_name, _backward_flops)
+        self._forward_operator = forward_operator = getattr(torch.ops.rcu_ops, forward_name)
+        self._backward_operator = backward_operator = getattr(torch.ops.rcu_ops, backward_name)
+        backward = functools.partial(_backward, self)
+        rules = [functools.partial(_transforms.one_call_per_sample, op) for op in (forward_operator, backward_operator)]
+        for name, function, setup_context, rule in (
+            (forward_name, backward, _save_for_backward, rules[0]),
+            (backward_name, _second_backward, _save_for_second_backward, rules[1]),
+        ):
+            torch.library.register_vmap(f"rcu_ops::{name}", rule, lib=_schema.library)
+            torch.library.register_autograd(
+                f"rcu_ops::{name}", function, setup_context=setup_context, lib=_schema.library
+            )
+
+        # For torch.func.grad and its kin, which gradients registered with torch.library do not serve.
+        class Forward(torch.autograd.Function):
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return forward_operator(*args)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                return backward(ctx, *grads)
+
+            setup_context = staticmethod(_save_for_backward)
+            vmap = staticmethod(rules[0])
+
+        class Backward(torch.autograd.Function):
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return backward_operator(*args)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                return _second_backward(ctx, *grads)
+
+            setup_context = staticmethod(_save_for_second_backward)
+            vmap = staticmethod(rules[1])
+
+        self._forward_function, self._backward_function = Forward, Backward
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """o and o_n, also under functorch transforms."""
+        call = self._forward_function.apply if _transforms.transformed() else self._forward_operator
+        o, o_n, _, _ = call(*args)
+        return o, o_n
+
+    def backward(self, *args: Any) -> tuple[Tensor, ...]:
+        """fast_gru_backward, also under functorch transforms."""
+        return (self._backward_function.apply if _transforms.transformed() else self._backward_operator)(*args)
+
+
+_BINARY = _Operators("", {})
+
+# ---- backends -----------------------------------------------------------------------------------------------------
+
+
+def _run_reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    # Tracers unroll the reference's loop over clips and fix K. Where no binary holds the operator's kernel, the
+    # operator itself runs the reference, so a traced graph may as well hold the operator.
+    if torch.compiler.is_compiling() and not _library.has_kernel("fast_gru", x.device.type.upper()):
+        return _BINARY.forward(x, *args)
+    return reference.fast_gru(x, *args[:-1])
+
+
+def _probe(device: str) -> Arguments:
+    x, ux, w, v = (torch.zeros(shape, device=device) for shape in ((1, 2, 8, 1, 2, 2), (4, 8), (2, 8, 2), (8, 8)))
+    return x, ux, ux, w, v, v, None, False
+
+
+def _probe_step(device: str) -> Arguments:
+    x, ux, uo, w, vx, vo, _, save = _probe(device)
+    return x[:, :1], ux, uo, w, vx, vo, x[:, 1], save
+
+
+_BACKENDS = (
+    Backend("cuda", _BINARY.forward, _predicates.why_not_cuda("fast_gru", "fast_gru")),
+    Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru")),
+    Backend("reference", _run_reference, _predicates.why_not_reference),
+)
+OPERATOR = register(Operator("fast_gru", _BACKENDS, check=_check, probe=_probe))
+STEP = register(Operator("fast_gru_step", _BACKENDS, check=_check_step, probe=_probe_step))
