@@ -4,12 +4,22 @@ Nothing here knows a kernel; this package imports torch alone.
 """
 
 from rcu_ops.reference.fast_gru import fast_gru, fast_gru_backward
+from rcu_ops.reference.nonlocal_gates import (
+    nonlocal_attention,
+    nonlocal_attention_backward,
+    relational_lstm_step,
+    relational_lstm_step_backward,
+)
 from rcu_ops.reference.recurrent_conv import recurrent_conv, recurrent_conv_affine_act, recurrent_conv_backward
 
 __all__ = [
     "fast_gru",
     "fast_gru_backward",
+    "nonlocal_attention",
+    "nonlocal_attention_backward",
     "recurrent_conv",
     "recurrent_conv_affine_act",
     "recurrent_conv_backward",
+    "relational_lstm_step",
+    "relational_lstm_step_backward",
 ]

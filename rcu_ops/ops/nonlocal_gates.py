@@ -1,0 +1,469 @@
+"""``nonlocal_attention`` and ``relational_lstm_step``: the non-local operation and the gates made of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcu_ops import reference
+from rcu_ops.ops import _checks, _predicates, _schema, _transforms
+from rcu_ops.ops._registry import Backend, Operator, register
+from rcu_ops.reference.recurrent_conv import state_dtype_of
+
+NORMALIZERS = ("softmax", "count")
+
+
+def nonlocal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    normalize: str = "softmax",
+) -> Tensor:
+    """The generalised non-local operation (Eqs. 1 and 2 of the Relational LSTM), its three projections given.
+
+    ``out_i = sum_j w_ij value_j`` with ``w_ij = softmax_j(scale query_i . key_j)`` (embedded Gaussian), or
+    ``w_ij = scale query_i . key_j / M`` (dot product, ``normalize="count"``, M the number of keys that query i sees).
+    Unlike in scaled dot-product attention the scale is 1 by default, and heads of 1024 channels are the normal case.
+
+    Args:
+        query: [...,N,D], key: [...,M,D], value: [...,M,Dv]: fp16, bf16, fp32 or fp64, one dtype and device, equal
+            leading dimensions, any strides. Every size may be 0.
+        mask: bool, broadcastable to [...,N,M], True where query i sees key j; None: everywhere.
+        scale: factor of the scores.
+        normalize: "softmax" or "count".
+
+    Returns:
+        [...,N,Dv], contiguous, in value's dtype. A query that sees no key, or whose scores are all -inf ("softmax"),
+        gets zeros and takes no part in any gradient.
+
+    Raises:
+        TypeError: not a tensor, wrong dtype, a scale that is no number. ValueError: wrong shape, device,
+        ``normalize``, a scale that is not finite, or a backend that cannot run these arguments.
+
+    Scores and sums are fp32 for 16-bit inputs. Nothing but inputs is kept for the backward pass. Under autocast query,
+    key and value are cast to its dtype. Differentiable to any order on the reference and cpu backends.
+    """
+    lead = query.shape[:-2] if isinstance(query, Tensor) else ()
+    args = _check_attention(query, key, value, mask=mask, scale=scale, normalize=normalize)
+    out = ATTENTION.select(*args).run(*args)
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def relational_lstm_step(
+    x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of the Relational LSTM (Eq. 3): four non-local gates over the hidden state, and the cell update, fused.
+
+    For the gates i, f, o, g in this order: ``a = x_gates + softmax(query key^T) value``; then ``i, f, o = sigmoid(a)``,
+    ``g = tanh(a)``, ``c = f cell + i g``, ``h = o tanh(c)``.
+
+    Args:
+        x_gates: [B,4,P,Dv], the input-to-state relations ``r(X_t, X_t)``; fp16, bf16, fp32 or fp64.
+        query: [B,4,P,D], projections of ``X_t``; key: [B,4,P,D] and value: [B,4,P,Dv], projections of ``H_{t-1}``;
+            x_gates' dtype and device, any strides (a key or value that the gates share may be expanded).
+        cell: [B,P,Dv], ``C_{t-1}``, in x_gates' dtype or the state's.
+
+    Returns:
+        ``(h, c)``: h [B,P,Dv] in x_gates' dtype; c [B,P,Dv] in the state's dtype (fp32, fp64 for fp64).
+
+    Raises:
+        TypeError: not a tensor, wrong dtype. ValueError: wrong shape or device, or a backend that cannot run these
+        arguments.
+
+    Nothing but inputs is kept for the backward pass. Under autocast all but cell are cast to its dtype.
+    Differentiable to any order on the reference and cpu backends.
+    """
+    args = _check_step(x_gates, query, key, value, cell)
+    h, c = STEP.select(*args).run(*args)
+    return h, c
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    normalize: str = "softmax",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool]:
+    """The backends' arguments: leading dimensions folded into one, the mask expanded (not copied) to [B,N,M]."""
+    _checks.tensor("query", query)
+    if query.dim() < 2:
+        raise ValueError(f"query: expected [...,N,D], got {query.dim()} dimensions {list(query.shape)}")
+    lead, (n, d) = query.shape[:-2], query.shape[-2:]
+    for name, given in (("key", key), ("value", value)):
+        _checks.tensor(name, given)
+        _checks.same_device(name, given, query, "query")
+        if given.dim() != query.dim():
+            raise ValueError(f"{name}: expected {query.dim()} dimensions like query, got {list(given.shape)}")
+    m, dv = key.shape[-2], value.shape[-1]
+    _checks.shape("key", key, (*lead, m, d), "[...,M,D]")
+    _checks.shape("value", value, (*lead, m, dv), "[...,M,Dv]")
+    query, key, value = _checks.autocast(query, key, value)
+    _checks.dtype("key", key, query.dtype)
+    _checks.dtype("value", value, query.dtype)
+    _checks.choice("normalize", normalize, NORMALIZERS)
+    if not isinstance(scale, float | int | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+        _checks.same_device("mask", mask, query, "query")
+        whole = (*lead, n, m)
+        padded = (1,) * (len(whole) - mask.dim()) + tuple(mask.shape)
+        if len(padded) != len(whole) or any(a not in (1, b) for a, b in zip(padded, whole, strict=True)):
+            raise ValueError(
+                f"mask: expected broadcastable to [...,N,M] = {[int(s) for s in whole]}, got {list(mask.shape)}"
+            )
+        mask = _fold(mask.expand(whole))
+    return _fold(query), _fold(key), _fold(value), mask, float(scale), normalize == "count"
+
+
+def _fold(value: Tensor) -> Tensor:
+    """[...,a,b] -> [B,a,b]: a view wherever there is one."""
+    if value.dim() == 3:
+        return value
+    return value.unsqueeze(0) if value.dim() == 2 else value.flatten(0, -3)
+
+
+def _check_step(
+    x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _checks.dims("x_gates", _checks.tensor("x_gates", x_gates), "[B,4,P,Dv]")
+    b, gates, p, dv = x_gates.shape
+    if gates != 4:
+        raise ValueError(f"x_gates: expected the 4 gates i, f, o, g in [B,4,P,Dv], got {list(x_gates.shape)}")
+    _checks.dims("query", _checks.tensor("query", query), "[B,4,P,D]")
+    d = query.shape[-1]
+    for name, given, shape, meaning in (
+        ("query", query, (b, 4, p, d), "[B,4,P,D]"),
+        ("key", key, (b, 4, p, d), "[B,4,P,D]"),
+        ("value", value, (b, 4, p, dv), "[B,4,P,Dv]"),
+        ("cell", cell, (b, p, dv), "[B,P,Dv]"),
+    ):
+        _checks.shape(name, _checks.tensor(name, given), shape, meaning)
+        _checks.same_device(name, given, x_gates, "x_gates")
+    x_gates, query, key, value = _checks.autocast(x_gates, query, key, value)
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        _checks.dtype(name, given, x_gates.dtype)
+    _checks.dtype("cell", cell, x_gates.dtype, state_dtype_of(x_gates.dtype))
+    return x_gates, query, key, value, cell
+
+
+# ---- registered operators -----------------------------------------------------------------------------------------
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+def _fake_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _fake_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(query), _empty(key), _empty(value)
+
+
+def _fake_step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    return x_gates.new_empty(cell.shape), cell.new_empty(cell.shape, dtype=state_dtype_of(x_gates.dtype))
+
+
+def _fake_step_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, *forward: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_gates, query, key, value, cell = forward
+    return _empty(x_gates), _empty(query), _empty(key), _empty(value), _empty(cell)
+
+
+def _contiguous(results: Tensor | tuple[Tensor, ...]) -> Any:
+    return results.contiguous() if isinstance(results, Tensor) else tuple(r.contiguous() for r in results)
+
+
+def _reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> Tensor:
+    return _contiguous(
+        reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count])
+    )
+
+
+def _reference_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _contiguous(
+        reference.nonlocal_attention_backward(
+            grad, query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count]
+        )
+    )
+
+
+def _reference_step(*args: Tensor) -> tuple[Tensor, Tensor]:
+    return _contiguous(reference.relational_lstm_step(*args))
+
+
+def _reference_step_backward(grad_h: Tensor | None, grad_c: Tensor | None, *forward: Tensor) -> tuple[Tensor, ...]:
+    return _contiguous(reference.relational_lstm_step_backward(grad_h, grad_c, *forward))
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _vector_jacobian(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    cotangents: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Cotangents times the Jacobian of a differentiable function; inputs that are None stay out of it."""
+    given = [i for i, value in enumerate(inputs) if value is not None]
+
+    def of_given(*tensors: Tensor) -> tuple[Tensor, ...]:
+        everything = list(inputs)
+        for i, tensor in zip(given, tensors, strict=True):
+            everything[i] = tensor
+        return function(*everything)
+
+    outputs, pull, *_ = torch.func.vjp(of_given, *(inputs[i] for i in given))
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    pulled = pull(tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True)))
+    for i, gradient in zip(given, pulled, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale, ctx.count = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_gradients(operators: _Operators, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    query, key, value, mask = ctx.saved_tensors
+    gradients = operators.attention_backward(grad, query, key, value, mask, ctx.scale, ctx.count)
+    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None, None
+
+
+def _attention_second_gradients(operators: _Operators, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    *tensors, mask = ctx.saved_tensors
+    backward = functools.partial(
+        reference.nonlocal_attention_backward, mask=mask, scale=ctx.scale, normalize=NORMALIZERS[ctx.count]
+    )
+    return *_vector_jacobian(backward, tuple(tensors), cotangents), None, None, None
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _step_gradients(
+    operators: _Operators, ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_h is None and grad_c is None:
+        return (None,) * 5
+    gradients = operators.step_backward(grad_h, grad_c, *ctx.saved_tensors)
+    return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+def _step_second_gradients(operators: _Operators, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    return tuple(_vector_jacobian(reference.relational_lstm_step_backward, ctx.saved_tensors, cotangents))
+
+
+# ---- vmap ---------------------------------------------------------------------------------------------------------
+
+
+def _vmap(operator: str) -> Callable[..., Any]:
+    """Every tensor of these operators has a leading batch dimension, and the mapped dimension joins it."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        folded = []
+        for value, dim in zip(args, in_dims, strict=True):
+            if isinstance(value, Tensor):
+                every = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+                value = every.flatten(0, 1)
+            folded.append(value)
+        results = getattr(torch.ops.rcu_ops, operator)(*folded)
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0,) * len(results)
+
+    return rule
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------------------------
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None) -> int:
+    b, n, d = query
+    return 2 * b * n * value[1] * (d + value[2])
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None) -> int:
+    b, n, d = query
+    return 2 * b * n * value[1] * (3 * d + 2 * value[2])
+
+
+def _step_flops(x_gates: Any, query: Any, key: Any, value: Any, cell: Any, out_shape: Any = None) -> int:
+    b, gates, p, d = query
+    return 2 * b * gates * p * p * (d + value[3])
+
+
+def _step_backward_flops(
+    grad_h: Any, grad_c: Any, x_gates: Any, query: Any, key: Any, value: Any, cell: Any, out_shape: Any = None
+) -> int:
+    b, gates, p, d = query
+    return 2 * b * gates * p * p * 3 * (d + value[3])
+
+
+# ---- registration -------------------------------------------------------------------------------------------------
+
+_STEP = "Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell"
+_ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool count"
+
+#: name: signature, fake, reference, FLOP formula, what it saves, its gradient.
+_DEFINITIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., int], Any, Any]] = {
+    "nonlocal_attention": (
+        f"({_ATTENTION}) -> Tensor",
+        _fake_attention,
+        _reference_attention,
+        _attention_flops,
+        _save_attention,
+        _attention_gradients,
+    ),
+    "nonlocal_attention_backward": (
+        f"(Tensor grad, {_ATTENTION}) -> (Tensor, Tensor, Tensor)",
+        _fake_attention_backward,
+        _reference_attention_backward,
+        _attention_backward_flops,
+        _save_attention,
+        _attention_second_gradients,
+    ),
+    "relational_lstm_step": (
+        f"({_STEP}) -> (Tensor, Tensor)",
+        _fake_step,
+        _reference_step,
+        _step_flops,
+        _save_step,
+        _step_gradients,
+    ),
+    "relational_lstm_step_backward": (
+        f"(Tensor? grad_h, Tensor? grad_c, {_STEP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_step_backward,
+        _reference_step_backward,
+        _step_backward_flops,
+        _save_step,
+        _step_second_gradients,
+    ),
+}
+
+
+class _Operators:
+    """The four registered operators of one family: defined, differentiable, mappable, counted.
+
+    Args:
+        suffix: after the operators' names. "" are those whose kernels the binary brings.
+        cuda: per operator a Python function that is its CUDA kernel.
+    """
+
+    def __init__(self, suffix: str, cuda: dict[str, Callable[..., Any]]) -> None:
+        calls = {}
+        for name, (signature, fake, reference_kernel, flops, save, gradient) in _DEFINITIONS.items():
+            _schema.define(f"{name}{suffix}{signature}", fake=fake, reference=reference_kernel, cuda=cuda.get(name))
+            _schema.flop_formula(f"{name}{suffix}", flops)
+            rule, gradient = _vmap(f"{name}{suffix}"), functools.partial(gradient, self)
+            torch.library.register_vmap(f"rcu_ops::{name}{suffix}", rule, lib=_schema.library)
+            torch.library.register_autograd(
+                f"rcu_ops::{name}{suffix}", gradient, setup_context=save, lib=_schema.library
+            )
+            calls[name] = _differentiable(getattr(torch.ops.rcu_ops, f"{name}{suffix}"), save, gradient, rule)
+        self.attention, self.attention_backward, self.step, self.step_backward = (calls[n] for n in _DEFINITIONS)
+
+
+def _differentiable(
+    operator: Callable[..., Any], save: Callable[..., None], gradient: Callable[..., Any], rule: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator, also under torch.func.grad and its kin, which torch.library's gradients do not serve."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return operator(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return gradient(ctx, *grads)
+
+        setup_context = staticmethod(save)
+        vmap = staticmethod(rule)
+
+    def call(*args: Any) -> Any:
+        return Function.apply(*args) if _transforms.transformed() else operator(*args)
+
+    return call
+
+
+_BINARY = _Operators("", {})
+
+# ---- backends -----------------------------------------------------------------------------------------------------
+
+
+def _run_reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> Tensor:
+    return reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count])
+
+
+def _probe_attention(device: str) -> tuple[Any, ...]:
+    query = torch.empty(1, 4, 8, device=device)
+    return query, query, query, None, 1.0, False
+
+
+def _probe_step(device: str) -> tuple[Any, ...]:
+    gates = torch.empty(1, 4, 4, 8, device=device)
+    return gates, gates, gates, gates, gates[:, 0]
+
+
+ATTENTION = register(
+    Operator(
+        "nonlocal_attention",
+        (
+            Backend("cpu", _BINARY.attention, _predicates.why_not_cpu("nonlocal_attention")),
+            Backend("reference", _run_reference_attention, _predicates.why_not_reference),
+        ),
+        check=_check_attention,
+        probe=_probe_attention,
+    )
+)
+STEP = register(
+    Operator(
+        "relational_lstm_step",
+        (
+            Backend("cpu", _BINARY.step, _predicates.why_not_cpu("relational_lstm_step")),
+            Backend("reference", reference.relational_lstm_step, _predicates.why_not_reference),
+        ),
+        check=_check_step,
+        probe=_probe_step,
+    )
+)
