@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcu_ops._version import __version__
 from rcu_ops.ops import (
+    cycle_consistency,
     explain,
     fast_gru,
     fast_gru_step,
@@ -14,6 +15,10 @@ from rcu_ops.ops import (
     recurrent_conv,
     recurrent_conv_affine_act,
     relational_lstm_step,
+    soft_nearest_neighbor,
+    srtg_fuse,
+    srtg_squeeze,
+    temporal_cycle_loss,
     use_backend,
     warmup,
 )
@@ -40,6 +45,7 @@ __all__ = [
     "analysis",
     "convert_to_recurrent",
     "create_model",
+    "cycle_consistency",
     "explain",
     "fast_gru",
     "fast_gru_step",
@@ -53,7 +59,11 @@ __all__ = [
     "recurrent_conv_affine_act",
     "reference",
     "relational_lstm_step",
+    "soft_nearest_neighbor",
+    "srtg_fuse",
+    "srtg_squeeze",
     "streaming",
+    "temporal_cycle_loss",
     "use_backend",
     "video",
     "warmup",

@@ -3,9 +3,11 @@
 from rcu_ops.ops import _schema
 from rcu_ops.ops._registry import OPERATORS, Explanation, current_backend, explain, use_backend
 from rcu_ops.ops._warmup import warmup
+from rcu_ops.ops.cycle_consistency import cycle_consistency, soft_nearest_neighbor, temporal_cycle_loss
 from rcu_ops.ops.fast_gru import fast_gru, fast_gru_step
 from rcu_ops.ops.nonlocal_gates import nonlocal_attention, relational_lstm_step
 from rcu_ops.ops.recurrent_conv import recurrent_conv, recurrent_conv_affine_act
+from rcu_ops.ops.srtg import srtg_fuse, srtg_squeeze
 
 _schema.load_kernels()
 
@@ -13,6 +15,7 @@ __all__ = [
     "OPERATORS",
     "Explanation",
     "current_backend",
+    "cycle_consistency",
     "explain",
     "fast_gru",
     "fast_gru_step",
@@ -20,6 +23,10 @@ __all__ = [
     "recurrent_conv",
     "recurrent_conv_affine_act",
     "relational_lstm_step",
+    "soft_nearest_neighbor",
+    "srtg_fuse",
+    "srtg_squeeze",
+    "temporal_cycle_loss",
     "use_backend",
     "warmup",
 ]

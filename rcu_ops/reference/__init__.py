@@ -3,6 +3,15 @@
 Nothing here knows a kernel; this package imports torch alone.
 """
 
+from rcu_ops.reference.cycle_consistency import (
+    CycleConsistency,
+    cycle_back,
+    cycle_back_backward,
+    cycle_consistency,
+    soft_nearest_neighbor,
+    soft_nearest_neighbor_backward,
+    temporal_cycle_loss,
+)
 from rcu_ops.reference.fast_gru import fast_gru, fast_gru_backward
 from rcu_ops.reference.nonlocal_gates import (
     nonlocal_attention,
@@ -11,8 +20,13 @@ from rcu_ops.reference.nonlocal_gates import (
     relational_lstm_step_backward,
 )
 from rcu_ops.reference.recurrent_conv import recurrent_conv, recurrent_conv_affine_act, recurrent_conv_backward
+from rcu_ops.reference.srtg import srtg_fuse, srtg_fuse_backward, srtg_squeeze
 
 __all__ = [
+    "CycleConsistency",
+    "cycle_back",
+    "cycle_back_backward",
+    "cycle_consistency",
     "fast_gru",
     "fast_gru_backward",
     "nonlocal_attention",
@@ -22,4 +36,10 @@ __all__ = [
     "recurrent_conv_backward",
     "relational_lstm_step",
     "relational_lstm_step_backward",
+    "soft_nearest_neighbor",
+    "soft_nearest_neighbor_backward",
+    "srtg_fuse",
+    "srtg_fuse_backward",
+    "srtg_squeeze",
+    "temporal_cycle_loss",
 ]

@@ -1,0 +1,532 @@
+"""``soft_nearest_neighbor``, ``cycle_consistency``, ``temporal_cycle_loss``: alignment of two sequences of vectors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcu_ops import reference
+from rcu_ops.ops import _checks, _family
+from rcu_ops.ops._family import Definition, Family
+from rcu_ops.ops._registry import Operator, register
+from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present
+from rcu_ops.reference.recurrent_conv import state_dtype_of
+
+KINDS = ("regression", "classification")
+PAIRS = ("each", "all")
+REDUCTIONS = ("mean", "none")
+
+
+def soft_nearest_neighbor(
+    a: Tensor, b: Tensor, *, temperature: float = 1.0, mask_b: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For every frame of a its soft nearest neighbour in b and the frame of b nearest to that.
+
+    Eqs. 4 and 5 of "Learn to Cycle": ``z_t = softmax_i(-|a_t - b_i|^2 / temperature)``, ``soft_t = sum_i z_ti b_i``,
+    ``index_t = argmin_i |soft_t - b_i|^2``. Distances are sums of squared differences, never differences of squares, so
+    a common offset or far-apart scenes in one sequence cost no accuracy; sums are fp32 for 16-bit inputs and fp64 for
+    fp64. Bit-identical frames of b tie, and ties go to the lowest index.
+
+    Args:
+        a: [N,T,C], fp16, bf16, fp32 or fp64, any strides. N may be 0; T and C may not.
+        b: [N,S,C], a's dtype and device, S > 0.
+        temperature: > 0; divides the squared distances.
+        mask_b: [N,S] bool, True where b has a frame, or None. What b holds elsewhere is never used, NaN included.
+
+    Returns:
+        ``(soft, index)``: soft [N,T,C] in a's dtype, zeros where b has no frame at all; index [N,T] int64, -1 where b
+        has no frame or the distances are not numbers. soft is differentiable to any order in a and b, index is not.
+
+    Raises:
+        TypeError: not a tensor, wrong dtype. ValueError: wrong shape, device or temperature, or a backend chosen by
+        :func:`rcu_ops.use_backend` that cannot run these arguments.
+
+    Under autocast 16-bit a and b are taken as fp32.
+    """
+    args = _check_soft(a, b, temperature=temperature, mask_b=mask_b)
+    soft, index = SOFT.select(*args).run(*args)
+    return soft, index
+
+
+def cycle_consistency(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+) -> CycleConsistency:
+    """Whether every frame of a and of b maps to its own place in the other: the gate of SRTG.
+
+    A frame is consistent when the frame nearest to its soft nearest neighbour (:func:`soft_nearest_neighbor`) has the
+    same place in time; the gate is the conjunction over all frames in both directions, per sample. With T != S it is
+    False. A frame that one sequence has and the other has not cannot map to its place.
+
+    Args:
+        a: [N,T,C]. b: [N,S,C]. temperature: as in :func:`soft_nearest_neighbor`.
+        mask_a: [N,T] bool, True where a has a frame, or None. mask_b: [N,S], the same for b.
+
+    Returns:
+        A named tuple ``(gate, index_ab, index_ba)``: [N] bool, [N,T] int64, [N,S] int64; -1 for frames that are not
+        there or have no nearest frame. Nothing of it is differentiable.
+
+    Raises:
+        TypeError, ValueError: as :func:`soft_nearest_neighbor`.
+    """
+    args = _check_cycle(a, b, temperature=temperature, mask_a=mask_a, mask_b=mask_b)
+    return CycleConsistency(*CYCLE.select(*args).run(*args))
+
+
+def temporal_cycle_loss(
+    a: Tensor,
+    b: Tensor,
+    *,
+    kind: str = "regression",
+    temperature: float = 1.0,
+    variance_weight: float = 0.001,
+    min_variance: float = 1e-6,
+    pairs: str = "each",
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The alignment losses of "Temporal Cycle-Consistency Learning": a -> its soft neighbour in b -> back to a.
+
+    With p_t the softmax over k of ``-|soft_t - a_k|^2 / temperature``: "classification" is the cross entropy
+    ``-log p_tt``; "regression" is ``(t - mu)^2 / sigma^2 + variance_weight log(sigma)`` with mu and sigma^2 the
+    mean and variance of the frame number under p_t.
+
+    Args:
+        a: [N,T,C]. b: [N,S,C] (with pairs="all" [M,S,C]). mask_a, mask_b, temperature: as in :func:`cycle_consistency`.
+        kind: "regression" or "classification".
+        variance_weight: >= 0; min_variance: > 0, the least sigma^2, so that a certain landing has a finite loss.
+        pairs: "each": sample n of a with sample n of b; "all": every sample of a with every sample of b, or, when b is
+            the same tensor as a, with every other one.
+        reduction: "mean" over the frames that are there, or "none".
+
+    Returns:
+        A scalar, or [pairs,T] with zeros for frames that are not there (pairs = N, N M, or N (N - 1), ordered by a's
+        sample); fp32 (fp64 for fp64 inputs), computed in that dtype throughout. Differentiable in a and b.
+
+    Raises:
+        TypeError, ValueError: as :func:`soft_nearest_neighbor`, and for an unknown kind, pairs or reduction.
+    """
+    args = _check_loss(
+        a, b, kind=kind, temperature=temperature, variance_weight=variance_weight, min_variance=min_variance,
+        pairs=pairs, mask_a=mask_a, mask_b=mask_b, reduction=reduction,
+    )  # fmt: skip
+    return LOSS.select(*args).run(*args)
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def _positive(name: str, value: Any, *, zero: bool = False) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (value >= 0 if zero else value > 0) or value == math.inf:
+        raise ValueError(f"{name}: expected a finite number {'>=' if zero else '>'} 0, got {value}")
+    return value
+
+
+def _check_sequences(a: Tensor, b: Tensor, *, same_batch: bool = True) -> tuple[Tensor, Tensor]:
+    for name, value in (("a", a), ("b", b)):
+        _checks.dims(name, _checks.tensor(name, value), f"[N,{'T' if name == 'a' else 'S'},C]")
+        if value.shape[1] == 0 or value.shape[2] == 0:
+            raise ValueError(f"{name}: expected at least one frame and one channel, got {list(value.shape)}")
+    batch = a.shape[0] if same_batch else b.shape[0]
+    _checks.shape("b", b, (batch, b.shape[1], a.shape[2]), "[N,S,C] with a's N and C" if same_batch else "[M,S,C]")
+    _checks.same_device("b", b, a, "a")
+    a, b = _family.autocast_to_fp32(a, b)
+    _checks.dtype("b", b, a.dtype)
+    return a, b
+
+
+def _check_mask(name: str, mask: Tensor | None, like: Tensor, like_name: str) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
+    _checks.dtype(name, mask, torch.bool)
+    _checks.shape(name, mask, tuple(like.shape[:2]), f"{like_name}'s samples and frames")
+    _checks.same_device(name, mask, like, like_name)
+    return mask
+
+
+def _check_soft(
+    a: Tensor, b: Tensor, *, temperature: float = 1.0, mask_b: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, float, bool]:
+    a, b = _check_sequences(a, b)
+    return a, b, _check_mask("mask_b", mask_b, b, "b"), _positive("temperature", temperature), True
+
+
+def _check_cycle(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+    a, b = _check_sequences(a, b)
+    masks = _check_mask("mask_a", mask_a, a, "a"), _check_mask("mask_b", mask_b, b, "b")
+    return a.detach(), b.detach(), *masks, _positive("temperature", temperature)
+
+
+def _check_loss(
+    a: Tensor,
+    b: Tensor,
+    *,
+    kind: str = "regression",
+    temperature: float = 1.0,
+    variance_weight: float = 0.001,
+    min_variance: float = 1e-6,
+    pairs: str = "each",
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    reduction: str = "mean",
+) -> tuple[Any, ...]:
+    _checks.choice("kind", kind, KINDS)
+    _checks.choice("pairs", pairs, PAIRS)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    same = b is a
+    a, b = _check_sequences(a, b, same_batch=pairs == "each")
+    mask_a, mask_b = _check_mask("mask_a", mask_a, a, "a"), _check_mask("mask_b", mask_b, b, "b")
+    state = state_dtype_of(a.dtype)
+    a, b = present(a, mask_a, state), b.to(state)
+    if pairs == "all":
+        (a, mask_a), (b, mask_b) = _all_pairs(a, mask_a, b, mask_b, same)
+    weights = _positive("variance_weight", variance_weight, zero=True), _positive("min_variance", min_variance)
+    return a, b, mask_a, mask_b, _positive("temperature", temperature), kind, *weights, reduction
+
+
+def _all_pairs(
+    a: Tensor, mask_a: Tensor | None, b: Tensor, mask_b: Tensor | None, same: bool
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """The sequences of every pair, ordered by a's sample; a sample is no pair with itself."""
+    others = b.shape[0] - int(same)
+    if others < 1 and a.shape[0] > 0:
+        raise ValueError(f"a: expected at least two samples to make pairs of, got {a.shape[0]}")
+    pair = torch.arange(a.shape[0] * others, device=a.device)
+    first, second = pair // max(others, 1), pair % max(others, 1)
+    if same:
+        second = second + (second >= first)
+
+    def taken(value: Tensor | None, index: Tensor) -> Tensor | None:
+        return None if value is None else value.index_select(0, index)
+
+    return (a.index_select(0, first), taken(mask_a, first)), (b.index_select(0, second), taken(mask_b, second))
+
+
+# ---- registered operators -----------------------------------------------------------------------------------------
+
+
+def _fake_soft(
+    a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float, need_index: bool
+) -> tuple[Tensor, Tensor]:
+    n, t, c = a.shape
+    return a.new_empty((n, t, c)), a.new_empty((n, t if need_index else 0), dtype=torch.int64)
+
+
+def _fake_gradients(like_a: Tensor, like_b: Tensor) -> tuple[Tensor, Tensor]:
+    return like_a.new_empty(like_a.shape), like_b.new_empty(like_b.shape)
+
+
+def _fake_soft_backward(
+    grad_soft: Tensor, a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(a, b)
+
+
+def _fake_cycle(
+    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, t, s = a.shape[0], a.shape[1], b.shape[1]
+    indices = a.new_empty((n, t), dtype=torch.int64), a.new_empty((n, s), dtype=torch.int64)
+    return a.new_empty((n,), dtype=torch.bool), *indices
+
+
+def _fake_back(soft: Tensor, a: Tensor, mask_a: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (a.new_empty(a.shape[:2], dtype=state_dtype_of(a.dtype)) for _ in range(3))
+    return first, second, third
+
+
+def _fake_back_backward(
+    grad_log_probability: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    soft: Tensor,
+    a: Tensor,
+    mask_a: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(soft, a)
+
+
+def _reference_soft(
+    a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float, need_index: bool
+) -> tuple[Tensor, Tensor]:
+    soft, index = reference.soft_nearest_neighbor(a, b, temperature=temperature, mask_b=mask_b)
+    return soft.contiguous(), index if need_index else index.new_empty((a.shape[0], 0))
+
+
+def _reference_soft_backward(
+    grad_soft: Tensor, a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    da, db = reference.soft_nearest_neighbor_backward(grad_soft, a, b, temperature=temperature, mask_b=mask_b)
+    return da.contiguous(), db.contiguous()
+
+
+def _reference_cycle(
+    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, index_ab, index_ba = reference.cycle_consistency(a, b, temperature=temperature, mask_a=mask_a, mask_b=mask_b)
+    return gate, index_ab, index_ba
+
+
+def _reference_back(
+    soft: Tensor, a: Tensor, mask_a: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_probability, mean, variance = reference.cycle_back(soft, a, temperature=temperature, mask_a=mask_a)
+    return log_probability.contiguous(), mean, variance
+
+
+def _reference_back_backward(
+    grad_log_probability: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    soft: Tensor,
+    a: Tensor,
+    mask_a: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    d_soft, da = reference.cycle_back_backward(
+        grad_log_probability, grad_mean, grad_variance, soft, a, temperature=temperature, mask_a=mask_a
+    )
+    return d_soft.contiguous(), da.contiguous()
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _save_soft(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, mask_b, ctx.temperature, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, mask_b)
+
+
+def _soft_gradients(family: Family, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    da, db = family["soft_nearest_neighbor_backward"](grad, *ctx.saved_tensors, ctx.temperature)
+    return da, db, None, None, None
+
+
+def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.temperature = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+_transpose_soft_backward = _family.transpose_of(_reference_soft_backward, 3)
+_transpose_back_backward = _family.transpose_of(_reference_back_backward, 5)
+
+
+def _soft_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _transpose_soft_backward((*ctx.saved_tensors, ctx.temperature), cotangents)
+
+
+def _back_gradients(family: Family, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    soft, a, mask_a = ctx.saved_tensors
+    if all(grad is None for grad in grads):
+        return (None,) * 4
+    zeros = next(torch.zeros_like(grad) for grad in grads if grad is not None)
+    given = [zeros if grad is None else grad for grad in grads]
+    d_soft, da = family["cycle_back_backward"](*given, soft, a, mask_a, ctx.temperature)
+    return d_soft, da, None, None
+
+
+def _back_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _transpose_back_backward((*ctx.saved_tensors, ctx.temperature), cotangents)
+
+
+# ---- FLOPs: a squared difference that is added up counts as a multiply-add, as in a product of matrices -----------
+
+
+def _product(n: int, t: int, s: int, c: int) -> int:
+    return 2 * n * t * s * c
+
+
+def _soft_flops(a: Any, b: Any, mask_b: Any, temperature: Any, need_index: bool, out_shape: Any = None) -> int:
+    return _product(a[0], a[1], b[1], a[2]) * (2 + int(need_index))
+
+
+def _soft_backward_flops(grad: Any, a: Any, b: Any, mask_b: Any, temperature: Any, out_shape: Any = None) -> int:
+    return _product(a[0], a[1], b[1], a[2]) * 5  # distances, grad . b, da, and both parts of db
+
+
+def _cycle_flops(a: Any, b: Any, mask_a: Any, mask_b: Any, temperature: Any, out_shape: Any = None) -> int:
+    (n, t, c), s = a, b[1]
+    distances = _product(n, t, s, c) + _product(n, t, t, c) + _product(n, s, s, c)
+    return distances + _product(n, t, s, s) + _product(n, s, t, t)
+
+
+def _back_flops(soft: Any, a: Any, mask_a: Any, temperature: Any, out_shape: Any = None) -> int:
+    return _product(a[0], a[1], a[1], a[2])
+
+
+def _back_backward_flops(
+    g: Any, gm: Any, gv: Any, soft: Any, a: Any, mask_a: Any, temperature: Any, out_shape: Any = None
+) -> int:
+    return _product(a[0], a[1], a[1], a[2]) * 3
+
+
+# ---- registration -------------------------------------------------------------------------------------------------
+
+_DEFINITIONS = {
+    "soft_nearest_neighbor": Definition(
+        "(Tensor a, Tensor b, Tensor? mask_b, float temperature, bool need_index) -> (Tensor, Tensor)",
+        _fake_soft,
+        _reference_soft,
+        _soft_flops,
+        _soft_gradients,
+        _save_soft,
+    ),
+    "soft_nearest_neighbor_backward": Definition(
+        "(Tensor grad_soft, Tensor a, Tensor b, Tensor? mask_b, float temperature) -> (Tensor, Tensor)",
+        _fake_soft_backward,
+        _reference_soft_backward,
+        _soft_backward_flops,
+        _soft_second,
+        _save_arguments,
+    ),
+    "cycle_consistency": Definition(
+        "(Tensor a, Tensor b, Tensor? mask_a, Tensor? mask_b, float temperature) -> (Tensor, Tensor, Tensor)",
+        _fake_cycle,
+        _reference_cycle,
+        _cycle_flops,
+    ),
+    "cycle_back": Definition(
+        "(Tensor soft, Tensor a, Tensor? mask_a, float temperature) -> (Tensor, Tensor, Tensor)",
+        _fake_back,
+        _reference_back,
+        _back_flops,
+        _back_gradients,
+        _save_arguments,
+    ),
+    "cycle_back_backward": Definition(
+        "(Tensor grad_log_probability, Tensor grad_mean, Tensor grad_variance, Tensor soft, Tensor a, Tensor? mask_a, "
+        "float temperature) -> (Tensor, Tensor)",
+        _fake_back_backward,
+        _reference_back_backward,
+        _back_backward_flops,
+        _back_second,
+        _save_arguments,
+    ),
+}
+
+_BINARY = Family(_DEFINITIONS)
+
+
+def _loss_with(family: Family) -> Any:
+    def run(
+        a: Tensor,
+        b: Tensor,
+        mask_a: Tensor | None,
+        mask_b: Tensor | None,
+        temperature: float,
+        kind: str,
+        variance_weight: float,
+        min_variance: float,
+        reduction: str,
+    ) -> Tensor:
+        soft, _ = family["soft_nearest_neighbor"](a, b, mask_b, temperature, False)
+        landing = family["cycle_back"](soft, a, mask_a, temperature)
+        loss = loss_of_landing(landing, mask_a, mask_b, kind, variance_weight, min_variance)
+        return _reduced(loss, mask_a, mask_b, reduction)
+
+    return run
+
+
+def _reduced(loss: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if mask_a is None and mask_b is None:
+        return loss.mean()
+    there = torch.ones_like(loss, dtype=torch.bool) if mask_a is None else mask_a
+    if mask_b is not None:
+        there = there & mask_b.any(1, keepdim=True)
+    return loss.sum() / there.sum()
+
+
+def _loss_by_reference(
+    a: Tensor,
+    b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    kind: str,
+    variance_weight: float,
+    min_variance: float,
+    reduction: str,
+) -> Tensor:
+    loss = reference.temporal_cycle_loss(
+        a, b, kind=kind, temperature=temperature, variance_weight=variance_weight, min_variance=min_variance,
+        mask_a=mask_a, mask_b=mask_b,
+    )  # fmt: skip
+    return _reduced(loss, mask_a, mask_b, reduction)
+
+
+def _soft_by_reference(
+    a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float, need_index: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.soft_nearest_neighbor(a, b, temperature=temperature, mask_b=mask_b)
+
+
+def _probe(device: str) -> tuple[Any, ...]:
+    return torch.zeros(1, 3, 8, device=device), torch.zeros(1, 4, 8, device=device)
+
+
+SOFT = register(
+    Operator(
+        "soft_nearest_neighbor",
+        _family.backends(
+            "cycle_consistency",
+            ("soft_nearest_neighbor",),
+            lambda *args: _BINARY["soft_nearest_neighbor"](*args),
+            _soft_by_reference,
+        ),
+        check=_check_soft,
+        probe=lambda device: (*_probe(device), None, 1.0, True),
+    )
+)
+CYCLE = register(
+    Operator(
+        "cycle_consistency",
+        _family.backends(
+            "cycle_consistency",
+            ("cycle_consistency",),
+            lambda *args: _BINARY["cycle_consistency"](*args),
+            _reference_cycle,
+        ),
+        check=_check_cycle,
+        probe=lambda device: (*_probe(device), None, None, 1.0),
+    )
+)
+LOSS = register(
+    Operator(
+        "temporal_cycle_loss",
+        _family.backends(
+            "cycle_consistency",
+            ("soft_nearest_neighbor", "cycle_back"),
+            _loss_with(_BINARY),
+            _loss_by_reference,
+        ),
+        check=_check_loss,
+        probe=lambda device: (*_probe(device), None, None, 1.0, "regression", 0.001, 1e-6, "mean"),
+    )
+)
