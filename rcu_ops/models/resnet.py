@@ -1,6 +1,7 @@
-"""One configurable video ResNet: recurrent (RCN), inflated (I3D), factorised ((2+1)D) and per-frame 2D networks.
+"""One configurable video ResNet: recurrent (RCN), inflated (I3D, R3D), factorised ((2+1)D) and per-frame 2D networks.
 
-Table 1 of "Recurrent Convolutions for Causal 3D CNNs" and its variants. Names follow torchvision's ResNet (``layer1`` …
+Table 1 of "Recurrent Convolutions for Causal 3D CNNs", Table 1 of "FASTER Recurrent Networks for Efficient Video
+Classification", and the networks of "Learn to Cycle". Names follow torchvision's ResNet (``layer1`` …
 ``layer4`` are res2 … res5), so that 2D weights map onto them by name.
 """
 
@@ -213,19 +214,26 @@ def _downsample(in_planes: int, out_planes: int, stride: int, temporal_stride: i
 
 
 class Stem(nn.Module):
-    """conv1: 7x7 with spatial stride 2, BN, ReLU; with ``pool``, a 1x3x3 max-pool of stride 2 after it."""
+    """conv1: 7x7 with spatial stride 2, BN, ReLU; with ``pool``, a 1x3x3 max-pool of stride 2 after it.
+
+    With ``frames`` = m > 1, conv1 is m x 7 x 7 with stride m in time.
+    """
 
     def __init__(
-        self, in_channels: int, width: int, conv: ConvolutionFactory, pool: bool, mid_planes: int | None
+        self, in_channels: int, width: int, conv: ConvolutionFactory, pool: bool, mid_planes: int | None, frames: int
     ) -> None:
         super().__init__()
-        self.conv = conv(in_channels, width, 7, 2, mid_planes=mid_planes)
+        if frames > 1:  # every step of `frames` frames becomes one
+            kernel, stride = (frames, 7, 7), (frames, 2, 2)
+            self.conv: nn.Module = nn.Conv3d(in_channels, width, kernel, stride, (0, 3, 3), bias=False)
+        else:
+            self.conv = conv(in_channels, width, 7, 2, mid_planes=mid_planes)
         self.bn = nn.BatchNorm3d(width)
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)) if pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,C,T,H,W] -> [N,O,T,H/2,W/2] (H/4, W/4 with the pool)."""
+        """[N,C,T,H,W] -> [N,O,T/frames,H/2,W/2] (H/4, W/4 with the pool)."""
         x = self.relu(self.bn(self.conv(x)))
         return x if self.pool is None else self.pool(x)
 
@@ -257,6 +265,8 @@ class VideoResNet(nn.Module):
         temporal_strides: of res2 … res5; must be 1 for "rcn".
         stem_pool: a max-pool after conv1.
         stem_mid_planes: for "r2plus1d", planes between the halves of conv1; None: matched in number of weights.
+        stem_frames: for "2d", temporal kernel and stride of conv1: that many frames become one, and a remainder is
+            left out. A network with more than 1 does not stream.
         gating: S3D-G feature gating on every residual branch, pooled per frame in "rcn" and "2d" networks and over
             space and time in the others.
         recurrent_layers: for "rcn", which convolutions are recurrent: "all", "none", ("last", n), ("every", k),
@@ -287,6 +297,7 @@ class VideoResNet(nn.Module):
         temporal_strides: Sequence[int] = (1, 1, 1, 1),
         stem_pool: bool = False,
         stem_mid_planes: int | None = None,
+        stem_frames: int = 1,
         gating: bool = False,
         recurrent_layers: LayerChoice = "all",
         update: str = "sum",
@@ -306,6 +317,8 @@ class VideoResNet(nn.Module):
             raise ValueError(f"temporal_strides: recurrent networks keep every frame, got {tuple(temporal_strides)}")
         if temporal_kernel < 1 or temporal_kernel % 2 == 0:
             raise ValueError(f"temporal_kernel: expected an odd number, got {temporal_kernel}")
+        if stem_frames < 1 or (stem_frames > 1 and conv != "2d"):
+            raise ValueError(f"stem_frames: expected 1, or more for conv='2d', got {stem_frames} for conv={conv!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         kind = BLOCKS[block]
@@ -319,9 +332,9 @@ class VideoResNet(nn.Module):
         factory = ConvolutionFactory(conv, temporal_kernel, recurrent, update, hidden_init)
 
         self.conv_kind = conv
-        self.causal = conv in ("rcn", "2d")
+        self.causal = conv in ("rcn", "2d") and stem_frames == 1
         self.memory_format = memory_format
-        self.stem = Stem(in_channels, width, factory, stem_pool, stem_mid_planes)
+        self.stem = Stem(in_channels, width, factory, stem_pool, stem_mid_planes, stem_frames)
         planes = width
         stages = []
         in_planes = width
@@ -380,15 +393,26 @@ def _expect(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 _DEPTHS: dict[int, dict[str, Any]] = {
     18: {"block": "basic", "layers": (2, 2, 2, 2)},
+    26: {"block": "bottleneck", "layers": (2, 2, 2, 2)},
     34: {"block": "basic", "layers": (3, 4, 6, 3)},
     50: {"block": "bottleneck", "layers": (3, 4, 6, 3)},
+    101: {"block": "bottleneck", "layers": (3, 4, 23, 3)},
 }
 
-# Networks of the RCN paper: family -> (depths, arguments).
+# Networks of the RCN, SRTG and FASTER papers: family -> (depths, arguments).
 _FAMILIES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "rcn": ((18, 34, 50), {"conv": "rcn"}),
     "i3d": ((18, 34, 50), {"conv": "i3d", "temporal_strides": (1, 2, 2, 2)}),
-    "r2plus1d": ((18, 34), {"conv": "r2plus1d", "temporal_strides": (1, 2, 2, 2)}),
+    "r3d": ((34, 50, 101), {"conv": "i3d", "temporal_strides": (1, 2, 2, 2)}),
+    "r2plus1d": ((18, 34, 50, 101), {"conv": "r2plus1d", "temporal_strides": (1, 2, 2, 2)}),
+    "r2d": ((26,), {"conv": "2d", "stem_frames": 8}),
+}
+
+# The clip-level backbones of FASTER have a max-pool after conv1 and 45 planes within (2+1)D's conv1.
+_PARTICULAR: dict[str, dict[str, Any]] = {
+    "r2d_resnet26": {"stem_pool": True},
+    "r3d_resnet50": {"stem_pool": True},
+    "r2plus1d_resnet50": {"stem_pool": True, "stem_mid_planes": 45},
 }
 
 
@@ -412,6 +436,7 @@ def _register(name: str, arguments: dict[str, Any]) -> None:
 
 for _family, (_depths, _arguments) in _FAMILIES.items():
     for _depth in _depths:
-        _register(f"{_family}_resnet{_depth}", {**_DEPTHS[_depth], **_arguments})
+        _name = f"{_family}_resnet{_depth}"
+        _register(_name, {**_DEPTHS[_depth], **_arguments, **_PARTICULAR.get(_name, {})})
         if _family == "i3d":
-            _register(f"i3d_resnet{_depth}_dense", {**_DEPTHS[_depth], **_arguments, "temporal_strides": (1, 1, 1, 1)})
+            _register(f"{_name}_dense", {**_DEPTHS[_depth], **_arguments, "temporal_strides": (1, 1, 1, 1)})

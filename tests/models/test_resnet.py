@@ -40,6 +40,40 @@ def test_gmac_of_i3d() -> None:
     assert round(gmac(on_meta("i3d_resnet18"), 1, 3, 16, 112, 112), 2) == 40.70
 
 
+SRTG_CLIP = (1, 3, 8, 224, 224)
+
+# GMAC of the papers' networks (PAPERS: SRTG's own clip without a stem pool, FASTER's with one).
+GMAC = [
+    ("r3d_resnet34", {}, SRTG_CLIP, 150.756),
+    ("r3d_resnet50", {"stem_pool": False}, SRTG_CLIP, 109.344),
+    ("r2d_resnet26", {}, (1, 3, 8, 224, 224), 3.167),
+    ("r2d_resnet26", {}, (1, 3, 16, 224, 224), 6.333),
+    ("r2d_resnet26", {}, (1, 3, 32, 224, 224), 12.666),
+    ("r2plus1d_resnet50", {}, (1, 3, 8, 224, 224), 29.980),
+    ("r2plus1d_resnet50", {}, (1, 3, 16, 224, 224), 59.960),
+    ("r2plus1d_resnet50", {}, (1, 3, 32, 224, 224), 119.919),
+    ("r3d_resnet50", {}, (8, 3, 32, 224, 224), 942.73),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "expected"), GMAC)
+def test_gmac_of_the_papers(name: str, options: dict, shape: tuple[int, ...], expected: float) -> None:
+    assert gmac(on_meta(name, **options), *shape) == pytest.approx(expected, rel=1e-3)
+
+
+def test_backbones_of_faster() -> None:
+    """Table 1: filters, planes within (2+1)D, and features [2048, L/8, 7, 7] from every backbone."""
+    clip = torch.empty(2, 3, 16, 224, 224, device="meta")
+    for name in ("r2d_resnet26", "r2plus1d_resnet50", "r3d_resnet50"):
+        assert on_meta(name).features(clip).shape == (2, 2048, 2, 7, 7)
+    pairs = [m for m in on_meta("r2plus1d_resnet50").modules() if isinstance(m, Conv2Plus1d)]
+    assert [m.spatial.out_channels for m in pairs] == [45] + [144] * 3 + [288] * 4 + [576] * 6 + [1152] * 3
+    stem = on_meta("r2d_resnet26").stem
+    assert (stem.conv.kernel_size, stem.conv.stride) == ((8, 7, 7), (8, 2, 2))
+    assert stem(clip).shape == (2, 64, 2, 56, 56)
+    assert not on_meta("r2d_resnet26").causal
+
+
 def test_gmac_of_rcn_is_that_of_a_2d_resnet_and_its_recurrences() -> None:
     model = on_meta("rcn_resnet18")
     planes = {"stem": (1, 64, 56), "layer1": (4, 64, 56), "layer2": (4, 128, 28), "layer3": (4, 256, 14)}
@@ -70,17 +104,21 @@ def test_output_sizes_of_table_1(name: str, frames: list[int]) -> None:
     assert model(clip).shape == (2, 400)
 
 
-@pytest.mark.parametrize("name", ["rcn_resnet34", "i3d_resnet34", "r2plus1d_resnet34", "rcn_resnet50", "i3d_resnet50"])
+@pytest.mark.parametrize(
+    "name",
+    ["rcn_resnet34", "i3d_resnet34", "r2plus1d_resnet34", "rcn_resnet50", "i3d_resnet50", "r2plus1d_resnet50",
+     "r3d_resnet101", "r2d_resnet26"],
+)  # fmt: skip
 def test_deeper_networks(name: str) -> None:
     model = on_meta(name)
-    depth = int(name[-2:])
+    depth = int(name.partition("resnet")[2])
     layers = [m for m in model.modules() if isinstance(m, (RecurrentConv3d, nn.Conv3d, Conv2Plus1d))]
     inside = [m for pair in model.modules() if isinstance(pair, Conv2Plus1d) for m in (pair.spatial, pair.temporal)]
     shortcuts = [block.downsample[0] for stage in stages(model) for block in stage if block.downsample is not None]
     assert len(layers) - len(inside) - len(shortcuts) == depth
     recurrent = sum(isinstance(m, RecurrentConv3d) for m in model.modules())
     assert recurrent == (0 if not name.startswith("rcn") else 33 if depth == 34 else 17)
-    assert model.features(torch.empty(1, 3, 8, 64, 64, device="meta")).shape[1] == (2048 if depth == 50 else 512)
+    assert model.features(torch.empty(1, 3, 8, 64, 64, device="meta")).shape[1] == (512 if depth == 34 else 2048)
 
 
 def stages(model: VideoResNet) -> list[nn.Module]:
@@ -145,7 +183,10 @@ def test_gating(name: str, causal: bool) -> None:
 def test_stem_pool_and_channels() -> None:
     model = on_meta("rcn_resnet18", stem_pool=True, in_channels=20)
     assert model.stem(torch.empty(1, 20, 4, 112, 112, device="meta")).shape == (1, 64, 4, 28, 28)
-    assert all(on_meta(name).stem.pool is None for name in list_models())
+    with torch.device("meta"):
+        models = {name: create_model(name) for name in list_models("*_resnet*")}
+    pooled = {name for name, model in models.items() if isinstance(model, VideoResNet) and model.stem.pool is not None}
+    assert pooled == {"r2d_resnet26", "r2plus1d_resnet50", "r3d_resnet50"}
 
 
 def test_clip_score_is_the_mean_of_the_frames() -> None:
@@ -228,6 +269,7 @@ def test_every_model_runs_and_is_copied(name: str) -> None:
         ("temporal_strides", (1, 2, 2, 2)),
         ("temporal_strides", (1, 1)),
         ("temporal_kernel", 2),
+        ("stem_frames", 8),
         ("num_classes", 0),
         ("recurrent_layers", ("last", 18)),
         ("memory_format", torch.channels_last),
