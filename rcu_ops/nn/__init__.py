@@ -6,6 +6,7 @@ from rcu_ops.nn.fuse import fuse_for_inference
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import choose_layers
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
+from rcu_ops.nn.residual_rnn import ResidualRNN
 from rcu_ops.nn.stream_state import StreamPass, active_slot
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FrameClassifier",
     "FrameConv3d",
     "RecurrentConv3d",
+    "ResidualRNN",
     "StreamPass",
     "active_slot",
     "choose_layers",

@@ -143,7 +143,7 @@ def streaming_obstacles(model: nn.Module) -> list[tuple[str, str]]:
         reason = streaming_obstacle(module)
         if reason is not None:
             found.append((name or type(module).__name__, reason))
-        elif _known_check(module) is None:
+        elif _known_check(module) is None and not carries_state(module):  # such a layer answers for its children
             for child_name, child in module.named_children():
                 visit(f"{name}.{child_name}" if name else child_name, child)
 

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "TSN_SCALES",
     "FrameTransform",
     "center_crop",
+    "corner_crops",
     "flip",
+    "multi_scale_crop",
     "normalize",
     "random_crop",
     "resize_short_side",
@@ -25,6 +28,8 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TSN_SCALES = (1000, 875, 750, 660)
+"""Sides of training crops of temporal segment networks, in thousandths of the short side."""
 
 
 def resize_short_side(frames: torch.Tensor, size: int) -> torch.Tensor:
@@ -65,6 +70,50 @@ def random_crop(frames: torch.Tensor, size: int, *, generator: torch.Generator |
     y = int(torch.randint(room_y + 1, (), generator=generator))
     x = int(torch.randint(room_x + 1, (), generator=generator))
     return frames[:, y : y + size, x : x + size]
+
+
+def corner_crops(frames: torch.Tensor, size: int, *, mirror: bool = False) -> torch.Tensor:
+    """The four corners and the centre, and with ``mirror`` their mirror images: [5 or 10, T, size, size, 3]."""
+    room_y, room_x = _room(frames, size)
+    places = [(0, 0), (0, room_x), (room_y, 0), (room_y, room_x), (room_y // 2, room_x // 2)]
+    crops = torch.stack([frames[:, y : y + size, x : x + size] for y, x in places])
+    return torch.cat([crops, crops.flip(3)]) if mirror else crops
+
+
+def multi_scale_crop(
+    frames: torch.Tensor, size: int, *, generator: torch.Generator | None = None, scales: Sequence[int] = TSN_SCALES
+) -> torch.Tensor:
+    """A window of random size at a corner or the centre, resized to ``size`` x ``size`` (temporal segment networks).
+
+    Height and width are ``scales`` thousandths of the short side, drawn independently but at most one step of the list
+    apart; the same window in all frames.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        size: of the result, pixels.
+        generator: the source of randomness.
+        scales: in thousandths of the short side.
+
+    Returns:
+        uint8 [T, size, size, 3].
+    """
+    _check_frames(frames)
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    if not scales or not all(1 <= scale <= 1000 for scale in scales):
+        raise ValueError(f"scales: expected thousandths from 1 to 1000, got {tuple(scales)}")
+    height, width = frames.shape[1:3]
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    rows, columns = pairs[int(torch.randint(len(pairs), (), generator=generator))]
+    h, w = (max(1, min(height, width) * scale // 1000) for scale in (rows, columns))
+    room_y, room_x = height - h, width - w
+    places = [(0, 0), (0, room_x), (room_y, 0), (room_y, room_x), (room_y // 2, room_x // 2)]
+    y, x = places[int(torch.randint(len(places), (), generator=generator))]
+    window = frames[:, y : y + h, x : x + w]
+    if (h, w) == (size, size):
+        return window
+    scaled = F.interpolate(window.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)
+    return scaled.permute(0, 2, 3, 1)
 
 
 def flip(frames: torch.Tensor, *, probability: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:

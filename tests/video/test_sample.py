@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcu_ops.video.sample import clip_span, jittered_clip, regular_clips, sliding_clips
+from rcu_ops.video.sample import (
+    clip_count,
+    clip_span,
+    jittered_clip,
+    regular_clips,
+    segment_positions,
+    sliding_clips,
+    spread_over,
+    strided_clips,
+)
 
 frame_counts, lengths, strides = st.integers(1, 400), st.integers(1, 40), st.integers(1, 8)
 
@@ -88,3 +100,80 @@ def test_ten_clips_by_hand():
 def test_arguments_below_one(call, name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         call()
+
+
+@given(frame_counts, st.integers(1, 40))
+def test_clip_count_is_the_number_of_whole_clips_of_two_steps(frame_count, step):
+    clips = strided_clips(frame_count, 2 * step, step)
+    assert clip_count(frame_count, step) == len(clips)
+    assert_clips(clips, frame_count, 2 * step, 1)
+    assert clips[:, 0].tolist() == [step * i for i in range(len(clips))]
+
+
+@given(frame_counts, lengths, st.integers(1, 30), strides)
+def test_strided_clips(frame_count, length, step, stride):
+    clips = strided_clips(frame_count, length, step, stride=stride)
+    assert_clips(clips, frame_count, length, stride)
+    last, span = clips[-1, 0].item(), clip_span(length, stride)
+    assert last == 0 or last + span <= frame_count
+    assert last + step + span > frame_count  # no further clip fits
+
+
+def test_clip_count_of_the_paper():
+    assert [clip_count(frames) for frames in (16, 24, 31, 32, 250)] == [1, 2, 2, 3, 30]
+    assert clip_count(7) == 1
+
+
+@given(st.integers(1, 10**6), st.integers(1, 300))
+def test_spread_over(count, length):
+    sigma = spread_over(count, length).tolist()
+    assert len(sigma) == length
+    assert sigma[0] == 0
+    assert sigma == sorted(sigma)
+    if length > 1:
+        assert sigma[-1] == count - 1
+        gaps = [b - a for a, b in pairwise(sigma)]
+        assert max(gaps) - min(gaps) <= 1
+        if count >= length:
+            assert min(gaps) >= 1  # no clip twice while there are enough
+        exact = [Fraction(t * (count - 1), length - 1) for t in range(length)]
+        assert all(0 <= value - taken < 1 for value, taken in zip(exact, sigma, strict=True))
+
+
+def test_spread_over_of_one_step_and_of_large_counts():
+    assert spread_over(8, 1).tolist() == [0]
+    assert spread_over(2**40 + 1, 3).tolist() == [0, 2**39, 2**40]
+
+
+@given(frame_counts, st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**31))
+def test_segment_positions(frame_count, segments, snippet, positions, seed):
+    fixed = segment_positions(frame_count, segments, snippet=snippet, positions=positions)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = segment_positions(frame_count, segments, snippet=snippet, positions=positions, generator=generator)
+    room = max(1, frame_count - snippet + 1)
+    for starts in (fixed, drawn):
+        assert starts.shape == (positions, segments)
+        assert starts.min() >= 0
+        assert starts.max() < room
+        for row in starts.tolist():
+            assert row == sorted(row)
+            if room >= segments:
+                assert all(s * room // segments <= x < (s + 1) * room // segments for s, x in enumerate(row))
+    assert (fixed.diff(dim=0) >= 0).all()
+
+
+def test_segment_positions_of_the_paper():
+    assert segment_positions(80, 8, positions=4).tolist() == [[10 * s + p for s in range(8)] for p in (1, 3, 6, 8)]
+    assert segment_positions(89, 8, snippet=10)[0].tolist() == [10 * s + 5 for s in range(8)]
+    again = [segment_positions(800, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(again[0], again[1])
+    assert not torch.equal(again[0], again[2])
+
+
+@pytest.mark.parametrize("function", [clip_count, spread_over, strided_clips, segment_positions])
+def test_sampling_refuses_nothing(function):
+    arguments = (0, 4, 4) if function is strided_clips else (0, 4)
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        function(*arguments)
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        function(*([4] * (len(arguments) - 1)), 0)

@@ -9,7 +9,9 @@ from rcu_ops.video.transform import (
     IMAGENET_STD,
     FrameTransform,
     center_crop,
+    corner_crops,
     flip,
+    multi_scale_crop,
     normalize,
     random_crop,
     resize_short_side,
@@ -120,3 +122,37 @@ def test_errors():
         resize_short_side(frames(), 0)
     with pytest.raises(ValueError, match="probability"):
         flip(frames(), probability=1.5)
+
+
+def test_corner_crops():
+    x = frames(3, 20, 30)
+    crops = corner_crops(x, 8, mirror=True)
+    assert crops.shape == (10, 3, 8, 8, 3)
+    expected = [x[:, :8, :8], x[:, :8, 22:], x[:, 12:, :8], x[:, 12:, 22:], center_crop(x, 8)]
+    for crop, mirrored, wanted in zip(crops[:5], crops[5:], expected, strict=True):
+        assert torch.equal(crop, wanted)
+        assert torch.equal(mirrored, wanted.flip(2))
+    assert torch.equal(corner_crops(x, 8), crops[:5])
+    with pytest.raises(ValueError, match="size"):
+        corner_crops(x, 21)
+
+
+def test_multi_scale_crop():
+    x = frames(2, 40, 60)
+    sizes = set()
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        crop = multi_scale_crop(x, 40, generator=generator)
+        assert crop.shape == (2, 40, 40, 3)
+        assert crop.dtype == torch.uint8
+        assert torch.equal(crop, multi_scale_crop(x, 40, generator=torch.Generator().manual_seed(seed)))
+        sizes.add(crop.float().mean().item())
+    assert len(sizes) > 30
+    whole = multi_scale_crop(x, 40, scales=(1000,), generator=torch.Generator().manual_seed(0))
+    assert any(torch.equal(whole, crop) for crop in corner_crops(x, 40))
+    constant = torch.full((1, 33, 47, 3), 77, dtype=torch.uint8)
+    assert (multi_scale_crop(constant, 16) == 77).all()
+    with pytest.raises(ValueError, match="scales"):
+        multi_scale_crop(x, 8, scales=(1200,))
+    with pytest.raises(ValueError, match="size"):
+        multi_scale_crop(x, 0)
