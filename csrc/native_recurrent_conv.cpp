@@ -1,7 +1,11 @@
-// recurrent_conv in rcu_ops._native: the instruction set that runs, and how a call is planned and cut into tasks.
+// recurrent_conv in rcu_ops._native: the instruction set that runs, how a call is planned and cut into tasks on a CPU, and, for
+// any GPU, there or not, how the CUDA kernels would run it and which elements each block touches.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -9,6 +13,8 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/recurrent_conv_gpu_plan.h"
+#include "common/recurrent_conv_index.h"
 #include "common/recurrent_conv_plan.h"
 
 namespace py = pybind11;
@@ -81,6 +87,158 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+// ---- CUDA --------------------------------------------------------------------------------------------------------
+
+using Strides = std::array<int64_t, 5>;
+
+View gpu_view(DType dtype, const Strides& strides, int64_t misalignment) {
+  View v;
+  v.data = reinterpret_cast<void*>(static_cast<uintptr_t>(4096 + misalignment));  // never followed
+  v.dtype = dtype;
+  v.n = strides[0], v.c = strides[1], v.t = strides[2], v.h = strides[3], v.w = strides[4];
+  return v;
+}
+
+Scan gpu_scan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
+              const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse) {
+  Scan p;
+  p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
+  if (p.N < 0 || p.H < 0 || p.W < 0 || p.C < 1 || p.T < 1) throw py::value_error("shape: expected n, h, w >= 0 and c, t >= 1");
+  p.dtype = parse_dtype(dtype);
+  p.x = gpu_view(p.dtype, x, misalignment);
+  p.y = gpu_view(p.dtype, y, 0);
+  if (residual) p.residual = gpu_view(p.dtype, *residual, misalignment);
+  p.init = with_state ? Init::state : Init::none;
+  p.last_kind = Last::state;
+  p.reverse = reverse;
+  return p;
+}
+
+Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes) {
+  Gpu gpu;
+  gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
+  return gpu;
+}
+
+py::bytes as_bytes(const std::vector<int64_t>& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t)};
+}
+
+// Offsets, in elements and in the order of the kernel's own loops, that a range of blocks reads of x and writes of y.
+struct Touched {
+  std::vector<int64_t> read, written;
+
+  void frames(const Scan& p, int64_t x, int64_t y, int numbers) {
+    for (int64_t t = 0; t < p.T; ++t)
+      for (int i = 0; i < numbers; ++i) {
+        if (x >= 0) read.push_back(x + t * p.x.t + i);
+        if (y >= 0) written.push_back(y + t * p.y.t + i);
+      }
+  }
+};
+
+void plain_block(const Scan& p, const cuda::PlainScanPlan& plan, int64_t block, Touched& touched) {
+  const int64_t column0 = block * plan.positions, left = p.N * p.H * p.W - column0;
+  for (int thread = 0; thread < cuda::plain_threads; ++thread)
+    for (const bool reading : {true, false}) {
+      const View& v = reading ? p.x : p.y;
+      cuda::for_tile(thread, cuda::plain_threads, v.c == 1, p.C, plan.positions, [&](int64_t c, int i) {
+        if (i >= left) return;
+        const int64_t at = cuda::column_offset(p, v, column0 + i) + c * v.c;
+        touched.frames(p, reading ? at : -1, reading ? -1 : at, 1);
+      });
+    }
+}
+
+template <int Bytes, int PaddedChannels, bool Channels>
+void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, Touched& touched) {
+  constexpr int columns = cuda::tile_positions(PaddedChannels);
+  for (int warp = 0; warp < cuda::tile_warps; ++warp) {
+    const int64_t column0 = (block * cuda::tile_warps + warp) * columns, left = p.N * p.H * p.W - column0;
+    const int here = left <= 0 ? 0 : left < columns ? static_cast<int>(left) : columns;
+    std::vector<bool> slot(static_cast<size_t>(plan.slot_bytes));
+    for (const View* v : {&p.x, &p.y}) {
+      int64_t offset[columns];
+      for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
+      for (int lane = 0; lane < 32; ++lane)
+        cuda::for_words<Bytes, PaddedChannels, columns, Channels>(
+            lane, 32, static_cast<int>(p.C), here, static_cast<int>(plan.slot_pitch), *v, offset, [&](int64_t at, int to) {
+              for (int i = to; i < to + Bytes; ++i)
+                if (slot.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a slot is used twice");
+              std::fill_n(slot.begin() + to, Bytes, v == &p.x);
+              if (at * 2 % Bytes != 0) throw std::logic_error("a word is not aligned");
+              touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, Bytes / 2);
+            });
+    }
+  }
+}
+
+template <int Bytes>
+void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, Touched& touched) {
+  const auto as = [&](auto padded) {
+    constexpr int C = decltype(padded)::value;
+    plan.along_channels ? tile_block<Bytes, C, true>(p, plan, block, touched) : tile_block<Bytes, C, false>(p, plan, block, touched);
+  };
+  switch (plan.padded_channels) {
+    case 32: return as(std::integral_constant<int, 32>());
+    case 64: return as(std::integral_constant<int, 64>());
+    default: return as(std::integral_constant<int, 128>());
+  }
+}
+
+py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
+                  const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse, bool plain,
+                  int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
+  const Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
+  const cuda::ScanPlan plan = cuda::plan_scan(p, gpu_of(architecture, multiprocessors, shared_bytes),
+                                              plain ? cuda::Kernel::plain : cuda::Kernel::best);
+  const int64_t blocks = plan.tile ? plan.tile->blocks : plan.plain.blocks;
+  Touched touched;
+  for (int64_t block = begin; block < end && block < blocks; ++block) {
+    if (!plan.tile)
+      plain_block(p, plan.plain, block, touched);
+    else if (plan.tile->vector_bytes == 16)
+      tile_block<16>(p, *plan.tile, block, touched);
+    else if (plan.tile->vector_bytes == 8)
+      tile_block<8>(p, *plan.tile, block, touched);
+    else if (plan.tile->vector_bytes == 4)
+      tile_block<4>(p, *plan.tile, block, touched);
+    else
+      tile_block<2>(p, *plan.tile, block, touched);
+  }
+  py::dict d;
+  d["text"] = cuda::describe(plan);
+  d["blocks"] = blocks;
+  d["shared_bytes"] = plan.tile ? plan.tile->shared_bytes : plan.plain.shared_bytes;
+  d["scratch_bytes"] = plan.tile ? 0 : plan.plain.scratch_bytes;
+  d["read"] = as_bytes(touched.read);
+  d["written"] = as_bytes(touched.written);
+  return d;
+}
+
+py::dict gpu_weight_grad_rows(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
+                              const std::optional<Strides>& first, bool reverse, int64_t begin, int64_t end) {
+  WeightGrad p;
+  p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
+  p.dtype = parse_dtype(dtype);
+  p.dx = gpu_view(p.dtype, dx, 0), p.h = gpu_view(p.dtype, h, 0);
+  if (first) p.first = gpu_view(p.dtype, *first, 0);
+  p.reverse = reverse;
+  const cuda::WeightGradPlan plan = cuda::plan_weight_grad(p);
+  std::vector<int64_t> from_dx, before;
+  for (int64_t row = begin; row < end && row < plan.rows; ++row) {
+    const cuda::WeightGradRow at = cuda::weight_grad_row(p, row);
+    from_dx.push_back(at.dx), before.push_back(at.before);
+  }
+  py::dict d;
+  d["rows"] = plan.rows;
+  d["splits"] = plan.splits;
+  d["rows_per_split"] = plan.rows_per_split;
+  d["dx"] = as_bytes(from_dx);
+  d["before"] = as_bytes(before);
+  return d;
+}
+
 }  // namespace
 
 void bind_recurrent_conv(py::module_& m) {
@@ -96,4 +254,15 @@ void bind_recurrent_conv(py::module_& m) {
         py::arg("isa") = "",
         "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column end, "
         "channel begin, channel end).");
+  m.def("recurrent_conv_gpu_plan", &gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),
+        py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false, py::arg("reverse") = false,
+        py::arg("plain") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
+        py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
+        "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence), blocks, "
+        "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
+        "int64s. misalignment: of x's and the residual's address, in bytes modulo 16.");
+  m.def("recurrent_conv_gpu_weight_grad_rows", &gpu_weight_grad_rows, py::arg("shape"), py::arg("dtype"), py::arg("dx"),
+        py::arg("h"), py::arg("first") = py::none(), py::arg("reverse") = false, py::arg("begin") = 0, py::arg("end") = 0,
+        "How the CUDA kernels cut the weight gradient's sum: rows, splits, rows_per_split, and, for rows [begin, end), the offsets "
+        "of the two factors' first channels in dx and in h (below 0: -1 - offset in first), as int64s.");
 }

@@ -21,25 +21,9 @@ struct alignas(16) Lanes {
   S v[plain_lanes];
 };
 
-// Calls visit(channel, column) once for each of channels x columns (a power of two, at least 4), each from one thread of
-// the block. Neighbouring threads take neighbouring columns, or, along_channels, 8 channels x 4 columns per warp: whole
-// 32-byte sectors of fp32 in global memory, and no two lanes in one bank of rows that are columns + 4 words apart.
 template <typename Visit>
 __device__ __forceinline__ void for_tile(bool along_channels, int64_t channels, int columns, Visit visit) {
-  const int thread = threadIdx.x, threads = blockDim.x;
-  if (!along_channels) {
-    const int column = thread % columns;
-    for (int64_t c = thread / columns; c < channels; c += threads / columns) visit(c, column);
-    return;
-  }
-  const int warps = threads / 32, column_in = thread % 32 / 8;
-  const int64_t groups = (channels + 7) / 8;
-  int64_t group = thread / 32;
-  for (int column = column_in; column < columns; column += 4, group -= groups)
-    for (; group < groups; group += warps) {
-      const int64_t c = group * 8 + thread % 8;
-      if (c < channels) visit(c, column);
-    }
+  cuda::for_tile(threadIdx.x, blockDim.x, along_channels, channels, columns, visit);
 }
 
 // ---- the plain scan ----------------------------------------------------------------------------------------------
@@ -245,13 +229,9 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
 
   const auto find_rows = [&](int64_t row0, int stage) {
     if (thread >= R || row0 + thread >= end) return;
-    const int64_t row = row0 + thread, w = row % p.W, h = row / p.W % p.H, rest = row / p.W / p.H;
-    const int64_t frames = p.first.data ? p.T : p.T - 1, n = rest / frames;
-    const int64_t i = rest % frames + (p.first.data ? 0 : 1);  // in the order of processing
-    const int64_t t = p.reverse ? p.T - 1 - i : i, before = p.reverse ? t + 1 : t - 1;
-    dx_offset[stage * R + thread] = n * p.dx.n + t * p.dx.t + h * p.dx.h + w * p.dx.w;
-    before_offset[stage * R + thread] = i == 0 ? -1 - (n * p.first.n + h * p.first.h + w * p.first.w)
-                                               : n * p.h.n + before * p.h.t + h * p.h.h + w * p.h.w;
+    const WeightGradRow row = weight_grad_row(p, row0 + thread);
+    dx_offset[stage * R + thread] = row.dx;
+    before_offset[stage * R + thread] = row.before;
   };
   const T* dx = static_cast<const T*>(p.dx.data);
   const T* states = static_cast<const T*>(p.h.data);

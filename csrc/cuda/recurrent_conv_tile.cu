@@ -127,32 +127,14 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
 
   const auto slot_of = [&](int64_t i) { return slots + i % plan.stages * stage_bytes; };
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
-  // Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of the warp's tile.
-  const auto for_words = [&](auto word, const View& v, const int64_t* offset, auto visit) {
-    constexpr int bytes = word_bytes<decltype(word)>, numbers = bytes / 2;
-    if constexpr (Channels) {
-      const auto rows = [&](int words) {
-#pragma unroll 2
-        for (int e = lane; e < columns * words; e += 32)
-          visit(offset[e / words] + e % words * numbers, e / words * pitch + e % words * bytes);
-      };
-      if (C == CP)
-        rows(CP / numbers);  // a constant: no division is left
-      else
-        rows(C / numbers);
-    } else {
-      constexpr int words = M / numbers;
-#pragma unroll 2
-      for (int e = lane; e < C * words; e += 32)
-        if (e % words * numbers < columns)
-          visit(e / words * v.c + offset[e % words * numbers], e / words * pitch + e % words * bytes);
-    }
+  const auto for_tile_words = [&](auto word, const View& v, const int64_t* offset, auto visit) {
+    for_words<word_bytes<decltype(word)>, CP, M, Channels>(lane, 32, C, columns, pitch, v, offset, visit);
   };
   const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
     with_word(plan.vector_bytes, [&](auto word) {
       constexpr int bytes = word_bytes<decltype(word)>;
-      for_words(word, v, offset, [&](int64_t element, int at) {
+      for_tile_words(word, v, offset, [&](int64_t element, int at) {
         if constexpr (bytes >= 4)
           async_copy<bytes>(slot + at, from + element);
         else
@@ -292,7 +274,7 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       with_word(plan.vector_bytes, [&](auto word) {
         using Type = typename decltype(word)::Type;
-        for_words(word, p.y, y_offset, [&](int64_t element, int at) {
+        for_tile_words(word, p.y, y_offset, [&](int64_t element, int at) {
           *reinterpret_cast<Type*>(to + element) = *reinterpret_cast<const Type*>(slot + at);
         });
       });

@@ -3,17 +3,11 @@
 
 #include <cstdint>
 
-#include "common/recurrent_conv.h"
+#include "common/recurrent_conv_index.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
-
-// Offset of column ((n * G + g) * H + h) * W + w.
-__device__ inline int64_t column_offset(const Scan& p, const View& v, int64_t column) {
-  const int64_t w = column % p.W, hq = column / p.W, h = hq % p.H, gq = hq / p.H;
-  return (gq / p.G) * v.n + (gq % p.G) * v.g + h * v.h + w * v.w;
-}
 
 // Number `i` of a state tensor that may have the arithmetic's type S or that of the data, T.
 template <typename T, typename S>

@@ -526,6 +526,29 @@ def _why_not_triton(operator: str) -> Any:
     return why_not
 
 
+def _cuda_plan(x: Tensor, h0: Tensor | None, residual: Tensor | None = None, reverse: bool = False) -> str:
+    native = _library.native()
+    if native is None:
+        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
+    gpu = torch.cuda.get_device_properties(x.device)
+    misalignment = 0
+    for tensor in (x, residual):
+        misalignment |= 0 if tensor is None else tensor.data_ptr() % 16
+    return native.recurrent_conv_gpu_plan(
+        x.shape,
+        str(x.dtype).removeprefix("torch."),
+        x.stride(),
+        torch.empty_like(x, device="meta").stride(),
+        residual=None if residual is None else residual.stride(),
+        misalignment=misalignment,
+        with_state=h0 is not None,
+        reverse=reverse,
+        architecture=10 * gpu.major + gpu.minor,
+        multiprocessors=gpu.multi_processor_count,
+        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+    )["text"]
+
+
 def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
     return _triton.kernels("recurrent_conv").describe(x, weight)
 
@@ -593,6 +616,7 @@ OPERATOR = register(
                 "cuda",
                 _BINARY.forward,
                 _predicates.why_not_cuda("recurrent_conv", "recurrent_conv"),
+                lambda *a: _cuda_plan(a[0], a[2], reverse=a[4]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.forward, _why_not_triton("recurrent_conv"), _triton_plan),
@@ -613,6 +637,7 @@ AFFINE_ACT = register(
                 "cuda",
                 _BINARY.affine_act,
                 _predicates.why_not_cuda("recurrent_conv_affine_act", "recurrent_conv"),
+                lambda *a: _cuda_plan(a[0], a[4], a[5]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.affine_act, _why_not_triton("recurrent_conv_affine_act"), _triton_plan),

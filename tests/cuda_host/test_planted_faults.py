@@ -114,7 +114,7 @@ FAULTS = [
         "  }\n#pragma unroll\n",
         backward,
     ),
-    Fault("the state before is taken from the frame itself", "p.reverse ? t + 1 : t - 1", "t", backward),
+    Fault("the state before is taken from the frame itself", "= row.before;", "= row.dx;", backward),
     Fault(
         "a swapped fragment row",
         "const uint32_t first[2] = {b[0], b[1]}",
@@ -135,8 +135,8 @@ FAULTS = [
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
     Fault("a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE),
-    Fault("words beyond the last column", "if (e % words * numbers < columns)", "if (true)", tile, file=TILE),
-    Fault("dW without the first state", "p.first.data ? 0 : 1", "1", backward),
+    Fault("words beyond the last column", "lane, 32, C, columns, pitch", "lane, 32, C, M, pitch", tile, file=TILE),
+    Fault("dW without the first state", "offset < 0 ? load_state", "offset < 0 ? 0 * load_state", backward),
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -32,6 +34,32 @@ class Usage:
     spilled_bytes: int
     stack_bytes: int
     shared_bytes: int
+
+
+# The matrix unit's instructions in the machine code. A kernel without them would still be right, and slow.
+MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA"}
+
+
+def disassembler() -> str | None:
+    """The toolkit's cuobjdump, or the one that comes with Triton."""
+    compiler = harness.nvcc()
+    candidates = [which("cuobjdump"), str(Path(compiler).parent / "cuobjdump") if compiler else None]
+    if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
+        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    return next((found for name in candidates if name and (found := which(name))), None)
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """From a kernel's demangled signature to the names of its instructions."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump, neither the toolkit's nor Triton's")
+    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    return {
+        function.partition("\n")[0].strip(): re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]*)", function)
+        for function in text.split("Function : ")[1:]
+    }
 
 
 def compile_for(source: Path, architecture: str, directory: Path) -> dict[str, Usage]:
@@ -74,15 +102,19 @@ def short_name(signature: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def usage(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Usage]:
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubin")
+
+
+@pytest.fixture(scope="module")
+def usage(cubins: Path) -> dict[tuple[str, str], Usage]:
     """From architecture and kernel to what it uses."""
     if harness.nvcc() is None:
         pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
-    directory = tmp_path_factory.mktemp("cubin")
     sources = sorted((harness.CSRC / "cuda").glob("*.cu"))
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: compile_for(*job, directory), jobs))
+        results = list(pool.map(lambda job: compile_for(*job, cubins), jobs))
     return {
         (architecture, short_name(signature)): use
         for (_, architecture), kernels in zip(jobs, results, strict=True)
@@ -107,6 +139,20 @@ def test_registers(usage) -> None:
 
 def test_nothing_spills(usage) -> None:
     assert not {key: use for key, use in usage.items() if use.spilled_bytes or use.stack_bytes}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_matrix_kernels_run_on_the_matrix_unit(usage, cubins, architecture) -> None:
+    found = {
+        short_name(signature): names
+        for cubin in sorted(cubins.glob(f"*-{architecture}"))
+        for signature, names in instructions(cubin).items()
+    }
+    assert found.keys() == {name for arch, name in usage if arch == architecture}
+    for name, names in found.items():
+        wanted = MATRIX_INSTRUCTIONS.get(name.partition("<")[0])
+        on_matrix_unit = {n.partition(".")[0] for n in names} & {"HMMA", "HGMMA", "DMMA", "IMMA"}
+        assert on_matrix_unit == ({wanted} if wanted else set()), name
 
 
 def test_shared_memory(usage) -> None:

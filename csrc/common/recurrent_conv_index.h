@@ -1,0 +1,77 @@
+// recurrent_conv's index maths on a GPU: which thread touches which element. Part of the kernels, and compiled for the host,
+// where tests walk over all of it (native_recurrent_conv.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "gpu.h"
+#include "recurrent_conv.h"
+
+namespace rcu_ops::cuda {
+
+// Offset of column ((n * G + g) * H + h) * W + w.
+RCU_OPS_DEVICE int64_t column_offset(const Scan& p, const View& v, int64_t column) {
+  const int64_t w = column % p.W, hq = column / p.W, h = hq % p.H, gq = hq / p.H;
+  return (gq / p.G) * v.n + (gq % p.G) * v.g + h * v.h + w * v.w;
+}
+
+// Calls visit(channel, column) once for each of channels x columns (a power of two, at least 4), each from one of `threads`
+// threads. Neighbouring threads take neighbouring columns, or, along_channels, 8 channels x 4 columns per warp: whole
+// 32-byte sectors of fp32 in global memory, and no two lanes in one bank of rows that are columns + 4 words apart.
+template <typename Visit>
+RCU_OPS_DEVICE void for_tile(int thread, int threads, bool along_channels, int64_t channels, int columns, Visit visit) {
+  if (!along_channels) {
+    const int column = thread % columns;
+    for (int64_t c = thread / columns; c < channels; c += threads / columns) visit(c, column);
+    return;
+  }
+  const int warps = threads / 32, column_in = thread % 32 / 8;
+  const int64_t groups = (channels + 7) / 8;
+  int64_t group = thread / 32;
+  for (int column = column_in; column < columns; column += 4, group -= groups)
+    for (; group < groups; group += warps) {
+      const int64_t c = group * 8 + thread % 8;
+      if (c < channels) visit(c, column);
+    }
+}
+
+// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of `Bytes` of a tile of C channels
+// x `columns` <= Columns columns of 16-bit data, each from one of `threads` threads. Slots have one row of `pitch` bytes per
+// column (Channels: memory is contiguous along channels) or per channel. offset: of the tile's columns.
+template <int Bytes, int PaddedChannels, int Columns, bool Channels, typename Visit>
+RCU_OPS_DEVICE void for_words(int thread, int threads, int C, int columns, int pitch, const View& v, const int64_t* offset,
+                              Visit visit) {
+  constexpr int numbers = Bytes / 2;
+  if constexpr (Channels) {
+    const auto rows = [&](int words) {
+RCU_OPS_UNROLL_2
+      for (int e = thread; e < columns * words; e += threads)
+        visit(offset[e / words] + e % words * numbers, e / words * pitch + e % words * Bytes);
+    };
+    if (C == PaddedChannels)
+      rows(PaddedChannels / numbers);  // a constant: no division is left
+    else
+      rows(C / numbers);
+  } else {
+    constexpr int words = Columns / numbers;
+RCU_OPS_UNROLL_2
+    for (int e = thread; e < C * words; e += threads)
+      if (e % words * numbers < columns)
+        visit(e / words * v.c + offset[e % words * numbers], e / words * pitch + e % words * Bytes);
+  }
+}
+
+// A row of the weight gradient's sum: a frame, in the order of processing, and a position.
+struct WeightGradRow {
+  int64_t dx, before;  // offsets; before < 0: -1 - offset in p.first
+};
+RCU_OPS_DEVICE WeightGradRow weight_grad_row(const WeightGrad& p, int64_t row) {
+  const int64_t w = row % p.W, h = row / p.W % p.H, rest = row / p.W / p.H;
+  const int64_t frames = p.first.data ? p.T : p.T - 1, n = rest / frames;
+  const int64_t i = rest % frames + (p.first.data ? 0 : 1);
+  const int64_t t = p.reverse ? p.T - 1 - i : i, before = p.reverse ? t + 1 : t - 1;
+  return {n * p.dx.n + t * p.dx.t + h * p.dx.h + w * p.dx.w,
+          i == 0 ? -1 - (n * p.first.n + h * p.first.h + w * p.first.w) : n * p.h.n + before * p.h.t + h * p.h.h + w * p.h.w};
+}
+
+}  // namespace rcu_ops::cuda

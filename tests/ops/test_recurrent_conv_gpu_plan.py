@@ -1,0 +1,189 @@
+"""How the CUDA kernels cut a scan, for GPUs that are not there: who reads and writes what, asked of rcu_ops._native.
+
+The loops that are walked are the kernels' own (csrc/common/recurrent_conv_index.h), compiled for the host.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import types
+
+import pytest
+import torch
+
+from rcu_ops import _library
+from rcu_ops.ops._registry import OPERATORS
+
+native = _library.native()
+pytestmark = pytest.mark.skipif(native is None, reason="rcu_ops._native was not built for this Python")
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+GPUS = (
+    {"architecture": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
+    {"architecture": 86, "multiprocessors": 10, "shared_bytes": 99 * 1024},
+    {"architecture": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+    {"architecture": 80, "multiprocessors": 2, "shared_bytes": 48 * 1024},
+)
+
+
+def int64s(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.int64) if data else torch.zeros(0, dtype=torch.int64)
+
+
+def strides(shape: tuple[int, ...], order: tuple[int, ...], gap: int = 0) -> tuple[int, ...]:
+    """Of a tensor whose dimensions lie in memory in ``order``, the last one innermost, ``gap`` between its rows."""
+    found, step = [0] * 5, 1
+    for position, dimension in enumerate(reversed(order)):
+        found[dimension] = step
+        step = step * max(1, shape[dimension]) + (gap if position == 0 else 0)
+    return tuple(found)
+
+
+def offsets(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """Of every element, in [n, c, t, h, w]."""
+    total = torch.zeros(shape, dtype=torch.int64)
+    for dimension, (size, step) in enumerate(zip(shape, stride, strict=True)):
+        total += (torch.arange(size) * step).view([-1 if d == dimension else 1 for d in range(5)])
+    return total
+
+
+def random_problem(rng: random.Random) -> dict[str, object]:
+    c = rng.choice([1, 2, 3, 7, 8, 16, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 160, 200, 256, 260])
+    shape = (
+        rng.randint(0, 4),
+        c,
+        rng.randint(1, 3),
+        rng.choice([0, 1, 2, 3, 5, 7, 8]),
+        rng.choice([1, 2, 3, 4, 7, 8, 9]),
+    )
+    orders = [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 2, 1, 3, 4), (0, 1, 2, 4, 3)]
+    x_order = rng.choice(orders)
+    return {
+        "shape": shape,
+        "dtype": rng.choice(DTYPES),
+        "x": strides(shape, x_order, rng.choice([0, 0, 1, 2, 8])),
+        "y": strides(shape, x_order if rng.random() < 0.8 else rng.choice(orders), rng.choice([0, 0, 8])),
+        "misalignment": rng.choice([0, 0, 2, 4, 8]),
+        "with_state": rng.random() < 0.5,
+        "reverse": rng.random() < 0.5,
+        "plain": rng.random() < 0.2,
+        **rng.choice(GPUS),
+    }
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_every_element_is_read_and_written_once(part, seed) -> None:
+    """Blocks together read every element of x and write every element of y, once each and nothing else."""
+    rng = random.Random(seed)
+    roads: set[str] = set()
+    for _ in range(250):
+        problem = random_problem(rng)
+        plan = native.recurrent_conv_gpu_plan(**problem, end=2**31)
+        roads.add(plan["text"].partition(":")[0])
+        for name, stride in (("read", problem["x"]), ("written", problem["y"])):
+            touched = int64s(plan[name]).sort().values
+            assert torch.equal(touched, offsets(problem["shape"], stride).flatten().sort().values), (problem, name)
+        assert plan["shared_bytes"] <= problem["shared_bytes"], problem
+    assert roads >= {"plain", "tile"}
+
+
+LARGE = [
+    ((9, 64, 64, 270, 270), "bfloat16"),
+    ((2, 128, 40, 480, 481), "float16"),
+    ((3, 256, 30, 310, 313), "bfloat16"),
+    ((70000, 64, 16, 7, 7), "float32"),
+]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1)], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "dtype"), LARGE, ids=str)
+def test_offsets_of_more_than_2_to_the_31_elements(shape, dtype, order, seed) -> None:
+    n, c, t, h, w = shape
+    assert n * c * t * h * w > 2**31
+    rng = random.Random(seed)
+    stride = strides(shape, order)
+    problem = {"shape": shape, "dtype": dtype, "x": stride, "y": stride, **GPUS[2]}
+    blocks = native.recurrent_conv_gpu_plan(**problem)["blocks"]
+    columns = -(-n * h * w // blocks)
+    columns += -columns % 8  # of a block, which takes a multiple of 8
+    for block in [0, blocks - 1, *(rng.randrange(blocks) for _ in range(3))]:
+        plan = native.recurrent_conv_gpu_plan(**problem, begin=block, end=block + 1)
+        column = torch.arange(block * columns, min((block + 1) * columns, n * h * w))
+        at = column // (h * w) * stride[0] + column // w % h * stride[3] + column % w * stride[4]
+        at = at.view(-1, 1, 1) + (torch.arange(c) * stride[1]).view(-1, 1) + torch.arange(t) * stride[2]
+        for name in ("read", "written"):
+            assert torch.equal(int64s(plan[name]).sort().values, at.flatten().sort().values)
+    assert at.max() == n * c * t * h * w - 1 or block != blocks - 1
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_rows_of_the_weight_gradient(part, seed) -> None:
+    """Every frame with a state before it, at every position, once: dx of the frame beside the state before it."""
+    rng = random.Random(seed)
+    for _ in range(250):
+        shape = (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 5), rng.randint(1, 5), rng.randint(1, 5))
+        order = rng.choice([(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 2, 1, 4, 3)])
+        dx, h, first = (strides(shape, order, rng.choice([0, 3])) for _ in range(3))
+        given, reverse = rng.random() < 0.5, rng.random() < 0.5
+        plan = native.recurrent_conv_gpu_weight_grad_rows(
+            shape, rng.choice(DTYPES), dx, h, first if given else None, reverse=reverse, end=2**40
+        )
+        frames = list(range(shape[2]))[:: -1 if reverse else 1]
+        of_dx, of_h, of_first = (offsets(shape, s)[:, 0] for s in (dx, h, first))  # [n, t, h, w]
+        want = [(of_dx[:, t], of_h[:, before]) for before, t in itertools.pairwise(frames)]
+        if given:
+            want.append((of_dx[:, frames[0]], -1 - of_first[:, 0]))
+        pairs = torch.cat([torch.stack([a.flatten(), b.flatten()], 1) for a, b in want] or [torch.zeros(0, 2).long()])
+        got = torch.stack([int64s(plan["dx"]), int64s(plan["before"])], 1)
+        assert plan["rows"] == len(pairs) == len(got)
+        assert sorted(got.tolist()) == sorted(pairs.tolist())
+        assert plan["splits"] == 1 or (plan["splits"] - 1) * plan["rows_per_split"] < plan["rows"]
+        assert plan["splits"] * plan["rows_per_split"] >= plan["rows"]
+
+
+def test_the_weight_gradient_of_more_than_2_to_the_31_elements() -> None:
+    shape = (9, 64, 64, 270, 270)
+    stride = strides(shape, (0, 1, 2, 3, 4))
+    rows = 9 * 63 * 270 * 270
+    plan = native.recurrent_conv_gpu_weight_grad_rows(shape, "bfloat16", stride, stride, begin=rows - 2, end=rows + 5)
+    last = 8 * stride[0] + 63 * stride[2] + 269 * stride[3] + 269
+    assert last > 2**31
+    assert int64s(plan["dx"]).tolist() == [last - 1, last]
+    assert int64s(plan["before"]).tolist() == [last - 1 - stride[2], last - stride[2]]
+
+
+def test_words_for_people() -> None:
+    x = torch.empty(16, 64, 16, 56, 56, device="meta")
+    problem = {"shape": x.shape, "x": x.stride(), "y": x.stride(), **GPUS[2]}
+    assert native.recurrent_conv_gpu_plan(dtype="bfloat16", **problem)["text"].startswith(
+        "tile: 392 blocks of 4 x 32 columns, channels padded to 64, along columns by 16 bytes"
+    )
+    text = native.recurrent_conv_gpu_plan(dtype="float32", **problem)["text"]
+    assert text.startswith("plain: 784 blocks of 64 columns, W resident")
+    assert "the matrix unit is used for 16-bit data" in text
+
+
+def test_explain_asks_for_the_device_s_plan(monkeypatch) -> None:
+    """The tensors' addresses, strides and optional arguments count, and so do the device's limits."""
+    device = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    x, weight = torch.empty(2, 64, 4, 8, 8, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
+    plan = OPERATORS["recurrent_conv"].backend("cuda").plan
+    assert plan(x, weight, None, False, False).endswith("along columns by 16 bytes, 3 stages")
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    assert plan(shifted, weight, None, False, True).endswith("along columns by 2 bytes, 3 stages")
+    fused = OPERATORS["recurrent_conv_affine_act"].backend("cuda").plan
+    mixed = x.to(memory_format=torch.channels_last_3d)
+    text = fused(mixed, weight, torch.ones(64), torch.ones(64), None, x, False, True)
+    assert "neither channels nor positions are contiguous" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"shape": (1, 0, 1, 1, 1)}, "shape: expected"), ({"dtype": "int8"}, "dtype: expected")]
+)
+def test_wrong_arguments(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.recurrent_conv_gpu_plan(
+            **({"shape": (1, 1, 1, 1, 1), "dtype": "float32", "x": [1] * 5, "y": [1] * 5} | change)
+        )
