@@ -7,8 +7,9 @@
             scores, state = streamer(frames, state)  # [N,K,t]
 
 The scores are those of one pass over the whole clip, whatever the chunks. The state is a ``dict[str, Tensor]``: one
-entry per recurrent layer, and ``"#frames"``, the number of frames each sample has seen. It belongs to the caller: a
-call changes neither the state it is given nor anything in the model, so streams can be forked, stored and resumed.
+entry per recurrent layer (with a trailing window, ``"#window"``: its frames), and ``"#frames"``, the number of frames
+each sample has seen. It belongs to the caller: a call changes neither the state it is given nor anything in the model,
+so streams can be forked, stored and resumed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = [
 State = dict[str, Tensor]
 
 FRAMES_KEY = "#frames"
+WINDOW_KEY = "#window"
 
 _FILE_FORMAT = "rcu-ops stream state"
 
@@ -52,6 +54,11 @@ class Streamer:
         model: in evaluation mode (dropout and batch statistics would make chunks differ from the clip), made of layers
             that treat every frame alone or carry their state (:class:`rcu_ops.nn.RecurrentConv3d` and others). Its
             ``frame_scores(clip)`` is called if it has one, else the model itself; the result has time in dimension 2.
+        window: None: the model itself runs frame by frame. A number W: any clip model, causal or not, is run on the
+            last W frames for every new frame, at W frames' cost each: ``scores[:, :, t] = model(frames t-W+1 … t)``,
+            with the stream's first frame repeated where frames before it are missing. The state is those frames. This
+            is how networks stream whose layers look at a whole clip: temporal gates (:class:`rcu_ops.nn.SRTG`, whose
+            pooling and LSTM stream as they are), 3D convolutions, temporal strides.
         graph: run every chunk as a CUDA graph, captured at the first chunk of each shape (and the start of a stream and
             resets count as shapes of their own). No gradients then. Changes of weights in place are seen.
 
@@ -64,14 +71,17 @@ class Streamer:
     For truncated backpropagation through time cut it with :func:`detach_state`.
     """
 
-    def __init__(self, model: nn.Module, graph: bool = False) -> None:
+    def __init__(self, model: nn.Module, graph: bool = False, *, window: int | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self.model = model
         self.graph = graph
         self._modules = list(model.modules())
         self._check_mode()
-        obstacles = streaming_obstacles(model)
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected at least 1 frame, got {window}")
+        self.window = window
+        obstacles = streaming_obstacles(model) if window is None else []
         if obstacles:
             listing = "\n  ".join(f"{name}: {reason}" for name, reason in obstacles)
             raise ValueError(f"model: cannot run frame by frame:\n  {listing}")
@@ -126,6 +136,8 @@ class Streamer:
         elif reset is not None:
             self._check_reset(reset, frames)  # everything starts here anyway
 
+        if state is not None and (WINDOW_KEY in state) != (self.window is not None):
+            raise ValueError("state: expected what this Streamer returned, got that of one with another window")
         carried = None if state is None else {key: value for key, value in state.items() if key != FRAMES_KEY}
         scores, written = self._replay(frames, carried, fresh) if self.graph else self._advance(frames, carried, fresh)
         if carried is not None and (unknown := carried.keys() - written.keys()):
@@ -144,9 +156,25 @@ class Streamer:
 
     def _run(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
         """The pure function of a chunk: what is compiled and captured."""
+        if self.window is not None:
+            return self._run_windows(frames, carried, fresh, self.window)
         with StreamPass(self._names, carried, fresh) as stream:
             scores = getattr(self.model, "frame_scores", self.model)(frames)
         return scores, stream.written
+
+    def _run_windows(
+        self, frames: Tensor, carried: State | None, fresh: Tensor | None, window: int
+    ) -> tuple[Tensor, State]:
+        first = frames[:, :, :1].expand(-1, -1, window, -1, -1)
+        past = first if carried is None else carried[WINDOW_KEY]
+        if past.shape != first.shape:
+            raise ValueError(f"state: {WINDOW_KEY!r} is {list(past.shape)}, but these frames need {list(first.shape)}")
+        if fresh is not None:
+            past = torch.where(fresh.view(-1, 1, 1, 1, 1), first, past)
+        joined = torch.cat([past, frames], dim=2)
+        steps = range(1, frames.shape[2] + 1)
+        scores = torch.stack([self.model(joined[:, :, step : step + window]) for step in steps], dim=2)
+        return scores, {WINDOW_KEY: joined[:, :, -window:].contiguous()}
 
     def _replay(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
         layout = None

@@ -7,7 +7,7 @@ Classification", and the networks of "Learn to Cycle". Names follow torchvision'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from rcu_ops.models.registry import register_model
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import LayerChoice, choose_layers
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
+from rcu_ops.nn.srtg import SRTG
 
 CONVOLUTIONS = ("rcn", "i3d", "r2plus1d", "2d")
 MEMORY_FORMATS = (torch.channels_last_3d, torch.contiguous_format)
@@ -123,18 +124,63 @@ def _pointwise(in_planes: int, out_planes: int, stride: int = 1, temporal_stride
     return FrameConv3d(in_planes, out_planes, 1, (temporal_stride, stride, stride), bias=False)
 
 
-class BasicBlock(nn.Module):
-    """Two dxd convolutions with a residual connection.
+class _Block(nn.Module):
+    """What both kinds of residual block have: a shortcut, a feature gate, and a temporal gate in one of its places.
 
     Args:
         in_planes: channels of the input. planes: channels of the block; the output has ``planes * expansion``.
-        stride, temporal_stride: of the first convolution and the shortcut.
-        conv: makes the convolutions.
+        stride, temporal_stride: of the block and the shortcut.
         gate: a :class:`FeatureGate` on the residual branch, or None.
+        srtg: makes the block's :class:`SRTG` for a number of channels, or None.
+        placement: where the SRTG stands (section 3.3 of its paper). "start": before the first convolution of the
+            residual branch; "top" (bottlenecks): after the first; "mid": in the middle of a simple block, after a
+            bottleneck's second; "end" (bottlenecks): after the last, before the addition; "res": on the shortcut;
+            "final": after the addition and its ReLU.
     """
 
-    expansion: ClassVar[int] = 1
-    convolutions: ClassVar[int] = 2
+    expansion: ClassVar[int]
+    placements: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int,
+        temporal_stride: int,
+        gate: FeatureGate | None = None,
+        srtg: Callable[[int], SRTG] | None = None,
+        placement: str = "final",
+    ) -> None:
+        super().__init__()
+        out_planes = planes * self.expansion
+        self.relu = nn.ReLU(inplace=True)
+        self.gate = gate
+        self.downsample = _downsample(in_planes, out_planes, stride, temporal_stride)
+        self.placement = placement
+        channels = {"start": in_planes, "top": planes, "mid": planes}.get(placement, out_planes)
+        self.srtg = None if srtg is None else srtg(channels)
+
+    def _at(self, placement: str, x: Tensor) -> Tensor:
+        """``x`` through the SRTG, if this is its place."""
+        return x if self.srtg is None or placement != self.placement else self.srtg(x)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return self._at("res", x if self.downsample is None else self.downsample(x))
+
+    def _joined(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        if self.gate is not None:
+            out = self.gate(out)
+        return self._at("final", self.relu(self._at("end", out) + shortcut))
+
+
+class BasicBlock(_Block):
+    """Two dxd convolutions with a residual connection.
+
+    Args: as for both kinds of block, and conv: makes the convolutions. The strides sit in the first one.
+    """
+
+    expansion = 1
+    placements = ("start", "mid", "res", "final")
 
     def __init__(
         self,
@@ -144,34 +190,31 @@ class BasicBlock(nn.Module):
         temporal_stride: int,
         conv: ConvolutionFactory,
         gate: FeatureGate | None = None,
+        srtg: Callable[[int], SRTG] | None = None,
+        placement: str = "final",
     ) -> None:
-        super().__init__()
+        super().__init__(in_planes, planes, stride, temporal_stride, gate, srtg, placement)
         self.conv1 = conv(in_planes, planes, 3, stride, temporal_stride)
         self.bn1 = nn.BatchNorm3d(planes)
         self.conv2 = conv(planes, planes, 3)
         self.bn2 = nn.BatchNorm3d(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.gate = gate
-        self.downsample = _downsample(in_planes, planes * self.expansion, stride, temporal_stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N,C,T,H,W] -> [N,O,T',H',W']."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.gate is not None:
-            out = self.gate(out)
-        return self.relu(out + shortcut)
+        shortcut = self._shortcut(x)
+        out = self.relu(self.bn1(self.conv1(self._at("start", x))))
+        out = self.bn2(self.conv2(self._at("mid", out)))
+        return self._joined(out, shortcut)
 
 
-class Bottleneck(nn.Module):
-    """1x1, dxd, 1x1 convolutions with a residual connection; both strides sit in the dxd one.
+class Bottleneck(_Block):
+    """1x1, dxd, 1x1 convolutions with a residual connection.
 
-    Args: as :class:`BasicBlock`.
+    Args: as for both kinds of block, and conv: makes the dxd convolution, in which both strides sit.
     """
 
-    expansion: ClassVar[int] = 4
-    convolutions: ClassVar[int] = 1
+    expansion = 4
+    placements = ("start", "top", "mid", "end", "res", "final")
 
     def __init__(
         self,
@@ -181,27 +224,24 @@ class Bottleneck(nn.Module):
         temporal_stride: int,
         conv: ConvolutionFactory,
         gate: FeatureGate | None = None,
+        srtg: Callable[[int], SRTG] | None = None,
+        placement: str = "final",
     ) -> None:
-        super().__init__()
+        super().__init__(in_planes, planes, stride, temporal_stride, gate, srtg, placement)
         self.conv1 = _pointwise(in_planes, planes)
         self.bn1 = nn.BatchNorm3d(planes)
         self.conv2 = conv(planes, planes, 3, stride, temporal_stride)
         self.bn2 = nn.BatchNorm3d(planes)
         self.conv3 = _pointwise(planes, planes * self.expansion)
         self.bn3 = nn.BatchNorm3d(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.gate = gate
-        self.downsample = _downsample(in_planes, planes * self.expansion, stride, temporal_stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N,C,T,H,W] -> [N,O,T',H',W']."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.gate is not None:
-            out = self.gate(out)
-        return self.relu(out + shortcut)
+        shortcut = self._shortcut(x)
+        out = self.relu(self.bn1(self.conv1(self._at("start", x))))
+        out = self.relu(self.bn2(self.conv2(self._at("top", out))))
+        out = self.bn3(self.conv3(self._at("mid", out)))
+        return self._joined(out, shortcut)
 
 
 BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -274,6 +314,9 @@ class VideoResNet(nn.Module):
             the module is a placeholder, as no layer exists yet); the others are 1xdxd (section 5.6).
         update: "sum" or "mean", see :class:`rcu_ops.nn.RecurrentConv3d`.
         hidden_init: "identity" or "random", of the recurrent weights (Table 5).
+        srtg: None, or where in every residual block a :class:`rcu_ops.nn.SRTG` stands: "start", "mid", "res", "final",
+            and in bottlenecks "top" and "end".
+        srtg_gate, srtg_fusion, srtg_window: its ``gate``, ``fusion`` and ``window``.
         dropout: probability before convC.
         memory_format: clips are brought into it on entry; ``torch.contiguous_format`` leaves them as they come.
 
@@ -302,6 +345,10 @@ class VideoResNet(nn.Module):
         recurrent_layers: LayerChoice = "all",
         update: str = "sum",
         hidden_init: str = "identity",
+        srtg: str | None = None,
+        srtg_gate: bool = True,
+        srtg_fusion: str = "mul",
+        srtg_window: int | None = None,
         dropout: float = 0.0,
         memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
@@ -322,6 +369,13 @@ class VideoResNet(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         kind = BLOCKS[block]
+        if srtg is not None and srtg not in kind.placements:
+            allowed = ", ".join(map(repr, kind.placements))
+            raise ValueError(f"srtg: {block} blocks have the places {allowed}, got {srtg!r}")
+
+        def temporal_gate(channels: int) -> SRTG:
+            return SRTG(channels, gate=srtg_gate, fusion=srtg_fusion, window=srtg_window)
+
         names = ["stem.conv"]
         for stage, blocks in enumerate(layers, start=1):
             convs = ("conv1", "conv2") if kind is BasicBlock else ("conv2",)
@@ -332,7 +386,9 @@ class VideoResNet(nn.Module):
         factory = ConvolutionFactory(conv, temporal_kernel, recurrent, update, hidden_init)
 
         self.conv_kind = conv
-        self.causal = conv in ("rcn", "2d") and stem_frames == 1
+        framewise = conv in ("rcn", "2d") and stem_frames == 1
+        clip_gate = srtg is not None and srtg_gate and srtg_window is None
+        self.causal = framewise and not clip_gate
         self.memory_format = memory_format
         self.stem = Stem(in_channels, width, factory, stem_pool, stem_mid_planes, stem_frames)
         planes = width
@@ -349,7 +405,9 @@ class VideoResNet(nn.Module):
                         2 if first and stage > 0 else 1,
                         temporal_stride if first else 1,
                         factory,
-                        FeatureGate(planes * kind.expansion, causal=self.causal) if gating else None,
+                        FeatureGate(planes * kind.expansion, causal=framewise) if gating else None,
+                        None if srtg is None else temporal_gate,
+                        srtg or "final",
                     )
                 )
                 in_planes = planes * kind.expansion
@@ -438,5 +496,7 @@ for _family, (_depths, _arguments) in _FAMILIES.items():
     for _depth in _depths:
         _name = f"{_family}_resnet{_depth}"
         _register(_name, {**_DEPTHS[_depth], **_arguments, **_PARTICULAR.get(_name, {})})
+        if _family in ("r3d", "r2plus1d") and _depth > 18:
+            _register(f"srtg_{_name}", {**_DEPTHS[_depth], **_arguments, "srtg": "final"})
         if _family == "i3d":
             _register(f"{_name}_dense", {**_DEPTHS[_depth], **_arguments, "temporal_strides": (1, 1, 1, 1)})

@@ -7,9 +7,11 @@ from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import choose_layers
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
 from rcu_ops.nn.residual_rnn import ResidualRNN
+from rcu_ops.nn.srtg import SRTG
 from rcu_ops.nn.stream_state import StreamPass, active_slot
 
 __all__ = [
+    "SRTG",
     "FeatureGate",
     "FrameClassifier",
     "FrameConv3d",

@@ -9,6 +9,7 @@ from torch import nn
 
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.recurrent_conv import FrameConv3d
+from rcu_ops.nn.srtg import SRTG
 
 Check = Callable[[Any], "str | None"]
 
@@ -52,6 +53,12 @@ def _flatten(module: Any) -> str | None:
 
 def _gate(module: FeatureGate) -> str | None:
     return None if module.causal else "pools over time (causal=False)"
+
+
+def _srtg(module: SRTG) -> str | None:
+    if module.gate and module.window is None:
+        return "its gate looks at the whole clip (SRTG(window=...) looks back, Streamer(window=...) runs such a model)"
+    return None
 
 
 _STATE_NOT_CARRIED = "its state is not carried from chunk to chunk"
@@ -100,6 +107,7 @@ _CHECKS: dict[type[nn.Module], Check] = {
     nn.TransformerEncoder: _because("attends to all frames at once"),
     nn.TransformerEncoderLayer: _because("attends to all frames at once"),
     FeatureGate: _gate,
+    SRTG: _srtg,
 }
 
 

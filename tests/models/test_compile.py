@@ -24,6 +24,8 @@ FAMILIES = {
     },
     "i3d": {"conv": "i3d", "temporal_strides": (1, 2, 2, 2), "gating": True},
     "r2plus1d": {"conv": "r2plus1d", "temporal_strides": (1, 2, 2, 2)},
+    "srtg": {"conv": "i3d", "temporal_strides": (1, 2, 2, 2), "srtg": "final"},
+    "srtg_causal": {"conv": "rcn", "block": "bottleneck", "update": "mean", "srtg": "mid", "srtg_window": 3},
 }
 
 

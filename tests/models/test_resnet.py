@@ -46,6 +46,8 @@ SRTG_CLIP = (1, 3, 8, 224, 224)
 GMAC = [
     ("r3d_resnet34", {}, SRTG_CLIP, 150.756),
     ("r3d_resnet50", {"stem_pool": False}, SRTG_CLIP, 109.344),
+    ("srtg_r3d_resnet34", {}, SRTG_CLIP, 150.787),
+    ("srtg_r3d_resnet50", {}, SRTG_CLIP, 109.839),
     ("r2d_resnet26", {}, (1, 3, 8, 224, 224), 3.167),
     ("r2d_resnet26", {}, (1, 3, 16, 224, 224), 6.333),
     ("r2d_resnet26", {}, (1, 3, 32, 224, 224), 12.666),
@@ -58,7 +60,9 @@ GMAC = [
 
 @pytest.mark.parametrize(("name", "options", "shape", "expected"), GMAC)
 def test_gmac_of_the_papers(name: str, options: dict, shape: tuple[int, ...], expected: float) -> None:
-    assert gmac(on_meta(name, **options), *shape) == pytest.approx(expected, rel=1e-3)
+    assert gmac(on_meta(name, **options), *shape) == pytest.approx(
+        expected, rel=1e-3 if not name.startswith("srtg") else 1e-5
+    )
 
 
 def test_backbones_of_faster() -> None:
