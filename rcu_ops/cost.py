@@ -347,8 +347,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("model", metavar="MODEL", help="a model's name, or package.module:function that makes one")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="clips at once (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=16, metavar="T", help="frames of the clip (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=112, help="side of the frames (default: %(default)s)")
+    parser.add_argument("--frames", type=int, metavar="T", help="frames of the clip (default: 16; FASTER: 256)")
+    parser.add_argument("--size", type=int, help="side of the frames (default: 112; FASTER: 224)")
     parser.add_argument("--channels", type=int, default=3, help="channels of the frames (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=400, help="number of classes (default: %(default)s)")
     parser.add_argument("--time", action="store_true", help="measure the time per frame")
@@ -365,13 +365,15 @@ def run(args: argparse.Namespace) -> int:
     """Print the cost of one network."""
     import torch
 
+    from rcu_ops.cost_patterns import format_table, table
+    from rcu_ops.models import Faster
     from rcu_ops.nn import fuse_for_inference
     from rcu_ops.progress import Progress
     from rcu_ops.report import replacing
 
     for option in ("batch", "frames", "size", "channels", "classes"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option}: expected at least 1, got {getattr(args, option)}")
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UserError(f"--{option}: expected at least 1, got {value}")
     if args.time and not args.seconds > 0:
         raise UserError(f"--seconds: expected a positive number, got {args.seconds}")
     if args.fused and not args.time:
@@ -387,7 +389,9 @@ def run(args: argparse.Namespace) -> int:
         model = model.eval().to(device=device if args.time else None, dtype=getattr(torch, args.dtype))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    shape = (args.batch, args.channels, args.frames, args.size, args.size)
+    frames = args.frames or (model.frames if isinstance(model, Faster) else 16)
+    size = args.size or (model.size if isinstance(model, Faster) else 112)
+    shape = (args.batch, args.channels, frames, size, size)
     try:
         cost = measure_cost(model, shape, name=args.model)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -401,9 +405,15 @@ def run(args: argparse.Namespace) -> int:
         name = f"{args.model} (fused)" if args.fused else args.model
         cost = Cost(**{**asdict(cost), "model": name, "milliseconds_per_frame": milliseconds, "time_by_kind": shares})
     print(format_cost(cost))
+    content = asdict(cost)
+    if isinstance(model, Faster):
+        rows = table(model, size)
+        content["gmac_by_pattern"] = rows
+        print(f"\nGMAC of {model.frames} frames by pattern and clip length (* this model)")
+        print(format_table(model, rows))
     if args.json:
         with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(asdict(cost), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         try:
             plot_cost(cost, args.plot)

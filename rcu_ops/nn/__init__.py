@@ -1,5 +1,6 @@
 """Modules of recurrent video networks, conversion of 3D CNNs into them, and fusion for inference."""
 
+from rcu_ops.nn.aggregators import AGGREGATORS, Aggregator, FastGRU, make_aggregator
 from rcu_ops.nn.causality import register_per_frame, streaming_obstacles
 from rcu_ops.nn.convert import FrameClassifier, convert_to_recurrent
 from rcu_ops.nn.fuse import fuse_for_inference
@@ -11,7 +12,10 @@ from rcu_ops.nn.srtg import SRTG
 from rcu_ops.nn.stream_state import StreamPass, active_slot
 
 __all__ = [
+    "AGGREGATORS",
     "SRTG",
+    "Aggregator",
+    "FastGRU",
     "FeatureGate",
     "FrameClassifier",
     "FrameConv3d",
@@ -22,6 +26,7 @@ __all__ = [
     "choose_layers",
     "convert_to_recurrent",
     "fuse_for_inference",
+    "make_aggregator",
     "register_per_frame",
     "streaming_obstacles",
 ]

@@ -12,6 +12,7 @@ __all__ = [
     "clip_count",
     "clip_span",
     "jittered_clip",
+    "random_clips",
     "regular_clips",
     "segment_positions",
     "sliding_clips",
@@ -58,6 +59,26 @@ def jittered_clip(
     room = max(0, frame_count - clip_span(clip_length, stride))
     start = int(torch.randint(room + 1, (), generator=generator))
     return _clips([start], clip_length, stride, frame_count)[0]
+
+
+def random_clips(
+    frame_count: int,
+    clip_length: int,
+    clip_count: int,
+    *,
+    stride: int = 1,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Indices [clip_count, clip_length] (int64) of clips that start anywhere they fit, in the order of the video.
+
+    Raises:
+        ValueError: an argument is below 1.
+    """
+    _check_at_least("frame_count", frame_count, 1)
+    _check_at_least("clip_count", clip_count, 1)
+    room = max(0, frame_count - clip_span(clip_length, stride))
+    starts = torch.randint(room + 1, (clip_count,), generator=generator)
+    return _clips(sorted(starts.tolist()), clip_length, stride, frame_count)
 
 
 def sliding_clips(frame_count: int, clip_length: int, step: int, *, stride: int = 1) -> torch.Tensor:

@@ -12,6 +12,7 @@ from rcu_ops.video.sample import (
     clip_count,
     clip_span,
     jittered_clip,
+    random_clips,
     regular_clips,
     segment_positions,
     sliding_clips,
@@ -72,6 +73,19 @@ def test_jittered_clip(frame_count, length, stride, seed):
     assert_clips(clip, frame_count, length, stride)
     again = jittered_clip(frame_count, length, stride=stride, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(clip, again)
+
+
+@given(frame_counts, lengths, st.integers(1, 12), strides, st.integers(0, 100))
+def test_random_clips(frame_count, length, count, stride, seed):
+    def draw():
+        generator = torch.Generator().manual_seed(seed)
+        return random_clips(frame_count, length, count, stride=stride, generator=generator)
+
+    clips = draw()
+    assert clips.shape == (count, length)
+    assert_clips(clips, frame_count, length, stride)
+    assert clips[:, 0].tolist() == sorted(clips[:, 0].tolist())
+    assert torch.equal(clips, draw())
 
 
 def test_jitter_reaches_every_start():
