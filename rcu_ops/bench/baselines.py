@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import rcu_ops
 from rcu_ops.bench.case import Bind, Inputs, Variant
 from rcu_ops.bench.timing import Thunk
 
@@ -45,6 +46,16 @@ def graphed(bind: Bind) -> Bind:
         return replay
 
     return bind_graph
+
+
+def with_backend(backend: str, function: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+    """``function`` under :class:`rcu_ops.use_backend`."""
+
+    def run(inputs: Inputs) -> Any:
+        with rcu_ops.use_backend(backend):
+            return function(inputs)
+
+    return run
 
 
 def on_device(variants: dict[str, Variant], device: torch.device) -> dict[str, Variant]:

@@ -71,10 +71,12 @@ class Case(abc.ABC):
         dtype, layout, device: of the inputs.
         compile: whether ``torch.compile`` is among the baselines; compiling takes most of a run's time.
         training: grad mode is on.
+        waits: somebody waits for every single result, so the time of single calls (p50, p99) matters too.
     """
 
     op: str
     training: bool = False
+    waits: bool = False
 
     def __init__(
         self, kind: str, shape: str, dtype: torch.dtype, layout: str, device: torch.device, compile: bool = True

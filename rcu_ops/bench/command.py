@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcu_ops.bench.suite import OPERATORS, collect
+from rcu_ops.bench.suite import OPERATORS, collect, spread
 from rcu_ops.cli_errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +33,21 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, the longest part")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="start no case after this long; the cases then take turns among operators, kinds and dtypes",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: bench-out")
     parser.set_defaults(run=run, tier="standard")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if args.no_compile:
         for case in cases:
             case.compile = False
+    deadline = None
+    if args.budget is not None:
+        cases, deadline = spread(cases), time.monotonic() + args.budget
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,9 +84,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}")
     print(f"measured peaks: copy {peaks.bytes_per_second / 1e9:.1f} GB/s, {rates}\n")
 
-    results, interrupted = _measure(cases, timer, peaks, SCHEDULES[args.tier])
+    results, interrupted = _measure(cases, timer, peaks, SCHEDULES[args.tier], deadline)
+    measured = {result.case.id for result in results}
+    not_run = [case.id for case in cases if case.id not in measured]
     print(output.table(results))
-    output.write_json(args.out / "bench.json", about, peaks, args.tier, results)
+    output.write_json(args.out / "bench.json", about, peaks, args.tier, results, not_run)
+    if not_run:
+        print(f"no time was left for {len(not_run)} of {len(cases)} cases; bench.json names them", file=sys.stderr)
     print(f"\nwrote {args.out / 'bench.json'}", file=sys.stderr)
     _draw(args.out, results, about)
     failures = [failure for result in results for failure in result.failures]
@@ -109,13 +130,17 @@ def _warn_if_busy() -> None:
         )
 
 
-def _measure(cases: list[Any], timer: Any, peaks: Any, schedule: Any) -> tuple[list[CaseResult], bool]:
+def _measure(
+    cases: list[Any], timer: Any, peaks: Any, schedule: Any, deadline: float | None = None
+) -> tuple[list[CaseResult], bool]:
     from rcu_ops.bench.runner import run_case
     from rcu_ops.progress import Progress
 
     results: list[CaseResult] = []
     with Progress(len(cases), "bench", "cases") as bar:
         for case in cases:
+            if deadline is not None and time.monotonic() > deadline:
+                break
             bar.update(0, note=case.id)
             try:
                 results += run_case(case, timer, peaks, schedule)
@@ -138,3 +163,5 @@ def _draw(out: Path, results: list[CaseResult], about: dict[str, Any]) -> None:
         path = out / f"bench_{op}.png"
         output.plot(path, op, [result for result in results if result.case.op == op], subtitle)
         print(f"wrote {path}", file=sys.stderr)
+    output.roofline(out / "bench_roofline.png", results, subtitle)
+    print(f"wrote {out / 'bench_roofline.png'}", file=sys.stderr)

@@ -35,15 +35,21 @@ def label(result: CaseResult) -> str:
 
 
 def write_json(
-    path: str | Path, machine: dict[str, Any], peaks: Peaks, tier: str, results: Sequence[CaseResult]
+    path: str | Path,
+    machine: dict[str, Any],
+    peaks: Peaks,
+    tier: str,
+    results: Sequence[CaseResult],
+    not_run: Sequence[str] = (),
 ) -> None:
-    """Everything that was measured, with the machine, versions and commit."""
+    """Everything that was measured, with the machine, versions and commit, and the cases for which no time was left."""
     data = {
         "format": FORMAT,
         "tier": tier,
         "machine": machine,
         "peaks": peaks_as_data(peaks),
         "results": as_data(results),
+        "not_run": list(not_run),
     }
     with report.replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -68,8 +74,9 @@ def table(results: Sequence[CaseResult]) -> str:
 
 def _block(title: str, results: Sequence[CaseResult]) -> str:
     baselines = baselines_of(results)
-    header = [title, OURS, "quartiles", "floor", "of floor", *(f"vs {name}" for name in baselines), "backend"]
-    rows = [header]
+    waited = any(candidate.latency for result in results for candidate in result.candidates)
+    header = [title, OURS, "quartiles", "floor", "of floor", *(f"vs {name}" for name in baselines)]
+    rows = [[*header, *(["p50", "p99"] if waited else []), "backend"]]
     for result in results:
         ours = result.ours
         floor = result.floor_seconds
@@ -84,8 +91,11 @@ def _block(title: str, results: Sequence[CaseResult]) -> str:
             ]
         speedups = [result.speedup(name) for name in baselines]
         ratios = ["-" if value is None else f"{value:.2f}x" for value in speedups]
+        if waited:
+            single = next((c.latency for c in result.candidates if c.name == OURS), None)
+            ratios += ["-", "-"] if single is None else [format_seconds(single.p50), format_seconds(single.p99)]
         rows.append([label(result), *shown, *ratios, result.backend])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = (
@@ -139,6 +149,84 @@ def plot(path: str | Path, op: str, results: Sequence[CaseResult], subtitle: str
             for axes in (left, right):
                 axes.axhline(row - 0.5, color=report.GREY, linewidth=0.8)
     report.save_figure(figure, path)
+
+
+def roofline(path: str | Path, results: Sequence[CaseResult], subtitle: str = "") -> None:
+    """Bars as PNG: which share of the rate of its floor each candidate reaches, ours and every baseline beside it.
+
+    One panel per operator and kind. On a GPU cold caches are shown where they were measured. A floor is time that
+    moving the bytes or doing the arithmetic takes at the rates measured in the same run; out of a CPU's caches, which
+    those rates do not know, a bar can pass it.
+    """
+    measured = [result for result in results if any(c.timing for c in result.candidates)]
+    cold = {result.case.id for result in measured if result.temperature == "cold"}
+    shown = [result for result in measured if result.temperature == "cold" or result.case.id not in cold]
+    panels: dict[tuple[str, str], list[CaseResult]] = {}
+    for result in shown:
+        panels.setdefault((result.case.op, result.case.kind), []).append(result)
+    if not panels:
+        return
+    names = [OURS, *baselines_of(shown)]
+    columns: list[list[tuple[str, str]]] = [[] for _ in range(min(3, len(panels)))]
+    sizes = {key: 1.6 + sum(_bars(result) + 0.8 for result in rows) for key, rows in panels.items()}
+    for key in sorted(panels, key=lambda key: -sizes[key]):
+        min(columns, key=lambda column: sum(sizes[k] for k in column)).append(key)
+    height = max(sum(sizes[key] for key in column) for column in columns)
+    figure, placeholder = report.new_figure(width=6.2 * len(columns), height=1.1 + 0.125 * height)
+    placeholder.remove()
+    figure.suptitle(
+        f"share of the floor's rate   {subtitle}".rstrip(), fontsize=10, color=report.INK, x=0.01, ha="left"
+    )
+    grid = figure.add_gridspec(1, len(columns))
+    for index, column in enumerate(columns):
+        rest = height - sum(sizes[key] for key in column)
+        inner = grid[index].subgridspec(
+            len(column) + 1, 1, height_ratios=[*(sizes[key] for key in column), rest + 1e-3]
+        )
+        for row, key in enumerate(column):
+            axes = figure.add_subplot(inner[row])
+            report.tidy(axes)
+            _bars_of_panel(axes, panels[key], names)
+            axes.set_title(f"{key[0]}: {key[1]}", fontsize=9, color=report.INK, loc="left")
+    handles = [_patch(index, name) for index, name in enumerate(names)]
+    figure.legend(handles=handles, frameon=False, fontsize=9, labelcolor=report.INK, ncols=8, loc="outside upper right")
+    report.save_figure(figure, path)
+
+
+def _bars(result: CaseResult) -> int:
+    return sum(c.timing is not None for c in result.candidates)
+
+
+def _bars_of_panel(axes: Any, results: Sequence[CaseResult], names: Sequence[str]) -> None:
+    at, ticks, furthest = 0.0, [], 1.0
+    for result in results:
+        first = at
+        for index, name in enumerate(names):
+            timing = result.timing(name)
+            if timing is None:
+                continue
+            share = result.floor_seconds / timing.median
+            furthest = max(furthest, share)
+            axes.barh(at, share, height=0.86, color=report.series(index)["color"])
+            if name == OURS:
+                axes.text(share + 0.01, at, f"{100 * share:.0f} %", va="center", fontsize=6.5, color=report.INK)
+            at += 1
+        ticks.append(((first + at - 1) / 2, label(result)))
+        at += 0.8
+    axes.axvline(1, color=report.INK, linewidth=0.9, zorder=3)
+    axes.set_xlim(0, 1.08 * furthest)
+    axes.set_ylim(at - 0.3, -1)
+    axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks])
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+
+
+def _patch(index: int, name: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=report.series(index)["color"], label=name)
 
 
 def _plain_log_ticks(axes: Any) -> None:

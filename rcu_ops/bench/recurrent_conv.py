@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled, on_device
+from rcu_ops.bench.baselines import compiled, on_device, with_backend
 from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.bench.timing import Thunk
 from rcu_ops.ops import Explanation
@@ -82,7 +82,9 @@ def _suite(tier: str, device: torch.device) -> Iterator[Case]:
         for shape in shapes:
             for dtype in dtypes:
                 for layout in LAYOUTS:
-                    yield kind(_cut(shape, tier, device), dtype, layout, device)
+                    # Compiling takes most of a run; on a GPU the layout and dtype that models use must do.
+                    compile = device.type == "cpu" or (dtype == torch.bfloat16 and layout == "channels_last_3d")
+                    yield kind(_cut(shape, tier, device), dtype, layout, device, compile)
     for shape in LONG:
         for dtype in dtypes:
             for layout in LAYOUTS if tier == "full" else ("channels_last_3d",):
@@ -257,15 +259,20 @@ class _Recurrence(Case):
 
     def candidates(self) -> Sequence[Candidate]:
         """Ours, the reference in eager mode, compiled, and the library loops."""
-        found = [
-            Candidate.simple(OURS, self._ours, optional=False),
-            Candidate.simple("eager", self._by_reference),
-        ]
+        found = [self._own_candidate(OURS, self._ours)]
+        if self.device.type == "cuda":
+            found += [self._own_candidate(name, with_backend(name, self._ours)) for name in ("cuda", "triton")]
+        found.append(Candidate.simple("eager", self._by_reference))
         if self.compile:
             found.append(Candidate("compile", {"torch.compile": Variant(self.compiled())}))
         loops = {name: Variant(self._bind_loop(mix)) for name, mix in MIXES.items()}
         found.append(Candidate("library loop", on_device(loops, self.device)))
         return found
+
+    def _own_candidate(self, name: str, call: Callable[[Inputs], Outputs]) -> Candidate:
+        variants = {name: Variant(lambda inputs: lambda: call(inputs))}
+        # Launch costs are the caller's: without autograd's graph around it, a CUDA graph leaves the kernels alone.
+        return Candidate(name, variants if self.training else on_device(variants, self.device), optional=name != OURS)
 
     def _bind_loop(self, mix: Mix) -> Bind:
         return lambda inputs: lambda: self._with_library(inputs, mix)

@@ -10,7 +10,7 @@ from typing import Any
 from rcu_ops.bench.case import DTYPE_NAMES, OURS, Case, Prepared
 from rcu_ops.bench.correctness import WrongResultError
 from rcu_ops.bench.machine import Peaks
-from rcu_ops.bench.timing import Schedule, Thunk, Timer, Timing, interleaved
+from rcu_ops.bench.timing import Latency, Schedule, Thunk, Timer, Timing, interleaved, latency
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class CandidateResult:
         timing: None when it was left out.
         error_used: share of the error allowed by the tolerance rule.
         left_out: why it has no time: "wrong: ..." when outside the tolerance rule, else what it raised.
+        latency: of single calls, where the case asks for it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class CandidateResult:
     timing: Timing | None = None
     error_used: float | None = None
     left_out: str | None = None
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def run_case(case: Case, timer: Timer, peaks: Peaks, schedule: Schedule) -> Iter
             except Exception as error:  # a baseline may need a compiler, or memory, that is not there
                 left_out[candidate.name] = f"{type(error).__name__}: {_first_line(error)}"
         timings = interleaved(thunks, timer, schedule) if thunks else {}
+        waited = {name: latency(calls, case.device) for name, calls in thunks.items()} if case.waits else {}
         backend, plan = case.backend(prepared.input_sets[0])
         yield CaseResult(
             case=case,
@@ -95,6 +98,7 @@ def run_case(case: Case, timer: Timer, peaks: Peaks, schedule: Schedule) -> Iter
                     timings.get(c.name),
                     prepared.error_used.get(c.name),
                     left_out.get(c.name),
+                    waited.get(c.name),
                 )
                 for c in candidates
             ),
@@ -136,6 +140,8 @@ def _candidate_as_data(result: CaseResult, c: CandidateResult) -> dict[str, Any]
     if c.timing is not None:
         low, high = c.timing.quartiles
         data |= {"median_s": c.timing.median, "q1_s": low, "q3_s": high, "samples_s": list(c.timing.samples)}
+        if c.latency is not None:
+            data |= {"p50_s": c.latency.p50, "p99_s": c.latency.p99, "latency_calls": c.latency.calls}
         if c.name != OURS:
             data["speedup_of_ours"] = result.speedup(c.name)
     return data

@@ -94,6 +94,7 @@ class StreamOneFrame(Case):
     """One more frame of a running stream."""
 
     op = "streaming"
+    waits = True
 
     def __init__(self, dtype: torch.dtype, device: torch.device, compile: bool = True) -> None:
         super().__init__("one frame", f"RCN-18 N1 {SIDE}x{SIDE}", dtype, "channels_last_3d", device, compile)

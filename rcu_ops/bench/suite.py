@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ OPERATORS = {
 
 TIERS = ("quick", "standard", "full")
 """quick: minutes, for pytest.  standard: the suite's shapes, N cut to fit a CPU.  full: all shapes, N uncut."""
+
+
+def spread(cases: list[Case]) -> list[Case]:
+    """The same cases in turns: one of each operator, kind and dtype, then the next of each."""
+    queues: dict[tuple[str, str, torch.dtype], list[Case]] = {}
+    for case in cases:
+        queues.setdefault((case.op, case.kind, case.dtype), []).append(case)
+    rounds = itertools.zip_longest(*queues.values())
+    return [case for turn in rounds for case in turn if case is not None]
 
 
 def collect(tier: str, device: torch.device, operators: list[str] | None = None, text: str = "") -> list[Case]:

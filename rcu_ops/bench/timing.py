@@ -35,6 +35,35 @@ class Timing:
         return low, high
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Seconds from handing in one call's work to having its result, over ``calls`` calls one after the other."""
+
+    p50: float
+    p99: float
+    calls: int
+
+
+def latency(thunks: Sequence[Thunk], device: torch.device, calls: int = 500, budget_seconds: float = 3.0) -> Latency:
+    """What somebody sees who waits for every result, as a live stream does: one call at a time, by the wall clock.
+
+    Args:
+        thunks: taken in turn.
+        device: waited for after every call when it is a GPU.
+        calls: at most so many; fewer, but at least 20, when they take longer than ``budget_seconds``.
+    """
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < calls and (len(samples) < 20 or time.perf_counter() - begin < budget_seconds):
+        start = time.perf_counter()
+        thunks[len(samples) % len(thunks)]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        samples.append(time.perf_counter() - start)
+    samples.sort()
+    return Latency(statistics.median(samples), samples[-(-99 * len(samples) // 100) - 1], len(samples))
+
+
 class Timer(Protocol):
     """Times a block of calls on one kind of device."""
 

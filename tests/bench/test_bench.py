@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import time
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from rcu_ops.bench import command, output, recurrent_conv
 from rcu_ops.bench.case import OURS, Candidate, Case, Prepared, Variant
 from rcu_ops.bench.correctness import WrongResultError, check_outputs
 from rcu_ops.bench.machine import Peaks, describe
-from rcu_ops.bench.runner import run_case
-from rcu_ops.bench.suite import OPERATORS, TIERS, collect
-from rcu_ops.bench.timing import SCHEDULES, CpuTimer, Schedule, Timing, input_sets_for_cold_cache, interleaved
+from rcu_ops.bench.runner import CandidateResult, CaseResult, as_data, run_case
+from rcu_ops.bench.suite import OPERATORS, TIERS, collect, spread
+from rcu_ops.bench.timing import SCHEDULES, CpuTimer, Schedule, Timing, input_sets_for_cold_cache, interleaved, latency
 from rcu_ops.cli import main
 
 CPU = torch.device("cpu")
@@ -294,6 +295,59 @@ def test_picture(tmp_path):
     assert not any(edge.any() for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]))
 
 
+def test_roofline(tmp_path):
+    """A bar is as long as the share of the floor says."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    def result(kind: str, shares: dict[str, float]) -> CaseResult:
+        case = _Doubling(**{OURS: right, "eager": right})
+        case.kind = kind
+        found = [CandidateResult(name, timing=Timing((1e-3 / share,))) for name, share in shares.items()]
+        return CaseResult(case, "warm", "cpu", None, 1e-3, tuple(found))
+
+    def blue(share: float) -> float:
+        path = tmp_path / f"{share}.png"
+        output.roofline(path, [result("forward", {OURS: share, "eager": 0.2})], "a machine")
+        image = imread(path)[..., :3]
+        rows, columns = (abs(image - (0, 0x72 / 255, 0xB2 / 255)).max(axis=-1) < 0.02).nonzero()
+        keep = rows > image.shape[0] // 4  # below the legend
+        return columns[keep].max() - columns[keep].min() + 1
+
+    assert blue(0.8) / blue(0.4) == pytest.approx(2, rel=0.05)
+    output.roofline(tmp_path / "none.png", [])
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_cases_take_turns():
+    cases = collect("standard", CPU)
+    turns = spread(cases)
+    assert sorted(case.id for case in turns) == sorted(case.id for case in cases)
+    kinds = len({(case.op, case.kind, case.dtype) for case in cases})
+    assert len({(case.op, case.kind, case.dtype) for case in turns[:kinds]}) == kinds
+
+
+def test_latency_of_single_calls():
+    seconds = iter([0.0] * 19 + [0.03])
+    result = latency([lambda: time.sleep(next(seconds))], CPU, calls=20)
+    assert result.calls == 20
+    assert result.p50 < 0.01 < 0.03 <= result.p99
+    assert latency([lambda: None], CPU, calls=500, budget_seconds=0).calls == 20
+
+
+def test_waiting_cases_show_percentiles():
+    case = _Doubling(**{OURS: right, "eager": right})
+    case.waits = True
+    (result,) = run_case(case, CpuTimer(), PEAKS, FAST)
+    assert all(c.latency is not None and c.latency.p50 <= c.latency.p99 for c in result.candidates)
+    header, row = output.table([result]).splitlines()
+    assert header.split()[-3:] == ["p50", "p99", "backend"]
+    assert len(row.split()) > 8
+    data = as_data([result])[0]["candidates"][0]
+    assert data["p50_s"] <= data["p99_s"]
+    assert data["latency_calls"] >= 20
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(1.234, "1.23 s"), (0.0243, "24.3 ms"), (0.123, "123 ms"), (2.5e-6, "2.50 µs"), (3e-8, "30 ns")],
@@ -338,7 +392,26 @@ def test_the_command_writes_its_results_and_fails_on_wrong_ones(tmp_path, monkey
     assert main(["bench", "--quick", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "bench.json").exists()
     assert (tmp_path / "out" / "bench_doubling.png").exists()
+    assert (tmp_path / "out" / "bench_roofline.png").exists()
     assert "doubling: forward" in capsys.readouterr().out
     monkeypatch.setattr(command, "collect", lambda *_: [_Doubling(**{OURS: wrong, "eager": right})])
     assert main(["bench", "--quick", "--out", str(tmp_path / "out")]) == 1
     assert f"FAILED: doubling forward N3 fp32 contiguous: {OURS}: wrong: output 0" in capsys.readouterr().err
+
+
+def test_a_budget_leaves_cases_out_and_names_them(tmp_path, monkeypatch, capsys):
+    def slow(inputs):
+        time.sleep(0.05)
+        return right(inputs)
+
+    cases = [_Doubling(**{OURS: slow}), _Doubling(**{OURS: slow})]
+    cases[1].shape = "N4"
+    monkeypatch.setattr(command, "collect", lambda *_: cases)
+    monkeypatch.setattr("rcu_ops.bench.machine.measure_peaks", lambda *_: PEAKS)
+    monkeypatch.setitem(SCHEDULES, "quick", FAST)
+    assert main(["bench", "--quick", "--budget", "0.04", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "bench.json").read_text())["not_run"] == [cases[1].id]
+    assert "no time was left for 1 of 2 cases" in capsys.readouterr().err
+    for wrong_budget in ("-1", "soon"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", "--budget", wrong_budget])
