@@ -1,0 +1,267 @@
+"""One run of everything that a GPU can prove; called by gpu_check.sh.
+
+Builds the package (or takes the library that RCU_OPS_LIBRARY names), runs the tests marked ``gpu``, the CUDA kernels
+under compute-sanitizer's four tools, and the benchmark suite with floors measured in the same run. Every step runs,
+whatever became of those before it, in what is left of the time. DIR then holds
+
+    gpu_check.json   machine, versions, commit; per step its command, verdict, seconds and summary; tests that failed;
+                     every number of the bench
+    gpu_check.log    the output of all steps
+    gpu_check.png    every case as a share of its floor, the baselines beside it
+
+Exit code: 0 when every step passed, 1 when one did not, 2 without a GPU or with wrong arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 525.0
+"""For everything: nine minutes with a little left for starting and writing."""
+
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: in the log and the JSON file.
+        command: with ``{work}`` for a scratch directory and ``{seconds}`` for the time that is left.
+        seconds: at most.
+        reserve: seconds of the whole that must be left to the steps after it.
+        environment: added to this process's.
+        summary: from the output and the scratch directory to what the JSON file keeps. A step whose summary has
+            ``ran`` = 0 has failed: nothing passes because nothing ran.
+        beside: start together with the step before.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    reserve: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
+    summary: Callable[[str, Path], dict[str, Any]] = lambda output, work: {}
+    beside: bool = False
+
+
+def tests_summary(output: str, work: Path) -> dict[str, Any]:
+    """Counts, reasons of skips and messages of failures from pytest's XML file."""
+    try:
+        cases = list(xml.etree.ElementTree.parse(work / "tests.xml").iter("testcase"))
+    except (OSError, xml.etree.ElementTree.ParseError):
+        return {"ran": 0, "error": "pytest wrote no report"}
+    kinds: dict[str, dict[str, str]] = {"failure": {}, "error": {}, "skipped": {}}
+    for case in cases:
+        for kind, found in kinds.items():
+            if (element := case.find(kind)) is not None:
+                found[f"{case.get('classname')}::{case.get('name')}"] = (element.get("message") or "")[:500]
+    failed = kinds["failure"] | kinds["error"]
+    skips = list(kinds["skipped"].values())
+    return {
+        "ran": len(cases) - len(skips),
+        "passed": len(cases) - len(failed) - len(skips),
+        "failed": failed,
+        "skipped": {reason: skips.count(reason) for reason in dict.fromkeys(skips)},
+    }
+
+
+def sanitizer_summary(output: str, work: Path) -> dict[str, Any]:
+    """The tool's own counts, and how many problems ran under it."""
+    totals = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", output)
+    ran = re.search(r"ran (\d+) problems", output)
+    return {"totals": totals, "ran": int(ran.group(1)) if ran else 0}
+
+
+def bench_summary(output: str, work: Path) -> dict[str, Any]:
+    """All of bench.json."""
+    try:
+        data = json.loads((work / "bench" / "bench.json").read_text())
+    except (OSError, ValueError):
+        return {"ran": 0, "error": "rcu-ops bench wrote no results"}
+    return {"ran": len(data["results"]), **data}
+
+
+def gpu_test_files() -> list[str]:
+    """The files with tests marked ``gpu``: others may need packages that a GPU machine lacks."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu$", re.MULTILINE)
+    return [str(file.relative_to(ROOT)) for file in files if marked.search(file.read_text(encoding="utf-8"))]
+
+
+def steps(python: str, library: str | None) -> list[Step]:
+    """What is run, in order."""
+    kernels = {"RCU_OPS_EXPERIMENTAL": "1", "PYTHONPATH": str(ROOT)}
+    build = (python, "setup.py", "build_ext", "--inplace")
+    found = [] if library else [Step("build", build, 180, 240, {"RCU_OPS_BUILD": "cuda"})]
+    found.append(Step("doctor", (python, "-m", "rcu_ops", "doctor"), 60, 220, kernels))
+    tests = (python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--junitxml={work}/tests.xml")
+    found.append(Step("gpu tests", (*tests, *gpu_test_files()), 180, 150, kernels, tests_summary))
+    for tool in SANITIZERS:
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+        # One allocation per tensor, so that an access beside it is seen.
+        environment = kernels | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        summary = sanitizer_summary
+        found.append(
+            Step(tool, (*command, python, "-m", "tests.gpu.small"), 90, 120, environment, summary, tool != "memcheck")
+        )
+    bench = (python, "-m", "rcu_ops", "bench", "--device", "cuda", "--budget", "{seconds}", "--out", "{work}/bench")
+    found.append(Step("bench", bench, SECONDS, 0, kernels, bench_summary))
+    return found
+
+
+def gpu() -> tuple[dict[str, str], str | None]:
+    """The first GPU as nvidia-smi names it, and why there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return {}, "nvidia-smi is not installed"
+    fields = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "compute_cap")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = result.stdout.strip().splitlines()
+    if result.returncode != 0 or not lines:
+        return {}, (result.stdout + result.stderr).strip().splitlines()[
+            0
+        ] if result.stdout + result.stderr else "no GPU"
+    return dict(zip(fields, (value.strip() for value in lines[0].split(",")), strict=False)), None
+
+
+@dataclass
+class Result:
+    """What became of a step. status: passed, failed, timed out or not run."""
+
+    name: str
+    command: list[str]
+    status: str
+    seconds: float
+    exit_code: int | None
+    summary: dict[str, Any]
+
+
+class Running:
+    """A step's process; its output goes to a file of its own."""
+
+    def __init__(self, step: Step, work: Path, deadline: float) -> None:
+        self.step, self.work, self.start = step, work, time.monotonic()
+        self.limit = min(step.seconds, deadline - step.reserve - self.start)
+        # The bench stops by itself after the case that it is at.
+        words = {"work": str(work), "seconds": f"{max(1.0, self.limit - 45):.0f}"}
+        self.command = [part.format(**words) for part in step.command]
+        self.output = work / f"{step.name.replace(' ', '_')}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.failure = ""
+        if self.limit < 5:
+            self.failure = "not run: no time left"
+            return
+        try:
+            with self.output.open("wb") as file:
+                self.process = subprocess.Popen(
+                    self.command,
+                    cwd=ROOT,
+                    env={**os.environ, **step.environment},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # so that the whole of it can be ended
+                )
+        except OSError as error:
+            self.failure = f"not run: {self.command[0]}: {error.strerror}"
+
+    def finish(self, log: Any) -> Result:
+        status, code = self.failure, None
+        if self.process is not None:
+            try:
+                code = self.process.wait(max(0.0, self.limit - (time.monotonic() - self.start)))
+                status = "passed" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+                status = "timed out"
+        text = self.output.read_text(errors="replace") if self.output.exists() else ""
+        seconds = time.monotonic() - self.start
+        summary = self.step.summary(text, self.work)
+        if status == "passed" and summary.get("ran") == 0:
+            status = "failed"
+        log.write(f"=== {self.step.name}: {' '.join(self.command)}\n{text}\n--- {self.step.name}: {status}\n\n")
+        log.flush()
+        return Result(self.step.name, self.command, status, seconds, code, summary)
+
+
+def run(planned: Sequence[Step], work: Path, log: Any, seconds: float = SECONDS) -> list[Result]:
+    """All steps; those beside each other at once. A line per step on the standard output."""
+    deadline = time.monotonic() + seconds
+    results: list[Result] = []
+    groups: list[list[Step]] = []
+    for step in planned:
+        if step.beside and groups:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    for group in groups:
+        print(f"{', '.join(step.name for step in group)} ...", flush=True)
+        for running in [Running(step, work, deadline) for step in group]:
+            results.append(running.finish(log))
+            print(f"  {results[-1].name}: {results[-1].status} ({results[-1].seconds:.0f} s)", flush=True)
+    return results
+
+
+def main(arguments: Sequence[str], planned: Sequence[Step] | None = None) -> int:
+    """See the module's text; ``planned`` replaces the steps."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: benchmarks/gpu_check.sh DIR", file=sys.stderr)
+        return 2
+    device, reason = gpu()
+    if reason is not None:
+        print(f"gpu_check: there is no GPU here to check: {reason}", file=sys.stderr)
+        return 2
+    directory = Path(arguments[0])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        log = (directory / "gpu_check.log").open("w", encoding="utf-8")
+    except OSError as error:
+        print(f"gpu_check: {directory}: {error.strerror}", file=sys.stderr)
+        return 2
+    library = os.environ.get("RCU_OPS_LIBRARY")
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    start = time.time()
+    with tempfile.TemporaryDirectory() as scratch, log:
+        work = Path(scratch)
+        results = run(steps(sys.executable, library) if planned is None else planned, work, log)
+        picture = work / "bench" / "bench_roofline.png"
+        if picture.exists():
+            shutil.copyfile(picture, directory / "gpu_check.png")
+    record = {
+        "format": 1,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "seconds": time.time() - start,
+        "commit": commit or None,
+        "library": library or "built here",
+        "gpu": device,
+        "steps": [asdict(result) for result in results],
+    }
+    temporary = directory / ".gpu_check.json"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(directory / "gpu_check.json")
+    wrong = [f"{result.name} {result.status}" for result in results if result.status != "passed"]
+    print(f"{directory}: {'every step passed' if not wrong else '; '.join(wrong)} ({record['seconds']:.0f} s)")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""benchmarks/gpu_check.sh without a GPU says so; and what it does with steps that pass, fail, hang or are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Step
+
+ROOT = Path(gpu_check.__file__).parents[1]
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "gpu", lambda: ({"name": "no GPU at all"}, None))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path) -> None:
+    command = [str(ROOT / "benchmarks" / "gpu_check.sh"), str(tmp_path / "out")]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("gpu_check: there is no GPU here to check: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"]])
+def test_usage(arguments, capsys) -> None:
+    assert gpu_check.main(arguments) == 2
+    assert capsys.readouterr().err == "usage: benchmarks/gpu_check.sh DIR\n"
+
+
+def test_an_unusable_directory(tmp_path, pretended_gpu, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert gpu_check.main([str(tmp_path / "file" / "out")], []) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> None:
+    planned = [
+        Step("good", python("print('all is well')"), 60, summary=lambda output, work: {"said": output.strip()}),
+        Step("bad", python("import sys; print('oh'); sys.exit(3)"), 60),
+        Step("empty", python("print('nothing to do')"), 60, summary=lambda output, work: {"ran": 0}),
+        Step("hanging", python("import time; time.sleep(60)"), 5.5),
+        Step("missing", ("no-such-program",), 60, beside=True),
+        Step("too late", python("print(1)"), 60, reserve=gpu_check.SECONDS),
+        Step("last", python("import os; print(os.environ['X'], '{seconds}')"), 60, environment={"X": "set"}),
+    ]
+    assert gpu_check.main([str(tmp_path)], planned) == 1
+    record = json.loads((tmp_path / "gpu_check.json").read_text())
+    status = {step["name"]: step["status"] for step in record["steps"]}
+    assert status == {
+        "good": "passed",
+        "bad": "failed",
+        "empty": "failed",
+        "hanging": "timed out",
+        "missing": "not run: no-such-program: No such file or directory",
+        "too late": "not run: no time left",
+        "last": "passed",
+    }
+    assert record["steps"][0]["summary"] == {"said": "all is well"}
+    assert record["steps"][1]["exit_code"] == 3
+    log = (tmp_path / "gpu_check.log").read_text()
+    assert "all is well" in log
+    assert "set 15" in log
+    out = capsys.readouterr().out
+    assert "bad failed; empty failed; hanging timed out" in out.splitlines()[-1]
+    assert gpu_check.main([str(tmp_path)], planned[:1]) == 0
+
+
+def test_the_real_steps_exist() -> None:
+    """As far as a machine without a GPU can tell: their modules and options are there."""
+    names = [step.name for step in gpu_check.steps("python3", None)]
+    assert names == ["build", "doctor", "gpu tests", "memcheck", "racecheck", "initcheck", "synccheck", "bench"]
+    assert "build" not in [step.name for step in gpu_check.steps("python3", "/a/library.so")]
+    commands = [step.command for step in gpu_check.steps(sys.executable, None)]
+    modules = {part for command in commands for before, part in itertools.pairwise(command) if before == "-m"} - {"gpu"}
+    assert modules == {"rcu_ops", "pytest", "tests.gpu.small"}
+    assert all(importlib.util.find_spec(module) for module in modules)
+    listed = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "--collect-only",
+            "-p",
+            "no:cacheprovider",
+            *gpu_check.gpu_test_files(),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "test_in_a_cuda_graph" in listed.stdout
+    assert "tests/test_streaming.py::test_cuda_graph" in listed.stdout
+
+
+def test_summaries(tmp_path) -> None:
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
+        '<failure message="wrong"/></testcase><testcase classname="a" name="d"><skipped message="one GPU"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert gpu_check.tests_summary("", tmp_path) == {
+        "ran": 2,
+        "passed": 1,
+        "failed": {"a::c": "wrong"},
+        "skipped": {"one GPU": 1},
+    }
+    text = "ran 31 problems on CUDA kernels\n========= ERROR SUMMARY: 0 errors\n"
+    assert gpu_check.sanitizer_summary(text, tmp_path) == {"totals": ["0 errors"], "ran": 31}
+    assert "error" in gpu_check.bench_summary("", tmp_path)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "bench.json").write_text('{"results": []}')
+    assert gpu_check.bench_summary("", tmp_path) == {"ran": 0, "results": []}

@@ -1,0 +1,202 @@
+"""What the GPU tests run: small problems of every operator in the registry, with their exact results.
+
+An operator with more to say than its ``probe`` adds a function to :data:`PROBLEMS`; the others are run on random
+numbers in the shapes of their probe, so that a new operator is tested from its first day.
+
+There is nothing more exact to hold fp64 results against. fp64 inputs are therefore small integers with which nothing
+rounds, whatever the order of additions, and not one bit of a result may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rcu_ops
+from rcu_ops import reference
+from rcu_ops.ops import OPERATORS
+
+Tensors = dict[str, Tensor]
+Outputs = tuple[Tensor, ...]
+
+GPU_BACKENDS = ("cuda", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, with or without its gradients.
+
+    Attributes:
+        operator: its name in the registry.
+        name: of this problem.
+        make: from a dtype to inputs on the CPU.
+        call: the public function on inputs of any device.
+        exact: the reference; it gets fp64 inputs.
+        eager: the yardstick of the tolerance rule: eager PyTorch in the inputs' dtype.
+        dtypes: that the operator takes here.
+    """
+
+    operator: str
+    name: str
+    make: Callable[[torch.dtype], Tensors]
+    call: Callable[[Tensors], Outputs]
+    exact: Callable[[Tensors], Outputs]
+    eager: Callable[[Tensors], Outputs]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.name}".replace(" ", "_")
+
+
+def on(inputs: Tensors, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensors:
+    """Copies elsewhere that keep strides; ``dtype``: of the floating ones."""
+    return {
+        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None, copy=True)
+        for name, value in inputs.items()
+    }
+
+
+def problems() -> list[Problem]:
+    """Of every operator in the registry."""
+    return [problem for name in OPERATORS for problem in PROBLEMS.get(name, _probed)(name)]
+
+
+def gpu_backends(operator: str) -> list[str]:
+    """Those of the operator's backends that run on a GPU and are more than plain PyTorch."""
+    return [backend.name for backend in OPERATORS[operator].backends if backend.name in GPU_BACKENDS]
+
+
+# ---- from the registry alone ---------------------------------------------------------------------------------------
+
+
+def _probed(name: str) -> Iterator[Problem]:
+    operator = OPERATORS[name]
+
+    def make(dtype: torch.dtype) -> Tensors:
+        return {
+            str(index): torch.randn_like(value) if value.is_floating_point() else value
+            for index, value in enumerate(operator.probe("cpu"))
+            if isinstance(value, Tensor)
+        }
+
+    def call(run: Callable[..., Any], inputs: Tensors) -> Outputs:
+        values = [inputs.get(str(index), value) for index, value in enumerate(operator.probe("cpu"))]
+        found = run(*values)
+        return tuple(found) if isinstance(found, Sequence) else (found,)
+
+    by_reference = operator.backend("reference").run
+    yield Problem(
+        name,
+        "probe",
+        make,
+        lambda inputs: call(lambda *values: operator.select(*values).run(*values), inputs),
+        lambda inputs: call(by_reference, inputs),
+        lambda inputs: call(by_reference, inputs),
+        (torch.float32,),
+    )
+
+
+# ---- recurrent_conv ------------------------------------------------------------------------------------------------
+
+# Every kernel and most of its edges: padded channels and columns, words of 16 to 2 bytes, W in shared memory and in
+# pieces, several blocks, one frame, many frames of few positions.
+SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
+    "C64 contiguous": ((3, 64, 5, 16, 16), torch.contiguous_format),
+    "C64 channels_last": ((3, 64, 5, 14, 14), torch.channels_last_3d),
+    "C128 channels_last": ((2, 128, 4, 14, 14), torch.channels_last_3d),
+    "C256 channels_last": ((2, 256, 4, 14, 14), torch.channels_last_3d),
+    "C256 7x7": ((1, 256, 6, 7, 7), torch.contiguous_format),
+    "C512 7x7": ((2, 512, 3, 7, 7), torch.contiguous_format),
+    "C20 odd": ((2, 20, 4, 5, 7), torch.channels_last_3d),
+    "C33 odd": ((2, 33, 3, 7, 3), torch.contiguous_format),
+    "C130 odd": ((1, 130, 3, 5, 3), torch.contiguous_format),
+    "one frame": ((2, 256, 1, 7, 7), torch.channels_last_3d),
+    "many frames": ((1, 64, 70, 3, 3), torch.contiguous_format),
+}
+
+
+def random_scan(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Tensors:
+    """x, weight, h0, a residual, scale and shift; the recurrence stays bounded."""
+    n, c, _, height, width = shape
+    if dtype == torch.float64:
+        signs = torch.randint(0, 2, (c, 1)) * 2 - 1
+        return {
+            "x": torch.randint(-2, 3, shape).to(dtype).contiguous(memory_format=layout),
+            "weight": (torch.eye(c)[torch.randperm(c)] * signs).to(dtype),
+            "h0": torch.randint(-2, 3, (n, c, height, width)).to(dtype),
+            "residual": torch.randint(-2, 3, shape).to(dtype).contiguous(memory_format=layout),
+            "scale": torch.randint(1, 4, (c,)).to(dtype),
+            "shift": torch.randint(-2, 3, (c,)).to(dtype),
+        }
+    weight = 0.5 * torch.eye(c, dtype=torch.float64) + 0.4 / c**0.5 * torch.randn(c, c, dtype=torch.float64)
+    return {
+        "x": torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=layout),
+        "weight": weight.to(dtype),
+        "h0": torch.randn(n, c, height, width, dtype=torch.float64).to(dtype),
+        "residual": torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=layout),
+        "scale": torch.rand(c) + 0.5,
+        "shift": torch.randn(c),
+    }
+
+
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _forward_and_backward(run: Recurrence, given: Tensors, options: dict[str, Any]) -> Outputs:
+    """h and h_n, then the gradients of x, W and h0 for the residual and h0 as gradients of the outputs."""
+    leaves = [given[name].detach().requires_grad_() for name in ("x", "weight", "h0")]
+    with torch.enable_grad():
+        outputs = run(*leaves, **options)
+    gradients = [given["residual"], given["h0"].to(outputs[1].dtype)]
+    return tuple(v.detach() for v in (*outputs, *torch.autograd.grad(outputs, leaves, gradients)))
+
+
+def _scan_problems(name: str) -> Iterator[Problem]:
+    for index, (title, (shape, layout)) in enumerate(SCANS.items()):
+        options: dict[str, Any] = {"update": ("sum", "mean")[index % 2], "reverse": index % 3 == 2}
+        make = _maker(shape, layout)
+
+        def call(given: Tensors, options: dict[str, Any] = options) -> Outputs:
+            return _forward_and_backward(rcu_ops.recurrent_conv, given, options)
+
+        def exact(given: Tensors, options: dict[str, Any] = options) -> Outputs:
+            return _forward_and_backward(reference.recurrent_conv, given, options)
+
+        def eager(given: Tensors, options: dict[str, Any] = options) -> Outputs:
+            return _forward_and_backward(reference.recurrent_conv, given, {**options, "state_dtype": given["x"].dtype})
+
+        yield Problem(name, title, make, call, exact, eager)
+
+
+def _maker(shape: tuple[int, ...], layout: torch.memory_format) -> Callable[[torch.dtype], Tensors]:
+    return lambda dtype: random_scan(shape, dtype, layout)
+
+
+def _affine_act_problems(name: str) -> Iterator[Problem]:
+    def arguments(given: Tensors) -> list[Tensor]:
+        return [given[key] for key in ("x", "weight", "scale", "shift", "h0", "residual")]
+
+    def eager(given: Tensors) -> Outputs:
+        rounded = {key: value.to(given["x"].dtype) for key, value in given.items()}
+        return reference.recurrent_conv_affine_act(*arguments(rounded), state_dtype=given["x"].dtype)
+
+    for title, (shape, layout) in SCANS.items():
+        yield Problem(
+            name,
+            title,
+            _maker(shape, layout),
+            lambda given: rcu_ops.recurrent_conv_affine_act(*arguments(given)),
+            lambda given: reference.recurrent_conv_affine_act(*arguments(given)),
+            eager,
+        )
+
+
+PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
+    "recurrent_conv": _scan_problems,
+    "recurrent_conv_affine_act": _affine_act_problems,
+}
