@@ -466,9 +466,19 @@ def _probe_step(device: str) -> Arguments:
     return x[:, :1], ux, uo, w, vx, vo, x[:, 1], save
 
 
+def _plan(x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool) -> str:
+    n, k, _, length, height, width = x.shape
+    steps, columns = k - int(o0 is None), n * length * height * width
+    order = "[columns][features]" if _columns_first(x) else "[features][columns]"
+    return (
+        f"{steps} steps of {columns} columns: U_x and V_x for all steps at once, then per step 4 library products "
+        f"and 3 fused passes, matrices {order}, gates {'saved' if save else 'not saved'}"
+    )
+
+
 _BACKENDS = (
-    Backend("cuda", _BINARY.forward, _predicates.why_not_cuda("fast_gru", "fast_gru")),
-    Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru")),
+    Backend("cuda", _BINARY.forward, _predicates.why_not_cuda("fast_gru", "fast_gru"), _plan),
+    Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru"), _plan),
     Backend("reference", _run_reference, _predicates.why_not_reference),
 )
 OPERATOR = register(Operator("fast_gru", _BACKENDS, check=_check, probe=_probe))

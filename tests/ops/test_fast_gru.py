@@ -53,12 +53,19 @@ def backend(request: pytest.FixtureRequest):
 def inputs(
     shape: tuple[int, ...], hidden: int, dtype: torch.dtype = torch.float32, with_o0: bool = True
 ) -> list[Tensor | None]:
-    """x, the five weights, o0."""
+    """x, the five weights, o0.
+
+    Channel 0 of x is 1 or -1 and decides, for every hidden unit and position, whether the ReLU is open: no rounding
+    error can flip one, and gradients of different precision can be compared.
+    """
     n, _, c, *rest = shape
     sizes = (shape, (2 * hidden, c), (2 * hidden, c), (2, c, hidden), (c, c), (c, c))
-    scales = (1, c**-0.5, c**-0.5, 2 * hidden**-0.5, c**-0.5, c**-0.5)
-    tensors = [(torch.randn(size) * scale).to(dtype) for size, scale in zip(sizes, scales, strict=True)]
-    return [*tensors, torch.randn(n, c, *rest).to(dtype) if with_o0 else None]
+    scales = (1, 0.5 * c**-0.5, 0.5 * c**-0.5, 0.5 * hidden**-0.5, c**-0.5, c**-0.5)
+    tensors = [torch.randn(size) * scale for size, scale in zip(sizes, scales, strict=True)]
+    tensors[0][:, :, 0] = torch.randn(tensors[0][:, :, 0].shape).sign()
+    tensors[1][:, 0] = 4 * torch.randn(2 * hidden).sign()
+    o0 = torch.randn(n, c, *rest) if with_o0 else None
+    return [v if v is None else v.to(dtype) for v in (*tensors, o0)]
 
 
 def eager(tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -71,48 +78,67 @@ def leaves_of(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor | None], grads: list[Tensor | None]) -> list[Tensor]:
+    """Zeros for weights that a single clip does not use."""
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
     given = [leaf for leaf in leaves if leaf is not None]
-    return list(torch.autograd.grad([o for o, _ in pairs], given, [g for _, g in pairs]))
+    found = torch.autograd.grad([o for o, _ in pairs], given, [g for _, g in pairs], allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, given, strict=True)]
+
+
+class Errors:
+    """Results of several draws of a problem, judged together: of a few numbers alone, the largest error is luck.
+
+    Args:
+        ignored: names of results that are not judged.
+    """
+
+    def __init__(self, ignored: tuple[str, ...] = ()) -> None:
+        self.ignored = ignored
+        self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def add(self, name: str, got: Tensor, exact: Tensor, eager: Tensor) -> None:
+        assert got.shape == exact.shape == eager.shape, name
+        if name.partition(",")[0] not in self.ignored:
+            self.parts.setdefault(name, []).append((got.detach(), exact, eager.detach()))
+
+    def check(self) -> None:
+        for name, parts in self.parts.items():
+            got, exact, eager = (torch.cat([v.flatten() for v in values]) for values in zip(*parts, strict=True))
+            assert_close_to_reference(got, exact, eager, name)
+
+
+def compare(
+    tensors: list[Tensor | None], laid_out: list[Tensor | None], grads: list[Tensor | None], errors: Errors
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward, with saved and with recomputed gates; ``laid_out`` holds the values of ``tensors``."""
+    exact, exact_gradients = extended_precision.fast_gru(
+        tensors, *(None if g is None else g.contiguous() for g in grads)
+    )
+    rough_leaves = leaves_of(tensors)
+    rough = eager(rough_leaves)
+    roughly = gradients(rough, rough_leaves, grads)
+    leaves = [None if v is None else v.detach().requires_grad_() for v in laid_out]
+    for recompute in (False, True):
+        got = rcu_ops.fast_gru(*leaves, recompute=recompute)
+        for name, g, e, r in zip(("o", "o_n"), got, exact, rough, strict=True):
+            errors.add(name, g, e, r)
+        wanted = [g for g in exact_gradients if g is not None]
+        for name, g, e, r in zip(RESULTS, gradients(got, leaves, grads), wanted, roughly, strict=False):
+            errors.add(f"{name}, recompute={recompute}", g, e, r)
+    return got
 
 
 @pytest.mark.parametrize("with_o0", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
 def test_forward_and_backward_keep_the_tolerance_rule(backend, shape, hidden, dtype, with_o0) -> None:
-    tensors = inputs(shape, hidden, dtype, with_o0)
-    grads = [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])]
-    exact, exact_gradients = extended_precision.fast_gru(tensors, *grads)
-    rough_leaves = leaves_of(tensors)
-    rough = eager(rough_leaves)
-    results = {}
-    for recompute in (False, True):
-        leaves = leaves_of(tensors)
-        got = rcu_ops.fast_gru(*leaves, recompute=recompute)
-        assert got[0].dtype == dtype
-        assert got[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        for g, e, r, name in zip(got, exact, rough, ("o", "o_n"), strict=True):
-            assert_close_to_reference(g.detach(), e, r.detach(), name)
-        if not got[0].requires_grad:
-            continue
-        results[recompute] = gradients_or_zero(got, leaves, grads)
-        wanted = [g for g in exact_gradients if g is not None]
-        roughly = gradients_or_zero(rough, rough_leaves, grads)
-        for g, e, r, name in zip(results[recompute], wanted, roughly, RESULTS, strict=False):
-            assert g.dtype == dtype
-            assert_close_to_reference(g, e, r, name)
-
-
-def gradients_or_zero(
-    outputs: tuple[Tensor, ...], leaves: list[Tensor | None], grads: list[Tensor | None]
-) -> list[Tensor]:
-    """As :func:`gradients`, zeros for weights that a single clip does not use."""
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    given = [leaf for leaf in leaves if leaf is not None]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], given, [g for _, g in pairs], retain_graph=True, allow_unused=True
-    )
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, given, strict=True)]
+    errors = Errors()
+    for _ in range(4):
+        tensors = inputs(shape, hidden, dtype, with_o0)
+        o, o_n = compare(tensors, tensors, [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])], errors)
+        assert o.dtype == dtype
+        assert o_n.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    errors.check()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,29 +146,20 @@ def gradients_or_zero(
 @pytest.mark.parametrize("outputs", ["o", "o_n", "both"])
 def test_layouts_are_read_in_place(backend, layout, dtype, outputs) -> None:
     shape, hidden = (2, 3, 20, 2, 3, 5), 5
-    tensors = inputs(shape, hidden, dtype)
-    grads = [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])]
-    grads = [grads[0] if outputs != "o_n" else None, grads[1] if outputs != "o" else None]
-    exact, exact_gradients = extended_precision.fast_gru(tensors, *grads)
-    rough_leaves = leaves_of(tensors)
-    rough = eager(rough_leaves)
-    roughly = gradients(rough, rough_leaves, grads)
-    laid_out = [
-        LAYOUTS[layout](tensors[0]),
-        *(w.transpose(-1, -2).contiguous().transpose(-1, -2) for w in tensors[1:6]),
-        LAYOUTS["every_other_column"](tensors[6].unsqueeze(1)).squeeze(1),
-    ]
-    leaves = [v.requires_grad_() for v in laid_out]
-    got = rcu_ops.fast_gru(*leaves)
-    for g, e, r, name in zip(got, exact, rough, ("o", "o_n"), strict=True):
-        assert_close_to_reference(g.detach(), e, r.detach(), name)
-    if backend == "cpu":
-        assert (got[0].stride(2) == 1) == (layout == "channels_last")
-    grads = [None if grads[0] is None else LAYOUTS[layout](grads[0]), grads[1]]
-    for recompute in (False, True):
-        again = rcu_ops.fast_gru(*leaves, recompute=recompute)
-        for g, e, r, name in zip(gradients(again, leaves, grads), exact_gradients, roughly, RESULTS, strict=True):
-            assert_close_to_reference(g, e, r, name)
+    errors = Errors()
+    for _ in range(3):
+        tensors = inputs(shape, hidden, dtype)
+        laid_out = [
+            LAYOUTS[layout](tensors[0]),
+            *(w.transpose(-1, -2).contiguous().transpose(-1, -2) for w in tensors[1:6]),
+            LAYOUTS["every_other_column"](tensors[6].unsqueeze(1)).squeeze(1),
+        ]
+        grad_o = LAYOUTS[layout](torch.randn(shape).to(dtype)) if outputs != "o_n" else None
+        grad_o_n = torch.randn(shape[:1] + shape[2:]) if outputs != "o" else None
+        o, _ = compare(tensors, laid_out, [grad_o, grad_o_n], errors)
+        if backend == "cpu":
+            assert (o.stride(2) == 1) == (layout == "channels_last")
+    errors.check()
 
 
 def test_expanded_inputs(backend) -> None:
@@ -163,6 +180,12 @@ def test_empty_batch_and_clips_without_positions(backend, empty, with_o0) -> Non
     assert leaves[0].grad is not None and leaves[0].grad.shape == empty
     for weight in leaves[1:6]:
         assert weight.grad is not None and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_the_compiled_backend_is_tested_when_the_library_is_there() -> None:
+    if _library.LIBRARY.exists():
+        assert _library.load_error() is None, _library.load_error()
+        assert "cpu" in BACKENDS
 
 
 def test_first_state_is_the_first_clip(backend) -> None:
@@ -255,12 +278,13 @@ def test_nan_and_inf_propagate_like_the_reference(backend) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck_and_gradgradcheck(backend, with_o0, recompute, layout) -> None:
-    leaves = [None if v is None else v.double() for v in inputs((2, 3, 3, 1, 2, 1), 2, with_o0=with_o0)]
+    leaves = [None if v is None else v.double() for v in inputs((2, 3, 2, 1, 1, 2), 1, with_o0=with_o0)]
     leaves[0] = LAYOUTS[layout](leaves[0])
     leaves = [None if v is None else v.requires_grad_() for v in leaves]
     call = functools.partial(rcu_ops.fast_gru, recompute=recompute)
     assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves)
+    if not recompute:  # the same second order
+        assert torch.autograd.gradgradcheck(call, leaves)
 
 
 def test_step_gradcheck(backend) -> None:
@@ -494,6 +518,8 @@ def test_explain() -> None:
     explanation = rcu_ops.explain("fast_gru", *(torch.zeros(GOOD[name]) for name in NAMES))
     assert explanation.backend == BACKENDS[-1]
     assert set(explanation.reasons) == {"cuda", "triton", "cpu", "reference"}
+    if "cpu" in BACKENDS:
+        assert explanation.plan is not None and explanation.plan.startswith("3 steps of 50 columns: U_x and V_x")
     x = torch.zeros(2, 4, 1, 5, 5)
     step = rcu_ops.explain("fast_gru_step", x, x, *(torch.zeros(GOOD[name]) for name in NAMES[1:6]))
     assert step.backend == BACKENDS[-1]

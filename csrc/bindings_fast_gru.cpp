@@ -1,0 +1,500 @@
+// fast_gru: its steps as PyTorch operators (see bindings.h).
+//
+// The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current stream and graph
+// capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of the tensors'
+// device. Nothing depends on values, and nothing is read back from a device.
+#include <vector>
+
+#include "bindings.h"
+#include "common/fast_gru.h"
+#ifdef RCU_OPS_WITH_CUDA
+#include "cuda/fast_gru.h"
+#endif
+
+namespace rcu_ops::bindings {
+namespace {
+
+using fast_gru::Elementwise;
+using fast_gru::Pass;
+using fast_gru::Plane;
+
+constexpr int weights = 5;
+struct Weights {  // U_x, U_o [2R,C], W_r, W_z [C,R], V_x, V_o [C,C]
+  Tensor ux, uo, wr, wz, vx, vo;
+};
+
+Tensor transposed(const Tensor& matrix) {
+  Tensor copy = matrix;
+  return torch::stable::transpose(copy, 0, 1);
+}
+
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
+}
+
+void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+
+struct Problem {
+  DType dtype{};
+  ScalarType scalar{}, state{};
+  int64_t N = 0, K = 0, C = 0, R = 0, P = 0;  // P: positions of a clip
+  int64_t sizes[3] = {};                       // L, H, W
+  int64_t first = 0, steps = 0;                // the first clip that is a step, and how many are
+  bool by_column = false;                      // channels are innermost in x: matrices lie [columns][features]
+  int64_t step_columns() const { return N * P; }
+  int64_t columns() const { return steps * N * P; }
+};
+
+// Features by columns, a column being a position: (step, sample, position).
+struct Matrix {
+  Tensor memory;  // keeps it alive
+  char* data = nullptr;
+  ScalarType scalar{};
+  int64_t features = 0, columns = 0, pitch = 0;
+  bool by_column = false;
+
+  Tensor tensor() const {
+    const int64_t shape[2] = {by_column ? columns : features, by_column ? features : columns}, strides[2] = {pitch, 1};
+    return torch::stable::from_blob(data, Sizes(shape, 2), Sizes(strides, 2), memory.device(), scalar);
+  }
+  Matrix part(bool of_columns, int64_t begin, int64_t count) const {
+    Matrix m = *this;
+    m.data += begin * (of_columns == by_column ? pitch : 1) * element();
+    (of_columns ? m.columns : m.features) = count;
+    return m;
+  }
+  Matrix step(const Problem& p, int64_t k) const { return part(true, k * p.step_columns(), p.step_columns()); }
+  int64_t element() const { return scalar == ScalarType::Double ? 8 : scalar == ScalarType::Float ? 4 : 2; }
+  // As a tensor [N,steps,C,L,H,W] of the sequence.
+  std::array<int64_t, 6> sequence_strides(const Problem& p) const {
+    const int64_t place = by_column ? pitch : 1, width = p.sizes[2], height = p.sizes[1];
+    return {p.P * place,  p.step_columns() * place, by_column ? 1 : pitch, height * width * place, width * place, place};
+  }
+  Tensor sequence(const Problem& p) const {
+    const int64_t shape[6] = {p.N, columns / (p.step_columns() ? p.step_columns() : 1), features, p.sizes[0], p.sizes[1], p.sizes[2]};
+    const std::array<int64_t, 6> strides = sequence_strides(p);
+    return torch::stable::from_blob(data, Sizes(shape, 6), Sizes(strides.data(), 6), memory.device(), scalar);
+  }
+  Plane plane(const Problem& p) const {
+    return {.data = data, .row = pitch, .segment = by_column ? p.P * features : p.P};
+  }
+};
+
+Matrix matrix_in(const Problem& p, const Tensor& memory, int64_t features, int64_t columns, int64_t offset = 0) {
+  Matrix m;
+  m.memory = memory;
+  m.scalar = memory.scalar_type();
+  m.data = static_cast<char*>(pointer(memory)) + offset * m.element();
+  m.features = features, m.columns = columns;
+  m.by_column = p.by_column;
+  m.pitch = p.by_column ? features : columns;
+  return m;
+}
+
+Matrix new_matrix(const Problem& p, const Tensor& like, int64_t features, int64_t columns, ScalarType scalar) {
+  const int64_t size = features * columns;
+  return matrix_in(p, torch::stable::new_empty(like, Sizes(&size, 1), scalar), features, columns);
+}
+
+// out = weight in, over features.
+void product(const Matrix& out, const Tensor& weight, const Matrix& in) {
+  if (out.by_column)
+    multiply(in.tensor(), transposed(weight), out.tensor());
+  else
+    multiply(weight, in.tensor(), out.tensor());
+}
+
+// ---- passes ----------------------------------------------------------------------------------------------------
+
+void run(const Elementwise& pass, [[maybe_unused]] const Tensor& like) {
+  if (fast_gru::elements(pass) == 0) return;
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda())
+    return launch_on_gpu(
+        pass, like, [](const Elementwise&) { return cuda::Scratch{}; },
+        [](const Elementwise& p, void*, CUstream_st* stream) { return cuda::elementwise(p, stream); });
+#endif
+  cpu::elementwise(pass, cpu_threads());
+}
+
+// Over all columns of matrices with these features.
+Elementwise over(const Problem& p, Pass kind, int64_t features, int64_t columns, std::initializer_list<Plane> planes) {
+  Elementwise pass;
+  pass.pass = kind;
+  pass.dtype = p.dtype;
+  const int64_t segments = p.P ? columns / p.P : 0;  // of all samples, and of all steps where a plane holds them
+  pass.rows = p.by_column ? 1 : features;
+  pass.segments = segments;
+  pass.length = p.by_column ? p.P * features : p.P;
+  int i = 0;
+  for (const Plane& plane : planes) pass.plane[i++] = plane;
+  return pass;
+}
+
+// out [features of d, features of in] = sum over columns of d in^T. Sums of small results are made in pieces, so that their rounding
+// error does not grow with the number of columns; for large ones adding the pieces would cost as much as the product, and 16-bit
+// pieces would each be rounded.
+void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const Matrix& in) {
+  const auto piece = [&](const Tensor& to, int64_t begin, int64_t count) {
+    const Tensor a = d.part(true, begin, count).tensor(), b = in.part(true, begin, count).tensor();
+    if (d.by_column)
+      multiply(transposed(a), b, to);
+    else
+      multiply(a, transposed(b), to);
+  };
+  constexpr int64_t columns = 64, small = 1 << 16;
+  const int64_t size = d.features * in.features;
+  if (p.state != p.scalar || size > small || d.columns <= columns) return piece(out, 0, d.columns);
+  const Tensor more = empty_of(out, {d.features, in.features});
+  piece(out, 0, columns);
+  for (int64_t begin = columns; begin < d.columns; begin += columns) {
+    piece(more, begin, d.columns - begin < columns ? d.columns - begin : columns);
+    Elementwise sum;
+    sum.dtype = p.dtype;
+    sum.length = size;
+    sum.plane[0].data = sum.plane[1].data = pointer(out);
+    sum.plane[2].data = pointer(more);
+    run(sum, out);
+  }
+}
+
+// ---- tensors of the caller -------------------------------------------------------------------------------------
+
+bool same_strides(const Tensor& tensor, const std::array<int64_t, 6>& wanted) {
+  for (int i = 0; i < 6; ++i)
+    if (tensor.size(i) > 1 && tensor.stride(i) != wanted[i]) return false;
+  return true;
+}
+
+// Clips [from, from + count) of a sequence [N,K,C,L,H,W].
+Tensor clips(const Tensor& sequence, int64_t from, int64_t count) {
+  Tensor copy = sequence;
+  return torch::stable::narrow(copy, 1, from, count);
+}
+Tensor clip(const Tensor& sequence, int64_t k) { return torch::stable::select(sequence, 1, k); }
+
+// Clips as a matrix: their own memory where it is one, else a copy.
+Matrix as_matrix(const Problem& p, const Tensor& sequence) {
+  const int64_t columns = sequence.size(1) * p.step_columns();
+  Matrix m;
+  m.memory = sequence;
+  m.scalar = sequence.scalar_type();
+  m.data = static_cast<char*>(pointer(sequence));
+  m.features = p.C, m.columns = columns, m.by_column = p.by_column;
+  m.pitch = p.by_column ? p.C : columns;
+  if (same_strides(sequence, m.sequence_strides(p))) return m;
+  m = new_matrix(p, sequence, p.C, columns, sequence.scalar_type());
+  copy(m.sequence(p), sequence);
+  return m;
+}
+
+// A state [N,C,L,H,W] or a clip: as the output sequence lies, positions (and features) of a sample without a gap.
+Plane plane_of(const Tensor& state) { return {.data = pointer(state), .row = state.stride(1), .segment = state.stride(0)}; }
+
+bool adjacent(const Problem& p, const Tensor& sequence) {
+  std::array<int64_t, 6> wanted{sequence.stride(0), sequence.stride(1), p.by_column ? 1 : sequence.stride(2), 0, 0, 0};
+  wanted[5] = p.by_column ? p.C : 1;
+  wanted[4] = p.sizes[2] * wanted[5];
+  wanted[3] = p.sizes[1] * wanted[4];
+  return same_strides(sequence, wanted);
+}
+
+Tensor permuted(const Tensor& tensor, std::vector<int64_t> order) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(tensor), from(order)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor empty_sequence(const Problem& p, const Tensor& x) {
+  if (!p.by_column) return empty_of(x, {p.N, p.K, p.C, p.sizes[0], p.sizes[1], p.sizes[2]});
+  return permuted(empty_of(x, {p.N, p.K, p.sizes[0], p.sizes[1], p.sizes[2], p.C}), {0, 1, 5, 2, 3, 4});
+}
+
+Tensor empty_state(const Problem& p, const Tensor& x, ScalarType scalar) {
+  const int64_t last[5] = {p.N, p.sizes[0], p.sizes[1], p.sizes[2], p.C}, second[5] = {p.N, p.C, p.sizes[0], p.sizes[1], p.sizes[2]};
+  Tensor state = torch::stable::new_empty(x, Sizes(p.by_column ? last : second, 5), scalar);
+  return p.by_column ? permuted(state, {0, 4, 1, 2, 3}) : state;
+}
+
+Tensor as_sequence(const Tensor& state) { return torch::stable::unsqueeze(state, 1); }
+
+// ---- checks ----------------------------------------------------------------------------------------------------
+
+Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo,
+                const std::optional<Tensor>& o0) {
+  check(x.dim() == 6, "x: expected [N,K,C,L,H,W], got ", x.dim(), " dimensions");
+  Problem p;
+  p.dtype = dtype_of("x", x);
+  p.scalar = x.scalar_type();
+  p.state = state_dtype(p.scalar);
+  p.N = x.size(0), p.K = x.size(1), p.C = x.size(2);
+  for (int i = 0; i < 3; ++i) p.sizes[i] = x.size(3 + i);
+  p.P = p.sizes[0] * p.sizes[1] * p.sizes[2];
+  check(p.K > 0 && p.C > 0, "x: expected at least one clip and one channel, got ", shape_text(x.sizes()));
+  check(ux.dim() == 2 && ux.size(0) > 0 && ux.size(0) % 2 == 0, "weight_ux: expected [2R,C], got ", shape_text(ux.sizes()));
+  p.R = ux.size(0) / 2;
+  const Tensor* given[weights] = {&ux, &uo, &w, &vx, &vo};
+  const char* names[weights] = {"weight_ux", "weight_uo", "weight_w", "weight_vx", "weight_vo"};
+  check_shape(names[0], ux, {2 * p.R, p.C}, "[2R,C]");
+  check_shape(names[1], uo, {2 * p.R, p.C}, "[2R,C]");
+  check_shape(names[2], w, {2, p.C, p.R}, "[2,C,R]");
+  check_shape(names[3], vx, {p.C, p.C}, "[C,C]");
+  check_shape(names[4], vo, {p.C, p.C}, "[C,C]");
+  for (int i = 0; i < weights; ++i) {
+    check_dtype(names[i], *given[i], p.scalar);
+    check_device(names[i], *given[i], x, "x");
+  }
+  if (o0) {
+    check_shape("o0", *o0, {p.N, p.C, p.sizes[0], p.sizes[1], p.sizes[2]}, "[N,C,L,H,W]");
+    check_dtype("o0", *o0, p.scalar, p.state);
+    check_device("o0", *o0, x, "x");
+  }
+  p.first = o0 ? 0 : 1;
+  p.steps = p.K - p.first;
+  p.by_column = x.stride(2) == 1;
+  return p;
+}
+
+Weights split(const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo) {
+  return {ux, uo, torch::stable::select(w, 0, 0), torch::stable::select(w, 0, 1), vx, vo};
+}
+
+// What a forward pass leaves for the backward one: h [2R, columns]; r, z, c [C, columns].
+struct Saved {
+  Matrix hidden, r, z, candidate;
+};
+
+Saved saved_in(const Problem& p, const Tensor& hidden, const Tensor& gates) {
+  const int64_t size = p.C * p.columns();
+  return {matrix_in(p, hidden, 2 * p.R, p.columns()), matrix_in(p, gates, p.C, p.columns()),
+          matrix_in(p, gates, p.C, p.columns(), size), matrix_in(p, gates, p.C, p.columns(), 2 * size)};
+}
+
+std::vector<int64_t> saved_shape(const Problem& p, int64_t features, bool planes) {
+  std::vector<int64_t> shape;
+  if (planes) shape.push_back(3);
+  shape.push_back(p.by_column ? p.columns() : features);
+  shape.push_back(p.by_column ? features : p.columns());
+  return shape;
+}
+
+// One step, or any number of them whose states are known: from h = U_x x and c = V_x x in place to the gates. low is the state
+// in the data's type, state in the arithmetic's; `out` absent: no new state.
+void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& state, const Saved& s, const Matrix& wide_product,
+          const Matrix& c_product, const Matrix& gated, Plane low_out, Plane out) {
+  const int64_t columns = low.columns;
+  product(wide_product, w.uo, low);
+  run(over(p, Pass::hidden, 2 * p.R, columns, {s.hidden.plane(p), wide_product.plane(p)}), low.memory);
+  product(s.r, w.wr, s.hidden.part(false, 0, p.R));
+  product(s.z, w.wz, s.hidden.part(false, p.R, p.R));
+  run(over(p, Pass::gates, p.C, columns, {s.r.plane(p), s.z.plane(p), state.plane(p), gated.plane(p)}), low.memory);
+  product(c_product, w.vo, gated);
+  run(over(p, Pass::output, p.C, columns,
+           {s.candidate.plane(p), c_product.plane(p), s.z.plane(p), out.data ? state.plane(p) : Plane{}, low_out, out}),
+      low.memory);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
+                                                   std::optional<Tensor> o0, bool save) {
+  const Problem p = checked(x, ux, uo, w, vx, vo, o0);
+  const Weights weight = split(ux, uo, w, vx, vo);
+  Tensor o = empty_sequence(p, x), o_n = empty_state(p, x, p.state);
+  Tensor hidden = empty_of(x, {0}), gates = empty_of(x, {0});
+  if (save) {
+    const std::vector<int64_t> h = saved_shape(p, 2 * p.R, false), g = saved_shape(p, p.C, true);
+    hidden = torch::stable::new_empty(x, Sizes(h.data(), h.size()));
+    gates = torch::stable::new_empty(x, Sizes(g.data(), g.size()));
+  }
+  const int64_t M = p.step_columns();
+  if (M == 0) return {o, o_n, hidden, gates};
+  const Tensor start = o0 ? *o0 : clip(x, 0);
+  if (!o0) copy(clip(o, 0), start);
+  if (p.steps == 0) {
+    copy(o_n, start);
+    return {o, o_n, hidden, gates};
+  }
+
+  const bool in_place = p.by_column || p.N == 1;  // the last state's memory is a matrix
+  const Matrix state = in_place ? matrix_in(p, o_n, p.C, M) : new_matrix(p, x, p.C, M, p.state);
+  copy(state.sequence(p), as_sequence(start));
+  const bool one_type = p.state == p.scalar;
+  const Matrix low = one_type ? state : new_matrix(p, x, p.C, M, p.scalar);
+  if (!one_type) copy(low.sequence(p), as_sequence(start));
+
+  Saved s;
+  if (save) {
+    s = saved_in(p, hidden, gates);
+  } else {  // r and z of one step at a time
+    s = {new_matrix(p, x, 2 * p.R, p.columns(), p.scalar), new_matrix(p, x, p.C, M, p.scalar), new_matrix(p, x, p.C, M, p.scalar),
+         new_matrix(p, x, p.C, p.columns(), p.scalar)};
+  }
+  {
+    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps));
+    product(s.hidden, ux, inputs);
+    product(s.candidate, vx, inputs);
+  }
+  const Matrix wide_product = new_matrix(p, x, 2 * p.R, M, p.scalar), c_product = new_matrix(p, x, p.C, M, p.scalar),
+               gated = new_matrix(p, x, p.C, M, p.scalar);
+  for (int64_t k = 0; k < p.steps; ++k) {
+    const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z, s.candidate.step(p, k)};
+    step(p, weight, low, state, now, wide_product, c_product, gated, one_type ? Plane{} : low.plane(p),
+         plane_of(clip(o, p.first + k)));
+  }
+  if (!in_place) copy(as_sequence(o_n), state.sequence(p));
+  return {o, o_n, hidden, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    std::optional<Tensor> grad_o, std::optional<Tensor> grad_o_n, Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
+    std::optional<Tensor> o0, Tensor o, Tensor hidden, Tensor gates, bool need_x, bool need_weights) {
+  const Problem p = checked(x, ux, uo, w, vx, vo, o0);
+  const Weights weight = split(ux, uo, w, vx, vo);
+  const auto [N, K, C, L, H, W] = std::array{p.N, p.K, p.C, p.sizes[0], p.sizes[1], p.sizes[2]};
+  check_shape("o", o, {N, K, C, L, H, W}, "of x");
+  check_dtype("o", o, p.scalar);
+  check_device("o", o, x, "x");
+  check(grad_o || grad_o_n, "grad_o, grad_o_n: expected at least one of them, got none");
+  if (grad_o) {
+    check_shape("grad_o", *grad_o, {N, K, C, L, H, W}, "of x");
+    check_dtype("grad_o", *grad_o, p.scalar);
+    check_device("grad_o", *grad_o, x, "x");
+    if (!adjacent(p, *grad_o)) {
+      Tensor laid_out = empty_sequence(p, x);
+      copy(laid_out, *grad_o);
+      grad_o = laid_out;
+    }
+  }
+  if (grad_o_n) {
+    check_shape("grad_o_n", *grad_o_n, {N, C, L, H, W}, "[N,C,L,H,W]");
+    check_dtype("grad_o_n", *grad_o_n, p.state);
+    check_device("grad_o_n", *grad_o_n, x, "x");
+  }
+  const bool saved = hidden.dim() > 1;
+  if (saved) {
+    const auto check_saved = [&](const char* name, const Tensor& tensor, const std::vector<int64_t>& wanted) {
+      const Sizes got = tensor.sizes(), want(wanted.data(), wanted.size());
+      bool same = got.size() == want.size();
+      for (size_t i = 0; same && i < got.size(); ++i) same = got[i] == want[i];
+      check(same, name, ": expected shape ", shape_text(want), " as the forward pass returns it, got ", shape_text(got));
+      check_dtype(name, tensor, p.scalar);
+      check_device(name, tensor, x, "x");
+    };
+    check_saved("hidden", hidden, saved_shape(p, 2 * p.R, false));
+    check_saved("gates", gates, saved_shape(p, p.C, true));
+    hidden = torch::stable::contiguous(hidden);
+    gates = torch::stable::contiguous(gates);
+  }
+
+  Tensor dx = need_x ? empty_sequence(p, x) : empty_of(x, {0});
+  Tensor do0 = o0 ? empty_state(p, x, o0->scalar_type()) : empty_of(x, {0});
+  const auto gradient = [&](std::initializer_list<int64_t> shape) { return need_weights ? empty_of(x, shape) : empty_of(x, {0}); };
+  Tensor dux = gradient({2 * p.R, C}), duo = gradient({2 * p.R, C}), dw = gradient({2, C, p.R}), dvx = gradient({C, C}),
+         dvo = gradient({C, C});
+  const int64_t M = p.step_columns(), S = p.columns();
+  if (S == 0)
+    for (Tensor* t : {&dux, &duo, &dw, &dvx, &dvo}) torch::stable::zero_(*t);
+  if (M == 0) return {dx, dux, duo, dw, dvx, dvo, do0};
+
+  const Matrix carry = new_matrix(p, x, C, M, p.state);
+  if (grad_o_n) {
+    copy(carry.sequence(p), as_sequence(*grad_o_n));
+  } else {
+    Tensor memory = carry.memory;
+    torch::stable::zero_(memory);
+  }
+  const Plane none{};
+  const auto grad_plane = [&](int64_t k) { return grad_o ? plane_of(clip(*grad_o, k)) : none; };
+  Matrix state_product;  // U_o^T du of the step after
+
+  if (S > 0) {
+    Matrix before;  // the state before each step
+    if (!o0) {
+      before = as_matrix(p, clips(o, 0, p.steps));
+    } else {
+      before = new_matrix(p, x, C, S, p.scalar);
+      copy(before.step(p, 0).sequence(p), as_sequence(*o0));
+      if (p.steps > 1) copy(before.part(true, M, S - M).sequence(p), clips(o, 0, p.steps - 1));
+    }
+    const Tensor steps = clips(x, p.first, p.steps);
+    const Matrix inputs = need_weights || !saved ? as_matrix(p, steps) : Matrix{};
+    Saved s;
+    const Matrix gated = new_matrix(p, x, C, S, p.scalar);
+    if (saved) {
+      s = saved_in(p, hidden, gates);
+    } else {  // all states are known, so all steps at once
+      s = {new_matrix(p, x, 2 * p.R, S, p.scalar), new_matrix(p, x, C, S, p.scalar), new_matrix(p, x, C, S, p.scalar),
+           new_matrix(p, x, C, S, p.scalar)};
+      product(s.hidden, ux, inputs);
+      product(s.candidate, vx, inputs);
+      Matrix state = before;
+      if (p.state != p.scalar) {
+        state = new_matrix(p, x, C, S, p.state);
+        copy(state.tensor(), before.tensor());
+      }
+      step(p, weight, before, state, s, new_matrix(p, x, 2 * p.R, S, p.scalar), new_matrix(p, x, C, S, p.scalar), gated, none, none);
+    }
+    const Matrix du = new_matrix(p, x, 2 * p.R, S, p.scalar), dc = new_matrix(p, x, C, S, p.scalar),
+                 dr = new_matrix(p, x, C, S, p.scalar), dz = new_matrix(p, x, C, S, p.scalar);
+    const Matrix q = new_matrix(p, x, C, M, p.scalar), from_later = new_matrix(p, x, C, M, p.scalar);
+    const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr), wz_t = transposed(weight.wz);
+    for (int64_t k = p.steps - 1; k >= 0; --k) {
+      const auto at = [&](const Matrix& m) { return m.step(p, k).plane(p); };
+      run(over(p, Pass::d_output, C, M,
+               {carry.plane(p), state_product.data ? state_product.plane(p) : none, grad_plane(p.first + k), at(s.z), at(s.candidate),
+                at(before), at(dc), at(dz)}),
+          x);
+      product(q, vo_t, dc.step(p, k));
+      run(over(p, Pass::d_gates, C, M, {carry.plane(p), q.plane(p), at(s.r), at(before), at(dr), at(gated)}), x);
+      const Matrix now = du.step(p, k);
+      product(now.part(false, 0, p.R), wr_t, dr.step(p, k));
+      product(now.part(false, p.R, p.R), wz_t, dz.step(p, k));
+      run(over(p, Pass::d_hidden, 2 * p.R, M, {now.plane(p), at(s.hidden)}), x);
+      product(from_later, uo_t, now);
+      state_product = from_later;
+    }
+    if (need_weights) {
+      outer_product(p, dux, du, inputs);
+      outer_product(p, duo, du, before);
+      outer_product(p, torch::stable::select(dw, 0, 0), dr, s.hidden.part(false, 0, p.R));
+      outer_product(p, torch::stable::select(dw, 0, 1), dz, s.hidden.part(false, p.R, p.R));
+      outer_product(p, dvx, dc, inputs);
+      outer_product(p, dvo, dc, gated);
+    }
+    if (need_x) {  // dr and dz are free now
+      product(dr, transposed(ux), du);
+      product(dz, transposed(vx), dc);
+      for (int64_t k = 0; k < p.steps; ++k)
+        run(over(p, Pass::sum, C, M,
+                 {plane_of(clip(dx, p.first + k)), none, dr.step(p, k).plane(p), dz.step(p, k).plane(p)}),
+            x);
+    }
+  }
+  const Plane last_product = state_product.data ? state_product.plane(p) : none;
+  if (o0) {
+    Elementwise sum = over(p, Pass::sum, C, M, {plane_of(do0), carry.plane(p), last_product});
+    sum.wide = o0->scalar_type() == p.state;
+    run(sum, x);
+  } else if (need_x) {
+    run(over(p, Pass::sum, C, M, {plane_of(clip(dx, 0)), carry.plane(p), last_product, grad_plane(0)}), x);
+  }
+  return {dx, dux, duo, dw, dvx, dvo, do0};
+}
+
+}  // namespace
+}  // namespace rcu_ops::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
+  m.impl("fast_gru", TORCH_BOX(&rcu_ops::bindings::forward));
+  m.impl("fast_gru_backward", TORCH_BOX(&rcu_ops::bindings::backward));
+}
+
+#ifdef RCU_OPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) {
+  m.impl("fast_gru", TORCH_BOX(&rcu_ops::bindings::forward));
+  m.impl("fast_gru_backward", TORCH_BOX(&rcu_ops::bindings::backward));
+}
+#endif

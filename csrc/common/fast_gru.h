@@ -1,0 +1,76 @@
+// fast_gru: the elementwise passes between its matrix products, as the bindings describe them to the CPU and CUDA kernels.
+//
+// The products are the library's (bindings_fast_gru.cpp); everything between two of them is one pass over memory. A pass knows
+// neither features nor positions: without a bias all elements are alike, so an operand is rows x segments x length elements, of
+// which `length` are adjacent. [features][columns] has features as rows and samples as segments; [columns][features] has samples
+// as segments alone; and what is contiguous in all operands is merged before a kernel sees it.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace rcu_ops::fast_gru {
+
+// Element strides from one row and one segment to the next; data null: the operand is absent.
+struct Plane {
+  void* data = nullptr;
+  int64_t row = 0, segment = 0;
+};
+
+// T: the data's type; S: fp64 for fp64, else fp32. Arithmetic is in S.
+enum class Pass : int32_t {
+  // 0 h (T, in and out), 1 product (T):  h = relu(h + product)
+  hidden,
+  // 0 r, 1 z (T, in and out), 2 state (S), 3 gated (T, out):  r = sigmoid(r); z = sigmoid(z); gated = r state
+  gates,
+  // 0 c (T, in and out), 1 product, 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out; low may be absent):
+  //   c = tanh(c + product); low = out = state = (1 - z) state + z c. Without 3, c alone.
+  output,
+  // 0 carry (S, in and out), 1 product, 2 grad (T, may be absent), 3 z, 4 c, 5 before (T), 6 dc, 7 dz (T, out):
+  //   g = carry + product + grad; dc = g z (1 - c^2); dz = g (c - before) z (1 - z); carry = g (1 - z)
+  d_output,
+  // 0 carry (S, in and out), 1 q, 2 r, 3 before (T), 4 dr, 5 gated (T, out):
+  //   dr = q before r (1 - r); gated = r before; carry += q r
+  d_gates,
+  // 0 d (T, in and out), 1 h (T):  d = h > 0 ? d : 0
+  d_hidden,
+  // 0 out (T, or S if wide), 1 a (S), 2 b, 3 c (T, each may be absent):  out = a + b + c
+  sum,
+};
+constexpr int most_planes = 8;
+
+struct Elementwise {
+  Pass pass = Pass::sum;
+  DType dtype = DType::f32;
+  int64_t rows = 1, segments = 1, length = 0;
+  Plane plane[most_planes];
+  bool wide = false;
+};
+
+constexpr int64_t elements(const Elementwise& p) { return p.rows * p.segments * p.length; }
+
+// Segments that follow one another without a gap in every operand become one, and then rows likewise.
+inline void merge(Elementwise& p) {
+  bool segments = true, rows = true;
+  for (const Plane& plane : p.plane) {
+    if (!plane.data) continue;
+    segments &= p.segments == 1 || plane.segment == p.length;
+    rows &= p.rows == 1 || plane.row == p.segments * p.length;
+  }
+  if (!segments) return;
+  p.length *= p.segments;
+  p.segments = 1;
+  if (!rows) return;
+  p.length *= p.rows;
+  p.rows = 1;
+}
+
+}  // namespace rcu_ops::fast_gru
+
+namespace rcu_ops::cpu {
+
+// Adjacent operands do not overlap, but for those that are in and out. Waits for the result.
+void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel);
+
+}  // namespace rcu_ops::cpu

@@ -1,0 +1,21 @@
+// fast_gru for AVX2 and FMA.
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "fast_gru_kernels.h"
+
+// To the end of the file: templates are instantiated there.
+#pragma GCC target("avx2,fma")
+
+namespace rcu_ops::cpu::avx2 {
+
+static constexpr int vector_bytes = 32;
+
+#include "scalar.h"
+#include "vector.h"
+#include "fast_gru_core.h"
+
+}  // namespace rcu_ops::cpu::avx2
+#endif

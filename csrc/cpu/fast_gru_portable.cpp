@@ -1,0 +1,16 @@
+// fast_gru for any processor.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "fast_gru_kernels.h"
+
+namespace rcu_ops::cpu::portable {
+
+static constexpr int vector_bytes = 16;
+
+#include "scalar.h"
+#include "vector.h"
+#include "fast_gru_core.h"
+
+}  // namespace rcu_ops::cpu::portable

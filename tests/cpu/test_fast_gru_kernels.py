@@ -1,0 +1,103 @@
+"""The CPU passes of fast_gru, through torch.ops: every instruction set, format, tail and thread count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import rcu_ops
+from rcu_ops import _library
+from tests.cpu.test_recurrent_conv_kernels import AVAILABLE
+from tests.ops.test_fast_gru import DTYPES, LAYOUTS, RESULTS, Errors, compare, inputs
+
+if not _library.LIBRARY.exists():
+    pytest.skip("the kernel library was not built", allow_module_level=True)
+
+
+@pytest.fixture(params=[isa for isa in AVAILABLE if isa != "amx"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", request.param)
+    return request.param
+
+
+def one_channel(
+    x: Tensor, o0: Tensor | None = None, ux: float = 0, uo: float = 0, wr: float = 0, wz: float = 0, vx: float = 0
+) -> tuple[Tensor, ...]:
+    """o, o_n, hidden and gates of one step of one channel, every position with its own x."""
+    x = x.view(1, 1, 1, 1, 1, -1)
+    w = torch.tensor([wr, wz]).view(2, 1, 1).to(x)
+    o0 = torch.zeros_like(x[:, 0]) if o0 is None else o0.view(1, 1, 1, 1, -1)
+    ux, uo, vx, vo = (
+        torch.full(size, float(v)).to(x) for size, v in (((2, 1), ux), ((2, 1), uo), ((1, 1), vx), ((1, 1), 0))
+    )
+    return torch.ops.rcu_ops.fast_gru(x, ux, uo, w, vx, vo, o0, True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "middle_channels"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_keeps_the_tolerance_rule(isa, dtype, layout) -> None:
+    errors = Errors(ignored=RESULTS[1:6])  # gradients of weights are sums of the library's alone
+    for positions in range(1, 9):  # runs of all lengths around a vector's
+        shape = (2, 3, 10, 1, 5, positions)
+        tensors = inputs(shape, 3, dtype)
+        laid_out = [LAYOUTS[layout](tensors[0]), *tensors[1:]]
+        grads = [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])]
+        with rcu_ops.use_backend("cpu"):
+            compare(tensors, laid_out, grads, errors)
+    errors.check()
+
+
+def test_tanh_and_sigmoid_are_accurate_and_take_special_values(isa) -> None:
+    x = torch.cat([torch.linspace(-20, 20, 40001), torch.logspace(-30, 2, 4000), torch.tensor([0.0, -0.0])])
+    o = one_channel(x, ux=1, wz=1000, vx=1)[0].flatten()
+    opened = x > 0.2  # z = sigmoid(1000 relu(x)) is exactly 1 there, and o the candidate
+    for got, exact in (
+        (o[opened], x[opened].double().tanh()),
+        (-one_channel(-x, ux=-1, wz=1000, vx=1)[0].flatten()[opened], x[opened].double().tanh()),
+        (one_channel(x, vx=1)[3][2].flatten(), x.double().tanh()),
+        (one_channel(x, ux=1, wr=1)[3][0].flatten(), x.relu().double().sigmoid()),
+        (one_channel(x, ux=1, wr=-1)[3][0].flatten(), (-x.relu()).double().sigmoid()),
+    ):
+        ulps = (got.double() - exact).abs() / (exact.abs() * torch.finfo(torch.float32).eps).clamp_min(1e-38)
+        assert ulps.max() <= 3, ulps.max()
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
+    want = torch.tensor([1.0, -1.0, torch.nan, 1.0, -1.0])
+    candidate = one_channel(special, ux=1, wr=1, wz=1, vx=1)[3][2].flatten()
+    assert torch.equal(candidate.nan_to_num(7), want.nan_to_num(7))
+    closed = one_channel(torch.tensor([200.0, 1e30]), ux=1, wr=-1)[3][0].flatten()
+    assert torch.equal(closed, torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_16_bit_numbers_are_read_and_written(isa, dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    hidden = one_channel(every, ux=1)[2][0]
+    assert torch.equal(hidden.isnan(), every.isnan())
+    normal = every.abs() >= torch.finfo(dtype).tiny  # a library may take denormal factors for 0
+    assert torch.equal(hidden[normal], every[normal].relu())
+    # fp32 to 16 bits: every midpoint between two neighbours, and a little to either side of it.
+    finite = every[every.isfinite()].float().sort().values
+    middle = (finite[1:] + finite[:-1]) / 2
+    state = torch.cat([middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf))])
+    state = state[state.to(dtype).isfinite()]
+    x = torch.ones(len(state), dtype=dtype)
+    o = one_channel(x, state, ux=1, wz=-1000)[0].flatten()  # z = 0: the state stays
+    assert torch.equal(o, state.to(dtype))
+    largest = torch.tensor([torch.finfo(dtype).max], dtype=dtype)
+    assert one_channel(largest, largest, ux=1, uo=1)[2].flatten()[0] == torch.inf
+
+
+def test_results_do_not_depend_on_the_number_of_threads(isa) -> None:
+    """More elements than fit one task; the products have one factor, so they are exact."""
+    x, state = torch.randn(2, 100_003)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(one_channel(x, state, ux=1, wr=0.5, wz=-0.5, vx=2))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
