@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _predicates, _schema, _transforms
+from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _transforms
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.fast_gru import fast_gru_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
@@ -477,7 +477,13 @@ def _plan(x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, 
 
 
 _BACKENDS = (
-    Backend("cuda", _BINARY.forward, _predicates.why_not_cuda("fast_gru", "fast_gru"), _plan),
+    Backend(
+        "cuda",
+        _BINARY.forward,
+        _predicates.why_not_cuda("fast_gru", "fast_gru"),
+        _plan,
+        _evidence.experimental("fast_gru"),
+    ),
     Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru"), _plan),
     Backend("reference", _run_reference, _predicates.why_not_reference),
 )

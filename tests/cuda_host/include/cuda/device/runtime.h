@@ -24,6 +24,8 @@ struct CUstream_st;
 namespace rcu_ops::cuda {
 
 using Stream = CUstream_st*;
+using std::exp;
 using std::fma;
+using std::tanh;
 
 }  // namespace rcu_ops::cuda
