@@ -18,6 +18,7 @@ COMMAND_MODULES = (
     "rcu_ops.bench.command",
     "rcu_ops.analysis.command",
     "rcu_ops.recipes.command",
+    "rcu_ops.features.command",
 )
 
 

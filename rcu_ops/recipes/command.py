@@ -366,8 +366,13 @@ def _resumed_settings(args: argparse.Namespace, checkpoint: dict[str, Any]) -> R
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    return parse_model_options(args.model_option)
+
+
+def parse_model_options(texts: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` arguments of a network as :func:`rcu_ops.create_model` takes them; values are JSON or strings."""
     options: dict[str, Any] = {}
-    for text in args.model_option:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--model-option: expected NAME=VALUE, got {text!r}")

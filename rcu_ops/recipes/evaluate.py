@@ -34,6 +34,7 @@ from rcu_ops.recipes.lists import LabelledVideo, VideoList
 from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision
 from rcu_ops.recipes.scoring import VideoResult
 from rcu_ops.report import replacing, write_csv
+from rcu_ops.run_folder import SETTINGS, claim_folder
 from rcu_ops.video import VideoError
 
 __all__ = ["EVERY", "EXIT_INCOMPLETE", "evaluate"]
@@ -43,7 +44,6 @@ EVERY = (1, 8)
 
 EXIT_INCOMPLETE = 3
 
-_SETTINGS = "settings.json"
 _SUMMARY = "summary.json"
 _PARTS = "parts"
 
@@ -75,7 +75,7 @@ def evaluate(
         UserError: the folder holds another evaluation, or not one video can be used.
     """
     identity = json.loads(json.dumps({**identity, "list": videos.digest, "modes": list(modes)}))
-    if _claim(out, identity) and (out / _SUMMARY).is_file():
+    if claim_folder(out, identity, "an evaluation") and (out / _SUMMARY).is_file():
         summary = json.loads((out / _SUMMARY).read_text(encoding="utf-8"))
         print(f"{out} holds this evaluation already; --overwrite does it again")
         _print_summary(summary)
@@ -101,37 +101,13 @@ def evaluate(
         temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(parts)
     _print_summary(summary)
-    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir() if path.name != _SETTINGS))} to {out}")
+    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir() if path.name != SETTINGS))} to {out}")
     if problems:
         count = f"{len(problems)} of {len(videos.videos)}"
         print(
             f"rcu-ops: warning: videos that could not be used: {count}: {list_names(sorted(problems))}", file=sys.stderr
         )
     return EXIT_INCOMPLETE if problems else 0
-
-
-def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Make ``out`` this evaluation's folder; True if it was already."""
-    settings = out / _SETTINGS
-    if settings.is_file():
-        try:
-            held = json.loads(settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{settings}: cannot be read: {error}") from error
-        differing = [key for key in sorted({*held, *identity}) if held.get(key) != identity.get(key)]
-        if differing:
-            raise UserError(
-                f"--out: {out} holds an evaluation with another {' and '.join(differing)}; give another folder, or "
-                "--overwrite to replace it"
-            )
-        return True
-    try:
-        (out / _PARTS).mkdir(parents=True, exist_ok=True)
-        with replacing(settings) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from error
-    return False
 
 
 def _part(parts: Path, index: int) -> Path:

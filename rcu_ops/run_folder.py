@@ -1,0 +1,46 @@
+"""A folder that belongs to one run of a command: the same command goes on with it, and no other overwrites it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rcu_ops.cli_errors import UserError
+from rcu_ops.report import replacing
+
+SETTINGS = "settings.json"
+
+
+def claim_folder(out: Path, identity: Mapping[str, Any], what: str) -> bool:
+    """Make ``out`` the folder of the run that ``identity`` (plain JSON values) describes; True if it was already.
+
+    Args:
+        out: the folder, made if need be.
+        identity: everything the results depend on.
+        what: what the folder holds, with its article, for the message ("an evaluation").
+
+    Raises:
+        UserError: it holds another run, or cannot be written.
+    """
+    settings = out / SETTINGS
+    if settings.is_file():
+        try:
+            held = json.loads(settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{settings}: cannot be read: {error}") from error
+        differing = [key for key in sorted({*held, *identity}) if held.get(key) != identity.get(key)]
+        if differing:
+            raise UserError(
+                f"--out: {out} holds {what} with another {' and '.join(differing)}; give another folder, or "
+                "--overwrite to replace it"
+            )
+        return True
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(settings) as temporary:
+            temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+    return False
