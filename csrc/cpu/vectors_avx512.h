@@ -79,6 +79,15 @@ struct Floats {
   static R times_power(R v, R n) { return _mm512_scalef_ps(v, n); }  // v 2^n, n whole and in [-126, 127]
   static S sum(R v) { return _mm512_reduce_add_ps(v); }
   static S largest(R v) { return _mm512_reduce_max_ps(v); }
+  static void sums(R a, R b, R c, R d, S* out) {  // four sums, added up in one order whatever the place
+    const R ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const R cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const R all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
 };
 
 struct Doubles {
@@ -108,4 +117,5 @@ struct Doubles {
   static R times_power(R v, R n) { return _mm512_scalef_pd(v, n); }  // v 2^n, n whole and in [-1022, 1023]
   static S sum(R v) { return _mm512_reduce_add_pd(v); }
   static S largest(R v) { return _mm512_reduce_max_pd(v); }
+  static void sums(R a, R b, R c, R d, S* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 };

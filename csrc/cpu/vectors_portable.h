@@ -72,6 +72,7 @@ struct Portable {
     for (int i = 1; i < L; ++i) all = v[i] > all ? v[i] : all;
     return all;
   }
+  static void sums(R a, R b, R c, R d, S* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 };
 using Floats = Portable<float, float4>;
 using Doubles = Portable<double, double2>;

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcu_ops import reference
+from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _predicates, _schema, _transforms
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.recurrent_conv import state_dtype_of
@@ -435,6 +435,12 @@ def _run_reference_attention(
     return reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count])
 
 
+def _cpu_plan(*_: Any) -> str:
+    native = _library.native()
+    isa = "" if native is None else f" ({native.cpu_isa()})"
+    return f"blocks of queries{isa}: their scores, weights and results stay in the cache; no map of the batch"
+
+
 def _probe_attention(device: str) -> tuple[Any, ...]:
     query = torch.empty(1, 4, 8, device=device)
     return query, query, query, None, 1.0, False
@@ -449,7 +455,7 @@ ATTENTION = register(
     Operator(
         "nonlocal_attention",
         (
-            Backend("cpu", _BINARY.attention, _predicates.why_not_cpu("nonlocal_attention")),
+            Backend("cpu", _BINARY.attention, _predicates.why_not_cpu("nonlocal_attention"), _cpu_plan),
             Backend("reference", _run_reference_attention, _predicates.why_not_reference),
         ),
         check=_check_attention,
@@ -460,7 +466,7 @@ STEP = register(
     Operator(
         "relational_lstm_step",
         (
-            Backend("cpu", _BINARY.step, _predicates.why_not_cpu("relational_lstm_step")),
+            Backend("cpu", _BINARY.step, _predicates.why_not_cpu("relational_lstm_step"), _cpu_plan),
             Backend("reference", reference.relational_lstm_step, _predicates.why_not_reference),
         ),
         check=_check_step,

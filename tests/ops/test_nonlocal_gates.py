@@ -30,9 +30,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 #: B, N, M, D, Dv
 SHAPES = [
-    (2, 5, 7, 3, 4),
+    (6, 5, 7, 9, 12),
     (1, 49, 49, 33, 70),
-    (3, 1, 9, 1, 1),
+    (40, 1, 9, 1, 1),
     (1, 13, 1, 17, 5),
     (1, 70, 131, 8, 19),
     (2, 16, 3, 64, 2),
@@ -87,6 +87,12 @@ def gradients(function: Callable, arguments, grads) -> tuple[Tensor, ...]:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
     return torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs])
+
+
+def test_the_compiled_backend_is_tested_when_the_library_is_there() -> None:
+    if _library.LIBRARY.exists():
+        assert _library.load_error() is None, _library.load_error()
+        assert "cpu" in BACKENDS
 
 
 # ---- nonlocal_attention -------------------------------------------------------------------------------------------
@@ -258,7 +264,7 @@ def test_nan_reaches_its_own_row_only(backend) -> None:
 
 # ---- relational_lstm_step -----------------------------------------------------------------------------------------
 
-STEP_SHAPES = [(2, 5, 3, 4), (1, 49, 40, 70), (3, 1, 1, 1), (1, 33, 16, 2), (2, 14, 65, 129)]
+STEP_SHAPES = [(8, 5, 9, 20), (1, 49, 40, 70), (60, 1, 1, 1), (4, 33, 16, 11), (2, 14, 65, 129)]
 
 
 @pytest.mark.parametrize("wide_cell", [True, False])

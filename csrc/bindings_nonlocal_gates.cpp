@@ -1,0 +1,154 @@
+// nonlocal_gates: its kernels as PyTorch operators (see bindings.h).
+#include "bindings.h"
+#include "common/nonlocal_gates.h"
+
+namespace rcu_ops::bindings {
+namespace {
+
+// The kernels read rows of unit stride. A tensor whose last dimension is strided is copied; all others lie where they are.
+Tensor with_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) < 2 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Rows rows_of(const Tensor& tensor) {  // [B,rows,columns] or [B,gates,rows,columns]
+  const Sizes s = tensor.strides();
+  if (s.size() == 3) return {.data = pointer(tensor), .batch = s[0], .gate = 0, .row = s[1]};
+  return {.data = pointer(tensor), .batch = s[0], .gate = s[1], .row = s[2]};
+}
+
+#define RCU_OPS_LAUNCH(Problem, name) \
+  void launch(const Problem& problem, const Tensor&) { cpu::name(problem, cpu_threads()); }
+RCU_OPS_LAUNCH(Attention, attend)
+RCU_OPS_LAUNCH(AttentionGrad, attend_grad)
+RCU_OPS_LAUNCH(Step, step)
+RCU_OPS_LAUNCH(StepGrad, step_grad)
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& like, const char* like_name) {
+  check_dtype(name, tensor, like.scalar_type());
+  check_device(name, tensor, like, like_name);
+}
+
+Relation relation_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double scale,
+                     bool count) {
+  check(query.dim() == 3, "query: expected [B,N,D], got ", query.dim(), " dimensions");
+  check(key.dim() == 3, "key: expected [B,M,D], got ", key.dim(), " dimensions");
+  check(value.dim() == 3, "value: expected [B,M,Dv], got ", value.dim(), " dimensions");
+  Relation r;
+  r.dtype = dtype_of("query", query);
+  r.B = query.size(0), r.N = query.size(1), r.D = query.size(2), r.M = key.size(1), r.E = value.size(2);
+  check_shape("key", key, {r.B, r.M, r.D}, "[B,M,D]");
+  check_shape("value", value, {r.B, r.M, r.E}, "[B,M,Dv]");
+  check_like("key", key, query, "query");
+  check_like("value", value, query, "query");
+  r.query = rows_of(query), r.key = rows_of(key), r.value = rows_of(value);
+  if (mask) {
+    check_shape("mask", *mask, {r.B, r.N, r.M}, "[B,N,M]");
+    check_dtype("mask", *mask, ScalarType::Bool);
+    check_device("mask", *mask, query, "query");
+    r.mask = static_cast<const uint8_t*>(pointer(*mask));
+    r.mask_batch = mask->stride(0), r.mask_row = mask->stride(1), r.mask_key = mask->stride(2);
+  }
+  r.scale = scale, r.count = count;
+  return r;
+}
+
+Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale, bool count) {
+  query = with_rows(query), key = with_rows(key), value = with_rows(value);
+  Attention p{relation_of(query, key, value, mask, scale, count), {}};
+  Tensor out = empty_of(query, {p.relation.B, p.relation.N, p.relation.E});
+  p.out = rows_of(out);
+  launch(p, query);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
+                                                               std::optional<Tensor> mask, double scale, bool count) {
+  grad = with_rows(grad), query = with_rows(query), key = with_rows(key), value = with_rows(value);
+  AttentionGrad p{relation_of(query, key, value, mask, scale, count), {}, {}, {}, {}};
+  const Relation& r = p.relation;
+  check_shape("grad", grad, {r.B, r.N, r.E}, "[B,N,Dv]");
+  check_like("grad", grad, query, "query");
+  Tensor dquery = empty_of(query, {r.B, r.N, r.D}), dkey = empty_of(key, {r.B, r.M, r.D}), dvalue = empty_of(value, {r.B, r.M, r.E});
+  p.grad = rows_of(grad), p.dquery = rows_of(dquery), p.dkey = rows_of(dkey), p.dvalue = rows_of(dvalue);
+  launch(p, query);
+  return {dquery, dkey, dvalue};
+}
+
+// What the step and its backward pass have in common.
+template <class P>
+P step_of(const Tensor& x_gates, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cell) {
+  check(x_gates.dim() == 4 && x_gates.size(1) == 4, "x_gates: expected [B,4,P,Dv], got ", shape_text(x_gates.sizes()));
+  check(query.dim() == 4, "query: expected [B,4,P,D], got ", query.dim(), " dimensions");
+  P p{};
+  Relation& r = p.relation;
+  r.dtype = dtype_of("x_gates", x_gates);
+  r.B = x_gates.size(0), r.G = 4, r.N = r.M = x_gates.size(2), r.E = x_gates.size(3), r.D = query.size(3);
+  check_shape("query", query, {r.B, 4, r.N, r.D}, "[B,4,P,D]");
+  check_shape("key", key, {r.B, 4, r.N, r.D}, "[B,4,P,D]");
+  check_shape("value", value, {r.B, 4, r.N, r.E}, "[B,4,P,Dv]");
+  check_shape("cell", cell, {r.B, r.N, r.E}, "[B,P,Dv]");
+  check_like("query", query, x_gates, "x_gates");
+  check_like("key", key, x_gates, "x_gates");
+  check_like("value", value, x_gates, "x_gates");
+  check_dtype("cell", cell, x_gates.scalar_type(), state_dtype(x_gates.scalar_type()));
+  check_device("cell", cell, x_gates, "x_gates");
+  r.query = rows_of(query), r.key = rows_of(key), r.value = rows_of(value);
+  p.x_gates = rows_of(x_gates), p.cell = rows_of(cell);
+  p.cell_is_state = cell.scalar_type() == state_dtype(x_gates.scalar_type());
+  return p;
+}
+
+std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell) {
+  x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value), cell = with_rows(cell);
+  Step p = step_of<Step>(x_gates, query, key, value, cell);
+  const Relation& r = p.relation;
+  Tensor h = empty_of(x_gates, {r.B, r.N, r.E});
+  const int64_t sizes[3] = {r.B, r.N, r.E};
+  Tensor c = torch::stable::new_empty(x_gates, Sizes(sizes, 3), state_dtype(x_gates.scalar_type()));
+  p.h = rows_of(h), p.c = rows_of(c);
+  launch(p, x_gates);
+  return {h, c};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward(std::optional<Tensor> grad_h,
+                                                                                 std::optional<Tensor> grad_c, Tensor x_gates,
+                                                                                 Tensor query, Tensor key, Tensor value,
+                                                                                 Tensor cell) {
+  x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value), cell = with_rows(cell);
+  StepGrad p = step_of<StepGrad>(x_gates, query, key, value, cell);
+  const Relation& r = p.relation;
+  check(grad_h || grad_c, "grad_h, grad_c: expected at least one of them, got none");
+  if (grad_h) {
+    check_shape("grad_h", *grad_h, {r.B, r.N, r.E}, "[B,P,Dv]");
+    check_like("grad_h", *grad_h, x_gates, "x_gates");
+    grad_h = with_rows(*grad_h);
+    p.grad_h = rows_of(*grad_h);
+  }
+  if (grad_c) {
+    check_shape("grad_c", *grad_c, {r.B, r.N, r.E}, "[B,P,Dv]");
+    check_dtype("grad_c", *grad_c, state_dtype(x_gates.scalar_type()));
+    check_device("grad_c", *grad_c, x_gates, "x_gates");
+    grad_c = with_rows(*grad_c);
+    p.grad_c = rows_of(*grad_c);
+  }
+  Tensor dx = empty_of(x_gates, {r.B, 4, r.N, r.E}), dquery = empty_of(query, {r.B, 4, r.N, r.D});
+  Tensor dkey = empty_of(key, {r.B, 4, r.N, r.D}), dvalue = empty_of(value, {r.B, 4, r.N, r.E});
+  Tensor dcell = empty_of(cell, {r.B, r.N, r.E});
+  p.dx_gates = rows_of(dx), p.dquery = rows_of(dquery), p.dkey = rows_of(dkey), p.dvalue = rows_of(dvalue);
+  p.dcell = rows_of(dcell);
+  launch(p, x_gates);
+  return {dx, dquery, dkey, dvalue, dcell};
+}
+
+}  // namespace
+}  // namespace rcu_ops::bindings
+
+#define RCU_OPS_REGISTER(key)                                                                                 \
+  STABLE_TORCH_LIBRARY_IMPL(rcu_ops, key, m) {                                                                \
+    m.impl("nonlocal_attention", TORCH_BOX(&rcu_ops::bindings::nonlocal_attention));                          \
+    m.impl("nonlocal_attention_backward", TORCH_BOX(&rcu_ops::bindings::nonlocal_attention_backward));        \
+    m.impl("relational_lstm_step", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step));                      \
+    m.impl("relational_lstm_step_backward", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_backward));    \
+  }
+RCU_OPS_REGISTER(CPU)

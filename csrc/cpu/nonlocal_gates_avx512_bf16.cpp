@@ -1,0 +1,88 @@
+// nonlocal_gates for bf16 on AVX512-BF16: both products by the instruction that adds pairs of bf16 products in fp32. Scores take
+// rows as they lie; for the sums the weights (and their gradients) are rounded to bf16, as eager PyTorch does, and packed in
+// pairs of neighbouring keys, like the rows of values.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "nonlocal_gates_kernels.h"
+
+// To the end of the file: templates are instantiated there.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+
+namespace rcu_ops::cpu::avx512_bf16 {
+
+namespace {
+#include "scalar.h"
+#include "vectors_avx512.h"
+
+constexpr int score_rows = 5, score_columns = 5, sum_rows = 7, sum_vectors = 3;
+
+template <class V, class T>
+struct Arithmetic;
+
+template <>
+struct Arithmetic<Floats, bf16_t> {
+  static constexpr int step = 32;
+  using Operand = __m512bh;
+  static Operand load(const bf16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Operand load(const bf16_t* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((uint64_t(1) << n) - 1, p); }
+  static __m512 add(Operand a, Operand b, __m512 sum) { return _mm512_dpbf16_ps(sum, a, b); }
+
+  using S = float;
+  using Left = uint32_t;  // two weights
+  using Right = bf16_t;   // [pair of k][width][2]
+  static constexpr int64_t vector = 32;
+  static constexpr int64_t steps(int64_t K) { return (K + 1) / 2; }
+  static constexpr int64_t left_size(int64_t rows, int64_t K) { return (rows + 16) * (K + 32) / 2 + 16; }
+  static constexpr int64_t right_size(int64_t K, int64_t width) { return 2 * steps(K) * width; }
+
+  static __m512i wide(__m256bh v) { return _mm512_cvtepu16_epi32((__m256i)v); }
+  static __m512i pairs(__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
+
+  // Rows of `a` are padded to 16 numbers, so whole vectors may be read.
+  static const Left* pack(const float* a, int64_t& row, int64_t& step, int64_t rows, int64_t K, Left* out) {
+    if (step == 1) {  // [row][pair of k]
+      const int64_t width = round_up(K, 16) / 2;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < K; k += 16)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * width + k / 2),
+                              (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + i * row + k)));
+      row = width;
+      return out;
+    }
+    const int64_t width = round_up(rows, 16);  // row == 1: [pair of k][row]
+    for (int64_t k = 0; k < K; k += 2)
+      for (int64_t i = 0; i < rows; i += 16) {
+        const __m512i even = wide(_mm512_cvtneps_pbh(_mm512_loadu_ps(a + k * step + i)));
+        const __m512i odd =
+            k + 1 < K ? wide(_mm512_cvtneps_pbh(_mm512_loadu_ps(a + (k + 1) * step + i))) : _mm512_setzero_si512();
+        _mm512_storeu_si512(out + k / 2 * width + i, pairs(even, odd));
+      }
+    step = width;
+    return out;
+  }
+  static void pack(const bf16_t* b, int64_t row, int64_t K, const uint8_t* dead, int64_t n, int64_t width, Right* out) {
+    for (int64_t k = 0; k < K; k += 2, out += 2 * width) {
+      const bool even = !dead || !dead[k], odd = k + 1 < K && (!dead || !dead[k + 1]);
+      const bf16_t* const p = b + k * row;
+      for (int64_t j = 0; j < width; j += 16) {
+        const __mmask16 there = j + 16 <= n ? 0xffff : j < n ? (1u << (n - j)) - 1 : 0;
+        const __m256i low = _mm256_maskz_loadu_epi16(even ? there : 0, p + j);
+        const __m256i high = _mm256_maskz_loadu_epi16(odd ? there : 0, p + row + j);
+        _mm512_storeu_si512(out + 2 * j, pairs(_mm512_cvtepu16_epi32(low), _mm512_cvtepu16_epi32(high)));
+      }
+    }
+  }
+  static Operand broadcast(Left two) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(two)); }
+  static Operand right(const Right* b) { return load(b); }
+};
+}  // namespace
+
+#define RCU_OPS_BF16_ONLY
+#include "nonlocal_gates_core.h"
+
+}  // namespace rcu_ops::cpu::avx512_bf16
+#endif

@@ -1,0 +1,769 @@
+// nonlocal_gates on vector units: the body of every instruction set.
+//
+// Included once per instruction set, inside a namespace of its own and under that file's target pragma, so that no inline
+// function compiled for one processor can be linked into the code of another. For the same reason nothing here instantiates
+// a template of the standard library.
+//
+// Layout.   Operands are read where they lie, rows of unit stride: the scores as dot products of rows (vectors along the
+//           channels, no packing), the products with the weights as sums of rows (vectors along the channels again, the
+//           weights broadcast). Only the last, partial vector of a row of values is copied out.
+// Tasks.    Forward: (sample, gate, block of queries), a step takes all four gates of its block so that the cell update
+//           follows while the gates are in the cache. Backward: the samples and gates whole when their maps are small, else
+//           blocks of queries (dquery, and three numbers per query), then blocks of keys (dkey, dvalue, maps recomputed).
+// Scratch.  Per task the weights of its block and a panel of results; never a map of the batch, never the gates.
+// Aliasing. Outputs must not overlap inputs or each other.
+// Order.    A score is V::L sums, one per lane, added at the end; a result sums over the keys in order, 128 at a time. Neither depends on
+//           the blocks, so results do not depend on the number of threads.
+// Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials, about
+//           20 operations for a vector of numbers, are N M + 5 N E / 4 per gate.
+//
+// The including file defines, in the namespace: Floats and Doubles (vectors_<isa>.h) and the blocks' sizes
+// score_rows x score_columns and sum_rows x sum_vectors.
+
+namespace {
+
+using Byte = uint8_t;
+
+// ---- the two products -------------------------------------------------------------------------------------------
+
+template <class V, class T>
+static inline typename V::R part_of(const T* p, int64_t n) {
+  typename V::S part[V::L];
+  for (int i = 0; i < V::L; ++i) part[i] = i < n ? V::scalar(p[i]) : 0;
+  return V::load(part);
+}
+template <class V, class T>
+static inline void store_part(T* p, typename V::R v, int64_t n) {
+  T part[V::L];
+  V::store(part, v);
+  memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+// How numbers of type T are multiplied and added up in V's precision; a file may specialise it for an instruction that takes
+// them as they are. Scores: operands are loaded along the rows, `step` numbers at a time. Sums: the left factor is used where
+// it lies (or packed to [row][k]), the right one is packed to [k][width] by panels.
+template <class V, class T>
+struct Arithmetic {
+  static constexpr int step = V::L;
+  using Operand = typename V::R;
+  static Operand load(const T* p) { return V::load(p); }
+  static Operand load(const T* p, int64_t n) { return part_of<V>(p, n); }
+  static typename V::R add(Operand a, Operand b, typename V::R sum) { return V::fma(a, b, sum); }
+
+  using S = typename V::S;
+  using Left = S;
+  using Right = S;
+  static constexpr int64_t left_size(int64_t, int64_t) { return 0; }
+  static constexpr int64_t right_size(int64_t K, int64_t width) { return K * width; }
+  static constexpr int64_t steps(int64_t K) { return K; }
+  static constexpr int64_t vector = V::L;  // of Right, for V::L results
+  static const Left* pack(const S* a, int64_t&, int64_t&, int64_t, int64_t, Left*) { return a; }
+  static void pack(const T* b, int64_t row, int64_t K, const Byte* dead, int64_t n, int64_t width, Right* out) {
+    for (int64_t k = 0; k < K; ++k, b += row, out += width) {
+      int64_t j = 0;
+      if (!dead || !dead[k]) {
+        for (; j + V::L <= n; j += V::L) V::store(out + j, V::load(b + j));
+        if (j < n) V::store(out + j, part_of<V>(b + j, n - j)), j += V::L;
+      }
+      for (; j < width; j += V::L) V::store(out + j, V::set1(0));
+    }
+  }
+  static typename V::R broadcast(Left a) { return V::set1(a); }
+  static typename V::R right(const Right* b) { return V::load(b); }
+};
+
+// out[i][j] = a_i . b_j, rows of d numbers.
+template <class V, class T>
+[[gnu::noinline]] static void scores(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
+                                     int64_t d, typename V::S* out, int64_t out_row) {
+  using P = Arithmetic<V, T>;
+  constexpr int MR = score_rows, NC = score_columns;
+  for (int64_t i0 = 0; i0 < rows; i0 += MR)
+    for (int64_t j0 = 0; j0 < columns; j0 += NC) {
+      const int64_t mr = min_of<int64_t>(MR, rows - i0), nc = min_of<int64_t>(NC, columns - j0);
+      const T *ar[MR], *br[NC];  // the last row stands in for those that are not there
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
+#pragma GCC unroll 8
+      for (int j = 0; j < NC; ++j) br[j] = b + (j0 + min_of<int64_t>(j, nc - 1)) * b_row;
+      typename V::R acc[MR][NC];
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < NC; ++j) acc[i][j] = V::set1(0);
+      int64_t k = 0;
+      for (; k + P::step <= d; k += P::step) {
+        typename P::Operand bv[NC];
+#pragma GCC unroll 8
+        for (int j = 0; j < NC; ++j) bv[j] = P::load(br[j] + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) {
+          const typename P::Operand av = P::load(ar[i] + k);
+#pragma GCC unroll 8
+          for (int j = 0; j < NC; ++j) acc[i][j] = P::add(av, bv[j], acc[i][j]);
+        }
+      }
+      if (k < d) {
+        typename P::Operand bv[NC];
+#pragma GCC unroll 8
+        for (int j = 0; j < NC; ++j) bv[j] = P::load(br[j] + k, d - k);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) {
+          const typename P::Operand av = P::load(ar[i] + k, d - k);
+#pragma GCC unroll 8
+          for (int j = 0; j < NC; ++j) acc[i][j] = P::add(av, bv[j], acc[i][j]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        typename V::S sum[8];
+        const typename V::R* const last = acc[i] + NC - 1;
+        V::sums(acc[i][0], acc[i][1], acc[i][2], NC > 3 ? acc[i][3] : *last, sum);
+        if constexpr (NC > 4) V::sums(*last, *last, *last, *last, sum + 4);
+        if (i < mr) memcpy(out + (i0 + i) * out_row + j0, sum, static_cast<size_t>(nc) * sizeof(typename V::S));
+      }
+    }
+}
+
+// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed.
+template <class V, class T, int NV>
+[[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
+                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out, int64_t out_row) {
+  using P = Arithmetic<V, T>;
+  constexpr int MR = sum_rows;
+  for (int64_t i0 = 0; i0 < rows; i0 += MR) {
+    const int64_t mr = min_of<int64_t>(MR, rows - i0);
+    const typename P::Left* ar[MR];  // the last row stands in for those that are not there
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
+    const typename P::Right* bk = b;
+    int64_t k = 0;
+    do {  // sums of 128 terms, then of these: one long sum would round more than a library's product does
+      const int64_t end = min_of<int64_t>(steps, k + 128);
+      typename V::R acc[MR][NV];
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] = V::set1(0);
+      const bool first = k == 0;
+      for (; k < end; ++k, bk += NV * P::vector) {
+        typename P::Operand bv[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) bv[v] = P::right(bk + v * P::vector);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) {
+          const typename P::Operand av = P::broadcast(ar[i][k * a_k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[i][v] = P::add(av, bv[v], acc[i][v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i)
+        if (i < mr)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) {
+            typename V::S* const to = out + (i0 + i) * out_row + v * V::L;
+            V::store(to, first ? acc[i][v] : V::add(V::load(to), acc[i][v]));
+          }
+    } while (k < steps);
+  }
+}
+
+template <class V>
+constexpr int64_t panel = sum_vectors* V::L;
+
+// The left factor of the sums: element (i, k) at data[i * row + k * step].
+template <class L>
+struct Left {
+  const L* data;
+  int64_t row, step;
+};
+template <class V, class T>
+static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int64_t row, int64_t step, int64_t rows, int64_t K,
+                                                     typename Arithmetic<V, T>::Left* packed) {
+  const auto* const data = Arithmetic<V, T>::pack(a, row, step, rows, K, packed);
+  return {data, row, step};
+}
+
+// Columns [from, from + n) of the product, n up to a panel; out's columns up to the next whole vector or panel are zero.
+template <class V, class T>
+static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row, int64_t K,
+                          const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
+                          typename Arithmetic<V, T>::Right* packed) {
+  using P = Arithmetic<V, T>;
+  P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : panel<V>, packed);
+  if (n <= V::L)
+    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row);
+  else
+    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row);
+}
+
+// Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the bytes.
+struct Pieces {
+  char* base = nullptr;
+  size_t used = 0;
+  template <class A>
+  A* take(int64_t count) {
+    char* at = base + used;
+    used += (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
+    return base ? reinterpret_cast<A*>(at) : nullptr;
+  }
+};
+
+// What a product needs besides its operands, for up to `rows` results of up to K terms.
+template <class V, class T>
+struct Workspace {
+  typename V::S* tile = nullptr;
+  typename Arithmetic<V, T>::Left* left = nullptr;
+  typename Arithmetic<V, T>::Right* right = nullptr;
+  Workspace(Pieces& m, int64_t rows, int64_t K) {
+    tile = m.take<typename V::S>(rows * panel<V>);
+    left = m.take<typename Arithmetic<V, T>::Left>(Arithmetic<V, T>::left_size(rows, K));
+    right = m.take<typename Arithmetic<V, T>::Right>(Arithmetic<V, T>::right_size(K, panel<V>));
+  }
+};
+
+// out = a b for all n columns, leaving out the k of `dead_k`; rows of out of `dead_row` are zero.
+template <class V, class T>
+static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_row, int64_t K,
+                    const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row, const Workspace<V, T>& w) {
+  const auto left = left_of<V, T>(a, a_row, a_k, rows, K, w.left);
+  for (int64_t from = 0; from < n; from += panel<V>) {
+    const int64_t width = min_of(panel<V>, n - from);
+    if constexpr (sizeof(T) == sizeof(typename V::S)) {
+      if (width == panel<V>) {
+        sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right);
+        continue;
+      }
+    }
+    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, w.tile, panel<V>, w.right);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < width; j += V::L) {
+        const typename V::R v = V::load(w.tile + i * panel<V> + j);
+        T* to = out + i * out_row + from + j;
+        j + V::L <= width ? V::store(to, v) : store_part<V>(to, v, width - j);
+      }
+  }
+  if (dead_row)
+    for (int64_t i = 0; i < rows; ++i)
+      if (dead_row[i]) memset(static_cast<void*>(out + i * out_row), 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+// ---- functions of vectors ---------------------------------------------------------------------------------------
+
+// exp(v): NaN for NaN, 0 for -inf and everything below the smallest normal number, inf from where it overflows.
+static inline Floats::R exp_of(Floats::R v) {
+  using V = Floats;
+  const V::R low = V::set1(-87.336544f), x = V::min(V::set1(88.722839f), V::max(low, v));
+  const V::R n = V::round(V::mul(x, V::set1(1.44269504f)));
+  V::R r = V::fma(n, V::set1(-0.693359375f), x);
+  r = V::fma(n, V::set1(2.12194440e-4f), r);
+  V::R p = V::set1(1.9875691500e-4f);
+  p = V::fma(p, r, V::set1(1.3981999507e-3f));
+  p = V::fma(p, r, V::set1(8.3334519073e-3f));
+  p = V::fma(p, r, V::set1(4.1665795894e-2f));
+  p = V::fma(p, r, V::set1(1.6666665459e-1f));
+  p = V::fma(p, r, V::set1(5.0000001201e-1f));
+  p = V::add(V::fma(p, V::mul(r, r), r), V::set1(1));
+  // 2^128 is no float: halves of the power.
+  const V::R half = V::round(V::mul(n, V::set1(0.5f)));
+  p = V::times_power(V::times_power(p, half), V::sub(n, half));
+  p = V::less(v, low, V::set1(0), p);
+  return V::less(V::set1(88.722839f), v, V::set1(__builtin_inff()), p);
+}
+static inline Doubles::R exp_of(Doubles::R v) {
+  double lane[Doubles::L];
+  Doubles::store(lane, v);
+  for (double& x : lane) x = __builtin_exp(x);
+  return Doubles::load(lane);
+}
+
+static inline Floats::R tanh_of(Floats::R v) {
+  using V = Floats;
+  const V::R size = V::max(V::sub(V::set1(0), v), v), square = V::mul(v, v);
+  V::R p = V::set1(-5.70498872745e-3f);  // near zero, where 1 - 2 / (1 + exp(2 v)) would cancel
+  p = V::fma(p, square, V::set1(2.06390887954e-2f));
+  p = V::fma(p, square, V::set1(-5.37397155531e-2f));
+  p = V::fma(p, square, V::set1(1.33314422036e-1f));
+  p = V::fma(p, square, V::set1(-3.33332819422e-1f));
+  p = V::fma(V::mul(p, square), v, v);
+  const V::R one = V::set1(1), e = exp_of(V::mul(size, V::set1(2)));
+  const V::R far = V::sub(one, V::div(V::set1(2), V::add(e, one)));
+  return V::less(size, V::set1(0.625f), p, V::less(v, V::set1(0), V::sub(V::set1(0), far), far));
+}
+static inline Doubles::R tanh_of(Doubles::R v) {
+  double lane[Doubles::L];
+  Doubles::store(lane, v);
+  for (double& x : lane) x = __builtin_tanh(x);
+  return Doubles::load(lane);
+}
+template <class V>
+static inline typename V::R sigmoid_of(typename V::R v) {
+  const typename V::R one = V::set1(1);
+  return V::div(one, V::add(one, exp_of(V::sub(V::set1(0), v))));
+}
+
+// ---- the weights of one query -----------------------------------------------------------------------------------
+
+// What the backward pass needs again of a query: exp(s - peak) / sum are its weights (s / sum under count), and
+// delta = sum_k p_k dp_k. Dead: sum = 0.
+template <class S>
+struct Query {
+  S peak, sum, delta;
+};
+
+template <class S>
+static constexpr int64_t padded(int64_t m) {
+  return round_up(m, 64 / static_cast<int64_t>(sizeof(S)));
+}
+
+// s[0 .. m) *= scale; what is not seen, and the padding, becomes -inf (softmax) or 0 (count). Returns how many are seen.
+template <class V>
+static int64_t scaled(const Relation& r, typename V::S* s, int64_t m, const Byte* mask, int64_t mask_step) {
+  using S = typename V::S;
+  const S hidden = r.count ? S(0) : -S(__builtin_inff());
+  const typename V::R scale = V::set1(static_cast<S>(r.scale));
+  for (int64_t j = m; j < padded<S>(m); ++j) s[j] = 0;
+  if (r.scale != 1)
+    for (int64_t j = 0; j < m; j += V::L) V::store(s + j, V::mul(V::load(s + j), scale));
+  for (int64_t j = m; j < padded<S>(m); ++j) s[j] = hidden;
+  if (!mask) return m;
+  int64_t seen = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    seen += mask[j * mask_step] != 0;
+    if (!mask[j * mask_step]) s[j] = hidden;
+  }
+  return seen;
+}
+
+// Scores to weights, in place. Returns whether the query is dead.
+template <class V>
+static bool weigh(const Relation& r, typename V::S* s, int64_t m, const Byte* mask, int64_t mask_step, Query<typename V::S>& q) {
+  using S = typename V::S;
+  using R = typename V::R;
+  const int64_t seen = scaled<V>(r, s, m, mask, mask_step);
+  q = {0, 0, 0};
+  if (r.count) {
+    q.sum = static_cast<S>(seen);
+  } else {
+    R top = V::set1(-S(__builtin_inff()));
+    for (int64_t j = 0; j < m; j += V::L) top = V::max(V::load(s + j), top);
+    const S peak = V::largest(top);
+    q.peak = peak == -S(__builtin_inff()) ? S(0) : peak;
+    const R base = V::set1(q.peak);
+    R total = V::set1(0);
+    for (int64_t j = 0; j < m; j += V::L) {
+      const R e = exp_of(V::sub(V::load(s + j), base));
+      V::store(s + j, e);
+      total = V::add(total, e);
+    }
+    q.sum = V::sum(total);
+  }
+  const R sum = V::set1(q.sum != 0 ? q.sum : S(1));
+  for (int64_t j = 0; j < m; j += V::L) V::store(s + j, V::div(V::load(s + j), sum));
+  return q.sum == 0;
+}
+
+template <class T>
+static T* at(const Rows& rows, int64_t b, int64_t g, int64_t n) {
+  return static_cast<T*>(rows.data) + b * rows.batch + g * rows.gate + n * rows.row;
+}
+static const Byte* mask_of(const Relation& r, int64_t b, int64_t n) {
+  return r.mask ? r.mask + b * r.mask_batch + n * r.mask_row : nullptr;
+}
+
+// The weights of queries [n, n + rows) of one sample and gate into s [rows][padded M].
+template <class V, class T>
+static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t rows, typename V::S* s, Byte* dead,
+                    Query<typename V::S>* queries) {
+  const int64_t ld = padded<typename V::S>(r.M);
+  scores<V, T>(at<const T>(r.query, b, g, n), r.query.row, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, r.D, s, ld);
+  bool any = false;
+  for (int64_t i = 0; i < rows; ++i) {
+    Query<typename V::S> q;
+    any |= dead[i] = weigh<V>(r, s + i * ld, r.M, mask_of(r, b, n + i), r.mask_key, q);
+    if (queries) queries[i] = q;
+  }
+  return any;
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------
+
+// Queries per task: enough tasks for the threads, and a block of weights that stays in the cache.
+static int64_t block_of(int64_t queries, int64_t keys, int64_t others, int threads) {
+  int64_t block = max_of<int64_t>(1, min_of<int64_t>(70, (1 << 18) / max_of<int64_t>(1, keys)));
+  if (threads > 1) {
+    const int64_t wanted = (3 * threads + others - 1) / max_of<int64_t>(1, others);
+    block = min_of(block, max_of<int64_t>(14, (queries + wanted - 1) / wanted));
+  }
+  if (queries <= block + block / 2) return max_of<int64_t>(1, queries);
+  return block;
+}
+
+template <class P>
+struct Job {
+  const P& problem;
+  int64_t block, blocks;
+  void* shared = nullptr;
+  bool whole = false;
+};
+
+template <class J>
+static void run(const Parallel& parallel, const J& job, int64_t tasks, void (*task)(void*, int64_t)) {
+  if (tasks > 0) parallel.run(parallel.pool, tasks, task, const_cast<void*>(static_cast<const void*>(&job)));
+}
+
+template <class V, class T>
+static void attend_task(void* context, int64_t index) {
+  using S = typename V::S;
+  const Job<Attention>& job = *static_cast<const Job<Attention>*>(context);
+  const Relation& r = job.problem.relation;
+  const int64_t block = index % job.blocks, bg = index / job.blocks, b = bg / r.G, g = bg % r.G;
+  const int64_t n = block * job.block, rows = min_of(job.block, r.N - n);
+  struct Memory {
+    S* s;
+    Byte* dead;
+    Workspace<V, T> work;
+    Memory(Pieces m, const Relation& r, int64_t rows, size_t* bytes = nullptr)
+        : s(m.take<S>(rows * padded<S>(r.M))), dead(m.take<Byte>(rows)), work(m, rows, r.M) {
+      if (bytes) *bytes = m.used;
+    }
+  };
+  size_t bytes;
+  Memory({}, r, rows, &bytes);
+  const Memory m({static_cast<char*>(scratch(1, bytes)), 0}, r, rows);
+  const bool any = weights<V, T>(r, b, g, n, rows, m.s, m.dead, nullptr);
+  product<V, T>(m.s, padded<S>(r.M), 1, rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr, any ? m.dead : nullptr,
+                r.E, at<T>(job.problem.out, b, g, n), job.problem.out.row, m.work);
+}
+
+template <class V, class T>
+static void attend_as(const Attention& p, const Parallel& parallel) {
+  const Relation& r = p.relation;
+  const int64_t block = block_of(r.N, r.M, r.B * r.G, parallel.threads), blocks = (r.N + block - 1) / block;
+  run(parallel, Job<Attention>{p, block, blocks}, r.B * r.G * blocks, attend_task<V, T>);
+}
+
+// ---- the step ---------------------------------------------------------------------------------------------------
+
+template <class V, class T>
+static inline typename V::R load_state(const Rows& rows, bool is_state, int64_t b, int64_t n, int64_t j, int64_t width) {
+  using S = typename V::S;
+  if (is_state) {
+    const S* p = at<const S>(rows, b, 0, n) + j;
+    return width >= V::L ? V::load(p) : part_of<V>(p, width);
+  }
+  const T* p = at<const T>(rows, b, 0, n) + j;
+  return width >= V::L ? V::load(p) : part_of<V>(p, width);
+}
+template <class V, class T>
+static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64_t n, int64_t j, int64_t width, typename V::R v) {
+  using S = typename V::S;
+  if (is_state) {
+    S* p = at<S>(rows, b, 0, n) + j;
+    width >= V::L ? V::store(p, v) : store_part<V>(p, v, width);
+  } else {
+    T* p = at<T>(rows, b, 0, n) + j;
+    width >= V::L ? V::store(p, v) : store_part<V>(p, v, width);
+  }
+}
+
+template <class V, class T>
+struct GateMemory {
+  typename V::S *s, *tile;  // [4][rows][padded M], [4][rows][panel]
+  typename Arithmetic<V, T>::Left* left;
+  typename Arithmetic<V, T>::Right* right;
+  Byte* dead;  // [4][rows]
+  size_t bytes;
+  GateMemory(Pieces m, const Relation& r, int64_t rows) {
+    using S = typename V::S;
+    using P = Arithmetic<V, T>;
+    s = m.take<S>(4 * rows * padded<S>(r.M)), tile = m.take<S>(4 * rows * panel<V>);
+    left = m.take<typename P::Left>(4 * P::left_size(rows, r.M)), right = m.take<typename P::Right>(P::right_size(r.M, panel<V>));
+    dead = m.take<Byte>(4 * rows);
+    bytes = m.used;
+  }
+};
+
+// The gates of positions [n, n + rows), panel by panel of channels: finish(row, channel, width, a[4]) gets the
+// pre-activations of V::L channels, of which `width` are there.
+template <class V, class T, class Finish>
+static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, int64_t rows, Pieces memory, Finish finish) {
+  using S = typename V::S;
+  const int64_t ld = padded<S>(r.M), map = rows * ld, area = rows * panel<V>;
+  const GateMemory<V, T> m(memory, r, rows);
+  Left<typename Arithmetic<V, T>::Left> left[4];
+  for (int64_t g = 0; g < 4; ++g) {
+    weights<V, T>(r, b, g, n, rows, m.s + g * map, m.dead + g * rows, nullptr);
+    left[g] = left_of<V, T>(m.s + g * map, ld, 1, rows, r.M, m.left + g * Arithmetic<V, T>::left_size(rows, r.M));
+  }
+  for (int64_t from = 0; from < r.E; from += panel<V>) {
+    const int64_t width = min_of(panel<V>, r.E - from);
+    for (int64_t g = 0; g < 4; ++g)
+      sums_of_panel<V>(left[g], rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr, from, width, m.tile + g * area,
+                       panel<V>, m.right);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < width; j += V::L) {
+        typename V::R a[4];
+        for (int64_t g = 0; g < 4; ++g) {
+          const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
+          a[g] = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
+          if (!m.dead[g * rows + i]) a[g] = V::add(a[g], V::load(m.tile + g * area + i * panel<V> + j));
+        }
+        finish(n + i, from + j, width - j, a);
+      }
+  }
+}
+template <class V, class T>
+static void step_task(void* context, int64_t index) {
+  using R = typename V::R;
+  const Job<Step>& job = *static_cast<const Job<Step>*>(context);
+  const Step& p = job.problem;
+  const Relation& r = p.relation;
+  const int64_t b = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
+  const Pieces memory{static_cast<char*>(scratch(1, GateMemory<V, T>({}, r, rows).bytes)), 0};
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, [&](int64_t row, int64_t j, int64_t width, const R* a) {
+    const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
+    const R c = V::fma(f, load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width), V::mul(i, g));
+    store_state<V, T>(p.c, true, b, row, j, width, c);
+    store_state<V, T>(p.h, false, b, row, j, width, V::mul(o, tanh_of(c)));
+  });
+}
+
+template <class V, class T>
+static void step_as(const Step& p, const Parallel& parallel) {
+  const Relation& r = p.relation;
+  const int64_t block = block_of(r.N, r.M, r.B, parallel.threads), blocks = (r.N + block - 1) / block;
+  run(parallel, Job<Step>{p, block, blocks}, r.B * blocks, step_task<V, T>);
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+// One sample and gate, queries [n, n + rows), its weights p and dp = g value^T in scratch: dp becomes ds. Returns delta.
+template <class V>
+static typename V::S score_gradient(const Relation& r, const typename V::S* p, typename V::S* dp, const Byte* mask,
+                                    typename V::S count) {
+  using S = typename V::S;
+  using R = typename V::R;
+  const int64_t m = r.M;
+  for (int64_t j = m; j < padded<S>(m); ++j) dp[j] = 0;
+  const R scale = V::set1(static_cast<S>(r.scale));
+  if (r.count) {
+    const R seen = V::set1(count);
+    for (int64_t j = 0; j < m; j += V::L) V::store(dp + j, V::div(V::mul(V::load(dp + j), scale), seen));
+    if (mask)
+      for (int64_t j = 0; j < m; ++j)
+        if (!mask[j * r.mask_key]) dp[j] = 0;
+    return 0;
+  }
+  R total = V::set1(0);
+  for (int64_t j = 0; j < m; j += V::L) total = V::fma(V::load(p + j), V::load(dp + j), total);
+  const S delta = V::sum(total);
+  for (int64_t j = 0; j < m; j += V::L)
+    V::store(dp + j, V::mul(scale, V::mul(V::load(p + j), V::sub(V::load(dp + j), V::set1(delta)))));
+  return delta;
+}
+
+template <class V, class T>
+struct GradMemory {  // for maps of rows x columns
+  using S = typename V::S;
+  S *p, *ds;
+  Byte* dead;
+  Query<S>* queries;
+  S *peak, *sum, *delta;
+  Workspace<V, T> work;
+  size_t bytes;
+  GradMemory(Pieces m, int64_t rows, int64_t columns)
+      : p(m.take<S>(rows * padded<S>(columns))),
+        ds(m.take<S>(rows * padded<S>(columns))),
+        dead(m.take<Byte>(max_of(rows, columns))),
+        queries(m.take<Query<S>>(rows)),
+        peak(m.take<S>(padded<S>(columns))),
+        sum(m.take<S>(padded<S>(columns))),
+        delta(m.take<S>(padded<S>(columns))),
+        work(m, max_of(rows, columns), max_of(rows, columns)),
+        bytes(m.used) {}
+};
+
+// Queries [n, n + rows): dquery, and with all queries in the block also dkey and dvalue, else what the keys' pass needs.
+template <class V, class T>
+static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows, bool whole, Pieces memory,
+                            Query<typename V::S>* queries) {
+  using S = typename V::S;
+  const Relation& r = q.relation;
+  const int64_t ld = padded<S>(r.M);
+  const GradMemory<V, T> m(memory, rows, r.M);
+  Query<S>* const own = queries ? queries : m.queries;
+  const bool any = weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
+  const T* const grad = at<const T>(q.grad, b, g, n);
+  scores<V, T>(grad, q.grad.row, rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    own[i].delta = score_gradient<V>(r, m.p + i * ld, m.ds + i * ld, mask_of(r, b, n + i), own[i].sum);
+    if (m.dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
+  }
+  const Byte* const dead = any ? m.dead : nullptr;
+  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr, dead, r.D, at<T>(q.dquery, b, g, n),
+                q.dquery.row, m.work);
+  if (!whole) return;
+  product<V, T>(m.ds, 1, ld, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead, nullptr, r.D, at<T>(q.dkey, b, g, 0),
+                q.dkey.row, m.work);
+  product<V, T>(m.p, 1, ld, r.M, grad, q.grad.row, r.N, dead, nullptr, r.E, at<T>(q.dvalue, b, g, 0), q.dvalue.row, m.work);
+}
+
+// Keys [j, j + rows): dkey and dvalue, from the transposed maps, recomputed.
+template <class V, class T>
+static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t j, int64_t rows, Pieces memory,
+                          const Query<typename V::S>* queries) {
+  using S = typename V::S;
+  using R = typename V::R;
+  const Relation& r = q.relation;
+  const int64_t ld = padded<S>(r.N);
+  const GradMemory<V, T> m(memory, rows, r.N);
+  bool any = false;
+  for (int64_t n = 0; n < ld; ++n) {
+    const Query<S> one = n < r.N ? queries[n] : Query<S>{0, 0, 0};
+    m.peak[n] = one.peak, m.sum[n] = one.sum != 0 ? one.sum : S(1), m.delta[n] = one.delta;
+    if (n < r.N) any |= m.dead[n] = one.sum == 0;
+  }
+  const T* const grad = at<const T>(q.grad, b, g, 0);
+  scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D, m.p, ld);
+  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, grad, q.grad.row, r.N, r.E, m.ds, ld);
+  const R scale = V::set1(static_cast<S>(r.scale));
+  for (int64_t i = 0; i < rows; ++i) {
+    S *const p = m.p + i * ld, *const ds = m.ds + i * ld;
+    const Byte* const mask = r.mask ? r.mask + b * r.mask_batch + (j + i) * r.mask_key : nullptr;
+    scaled<V>(r, p, r.N, mask, r.mask_row);
+    for (int64_t n = r.N; n < ld; ++n) ds[n] = 0;
+    for (int64_t n = 0; n < r.N; n += V::L) {
+      const R sum = V::load(m.sum + n), d = V::load(ds + n);
+      if (r.count) {
+        V::store(p + n, V::div(V::load(p + n), sum));
+        V::store(ds + n, V::div(V::mul(d, scale), sum));
+      } else {
+        const R w = V::div(exp_of(V::sub(V::load(p + n), V::load(m.peak + n))), sum);
+        V::store(p + n, w);
+        V::store(ds + n, V::mul(scale, V::mul(w, V::sub(d, V::load(m.delta + n)))));
+      }
+    }
+    if (r.count && mask)
+      for (int64_t n = 0; n < r.N; ++n)
+        if (!mask[n * r.mask_row]) ds[n] = 0;
+    if (any)
+      for (int64_t n = 0; n < r.N; ++n)
+        if (m.dead[n]) p[n] = ds[n] = 0;
+  }
+  const Byte* const dead = any ? m.dead : nullptr;
+  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead, nullptr, r.D, at<T>(q.dkey, b, g, j),
+                q.dkey.row, m.work);
+  product<V, T>(m.p, ld, 1, rows, grad, q.grad.row, r.N, dead, nullptr, r.E, at<T>(q.dvalue, b, g, j), q.dvalue.row, m.work);
+}
+
+template <class V, class T>
+static void query_gradients_task(void* context, int64_t index) {
+  const Job<AttentionGrad>& job = *static_cast<const Job<AttentionGrad>*>(context);
+  const Relation& r = job.problem.relation;
+  const int64_t bg = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
+  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, rows, r.M).bytes)), 0};
+  auto* const queries = static_cast<Query<typename V::S>*>(job.shared);
+  query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, rows, job.whole, memory, queries ? queries + bg * r.N + n : nullptr);
+}
+
+template <class V, class T>
+static void key_gradients_task(void* context, int64_t index) {
+  const Job<AttentionGrad>& job = *static_cast<const Job<AttentionGrad>*>(context);
+  const Relation& r = job.problem.relation;
+  const int64_t bg = index / job.blocks, j = index % job.blocks * job.block, rows = min_of(job.block, r.M - j);
+  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, rows, r.N).bytes)), 0};
+  key_gradients<V, T>(job.problem, bg / r.G, bg % r.G, j, rows, memory,
+                      static_cast<const Query<typename V::S>*>(job.shared) + bg * r.N);
+}
+
+// Whether a sample's maps stay in the cache, and there is a task for every thread without cutting samples up.
+static bool whole_maps(const Relation& r, int64_t maps, int64_t tasks, int threads) {
+  return r.N * r.M * maps <= 1 << 18 && tasks >= threads;
+}
+
+template <class V, class T>
+static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
+  using S = typename V::S;
+  const Relation& r = p.relation;
+  const int64_t samples = r.B * r.G;
+  if (r.N == 0 || r.M == 0) {  // no scores: whatever gradient there is, is zero
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t b = i / r.G, g = i % r.G;
+      for (int64_t n = 0; n < r.N; ++n) memset(static_cast<void*>(at<T>(p.dquery, b, g, n)), 0, static_cast<size_t>(r.D) * sizeof(T));
+      for (int64_t j = 0; j < r.M; ++j) {
+        memset(static_cast<void*>(at<T>(p.dkey, b, g, j)), 0, static_cast<size_t>(r.D) * sizeof(T));
+        memset(static_cast<void*>(at<T>(p.dvalue, b, g, j)), 0, static_cast<size_t>(r.E) * sizeof(T));
+      }
+    }
+    return;
+  }
+  if (whole_maps(r, 2, samples, parallel.threads)) {
+    run(parallel, Job<AttentionGrad>{p, r.N, 1, nullptr, true}, samples, query_gradients_task<V, T>);
+    return;
+  }
+  void* const shared = scratch(0, static_cast<size_t>(samples * r.N) * sizeof(Query<S>));
+  const int64_t queries = block_of(r.N, r.M, samples, parallel.threads), keys = block_of(r.M, r.N, samples, parallel.threads);
+  const int64_t query_blocks = (r.N + queries - 1) / queries, key_blocks = (r.M + keys - 1) / keys;
+  run(parallel, Job<AttentionGrad>{p, queries, query_blocks, shared}, samples * query_blocks, query_gradients_task<V, T>);
+  run(parallel, Job<AttentionGrad>{p, keys, key_blocks, shared}, samples * key_blocks, key_gradients_task<V, T>);
+}
+
+// The gates' part of the step's backward pass: dx_gates and dcell.
+template <class V, class T>
+static void gate_gradients_task(void* context, int64_t index) {
+  using R = typename V::R;
+  const Job<StepGrad>& job = *static_cast<const Job<StepGrad>*>(context);
+  const StepGrad& p = job.problem;
+  const Relation& r = p.relation;
+  const int64_t b = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
+  const Pieces memory{static_cast<char*>(scratch(1, GateMemory<V, T>({}, r, rows).bytes)), 0};
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, [&](int64_t row, int64_t j, int64_t width, const R* a) {
+    const R one = V::set1(1), zero = V::set1(0);
+    const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
+    const R before = load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width);
+    const R t = tanh_of(V::fma(f, before, V::mul(i, g)));
+    const R dh = p.grad_h.data ? load_state<V, T>(p.grad_h, false, b, row, j, width) : zero;
+    R dc = V::mul(V::mul(dh, o), V::sub(one, V::mul(t, t)));
+    if (p.grad_c.data) dc = V::add(dc, load_state<V, T>(p.grad_c, true, b, row, j, width));
+    const R da[4] = {V::mul(V::mul(dc, g), V::mul(i, V::sub(one, i))), V::mul(V::mul(dc, before), V::mul(f, V::sub(one, f))),
+                     V::mul(V::mul(dh, t), V::mul(o, V::sub(one, o))), V::mul(V::mul(dc, i), V::sub(one, V::mul(g, g)))};
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      T* to = at<T>(p.dx_gates, b, gate, row) + j;
+      width >= V::L ? V::store(to, da[gate]) : store_part<V>(to, da[gate], width);
+    }
+    store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, V::mul(dc, f));
+  });
+}
+
+template <class V, class T>
+static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
+  const Relation& r = p.relation;
+  const int64_t block = block_of(r.N, r.M, r.B, parallel.threads), blocks = (r.N + block - 1) / block;
+  run(parallel, Job<StepGrad>{p, block, blocks}, r.B * blocks, gate_gradients_task<V, T>);
+  attend_grad_as<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel);
+}
+
+}  // namespace
+
+// ---- entry points -----------------------------------------------------------------------------------------------
+
+#ifdef RCU_OPS_BF16_ONLY
+#define RCU_OPS_ENTRY_POINT(name, Problem) \
+  void name(const Problem& p, const Parallel& parallel) { name##_as<Floats, bf16_t>(p, parallel); }
+#else
+#define RCU_OPS_ENTRY_POINT(name, Problem)                                          \
+  void name(const Problem& p, const Parallel& parallel) {                           \
+    switch (p.relation.dtype) {                                                     \
+      case DType::f64: return name##_as<Doubles, double>(p, parallel);              \
+      case DType::f32: return name##_as<Floats, float>(p, parallel);                \
+      case DType::bf16: return name##_as<Floats, bf16_t>(p, parallel);              \
+      default: return name##_as<Floats, f16_t>(p, parallel);                        \
+    }                                                                               \
+  }
+#endif
+RCU_OPS_ENTRY_POINT(attend, Attention)
+RCU_OPS_ENTRY_POINT(attend_grad, AttentionGrad)
+RCU_OPS_ENTRY_POINT(step, Step)
+RCU_OPS_ENTRY_POINT(step_grad, StepGrad)

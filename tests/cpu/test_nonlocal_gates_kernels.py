@@ -1,0 +1,115 @@
+"""CPU kernels of nonlocal_gates through torch.ops: every instruction set, both forms of the backward pass, tails."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import rcu_ops  # noqa: F401  (defines the operators and loads the library)
+from rcu_ops import _library
+from tests.cpu.test_recurrent_conv_kernels import isa, poisoned_scratch  # noqa: F401  (fixtures)
+from tests.ops import exact_nonlocal as exact
+from tests.ops.test_nonlocal_gates import eager, eager_step, gradients, inputs, random_mask, step_inputs
+from tests.tolerance import assert_close_to_reference
+
+if not _library.LIBRARY.exists():
+    pytest.skip("the kernel library was not built", allow_module_level=True)
+
+kernels = torch.ops.rcu_ops
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+#: B, N, M, D, Dv: tails of every block; long enough for blocks of queries and of keys; one partial vector.
+SHAPES = [(2, 15, 33, 47, 65), (1, 150, 301, 20, 24), (3, 8, 7, 3, 5)]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, count: bool) -> Tensor:
+    return kernels.nonlocal_attention(query, key, value, mask, 0.9, count)
+
+
+@pytest.mark.parametrize("count", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_on_every_instruction_set(isa, shape, dtype, masked, count) -> None:  # noqa: F811
+    arguments, grad = inputs(shape, dtype), torch.randn(shape[0], shape[1], shape[4]).to(dtype)
+    mask = random_mask(*shape[:3]) if masked else None
+    options = {"mask": mask, "scale": 0.9, "normalize": "count" if count else "softmax"}
+    got = attend(*arguments, mask, count)
+    assert_close_to_reference(got, exact.attention(*arguments, **options), eager(*arguments, **options))
+    call = functools.partial(attend, mask=mask, count=count)
+    rough = gradients(functools.partial(eager, **options), arguments, [grad])
+    for g, w, e in zip(
+        gradients(call, arguments, [grad]), exact.attention_gradients(grad, *arguments, **options), rough, strict=True
+    ):
+        assert_close_to_reference(g, w, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 33, 50), (1, 150, 16, 24)], ids=str)
+def test_step_on_every_instruction_set(isa, shape, dtype) -> None:  # noqa: F811
+    arguments = step_inputs(shape, dtype)
+    results = kernels.relational_lstm_step(*arguments)
+    for got, want, rough in zip(results, exact.step(*arguments), eager_step(*arguments), strict=True):
+        assert_close_to_reference(got, want, rough)
+    grads = [torch.randn(shape[0], shape[1], shape[3]).to(r.dtype) for r in results]
+    for g, w, e in zip(
+        gradients(kernels.relational_lstm_step, arguments, grads),
+        exact.step_gradients(*grads, *arguments),
+        gradients(eager_step, arguments, grads),
+        strict=True,
+    ):
+        assert_close_to_reference(g, w, e)
+
+
+def test_samples_whole_or_in_blocks_give_the_same_bits(isa) -> None:  # noqa: F811
+    """With more threads than samples the backward pass is cut into queries and keys, and recomputes the maps."""
+    step = step_inputs((1, 60, 33, 70))
+    grads, threads = [torch.randn(1, 60, 70)] * 2, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = gradients(kernels.relational_lstm_step, step, grads)
+        torch.set_num_threads(7)
+        parts = gradients(kernels.relational_lstm_step, step, grads)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, 4), None),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 3, 5), torch.zeros(1, 3, 4), None),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4).double(), torch.zeros(1, 3, 4), None),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.zeros(1, 2, 4), None),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.ones(1, 3, 3)),
+        (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.ones(1, 2, 3, dtype=torch.bool)),
+    ],
+)
+def test_direct_callers_are_checked_too(arguments) -> None:
+    with pytest.raises(RuntimeError, match="expected"):
+        kernels.nonlocal_attention(*arguments, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("index", "wrong"),
+    [
+        (0, torch.zeros(2, 3, 3, 6)),
+        (1, torch.zeros(2, 4, 2, 5)),
+        (3, torch.zeros(2, 4, 3, 6).half()),
+        (4, torch.zeros(2, 3, 5)),
+        (4, torch.zeros(2, 3, 6).double()),
+    ],
+)
+def test_direct_callers_of_the_step_are_checked_too(index, wrong) -> None:
+    sizes = ((2, 4, 3, 6), (2, 4, 3, 5), (2, 4, 3, 5), (2, 4, 3, 6), (2, 3, 6))
+    arguments = [torch.zeros(s) for s in sizes]
+    arguments[index] = wrong
+    with pytest.raises(RuntimeError, match="expected"):
+        kernels.relational_lstm_step(*arguments)
+    arguments[index] = torch.zeros(sizes[index])
+    with pytest.raises(RuntimeError, match="expected at least one"):
+        kernels.relational_lstm_step_backward(None, None, *arguments)
