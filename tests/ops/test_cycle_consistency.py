@@ -40,6 +40,12 @@ def masks(n: int, frames: int) -> Tensor:
     return mask
 
 
+def test_the_compiled_backend_is_tested_when_the_library_is_there() -> None:
+    if _library.LIBRARY.exists():
+        assert _library.load_error() is None, _library.load_error()
+        assert "cpu" in BACKENDS
+
+
 # ---- forward ------------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,12 @@ def exact(value: Tensor) -> Tensor:
     return value.double()
 
 
+def test_the_compiled_backend_is_tested_when_the_library_is_there() -> None:
+    if _library.LIBRARY.exists():
+        assert _library.load_error() is None, _library.load_error()
+        assert "cpu" in BACKENDS
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,0 +1,127 @@
+// cycle_consistency: its kernels as PyTorch operators (see bindings.h).
+#include "bindings.h"
+#include "common/cycle_consistency.h"
+
+namespace rcu_ops::bindings {
+namespace {
+
+Sequence sequence_of(const Tensor& tensor) {
+  const Sizes s = tensor.strides();
+  return {.data = pointer(tensor), .n = s[0], .t = s[1], .c = s[2]};
+}
+
+FrameMask mask_of(const char* name, const std::optional<Tensor>& mask, const Tensor& like, int64_t frames) {
+  if (!mask) return {};
+  check_shape(name, *mask, {like.size(0), frames}, "[N, frames]");
+  check_dtype(name, *mask, ScalarType::Bool);
+  check_device(name, *mask, like, "a");
+  return {.data = static_cast<const uint8_t*>(pointer(*mask)), .n = mask->stride(0), .t = mask->stride(1)};
+}
+
+Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()), dtype);
+}
+
+Alignment problem_of(Align kind, const Tensor& a, const Tensor& b, const std::optional<Tensor>& mask_a,
+                     const std::optional<Tensor>& mask_b, double temperature) {
+  check(a.dim() == 3, "a: expected [N,T,C], got ", a.dim(), " dimensions");
+  Alignment p;
+  p.kind = kind;
+  p.dtype = dtype_of("a", a);
+  p.N = a.size(0), p.T = a.size(1), p.C = a.size(2);
+  check(b.dim() == 3, "b: expected [N,S,C], got ", b.dim(), " dimensions");
+  p.S = b.size(1);
+  check(p.T > 0 && p.S > 0 && p.C > 0, "a, b: expected at least one frame and one channel, got ", shape_text(a.sizes()), " and ",
+        shape_text(b.sizes()));
+  check_shape("b", b, {p.N, p.S, p.C}, "[N,S,C]");
+  check_dtype("b", b, a.scalar_type());
+  check_device("b", b, a, "a");
+  check(temperature > 0, "temperature: expected a number > 0, got ", temperature);
+  p.temperature = temperature;
+  p.a = sequence_of(a), p.b = sequence_of(b);
+  p.mask_a = mask_of("mask_a", mask_a, a, p.T);
+  p.mask_b = mask_of("mask_b", mask_b, a, p.S);
+  return p;
+}
+
+void launch(const Alignment& problem, const Tensor&) {
+  cpu::align(problem, cpu_threads());
+}
+
+std::tuple<Tensor, Tensor> soft_nearest_neighbor(Tensor a, Tensor b, std::optional<Tensor> mask_b, double temperature,
+                                                 bool need_index) {
+  Alignment p = problem_of(Align::soft, a, b, std::nullopt, mask_b, temperature);
+  Tensor soft = empty_of(a, {p.N, p.T, p.C}), index = empty_as(a, {p.N, need_index ? p.T : 0}, ScalarType::Long);
+  p.soft = pointer(soft);
+  p.index_ab = need_index ? static_cast<int64_t*>(pointer(index)) : nullptr;
+  launch(p, a);
+  return {soft, index};
+}
+
+std::tuple<Tensor, Tensor> soft_nearest_neighbor_backward(Tensor grad_soft, Tensor a, Tensor b, std::optional<Tensor> mask_b,
+                                                          double temperature) {
+  Alignment p = problem_of(Align::soft_backward, a, b, std::nullopt, mask_b, temperature);
+  check_shape("grad_soft", grad_soft, {p.N, p.T, p.C}, "[N,T,C]");
+  check_dtype("grad_soft", grad_soft, a.scalar_type());
+  check_device("grad_soft", grad_soft, a, "a");
+  p.grad = sequence_of(grad_soft);
+  Tensor da = empty_of(a, {p.N, p.T, p.C}), db = empty_of(b, {p.N, p.S, p.C});
+  p.da = pointer(da), p.db = pointer(db);
+  launch(p, a);
+  return {da, db};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cycle_consistency(Tensor a, Tensor b, std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                                     double temperature) {
+  Alignment p = problem_of(Align::cycle, a, b, mask_a, mask_b, temperature);
+  Tensor gate = empty_as(a, {p.N}, ScalarType::Bool);
+  Tensor index_ab = empty_as(a, {p.N, p.T}, ScalarType::Long), index_ba = empty_as(a, {p.N, p.S}, ScalarType::Long);
+  p.gate = static_cast<uint8_t*>(pointer(gate));
+  p.index_ab = static_cast<int64_t*>(pointer(index_ab)), p.index_ba = static_cast<int64_t*>(pointer(index_ba));
+  launch(p, a);
+  return {gate, index_ab, index_ba};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cycle_back(Tensor soft, Tensor a, std::optional<Tensor> mask_a, double temperature) {
+  Alignment p = problem_of(Align::back, soft, a, mask_a, mask_a, temperature);
+  check(p.T == p.S, "a: expected as many frames as soft, got ", p.S, " and ", p.T);
+  const ScalarType state = state_dtype(a.scalar_type());
+  Tensor log_probability = empty_as(a, {p.N, p.T}, state), mean = empty_as(a, {p.N, p.T}, state),
+         variance = empty_as(a, {p.N, p.T}, state);
+  p.log_probability = pointer(log_probability), p.mean = pointer(mean), p.variance = pointer(variance);
+  launch(p, a);
+  return {log_probability, mean, variance};
+}
+
+std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tensor grad_mean, Tensor grad_variance, Tensor soft,
+                                               Tensor a, std::optional<Tensor> mask_a, double temperature) {
+  Alignment p = problem_of(Align::back_backward, soft, a, mask_a, mask_a, temperature);
+  check(p.T == p.S, "a: expected as many frames as soft, got ", p.S, " and ", p.T);
+  const Tensor* given[3] = {&grad_log_probability, &grad_mean, &grad_variance};
+  const char* names[3] = {"grad_log_probability", "grad_mean", "grad_variance"};
+  const void** taken[3] = {&p.grad_log_probability, &p.grad_mean, &p.grad_variance};
+  Tensor contiguous[3];
+  for (int i = 0; i < 3; ++i) {
+    check_shape(names[i], *given[i], {p.N, p.T}, "[N,T]");
+    check_dtype(names[i], *given[i], state_dtype(a.scalar_type()));
+    check_device(names[i], *given[i], a, "a");
+    contiguous[i] = torch::stable::contiguous(*given[i]);
+    *taken[i] = pointer(contiguous[i]);
+  }
+  Tensor d_soft = empty_of(soft, {p.N, p.T, p.C}), da = empty_of(a, {p.N, p.S, p.C});
+  p.da = pointer(d_soft), p.db = pointer(da);
+  launch(p, a);
+  return {d_soft, da};
+}
+
+}  // namespace
+}  // namespace rcu_ops::bindings
+
+#define RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m)                                                                          \
+  m.impl("soft_nearest_neighbor", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor));                              \
+  m.impl("soft_nearest_neighbor_backward", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor_backward));            \
+  m.impl("cycle_consistency", TORCH_BOX(&rcu_ops::bindings::cycle_consistency));                                      \
+  m.impl("cycle_back", TORCH_BOX(&rcu_ops::bindings::cycle_back));                                                    \
+  m.impl("cycle_back_backward", TORCH_BOX(&rcu_ops::bindings::cycle_back_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }

@@ -1,0 +1,672 @@
+// cycle_consistency on vector units: the body of every instruction set. Included once per instruction set, inside a namespace of
+// its own and under that file's target pragma, after scalar.h and vectors.h; it instantiates nothing of the standard library.
+//
+// Distances are sums of squared differences at every length: on a CPU the subtraction runs beside the multiply-add (on other
+// units, or in the shadow of loads), so they cost what a product of matrices costs that cannot be trusted near a scene cut, and
+// half of a split-precision one.
+//
+// Layout.   Frames that are there are packed, in the precision of sums, to panels [frame / L][channel][L]: a vector holds one
+//           channel of L frames, so that a block of M queries against a panel of keys is M accumulators of L keys, queries being
+//           broadcast from their own panel, and nothing has to be added up across lanes. Where channels are added up by weights
+//           (soft neighbours, gradients) frames are also packed to rows [frame][channel].
+// Scale.    Values are multiplied by a power of two where their squares would leave the range of fp32 (or fp64). It comes back in
+//           `sharpness`, scale^-2 / temperature, and in what is written.
+// Centre.   A soft neighbour is kept as the sum u = sum_j z_j b_j as it comes out, and the rest, sum_j z_j (b_j - u): right under
+//           offsets and scene cuts, where rounding u loses the differences between frames. Gradients are taken around u, too.
+// Order.    Channels and frames are added up in order, in parts which are then added: no result depends on threads, and equal
+//           frames have equal distances wherever they stand.
+// Threads.  Short sequences: a task per sample. Others: packing, then blocks of queries, then (gradients of keys) blocks of keys.
+// Bound.    T S C multiply-adds with as many subtractions per matrix of distances, against (T + S) C numbers read: arithmetic
+//           for more than a few frames.
+
+// Sums of `count` numbers are cut into parts of this length: about the root of their number, for the least rounding.
+static inline int64_t part_of(int64_t count) { return count <= 1024 ? 16 : 32; }
+
+template <class S>
+struct Frames {
+  int64_t count = 0;       // of frames that are there
+  int64_t* place = nullptr;  // their places in the sequence
+  S* number = nullptr;       // the same as numbers
+  S *panels = nullptr, *rows = nullptr;
+};
+
+// What a sample is packed to, and how its numbers are to be read.
+template <class S>
+struct Sample {
+  Frames<S> a, b;
+  S *grad = nullptr, *grad_panels = nullptr;  // grad's rows, where the problem has them; panels as those of a
+  double scale = 1;  // what was packed is scale times what was given
+  S sharpness = 1;
+  bool finite = true;
+};
+
+struct Sizes {
+  int64_t T, S, C, pitch;  // rounded up to whole vectors; of a row of distances
+};
+
+template <class V>
+static Sizes sizes_of(const Alignment& p) {
+  const int64_t L = V::L;
+  return {round_up(p.T, L), round_up(p.S, L), round_up(p.C, L), round_up(max_of(p.T, p.S), L) + L};
+}
+
+// Packs the frames of one sequence; adds its largest magnitude to `largest` and 0 (NaN if any number is not finite) to `zero`.
+template <class V, class T>
+static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitch, const Frames<typename V::S>& to,
+                    typename V::S& largest, typename V::S& zero) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L;
+  const T* base = static_cast<const T*>(from.data) + n * from.n;
+  R most{}, zeros{};
+  alignas(64) S line[L];
+  for (int64_t t0 = 0; t0 < to.count; t0 += L) {
+    S* panel = to.panels + t0 * C;
+    for (int64_t c0 = 0; c0 < C; c0 += L) {
+      const int64_t channels = min_of<int64_t>(L, C - c0);
+      R block[L];
+      for (int l = 0; l < L; ++l) {
+        block[l] = R{};
+        if (t0 + l >= to.count) continue;
+        const T* at = base + to.place[t0 + l] * from.t + c0 * from.c;
+        if (from.c == 1 && channels == L) {
+          block[l] = V::load(at);
+        } else {
+          for (int i = 0; i < L; ++i) line[i] = i < channels ? static_cast<S>(to_double(at[i * from.c])) : S(0);
+          block[l] = V::load(line);
+        }
+        const R size = block[l] < 0 ? -block[l] : block[l];
+        most = size > most ? size : most;
+        zeros += block[l] * S(0);
+        if (to.rows) V::store(to.rows + (t0 + l) * row_pitch + c0, block[l]);
+      }
+      if (!to.panels) continue;
+      V::transpose(block);
+      for (int64_t i = 0; i < channels; ++i) V::store(panel + (c0 + i) * L, block[i]);
+    }
+  }
+  for (int l = 0; l < L; ++l) largest = max_of(largest, static_cast<S>(most[l])), zero += zeros[l];
+}
+
+template <class V>
+static void pack(DType dtype, const Sequence& from, int64_t n, int64_t C, int64_t row_pitch, const Frames<typename V::S>& to,
+                 typename V::S& largest, typename V::S& zero) {
+  if constexpr (sizeof(typename V::S) == 8)
+    return pack_as<V, double>(from, n, C, row_pitch, to, largest, zero);
+  else if (dtype == DType::f32) return pack_as<V, float>(from, n, C, row_pitch, to, largest, zero);
+  else if (dtype == DType::bf16) return pack_as<V, bf16_t>(from, n, C, row_pitch, to, largest, zero);
+  else return pack_as<V, f16_t>(from, n, C, row_pitch, to, largest, zero);
+}
+
+static int64_t find_frames(const FrameMask& mask, int64_t n, int64_t frames, int64_t* place) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < frames; ++t)
+    if (!mask.data || mask.data[n * mask.n + t * mask.t]) place[count++] = t;
+  return count;
+}
+
+template <class S>
+static void multiply(S* data, int64_t count, S factor) {
+  for (int64_t i = 0; i < count; ++i) data[i] *= factor;
+}
+
+// Memory for one packed sample, taken from `at`, which moves on.
+template <class V>
+static Sample<typename V::S> lay_out(const Alignment& p, const Sizes& z, bool rows, char*& at) {
+  using S = typename V::S;
+  Sample<S> sample;
+  const auto take = [&](int64_t bytes) {
+    char* result = at;
+    at += round_up(bytes, 64);
+    return result;
+  };
+  const auto floats = [&](int64_t count) { return reinterpret_cast<S*>(take(count * sizeof(S))); };
+  sample.a.place = reinterpret_cast<int64_t*>(take(p.T * 8));
+  sample.b.place = reinterpret_cast<int64_t*>(take(p.S * 8));
+  sample.a.number = floats(z.T);
+  sample.b.number = floats(z.S);
+  sample.a.panels = floats(z.T * p.C);
+  sample.b.panels = floats(z.S * p.C);
+  if (rows) sample.a.rows = floats(z.T * z.C), sample.b.rows = floats(z.S * z.C);
+  if (p.grad.data) sample.grad = floats(z.T * z.C), sample.grad_panels = floats(z.T * p.C);
+  return sample;
+}
+
+template <class V>
+static void fill_sample(const Alignment& p, const Sizes& z, int64_t n, Sample<typename V::S>& sample) {
+  using S = typename V::S;
+  sample.a.count = find_frames(p.mask_a, n, p.T, sample.a.place);
+  sample.b.count = find_frames(p.mask_b, n, p.S, sample.b.place);
+  for (Frames<S>* f : {&sample.a, &sample.b})
+    for (int64_t t = 0; t < f->count; ++t) f->number[t] = static_cast<S>(f->place[t]);
+  S largest = 0, zero = 0;
+  pack<V>(p.dtype, p.a, n, p.C, z.C, sample.a, largest, zero);
+  pack<V>(p.dtype, p.b, n, p.C, z.C, sample.b, largest, zero);
+  sample.finite = zero == 0;
+  const double low = sizeof(S) == 8 ? 0x1p-400 : 0x1p-30, high = sizeof(S) == 8 ? 0x1p400 : 0x1p50;
+  if (sample.finite && largest > 0 && (largest < low || largest > high)) {
+    sample.scale = 1;
+    double size = largest;
+    while (size < 1) size *= 2, sample.scale *= 2;
+    while (size > 1) size /= 2, sample.scale /= 2;
+    const int64_t L = V::L;
+    for (Frames<S>* f : {&sample.a, &sample.b}) {
+      // In two steps: from the least denormal of fp32 the factor is 2^149.
+      const double most = sizeof(S) == 4 ? 0x1p100 : 0x1p1000, first = max_of(min_of(sample.scale, most), 1 / most);
+      for (const double factor : {first, sample.scale / first}) {
+        multiply(f->panels, round_up(f->count, L) * p.C, static_cast<S>(factor));
+        if (f->rows) multiply(f->rows, f->count * z.C, static_cast<S>(factor));
+      }
+    }
+  }
+  const double sharpness = 1 / sample.scale / sample.scale / p.temperature, most = sizeof(S) == 8 ? 1.7e308 : 3.4e38;
+  sample.sharpness = static_cast<S>(min_of(sharpness, most));
+  if (sample.grad) {
+    Frames<S> grad = sample.a;
+    grad.rows = sample.grad, grad.panels = sample.grad_panels;
+    pack<V>(p.dtype, p.grad, n, p.C, z.C, grad, largest, zero);
+    sample.finite = zero == 0;
+  }
+}
+
+// ---- blocks of V::M queries ------------------------------------------------------------------------------------------
+
+// d[m * pitch + i] = |query_{t0 + m} - key_i|^2; t0 is a multiple of M, the queries' last panel is filled with zeros.
+template <class V>
+static void distances(const typename V::S* queries, int64_t t0, const typename V::S* keys, int64_t key_count, int64_t C,
+                      typename V::S* d, int64_t pitch) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const S* q = queries + t0 / L * L * C + t0 % L;
+  const int64_t step = part_of(C);
+  for (int64_t i0 = 0; i0 < key_count; i0 += L) {
+    const S* k = keys + i0 * C;
+    R total[M] = {};
+    for (int64_t c0 = 0; c0 < C; c0 += step) {
+      const int64_t end = min_of(c0 + step, C);
+      R acc[M] = {};
+      for (int64_t c = c0; c < end; ++c) {
+        const R key = V::load(k + c * L);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const R difference = key - q[c * L + m];
+          acc[m] += difference * difference;
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+    for (int m = 0; m < M; ++m) V::store(d + m * pitch + i0, total[m]);
+  }
+}
+
+// Distances to soft neighbours: d[m * pitch + i] = |(key_i - centre_m) - rest_m|^2, with both as [channel][M] in `split`.
+template <class V>
+static void distances_to_soft(const typename V::S* split, const typename V::S* keys, int64_t key_count, int64_t C,
+                              typename V::S* d, int64_t pitch) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const int64_t step = part_of(C);
+  for (int64_t i0 = 0; i0 < key_count; i0 += L) {
+    const S* k = keys + i0 * C;
+    R total[M] = {};
+    for (int64_t c0 = 0; c0 < C; c0 += step) {
+      const int64_t end = min_of(c0 + step, C);
+      R acc[M] = {};
+      for (int64_t c = c0; c < end; ++c) {
+        const R key = V::load(k + c * L);
+        const S* both = split + c * 2 * M;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const R difference = (key - both[m]) - both[M + m];
+          acc[m] += difference * difference;
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+    for (int m = 0; m < M; ++m) V::store(d + m * pitch + i0, total[m]);
+  }
+}
+
+// r[m * pitch + i] = grad_m . (key_i - centre_m), with centre and grad as [channel][M] in `split`.
+template <class V>
+static void products(const typename V::S* split, const typename V::S* keys, int64_t key_count, int64_t C, typename V::S* r,
+                     int64_t pitch) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const int64_t step = part_of(C);
+  for (int64_t i0 = 0; i0 < key_count; i0 += L) {
+    const S* k = keys + i0 * C;
+    R total[M] = {};
+    for (int64_t c0 = 0; c0 < C; c0 += step) {
+      const int64_t end = min_of(c0 + step, C);
+      R acc[M] = {};
+      for (int64_t c = c0; c < end; ++c) {
+        const R key = V::load(k + c * L);
+        const S* both = split + c * 2 * M;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += (key - both[m]) * both[M + m];
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+    for (int m = 0; m < M; ++m) V::store(r + m * pitch + i0, total[m]);
+  }
+}
+
+template <class V>
+static typename V::R lane_numbers() {
+  typename V::R r{};
+  for (int l = 0; l < V::L; ++l) r[l] = static_cast<typename V::S>(l);
+  return r;
+}
+
+// The first of the smallest of v[0 .. count), -1 where there is none: NaN and infinity are not smaller than anything.
+template <class V>
+static int64_t first_smallest(const typename V::S* v, int64_t count) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L;
+  const R lanes = lane_numbers<V>();
+  R best = R{} + static_cast<S>(__builtin_inf()), at = R{} - 1;  // places are exact in fp32 up to 2^24 frames
+  for (int64_t i = 0; i < count; i += L) {
+    const R value = V::load(v + i), place = lanes + static_cast<S>(i);
+    const auto smaller = (value < best) & (place < static_cast<S>(count));
+    best = smaller ? value : best;
+    at = smaller ? place : at;
+  }
+  S least = static_cast<S>(__builtin_inf());
+  int64_t found = -1;
+  for (int l = 0; l < L; ++l)
+    if (at[l] >= 0 && (best[l] < least || (best[l] == least && static_cast<int64_t>(at[l]) < found)))
+      least = best[l], found = static_cast<int64_t>(at[l]);
+  return found;
+}
+
+// d becomes z = softmax(-sharpness d), zero from `count` to the end of its last vector. Returns the first of the most probable
+// frames (0 if there is none: z is NaN then), in `least` its distance, in `sum` what exp(sharpness (least - d)) adds up to.
+template <class V>
+static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness, typename V::S& least, typename V::S& sum) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L;
+  const int64_t anchor = max_of<int64_t>(first_smallest<V>(d, count), 0);
+  const R lanes = lane_numbers<V>();
+  R sums{};
+  least = d[anchor];
+  for (int64_t i = 0; i < count; i += L) {
+    const R place = lanes + static_cast<S>(i);
+    R value = V::exp((least - V::load(d + i)) * sharpness);
+    value = place < static_cast<S>(count) ? value : R{};
+    sums += value;
+    V::store(d + i, value);
+  }
+  sum = V::sum(sums);
+  for (int64_t i = 0; i < count; i += L) V::store(d + i, V::load(d + i) / sum);
+  return anchor;
+}
+
+// The frames to which any of M rows of weights gives one. All, unless all numbers are finite: 0 * inf has to be seen.
+template <class V>
+static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t count, bool finite, int64_t* list) {
+  int64_t used = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    bool any = !finite;
+    for (int m = 0; m < V::M; ++m) any |= w[m * pitch + i] != 0;
+    list[used] = i;
+    used += any;
+  }
+  return used;
+}
+
+// out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[m][c]) over the `used` frames i in `list`; Centred false: without centre.
+template <class V, bool Centred>
+static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V::S* rows, const int64_t* list, int64_t used,
+                         int64_t Cp, const typename V::S* centre, typename V::S* out) {
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const int64_t step = part_of(used);
+  for (int64_t c = 0; c < Cp; c += L) {
+    R from[M], total[M] = {};
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) from[m] = Centred ? V::load(centre + m * Cp + c) : R{};
+    for (int64_t begin = 0; begin < used; begin += step) {
+      const int64_t end = min_of(begin + step, used);
+      R acc[M] = {};
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t i = list[at];
+        const R row = V::load(rows + i * Cp + c);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += w[m * pitch + i] * (Centred ? row - from[m] : row);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) V::store(out + m * Cp + c, total[m]);
+  }
+}
+
+// Rows m of `first` and `second`, of M queries, side by side: out[c][2][M].
+template <class V>
+static void interleave(const typename V::S* first, const typename V::S* second, int64_t Cp, int64_t C, typename V::S* out) {
+  constexpr int M = V::M;
+  for (int64_t c = 0; c < C; ++c)
+    for (int m = 0; m < M; ++m)
+      out[c * 2 * M + m] = first[m * Cp + c], out[c * 2 * M + M + m] = second[m * Cp + c];
+}
+
+template <class S>
+static void write(void* to, DType dtype, int64_t at, const S* from, int64_t count, double factor) {
+  if (dtype == DType::f32 && factor == 1)
+    memcpy(static_cast<float*>(to) + at, from, count * sizeof(float));
+  else
+    for (int64_t i = 0; i < count; ++i) store_any(to, dtype, at + i, static_cast<double>(from[i]) * factor);
+}
+
+// ---- tasks -------------------------------------------------------------------------------------------------------------
+
+// A block's scratch: distances or weights [M][pitch], products [M][pitch], centres and rests [M][Cp], interleaved [C][2][M].
+template <class V>
+struct Block {
+  using S = typename V::S;
+  S *z, *r, *centre, *rest, *split;
+  int64_t* list;
+  Block(const Alignment& p, const Sizes& s) {
+    char* at = static_cast<char*>(scratch(1, bytes(p, s)));
+    const auto take = [&](int64_t count) {
+      S* result = reinterpret_cast<S*>(at);
+      at += round_up(count * static_cast<int64_t>(sizeof(S)), 64);
+      return result;
+    };
+    list = reinterpret_cast<int64_t*>(take(s.pitch * 8 / static_cast<int64_t>(sizeof(S))));
+    z = take(V::M * s.pitch), r = take(V::M * s.pitch);
+    centre = take(V::M * s.C), rest = take(V::M * s.C), split = take(2 * V::M * s.C);
+  }
+  static size_t bytes(const Alignment&, const Sizes& s) {
+    return static_cast<size_t>(V::M * (2 * s.pitch + 4 * s.C) * static_cast<int64_t>(sizeof(S)) + s.pitch * 8 + 6 * 64);
+  }
+};
+
+// Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index alone.
+template <class V>
+static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
+                      const Frames<typename V::S>& b, int64_t t0, void* soft, int64_t row0, int64_t* index) {
+  using S = typename V::S;
+  constexpr int M = V::M;
+  const Block<V> block(p, s);
+  const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
+  distances<V>(a.panels, t0, b.panels, b.count, p.C, block.z, s.pitch);
+  S least, sum_of_exp;
+  for (int m = 0; m < M; ++m) softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
+  const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, block.list);
+  weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
+  weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
+  if (index) {
+    interleave<V>(block.centre, block.rest, s.C, p.C, block.split);
+    distances_to_soft<V>(block.split, b.panels, b.count, p.C, block.r, s.pitch);
+    for (int m = 0; m < rows; ++m) {
+      const int64_t found = first_smallest<V>(block.r + m * s.pitch, b.count);
+      index[row0 + a.place[t0 + m]] = found < 0 ? -1 : b.place[found];
+    }
+  }
+  if (!soft) return;
+  for (int m = 0; m < rows; ++m) {
+    S* sum = block.rest + m * s.C;
+    for (int64_t c = 0; c < p.C; ++c) sum[c] += block.centre[m * s.C + c];
+    write(soft, p.dtype, (row0 + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
+  }
+}
+
+// index[t] of a in b through the distances `between` the frames of b: argmin_i sum_j z_tj between[j][i].
+template <class V>
+static void map_through_distances(const Sizes& s, const Sample<typename V::S>& sample, typename V::S* d,
+                                  const typename V::S* between, const Frames<typename V::S>& a, const Frames<typename V::S>& b,
+                                  int64_t* index, typename V::S* spread) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L;
+  for (int64_t t = 0; t < a.count; ++t) {
+    S* z = d + t * s.pitch;
+    S least, sum;
+    softmax<V>(z, b.count, sample.sharpness, least, sum);
+    for (int64_t i = 0; i < b.count; i += L) {
+      R acc{};
+      for (int64_t j = 0; j < b.count; ++j) acc += z[j] * V::load(between + j * s.pitch + i);
+      V::store(spread + i, acc);
+    }
+    const int64_t found = first_smallest<V>(spread, b.count);
+    index[a.place[t]] = found < 0 ? -1 : b.place[found];
+  }
+}
+
+// One sample of short sequences, all matrices of distances on the way.
+template <class V>
+static void cycle_of_short(const Alignment& p, const Sizes& s, int64_t n) {
+  using S = typename V::S;
+  constexpr int M = V::M;
+  const int64_t frames = max_of(s.T, s.S), matrix = frames * s.pitch;
+  const int64_t packed = (p.T + p.S) * 8 + (s.T + s.S) * (p.C + 1) * static_cast<int64_t>(sizeof(S)) + 8 * 64;
+  char* at = static_cast<char*>(scratch(1, static_cast<size_t>(packed + (3 * matrix + frames) * static_cast<int64_t>(sizeof(S)))));
+  S* d = reinterpret_cast<S*>(at);
+  S *back = d + matrix, *between = back + matrix, *spread = between + matrix;
+  at = reinterpret_cast<char*>(spread + frames);
+  Sample<S> sample = lay_out<V>(p, s, false, at);
+  fill_sample<V>(p, s, n, sample);
+  for (int64_t t = 0; t < sample.a.count; t += M)
+    distances<V>(sample.a.panels, t, sample.b.panels, sample.b.count, p.C, d + t * s.pitch, s.pitch);
+  for (int64_t t = 0; t < sample.a.count; ++t)
+    for (int64_t i = 0; i < sample.b.count; ++i) back[i * s.pitch + t] = d[t * s.pitch + i];
+  for (int64_t t = 0; t < sample.b.count; t += M)
+    distances<V>(sample.b.panels, t, sample.b.panels, sample.b.count, p.C, between + t * s.pitch, s.pitch);
+  map_through_distances<V>(s, sample, d, between, sample.a, sample.b, p.index_ab + n * p.T, spread);
+  for (int64_t t = 0; t < sample.a.count; t += M)
+    distances<V>(sample.a.panels, t, sample.a.panels, sample.a.count, p.C, between + t * s.pitch, s.pitch);
+  map_through_distances<V>(s, sample, back, between, sample.b, sample.a, p.index_ba + n * p.S, spread);
+}
+
+static bool in_place(const FrameMask& mask, int64_t n, int64_t frames, const int64_t* index) {
+  for (int64_t t = 0; t < frames; ++t)
+    if (index[t] != t && (!mask.data || mask.data[n * mask.n + t * mask.t])) return false;
+  return true;
+}
+
+// Queries [t0, t0 + M): where they land, or with `weights` what their gradients are made of.
+//
+// weights z and w, both [T][pitch]: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so that
+//   da_t = sum_i w_ti (b_i - u_t)        db_i = sum_t (z_ti grad_t + w_ti (a_t - b_i))
+// The rows of w add up to zero, so that any centre u_t would do; the soft neighbour is near.
+template <class V>
+static void landing_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n, int64_t t0,
+                          typename V::S* z_out, typename V::S* w_out) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int M = V::M, L = V::L;
+  const Block<V> block(p, s);
+  const Frames<S>&a = sample.a, &b = sample.b;
+  const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
+  distances<V>(a.panels, t0, b.panels, b.count, p.C, block.z, s.pitch);
+  const bool back = p.kind == Align::back || p.kind == Align::back_backward;
+  for (int m = 0; m < M; ++m) {
+    S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
+    const S own = back && m < rows ? z[t0 + m] : S(0);
+    S least, sum;
+    const int64_t likely = softmax<V>(z, b.count, sample.sharpness, least, sum);
+    if (!back || m >= rows) continue;
+    // Places relative to the most probable one's: the mean of numbers close to each other.
+    const S from = b.number[likely];
+    const auto moment = [&](S mean, bool squared) {
+      R acc{};
+      for (int64_t i = 0; i < b.count; i += L) {
+        const R away = (V::load(b.number + i) - from) - mean, z_there = V::load(z + i);
+        const R term = z_there * (squared ? away * away : away);
+        acc += z_there == 0 ? R{} : term;  // beyond the last frame there are no places
+      }
+      return V::sum(acc);
+    };
+    const S mean = moment(0, false), variance = moment(mean, true);
+    const int64_t row = n * p.T + a.place[t0 + m];
+    if (p.kind == Align::back) {
+      static_cast<S*>(p.log_probability)[row] = (least - own) * sample.sharpness - static_cast<S>(__builtin_log(static_cast<double>(sum)));
+      static_cast<S*>(p.mean)[row] = from + mean;
+      static_cast<S*>(p.variance)[row] = variance;
+      continue;
+    }
+    const S g = static_cast<const S*>(p.grad_log_probability)[row], g_mean = static_cast<const S*>(p.grad_mean)[row],
+            g_variance = static_cast<const S*>(p.grad_variance)[row];
+    const S factor = static_cast<S>(2 / sample.scale / p.temperature);
+    for (int64_t i = 0; i < b.count; i += L) {
+      const R away = (V::load(b.number + i) - from) - mean;
+      V::store(w + i, factor * (V::load(z + i) * (g_mean * away + g_variance * (away * away - variance) - g)));
+    }
+    w[t0 + m] += factor * g;
+  }
+  if (p.kind == Align::back) return;
+  int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, block.list);
+  weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
+  if (!back) {
+    interleave<V>(block.centre, sample.grad + t0 * s.C, s.C, p.C, block.split);
+    products<V>(block.split, b.panels, b.count, p.C, block.r, s.pitch);
+    for (int m = 0; m < M; ++m) {
+      S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
+      R sums{};
+      const R lanes = lane_numbers<V>();
+      for (int64_t i = 0; i < b.count; i += L) {
+        const R there = lanes + static_cast<S>(i) < static_cast<S>(b.count) ? V::load(w + i) : R{};
+        V::store(w + i, there);
+        sums += V::load(z + i) * there;
+      }
+      const S sum = V::sum(sums);
+      for (int64_t i = 0; i < b.count; i += L)
+        V::store(w + i, V::load(z + i) * (V::load(w + i) - sum) * (2 * sample.sharpness));
+    }
+  }
+  if (back) {  // a frame without weight in z may have one here: its own
+    memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));
+    used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, block.list);
+  }
+  weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
+  for (int m = 0; m < rows; ++m) {
+    write(p.da, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, block.rest + m * s.C, p.C, 1);
+    memcpy(w_out + (t0 + m) * s.pitch, block.r + m * s.pitch, b.count * sizeof(S));
+    if (!back) memcpy(z_out + (t0 + m) * s.pitch, block.z + m * s.pitch, b.count * sizeof(S));
+  }
+}
+
+// db of keys [i0, i0 + M): sum_t (z_ti grad_t + w_ti (a_t - b_i)).
+template <class V>
+static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n, int64_t i0,
+                          const typename V::S* z, const typename V::S* w) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int M = V::M, L = V::L;
+  const Block<V> block(p, s);
+  const Frames<S>&a = sample.a, &b = sample.b;
+  const int rows = static_cast<int>(min_of<int64_t>(M, b.count - i0));
+  const int64_t step = part_of(a.count);
+  const bool with_grad = p.kind == Align::soft_backward;
+  for (int64_t c = 0; c < s.C; c += L) {
+    R key[M], total[M] = {};
+    for (int m = 0; m < M; ++m) key[m] = V::load(b.rows + (i0 + min_of(m, rows - 1)) * s.C + c);
+    for (int64_t begin = 0; begin < a.count; begin += step) {
+      const int64_t end = min_of(begin + step, a.count);
+      R acc[M] = {};
+      for (int64_t t = begin; t < end; ++t) {
+        const R query = V::load(a.rows + t * s.C + c);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += w[t * s.pitch + i0 + m] * (query - key[m]);
+        if (!with_grad) continue;
+        const R grad = V::load(sample.grad + t * s.C + c);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += z[t * s.pitch + i0 + m] * grad;
+      }
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+    for (int m = 0; m < rows; ++m) V::store(block.rest + m * s.C + c, total[m]);
+  }
+  for (int m = 0; m < rows; ++m) write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, block.rest + m * s.C, p.C, 1);
+}
+
+// ---- the whole problem -------------------------------------------------------------------------------------------------
+
+template <class Function>
+static void run(const Parallel& parallel, int64_t count, const Function& function) {
+  if (count == 0) return;
+  parallel.run(
+      parallel.pool, count, [](void* context, int64_t i) { (*static_cast<const Function*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&function)));
+}
+
+static void fill_indices(int64_t* index, int64_t count) {
+  for (int64_t i = 0; index && i < count; ++i) index[i] = -1;
+}
+
+template <class V>
+static void align_as(const Alignment& p, const Parallel& parallel) {
+  using S = typename V::S;
+  constexpr int M = V::M;
+  const Sizes s = sizes_of<V>(p);
+  const int64_t element = element_size(p.dtype), sum = sizeof(S);
+  // What nothing is written for: frames that are not there, and samples without any frame to map to.
+  fill_indices(p.index_ab, p.N * p.T);
+  fill_indices(p.index_ba, p.N * p.S);
+  if (p.soft && p.mask_b.data) memset(p.soft, 0, static_cast<size_t>(p.N * p.T * p.C * element));
+  if (p.da && (p.mask_a.data || p.mask_b.data)) memset(p.da, 0, static_cast<size_t>(p.N * p.T * p.C * element));
+  if (p.db && p.mask_b.data) memset(p.db, 0, static_cast<size_t>(p.N * p.S * p.C * element));
+  if (p.kind == Align::back && p.mask_a.data)
+    for (void* result : {p.log_probability, p.mean, p.variance}) memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
+
+  if (p.kind == Align::cycle && max_of(p.T, p.S) <= most_frames_through_distances) {
+    run(parallel, p.N, [&](int64_t n) { cycle_of_short<V>(p, s, n); });
+  } else {
+    const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
+    const int64_t weights = gradients ? 2 * s.T * s.pitch * sum : 0;
+    const int64_t packed = (p.T + p.S) * 8 + ((s.T + s.S) * (p.C + s.C + 1) + (p.grad.data ? s.T * (p.C + s.C) : 0)) * sum + 12 * 64;
+    const int64_t per_sample = round_up(packed + weights + static_cast<int64_t>(sizeof(Sample<S>)), 64);
+    // As many samples at once as fit 64 MB, and at least one.
+    const int64_t group = max_of<int64_t>(1, min_of(p.N, (int64_t(64) << 20) / per_sample));
+    char* const memory = static_cast<char*>(scratch(0, static_cast<size_t>(group * per_sample)));
+    for (int64_t first = 0; first < p.N; first += group) {
+      const int64_t samples = min_of(group, p.N - first);
+      const auto sample_at = [&](int64_t i) { return reinterpret_cast<Sample<S>*>(memory + i * per_sample); };
+      const auto weights_at = [&](int64_t i) { return reinterpret_cast<S*>(memory + (i + 1) * per_sample - weights); };
+      run(parallel, samples, [&](int64_t i) {
+        char* at = memory + i * per_sample + round_up(sizeof(Sample<S>), 64);
+        Sample<S> sample = lay_out<V>(p, s, true, at);
+        fill_sample<V>(p, s, first + i, sample);
+        memcpy(static_cast<void*>(sample_at(i)), &sample, sizeof sample);
+      });
+      const int64_t blocks = (p.T + M - 1) / M, key_blocks = (p.S + M - 1) / M;
+      run(parallel, samples * (blocks + (p.kind == Align::cycle ? key_blocks : 0)), [&](int64_t task) {
+        const Sample<S>& sample = *sample_at(task % samples);
+        const int64_t n = first + task % samples, t = task / samples * M, u = t - blocks * M;
+        const Frames<S>&a = sample.a, &b = sample.b;
+        if (p.kind == Align::soft) {
+          if (t < a.count && b.count) map_block<V>(p, s, sample, a, b, t, p.soft, n * p.T, p.index_ab);
+        } else if (p.kind == Align::cycle) {
+          if (u < 0 && t < a.count && b.count) map_block<V>(p, s, sample, a, b, t, nullptr, n * p.T, p.index_ab);
+          if (u >= 0 && u < b.count && a.count) map_block<V>(p, s, sample, b, a, u, nullptr, n * p.S, p.index_ba);
+        } else if (t < a.count && b.count) {
+          S* z = weights_at(task % samples);
+          landing_block<V>(p, s, sample, n, t, z, z + s.T * s.pitch);
+        }
+      });
+      if (!gradients) continue;
+      run(parallel, samples * key_blocks, [&](int64_t task) {
+        const Sample<S>& sample = *sample_at(task % samples);
+        const S* z = weights_at(task % samples);
+        const int64_t i = task / samples * M;
+        if (i < sample.b.count) key_gradients<V>(p, s, sample, first + task % samples, i, z, z + s.T * s.pitch);
+      });
+    }
+  }
+  if (p.kind != Align::cycle) return;
+  for (int64_t n = 0; n < p.N; ++n)
+    p.gate[n] = p.T == p.S && in_place(p.mask_a, n, p.T, p.index_ab + n * p.T) && in_place(p.mask_b, n, p.S, p.index_ba + n * p.S);
+}
+
+void align(const Alignment& p, const Parallel& parallel) { align_as<F32>(p, parallel); }

@@ -1,0 +1,31 @@
+// cycle_consistency and srtg for any processor: vectors of the compiler's own.
+#include <cstring>
+
+#include "cycle_consistency_kernels.h"
+
+namespace rcu_ops::cpu::portable {
+
+#include "scalar.h"
+
+static constexpr int vector_bytes = 16;
+
+template <class R>
+static R load_half(const f16_t* p) {
+  R v{};
+  for (int l = 0; l < 4; ++l) v[l] = static_cast<float>(to_double(p[l]));
+  return v;
+}
+template <class R>
+static void store_half(f16_t* p, R v) {
+  for (int l = 0; l < 4; ++l) from_double(v[l], p[l]);
+}
+
+#include "vectors.h"
+#include "cycle_consistency_core.h"
+#include "srtg_core.h"
+
+// fp64 is for checking gradients: one instruction set is enough, and the others' compile time is saved.
+void align_f64(const Alignment& p, const Parallel& parallel) { align_as<F64>(p, parallel); }
+void gate_data_path_f64(const GateData& p, const Parallel& parallel) { GateTask<F64, double>::run_task(p, parallel); }
+
+}  // namespace rcu_ops::cpu::portable

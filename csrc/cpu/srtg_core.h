@@ -1,0 +1,207 @@
+// The data path of an SRTG block on vector units: the body of every instruction set, included as cycle_consistency_core.h is.
+//
+// Layout.   Vectors along positions where a frame's positions are adjacent, along channels where those are, in one pass over x (and
+//           grad) either way; any other strides number by number.
+// Owner.    Of sums: the task of (sample, channel, frame), or of (sample, frame, channels). Of y: the same task.
+// Order.    Sums over positions are vectors' worth of partial sums, in parts (part_of) along channels, in an order that depends
+//           on the sizes and the layout alone.
+// Tails.    The last vector overlaps the one before it: it writes the same numbers again, and adds only what is new.
+// Bound.    Bytes: x read once (and grad), y written once.
+
+template <class V, class T>
+struct GateTask {
+  using S = typename V::S;
+  using R = typename V::R;
+  static constexpr int L = V::L, wide = 4;  // vectors of channels that one pass over the positions takes
+
+  template <GatePass Pass>
+  static R result(R x, R grad, R h) {
+    if constexpr (Pass == GatePass::mul) return x * h;
+    if constexpr (Pass == GatePass::add) return x + h;
+    return grad * h;
+  }
+  template <GatePass Pass>
+  static R summand(R x, R grad) {
+    return Pass == GatePass::backward ? x * grad : x;
+  }
+  static constexpr bool sums(GatePass pass) { return pass == GatePass::squeeze || pass == GatePass::backward; }
+
+  // `count` >= L adjacent positions of one channel. Returns the sum, spread over the lanes.
+  template <GatePass Pass>
+  static R plane(const T* x, const T* grad, T* y, S h, int64_t count) {
+    const R factor = R{} + h;
+    R acc[4] = {};
+    int64_t i = 0;
+    const auto step = [&](int64_t at, R& sum, bool all, int64_t from) {
+      const R value = V::load(x + at), of_grad = Pass == GatePass::backward ? V::load(grad + at) : R{};
+      if constexpr (Pass != GatePass::squeeze) V::store(y + at, result<Pass>(value, of_grad, factor));
+      if constexpr (sums(Pass)) {
+        const R term = summand<Pass>(value, of_grad);
+        sum += all ? term : (lane_numbers<V>() < static_cast<S>(from) ? R{} : term);
+      }
+    };
+    for (; i + 4 * L <= count; i += 4 * L)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) step(i + k * L, acc[k], true, 0);
+    for (; i + L <= count; i += L) step(i, acc[0], true, 0);
+    if (i < count) step(count - L, acc[1], false, i - (count - L));
+    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  }
+
+  // All positions of K vectors of channels of one frame, from channel c on.
+  template <GatePass Pass, int K>
+  static void channels(const GateData& p, int64_t n, int64_t t, int64_t c, const S* h, S* out) {
+    const auto base = [&](const View& v) {
+      return static_cast<T*>(v.data) + (v.data ? n * v.n + t * v.t + c : 0);
+    };
+    const T *x = base(p.x), *grad = base(p.grad);
+    T* y = base(p.y);
+    R factor[K], acc[K] = {}, total[K] = {};
+    for (int k = 0; k < K; ++k) factor[k] = h ? V::load(h + k * L) : R{};
+    const int64_t part = part_of(p.H * p.W);
+    int64_t since = 0;
+    for (int64_t i = 0; i < p.H; ++i)
+      for (int64_t j = 0; j < p.W; ++j) {
+        const T* from = x + i * p.x.h + j * p.x.w;
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) {
+          const R value = V::load(from + k * L);
+          const R of_grad = Pass == GatePass::backward ? V::load(grad + i * p.grad.h + j * p.grad.w + k * L) : R{};
+          if constexpr (Pass != GatePass::squeeze)
+            V::store(y + i * p.y.h + j * p.y.w + k * L, result<Pass>(value, of_grad, factor[k]));
+          if constexpr (sums(Pass)) acc[k] += summand<Pass>(value, of_grad);
+        }
+        if (sums(Pass) && ++since == part) {
+          since = 0;
+          for (int k = 0; k < K; ++k) total[k] += acc[k], acc[k] = R{};
+        }
+      }
+    if constexpr (sums(Pass))
+      for (int k = 0; k < K; ++k) V::store(out + k * L, total[k] + acc[k]);
+  }
+
+  // Number by number.
+  template <GatePass Pass>
+  static S scattered(const GateData& p, int64_t n, int64_t c, int64_t t, S h) {
+    const auto at = [&](const View& v, int64_t i, int64_t j) { return n * v.n + c * v.c + t * v.t + i * v.h + j * v.w; };
+    S total = 0;
+    for (int64_t i = 0; i < p.H; ++i) {
+      S row = 0;
+      for (int64_t j = 0; j < p.W; ++j) {
+        const S x = static_cast<S>(to_double(static_cast<const T*>(p.x.data)[at(p.x, i, j)]));
+        S g = 0;
+        if constexpr (Pass == GatePass::backward) g = static_cast<S>(to_double(static_cast<const T*>(p.grad.data)[at(p.grad, i, j)]));
+        if constexpr (Pass != GatePass::squeeze) {
+          const S y = Pass == GatePass::mul ? x * h : Pass == GatePass::add ? x + h : g * h;
+          from_double(y, static_cast<T*>(p.y.data)[at(p.y, i, j)]);
+        }
+        if constexpr (sums(Pass)) row += Pass == GatePass::backward ? x * g : x;
+      }
+      total += row;
+    }
+    return total;
+  }
+
+  static bool open(const GateData& p, int64_t n) { return !p.gate || p.gate[n * p.gate_stride]; }
+  template <GatePass Pass>
+  static S neutral() {
+    return Pass == GatePass::add ? S(-0.0) : S(1);  // x + -0 is x, for every x
+  }
+  template <GatePass Pass>
+  static S finished(const GateData& p, S sum, int64_t n) {
+    return Pass == GatePass::squeeze ? sum / static_cast<S>(p.H * p.W) : open(p, n) ? sum : S(0);
+  }
+
+  template <GatePass Pass, int K>
+  static void channel_part(const GateData& p, int64_t n, int64_t t, int64_t c) {
+    const int64_t at = (n * p.T + t) * p.C + c;
+    S factors[wide * L], sum[wide * L];
+    if constexpr (Pass != GatePass::squeeze)
+      for (int l = 0; l < K * L; ++l) factors[l] = open(p, n) ? static_cast<const S*>(p.h)[at + l] : neutral<Pass>();
+    channels<Pass, K>(p, n, t, c, Pass == GatePass::squeeze ? nullptr : factors, sum);
+    if constexpr (sums(Pass))
+      for (int l = 0; l < K * L; ++l) static_cast<S*>(p.sums)[at + l] = finished<Pass>(p, sum[l], n);
+  }
+
+  template <GatePass Pass>
+  static void run_pass(const GateData& p, const Parallel& parallel) {
+    const int64_t positions = p.H * p.W;
+    const bool rows = planar(p, p.x) && planar(p, p.y) && planar(p, p.grad) && positions >= L;
+    const bool columns = channels_adjacent(p.x) && channels_adjacent(p.y) && channels_adjacent(p.grad) && p.C >= L;
+    S* const out = static_cast<S*>(p.sums);
+    const S* const h = static_cast<const S*>(p.h);
+    if (columns && !rows) {
+      // The last task of a frame takes what is left over, so that its overlapping vectors are its own.
+      const int64_t width = wide * L, chunks = max_of<int64_t>(1, p.C / width);
+      run(parallel, p.N * p.T * chunks, [&](int64_t task) {
+        const int64_t n = task / chunks / p.T, t = task / chunks % p.T, chunk = task % chunks;
+        const int64_t end = chunk + 1 == chunks ? p.C : (chunk + 1) * width;
+        int64_t c = chunk * width;
+        for (; c + width <= end; c += width) channel_part<Pass, wide>(p, n, t, c);
+        for (; c < end; c += L) channel_part<Pass, 1>(p, n, t, min_of(c, p.C - L));
+      });
+      return;
+    }
+    // A few planes per task, about 64 KB.
+    const int64_t planes = p.N * p.C * p.T;
+    const int64_t per_task = max_of<int64_t>(1, 65536 / (positions * static_cast<int64_t>(sizeof(T)) + 1));
+    run(parallel, (planes + per_task - 1) / per_task, [&](int64_t task) {
+      const int64_t end = min_of((task + 1) * per_task, planes);
+      // Sums wait until there is one per lane: turned around, they are added up side by side.
+      R waiting[L];
+      S ready[L];
+      int64_t to[L], of[L];
+      int count = 0;
+      const int64_t begin = task * per_task;
+      int64_t t = begin % p.T, c = begin / p.T % p.C, n = begin / p.T / p.C;
+      const auto next = [&] {
+        if (++t < p.T) return;
+        t = 0;
+        if (++c == p.C) c = 0, ++n;
+      };
+      for (int64_t i = begin; i < end; ++i, next()) {
+        const int64_t at = (n * p.T + t) * p.C + c;
+        const S factor = Pass == GatePass::squeeze || !open(p, n) ? neutral<Pass>() : h[at];
+        const auto base = [&](const View& v) {
+          return static_cast<T*>(v.data) + (v.data ? n * v.n + c * v.c + t * v.t : 0);
+        };
+        if (!rows) {
+          const S sum = scattered<Pass>(p, n, c, t, factor);
+          if constexpr (sums(Pass)) out[at] = finished<Pass>(p, sum, n);
+          continue;
+        }
+        const R sum = plane<Pass>(base(p.x), base(p.grad), base(p.y), factor, positions);
+        if constexpr (!sums(Pass)) continue;
+        waiting[count] = sum, to[count] = at, of[count] = n;
+        if (++count < L && i + 1 < end) continue;
+        for (int l = count; l < L; ++l) waiting[l] = R{};
+        V::transpose(waiting);
+#pragma GCC unroll 4
+        for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+          for (int l = 0; l < half; ++l) waiting[l] += waiting[l + half];
+        if constexpr (Pass == GatePass::squeeze) waiting[0] /= static_cast<S>(positions);
+        V::store(ready, waiting[0]);
+        for (int l = 0; l < count; ++l) out[to[l]] = Pass == GatePass::squeeze || open(p, of[l]) ? ready[l] : S(0);
+        count = 0;
+      }
+    });
+  }
+
+  static void run_task(const GateData& p, const Parallel& parallel) {
+    switch (p.pass) {
+      case GatePass::squeeze: return run_pass<GatePass::squeeze>(p, parallel);
+      case GatePass::mul: return run_pass<GatePass::mul>(p, parallel);
+      case GatePass::add: return run_pass<GatePass::add>(p, parallel);
+      case GatePass::backward: return run_pass<GatePass::backward>(p, parallel);
+    }
+  }
+};
+
+void gate_data_path(const GateData& p, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::f32: return GateTask<F32, float>::run_task(p, parallel);
+    case DType::bf16: return GateTask<F32, bf16_t>::run_task(p, parallel);
+    default: return GateTask<F32, f16_t>::run_task(p, parallel);
+  }
+}

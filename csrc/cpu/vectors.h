@@ -1,0 +1,100 @@
+// Vectors F32 and F64 in the compiler's own types, for kernels whose inner loops it turns into good code by itself. Included inside
+// the namespace of the instruction set that uses them, after scalar.h; that file defines `vector_bytes` and load_half.
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+
+using float_vector = float __attribute__((vector_size(vector_bytes)));
+using double_vector = double __attribute__((vector_size(vector_bytes)));
+
+template <class Scalar, class Vector>
+struct Vectors {
+  using S = Scalar;
+  using R = Vector;
+  static constexpr int L = vector_bytes / sizeof(S);
+  static constexpr int M = L < 8 ? L : 8;  // broadcast operands of a block: accumulators, and as many operands, fit the registers
+
+  static R load(const S* p) {
+    R v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(S* p, R v) { memcpy(p, &v, sizeof v); }
+
+  // Sum of the lanes, in pairs of pairs.
+  static S sum(R v) {
+    for (int half = L / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) v[l] += v[l + half];
+    return v[0];
+  }
+
+  // Row i becomes column i. Step by step, bit h of the row's and of the lane's number change places.
+  static void transpose(R (&row)[L]) { swap_bits<L / 2>(row); }
+
+ private:
+  template <int H>
+  static void swap_bits(R (&row)[L]) {
+    if constexpr (H > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        if (!(i & H)) swap_pair<H>(row[i], row[i + H], typename CountLanes<L>::type());
+      swap_bits<H / 2>(row);
+    }
+  }
+  template <int H, int... I>
+  static void swap_pair(R& a, R& b, Lanes<I...>) {
+    const R low = __builtin_shufflevector(a, b, ((I & H) ? L + I - H : I)...);
+    b = __builtin_shufflevector(a, b, ((I & H) ? L + I : I + H)...);
+    a = low;
+  }
+};
+
+struct F32 : Vectors<float, float_vector> {
+  using I = int32_t __attribute__((vector_size(vector_bytes)));
+  using U = uint32_t __attribute__((vector_size(vector_bytes)));
+  using H = uint16_t __attribute__((vector_size(vector_bytes / 2)));
+  using Vectors::load;
+  static R load(const bf16_t* p) {
+    H half;
+    memcpy(&half, p, sizeof half);
+    return reinterpret_cast<R>(__builtin_convertvector(half, U) << 16);
+  }
+  static R load(const f16_t* p) { return load_half<R>(p); }
+  using Vectors::store;
+  static void store(bf16_t* p, R v) {
+    const U bits = reinterpret_cast<U>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const U result = v == v ? rounded : (bits >> 16 | 0x40);
+    const H half = __builtin_convertvector(result, H);
+    memcpy(p, &half, sizeof half);
+  }
+  static void store(f16_t* p, R v) { store_half(p, v); }
+
+  // e^x for x <= 0, to 1 ulp; 0 below the least normal number; NaN for NaN.
+  static R exp(R x) {
+    const R magic = R{} + 12582912.0f;  // 1.5 * 2^23: its sum with n holds n in the low bits, rounded to nearest
+    const R shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const R r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+    R p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const I exponent = (reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic) + 127) << 23;
+    return x < -87.0f ? R{} : p * reinterpret_cast<R>(exponent);
+  }
+};
+
+struct F64 : Vectors<double, double_vector> {
+  using Vectors::load;
+  static R exp(R x) {
+    for (int l = 0; l < L; ++l) x[l] = __builtin_exp(x[l]);
+    return x;
+  }
+};
