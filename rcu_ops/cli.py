@@ -17,6 +17,7 @@ COMMAND_MODULES = (
     "rcu_ops.cost",
     "rcu_ops.bench.command",
     "rcu_ops.analysis.command",
+    "rcu_ops.analysis.fusion_command",
     "rcu_ops.recipes.command",
     "rcu_ops.features.command",
 )

@@ -6,6 +6,9 @@
 :mod:`.segments`        accuracy of ten equal segments relative to the first, sliding or unrolled
 :mod:`.detection`       frame-wise mean average precision of dense multi-label scores, mAP@1 and mAP@8
 :mod:`.spectrum`        entries, diagonal and eigenvalues of every layer's hidden-to-hidden matrix
+:mod:`.confusion`       confusion matrices ordered by category, their difference, change per class
+:mod:`.fusion`          fusion of streams, of features or scores
+:mod:`.top5`            the best classes of single videos beside their pictures
 :mod:`.scores_io`       reading scores and labels from files
 ======================  ====================================================================================
 

@@ -20,7 +20,7 @@ labels: a CSV file with the header video,label."""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register ``analyze`` and its five evaluations."""
+    """Register ``analyze`` and its evaluations."""
     parser = subparsers.add_parser(
         "analyze",
         help="evaluate scores and weights: accuracy, early prediction, segments, mAP, spectrum",
@@ -53,6 +53,18 @@ def add_parser(subparsers: Any) -> None:
     detection.add_argument(
         "--fps", type=float, help="frames per second, for labels in seconds and scores without times"
     )
+    confusion = _add(
+        kinds, "confusion", _run_confusion, "confusion matrices by category, their difference, change per class"
+    )
+    _add_scores(confusion)
+    confusion.add_argument(
+        "--categories", type=Path, metavar="FILE", help="CSV file class,category: orders the classes, needs --classes"
+    )
+    confusion.add_argument("--top", type=int, metavar="N", help="draw the change of the N classes of largest gain only")
+    best = _add(kinds, "top5", _run_top5, "the five best classes of single videos beside a picture of each")
+    _add_scores(best)
+    best.add_argument("--videos", type=Path, metavar="DIR", help="folder of the videos, for their pictures")
+    best.add_argument("--show", nargs="+", metavar="VIDEO", help="which videos (default: the first six)")
     spectrum = _add(kinds, "spectrum", _run_spectrum, "entries, diagonal and eigenvalues of every w_hh", files=False)
     spectrum.add_argument("weights", type=Path, help="state dict of a recurrent network: .pth, .pt or .safetensors")
 
@@ -116,17 +128,26 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, ScoreSet], list[str] | No
     """Scores of every model by name, all on the same videos, and the class names."""
     from rcu_ops.analysis import scores_io
 
+    models = read_models(args.scores, softmax=args.softmax)
+    first = next(iter(models.values()))
+    classes = scores_io.read_class_names(args.classes, first.num_classes) if args.classes else None
+    return models, classes
+
+
+def read_models(sources: Sequence[str], *, softmax: bool = False) -> dict[str, ScoreSet]:
+    """Scores of every ``[NAME=]PATH`` by name, all on the same videos and classes; UserError otherwise."""
+    from rcu_ops.analysis import scores_io
+
     models: dict[str, ScoreSet] = {}
-    for text in args.scores:
+    for text in sources:
         name, path = _split_name(text)
         if name in models:
             raise UserError(f"two models are named {name!r}: name them apart with NAME=PATH")
-        models[name] = scores_io.read_scores(path, softmax=args.softmax)
+        models[name] = scores_io.read_scores(path, softmax=softmax)
     first = next(iter(models.values()))
     for other in models.values():
         scores_io.check_same_videos(first, other)
-    classes = scores_io.read_class_names(args.classes, first.num_classes) if args.classes else None
-    return models, classes
+    return models
 
 
 def _split_name(text: str) -> tuple[str, Path]:
@@ -161,7 +182,8 @@ def _note_unscored(scores: ScoreSet, labelled: Any) -> None:
         print(f"note: labelled, but without scores and left out: {list_names(unscored)}", file=sys.stderr)
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, the first column to the left and the others to the right."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         first, *rest = (str(cell) for cell in row)
@@ -180,7 +202,7 @@ def _run_accuracy(args: argparse.Namespace) -> list[Path]:
     table, picture = args.out / "accuracy.csv", args.out / "accuracy.png"
     accuracy.write_csv(table, reports)
     _picture(lambda: accuracy.plot(picture, reports), table)
-    _print_table(
+    print_table(
         ("model", "clip top-1 %", "clip top-5 %", "video top-1 %", "video top-5 %", "clips", "videos"),
         [
             (
@@ -204,7 +226,7 @@ def _run_early(args: argparse.Namespace) -> list[Path]:
     table, picture = args.out / "early.csv", args.out / "early.png"
     early.write_csv(table, curves, num_videos)
     _picture(lambda: early.plot(picture, curves), table)
-    _print_table(
+    print_table(
         ("observed %", *curves),
         [
             (f"{100 * (step + 1) / steps:g}", *(_percent(curve[step]) for curve in curves.values()))
@@ -231,7 +253,7 @@ def _run_segments(args: argparse.Namespace) -> list[Path]:
     table, picture = args.out / "segments.csv", args.out / "segments.png"
     segments.write_csv(table, curves)
     _picture(lambda: segments.plot(picture, curves), table)
-    _print_table(
+    print_table(
         ("segment", *(f"{c.model}, {c.mode}" for c in curves)),
         [(str(s + 1), *(f"{100 * c.relative[s]:+.1f}" for c in curves)) for s in range(count)],
     )
@@ -269,7 +291,7 @@ def _run_map(args: argparse.Namespace) -> list[Path]:
     table, picture = args.out / "map.csv", args.out / "map.png"
     detection.write_csv(table, results, classes)
     _picture(lambda: detection.plot(picture, results, classes), table)
-    _print_table(
+    print_table(
         ("model", "every", "mAP %", "classes", "frames", "videos"),
         [
             (
@@ -294,6 +316,117 @@ def _run_map(args: argparse.Namespace) -> list[Path]:
     return [table, picture]
 
 
+def _run_confusion(args: argparse.Namespace) -> list[Path]:
+    from rcu_ops.analysis import confusion, scores_io
+    from rcu_ops.report import write_csv
+
+    if args.top is not None:
+        _positive(args, "top")
+    data, _ = _labelled(args)
+    classes = scores_io.read_class_names(args.classes) if args.classes else None
+    found = {name: confusion.confusion(scores, labels) for name, (scores, labels) in data.items()}
+    count = len(next(iter(found.values())).counts)
+    names = classes if classes is not None else [str(index) for index in range(count)]
+    categories = None
+    if args.categories is not None:
+        if classes is None:
+            raise UserError("--categories: they are given by class name, so --classes is needed")
+        categories = scores_io.read_categories(args.categories, classes)
+    order = list(range(count)) if categories is None else confusion.category_order(categories)
+    written: list[Path] = []
+
+    def keep(name: str) -> Path:
+        written.append(args.out / name)
+        return written[-1]
+
+    pictures: list[Callable[[], None]] = []
+
+    def draw(name: str, matrix: Any, title: str, difference: bool = False) -> None:
+        path = keep(name)
+        pictures.append(
+            lambda: confusion.plot_confusion(path, matrix, names, categories, difference=difference, title=title)
+        )
+
+    for name, each in found.items():
+        confusion.write_csv(keep(f"confusion_{name}.csv"), each.counts, names, order)
+        draw(f"confusion_{name}.png", each.rates, name)
+    if categories is not None:
+        accuracies = {name: confusion.category_accuracy(each, categories) for name, each in found.items()}
+        rows: list[list[Any]] = [
+            [category, next(iter(accuracies.values()))[category][1], *(a[category][0] for a in accuracies.values())]
+            for category in dict.fromkeys(categories)
+        ]
+        write_csv(keep("categories.csv"), ["category", "videos", *found], rows)
+        table = [tuple(map(str, row[:2])) + tuple(map(_percent, row[2:])) for row in rows]
+        print_table(("category", "videos", *(f"{name} %" for name in found)), table)
+    (first, before), *others = found.items()
+    for name, after in others:
+        change = confusion.per_class_change(before, after)
+        rows = [[names[i], before.recall[i].item(), after.recall[i].item(), change[i].item()] for i in order]
+        write_csv(keep(f"change_{name}.csv"), ["class", first, name, "change"], rows)
+        draw(f"difference_{name}.png", after.rates - before.rates, f"{name} minus {first}", True)
+        path = keep(f"change_{name}.png")
+        pictures.append(lambda path=path, change=change: confusion.plot_change(path, change, names, top=args.top))  # type: ignore[misc]
+        better, worse = int((change > 0).sum()), int((change < 0).sum())
+        print(f"{name} against {first}: {better} classes better, {worse} worse, of {count}")
+
+    def draw_all() -> None:
+        for picture in pictures:
+            picture()
+
+    _picture(draw_all, written[0])
+    return written
+
+
+def _run_top5(args: argparse.Namespace) -> list[Path]:
+    from rcu_ops.analysis import scores_io, top5
+    from rcu_ops.analysis.fusion import video_scores
+
+    if args.softmax:
+        raise UserError("--softmax: the picture shows probabilities anyway")
+    models, classes = _load(args)
+    first = next(iter(models.values()))
+    labels = scores_io.read_video_labels(args.labels, first.num_classes, classes)
+    shown = args.show or sorted(first.videos)[:6]
+    for video in shown:
+        if video not in first.videos:
+            raise UserError(f"--show {video}: no such video in {first.source}")
+        if video not in labels:
+            raise UserError(f"{args.labels}: no label for {video!r}")
+    names = classes if classes is not None else [str(index) for index in range(first.num_classes)]
+    scores = {
+        name: {video: video_scores(each.videos[video].scores) for video in shown} for name, each in models.items()
+    }
+    picture = args.out / "top5.png"
+    pictures = {} if args.videos is None else _middle_pictures(args.videos, shown)
+    _picture(lambda: top5.plot(picture, shown, pictures, scores, labels, names), args.labels)
+    rows = [
+        (video, names[labels[video]], name, ", ".join(f"{names[k]} {100 * p:.1f}" for k, p in top5.best_classes(each)))
+        for video in shown
+        for name, each in ((name, held[video]) for name, held in scores.items())
+    ]
+    print_table(("video", "true class", "model", "best classes (%)"), rows)
+    return [picture]
+
+
+def _middle_pictures(folder: Path, videos: Sequence[str]) -> dict[str, Any]:
+    """The middle picture of every video that can be found and decoded; what cannot is said."""
+    from rcu_ops.video import VideoError, open_video, read_frames
+
+    pictures = {}
+    for video in videos:
+        found = [folder / video] if (folder / video).is_file() else sorted(folder.glob(f"{video}.*"))
+        try:
+            if not found:
+                raise VideoError(f"{folder / video}: no such file")
+            with open_video(found[0]) as reader:
+                count = reader.frame_count or 1
+            pictures[video] = read_frames(found[0], [count // 2])[0]
+        except VideoError as error:
+            print(f"note: no picture: {error}", file=sys.stderr)
+    return pictures
+
+
 def _run_spectrum(args: argparse.Namespace) -> list[Path]:
     from rcu_ops.analysis import scores_io, spectrum
 
@@ -305,7 +438,7 @@ def _run_spectrum(args: argparse.Namespace) -> list[Path]:
     spectrum.write_csv(table, spectra)
     spectrum.write_eigenvalues_csv(values, spectra)
     _picture(lambda: spectrum.plot(picture, spectra), table)
-    _print_table(
+    print_table(
         ("layer", "C", "entries", "diagonal", "|eigenvalue|", "Re eigenvalue", "radius"),
         [
             (

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from rcu_ops.analysis import fusion
 from rcu_ops.cli_errors import UserError
 
 
@@ -77,7 +78,7 @@ def read_scores(path: str | Path, *, softmax: bool = False) -> ScoreSet:
         videos = {name: VideoScores(a, np.arange(a.shape[-1] if a.ndim else 0)) for name, a in arrays.items()}
     _check_videos(path, videos)
     if softmax:
-        videos = {name: VideoScores(_softmax(v.scores), v.frames, v.times) for name, v in videos.items()}
+        videos = {name: VideoScores(fusion.softmax(v.scores), v.frames, v.times) for name, v in videos.items()}
     return ScoreSet(str(path), videos)
 
 
@@ -96,11 +97,6 @@ def _check_videos(path: Path, videos: Mapping[str, VideoScores]) -> None:
         if classes is not None and shape[0] != classes:
             raise UserError(f"{path}: video {name!r}: expected {classes} classes as in the others, got {shape[0]}")
         classes = shape[0]
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(scores.astype(np.float64) - scores.max(axis=0))
-    return exponentials / exponentials.sum(axis=0)
 
 
 def _video_name(file: Path) -> str:
@@ -267,6 +263,21 @@ def read_video_labels(path: str | Path, num_classes: int, classes: Sequence[str]
             raise UserError(f"{where}: a second label for the video {row['video']!r}")
         labels[row["video"]] = _class_index(where, row["label"], num_classes, classes)
     return labels
+
+
+def read_categories(path: str | Path, classes: Sequence[str]) -> list[str]:
+    """The coarse category of every class, in class order, from a ``class,category`` table."""
+    path = Path(path)
+    _, rows = _read_table(path, [("class", "category")])
+    found: dict[str, str] = {}
+    for line, row in rows:
+        if row["class"] in found:
+            raise UserError(f"{path}, line {line}: a second category for the class {row['class']!r}")
+        found[row["class"]] = row["category"]
+    missing = [name for name in classes if name not in found]
+    if missing:
+        raise UserError(f"{path}: no category for {list_names(missing)}")
+    return [found[name] for name in classes]
 
 
 def _class_index(where: str, text: str, num_classes: int, classes: Sequence[str] | None) -> int:
