@@ -13,6 +13,7 @@ from rcu_ops.cli_errors import UserError
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
     "rcu_ops.stream_command",
+    "rcu_ops.align_command",
     "rcu_ops.doctor",
     "rcu_ops.cost",
     "rcu_ops.bench.command",

@@ -214,7 +214,7 @@ class _Network:
                 torch.manual_seed(0)  # an untrained network should at least say the same twice
                 model = rcu_ops.create_model(self.name, num_classes=classes)
             if args.weights is None:
-                _bound_growth(model)
+                bound_growth(model)
             else:
                 report = load_weights(model, args.weights)
                 self.weights_sha256 = _sha256(args.weights) if os.path.isfile(args.weights) else None
@@ -662,7 +662,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def _bound_growth(model: nn.Module) -> None:
+def bound_growth(model: nn.Module) -> None:
     """Let the recurrent layers of an untrained network average (h + x) / 2 instead of adding up.
 
     Untrained recurrent weights are the identity, so that the sums of every layer grow with time, and over the layers

@@ -5,6 +5,7 @@
 :mod:`.early`           accuracy of accumulated scores against the observed fraction of the video
 :mod:`.segments`        accuracy of ten equal segments relative to the first, sliding or unrolled
 :mod:`.detection`       frame-wise mean average precision of dense multi-label scores, mAP@1 and mAP@8
+:mod:`.alignment`       cycle errors and the shift between two videos, from the maps between their frames
 :mod:`.spectrum`        entries, diagonal and eigenvalues of every layer's hidden-to-hidden matrix
 :mod:`.confusion`       confusion matrices ordered by category, their difference, change per class
 :mod:`.fusion`          fusion of streams, of features or scores
@@ -26,6 +27,7 @@ from rcu_ops.analysis.accuracy import (
     score_unrolled,
     topk_correct,
 )
+from rcu_ops.analysis.alignment import Alignment, align_maps
 from rcu_ops.analysis.detection import DetectionResult, average_precision, frame_map
 from rcu_ops.analysis.early import early_accuracy, observed_frames
 from rcu_ops.analysis.segments import segment_accuracy, segment_bounds
@@ -33,9 +35,11 @@ from rcu_ops.analysis.spectrum import LayerSpectrum, layer_spectrum, recurrent_s
 
 __all__ = [
     "AccuracyReport",
+    "Alignment",
     "DetectionResult",
     "LayerSpectrum",
     "accuracy_report",
+    "align_maps",
     "average_precision",
     "early_accuracy",
     "frame_map",

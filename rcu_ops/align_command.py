@@ -1,0 +1,312 @@
+"""``rcu-ops align``: which frame of one video is which frame of another, in the eyes of a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rcu_ops.cli_errors import UserError
+from rcu_ops.progress import Progress
+from rcu_ops.report import replacing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+__all__ = ["add_parser", "run"]
+
+OUTPUT_NAMES = ("alignment.json", "alignment.npz", "alignment.png", "distances.png")
+
+_DESCRIPTION = """\
+Align two videos in time by a network's features, or one video with a copy of itself that begins later (--shift) or
+plays slower (--slow). Every sampled frame of A is matched softly with the frames of B (Eq. 4 of "Learn to Cycle"), its
+nearest frame is taken (Eq. 5), and the same is done from B to A; a cycle error is how far A -> B -> A ends from where
+it began.
+
+Features are the last feature map's mean per frame; temporal strides are set to 1 where the network can. Distances are
+measured in units of the mean distance between frames of A and B; --temperature is in that unit. With two files the
+features' mean over each video is taken out first, since what two scenes look like says nothing about time. Untrained
+networks align a video with copies of itself (an untrained rcn_ network with recurrence in its last four layers only).
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``align``."""
+    parser = subparsers.add_parser(
+        "align",
+        help="align two videos in time by a network's features",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="a video")
+    parser.add_argument("b", metavar="B", nargs="?", help="another one (default: A itself, shifted or slowed)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"for {', '.join(OUTPUT_NAMES)}")
+    parser.add_argument("--shift", type=int, metavar="K", help="without B: it is A from its K-th sampled frame on")
+    parser.add_argument("--slow", type=int, metavar="F", help="without B: it shows every frame of A F times")
+    parser.add_argument("--frames", type=int, default=32, metavar="T", help="sampled per video (default: %(default)s)")
+    parser.add_argument("--every", type=int, metavar="N", help="sample one frame in N (default: spread over the video)")
+    parser.add_argument("--model", default="rcn_resnet18", help="default: %(default)s")
+    parser.add_argument(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of the network, such as recurrent_layers='[\"last\",4]'; may repeat",
+    )
+    parser.add_argument("--weights", metavar="FILE", help="file or URL of trained weights (default: untrained)")
+    parser.add_argument("--size", type=int, default=112, help="side of the network's input (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.02, metavar="X", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.set_defaults(run=run)
+
+
+class _Clip(NamedTuple):
+    """Sampled frames: uint8 [T,H,W,3], their numbers in the video, their times in seconds."""
+
+    name: str
+    images: np.ndarray
+    numbers: list[int]
+    times: np.ndarray
+
+
+def run(args: argparse.Namespace) -> int:
+    """Align; returns 0. Bad input raises UserError."""
+    for name, least in (("frames", 2), ("every", 1), ("shift", 0), ("slow", 2), ("size", 8)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}: expected at least {least}, got {value}")
+    if not 0 < args.temperature < math.inf:
+        raise UserError(f"--temperature: expected a positive number, got {args.temperature}")
+    if (args.b is None) == (args.shift is None and args.slow is None):
+        raise UserError("expected two videos, or one with --shift or --slow")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a file; expected a folder")
+    from rcu_ops.video import VideoError
+    from rcu_ops.video.draw import require_matplotlib
+
+    try:
+        require_matplotlib()
+        clips = _clips(args)
+    except VideoError as error:
+        raise UserError(str(error)) from error
+    return _align(args, *clips)
+
+
+def _clips(args: argparse.Namespace) -> tuple[_Clip, _Clip]:
+    shift = args.shift or 0
+    if args.b is not None:
+        return _sample(args.a, args, 0), _sample(args.b, args, 0)
+    whole = _sample(args.a, args, shift)
+    count = len(whole.numbers) - shift
+    if count < 2:
+        raise UserError(f"--shift: {args.a} has {len(whole.numbers)} sampled frames, too few to shift by {shift}")
+    a = _part(whole, list(range(count)), Path(args.a).name)
+    repeats = args.slow or 1
+    label = f"{Path(args.a).name}" + (f", from frame {shift} on" if shift else "")
+    label += f", {repeats} times slower" if repeats > 1 else ""
+    # Slowed copies are as long in frames, so they show less of the video.
+    return a, _part(whole, [shift + k // repeats for k in range(count)], label)
+
+
+def _part(clip: _Clip, places: list[int], name: str) -> _Clip:
+    return _Clip(name, clip.images[places], [clip.numbers[place] for place in places], clip.times[places])
+
+
+def _sample(source: str, args: argparse.Namespace, more: int) -> _Clip:
+    """``args.frames + more`` frames, as many as there are, at distances of ``args.every`` or over the whole video."""
+    from rcu_ops.recipes.dataset import read_clip
+
+    wanted = args.frames + more
+    numbers: list[int] = []
+
+    def choose(count: int) -> list[int]:
+        every = args.every or max(1, count // wanted)
+        numbers[:] = list(range(0, count, every))[:wanted]
+        return numbers
+
+    excerpt = read_clip(source, choose)
+    if len(numbers) < 2:
+        raise UserError(f"{source}: expected at least 2 sampled frames, got {len(numbers)}")
+    return _Clip(Path(source).name, excerpt.images, list(numbers), excerpt.times)
+
+
+def _network(args: argparse.Namespace) -> nn.Module:
+    import torch
+
+    import rcu_ops
+    from rcu_ops.recipes.command import parse_model_options
+    from rcu_ops.recipes.distributed import pick_device
+    from rcu_ops.stream_command import bound_growth
+
+    options = parse_model_options(args.model_option)
+    if args.weights is None and args.model.startswith("rcn_"):
+        # An untrained recurrence only blurs: through every layer it would be the distance from the start that aligns.
+        options.setdefault("recurrent_layers", ("last", 4))
+    try:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)  # an untrained network should at least say the same twice
+            try:
+                model = rcu_ops.create_model(args.model, **{"dense": True, **options})  # a feature map for every frame
+            except TypeError:
+                model = rcu_ops.create_model(args.model, **options)
+        if args.weights is not None:
+            rcu_ops.load_weights(model, args.weights, skip_head=True)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if not hasattr(model, "features"):
+        raise UserError(f"--model: {args.model} has no feature maps over a clip")
+    if args.weights is None:
+        bound_growth(model)
+    return model.eval().requires_grad_(False).to(pick_device(args.device))
+
+
+def _calibrate(model: nn.Module, clips: list[Tensor]) -> None:
+    """Give an untrained network the statistics of these clips: with 0 and 1 its activations would explode or die."""
+    import torch
+    from torch import nn
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over the clips
+    with torch.no_grad():
+        model.train()
+        for clip in clips:
+            model.features(clip)  # type: ignore[operator]
+    model.eval()
+
+
+def _align(args: argparse.Namespace, a: _Clip, b: _Clip) -> int:
+    import numpy as np
+    import torch
+
+    import rcu_ops
+    from rcu_ops.analysis.alignment import align_maps, plot_alignment, plot_distances
+    from rcu_ops.video.transform import FrameTransform
+
+    model = _network(args)
+    device = next(model.parameters()).device
+    transform = FrameTransform(args.size, device=device)
+    inputs = [transform(clip.images)[None] for clip in (a, b)]
+    maps: list[Tensor] = []
+    with Progress(3, label="features", unit="passes") as bar, torch.no_grad():
+        try:
+            if args.weights is None:
+                _calibrate(model, inputs)
+            bar.update()
+            for clip in inputs:
+                maps.append(model.features(clip).float())  # type: ignore[operator]
+                bar.update()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--model: {args.model} cannot take these frames: {error}") from error
+    # Networks with temporal strides have one feature map for several frames: the first of them stands for it.
+    clips = [_per_feature(clip, features.shape[2]) for clip, features in zip((a, b), maps, strict=True)]
+    leaves = [features.requires_grad_() for features in maps]
+    pooled = [rcu_ops.srtg_squeeze(features) for features in leaves]
+    if args.b is not None:
+        pooled = [sequence - sequence.mean(1, keepdim=True) for sequence in pooled]
+    centre = torch.cat(pooled, 1).mean(1, keepdim=True).detach()
+    first, second = (sequence - centre for sequence in pooled)
+    distances = torch.cdist(first.detach().double(), second.detach().double()).square()[0]
+    unit = float(distances.mean())
+    if not math.isfinite(unit) or unit == 0:
+        raise UserError(f"the features of {args.model} do not tell the frames of {a.name} and {b.name} apart")
+    first, second = (sequence / unit**0.5 for sequence in (first, second))
+    soft_a, index_ab = rcu_ops.soft_nearest_neighbor(first, second.detach(), temperature=args.temperature)
+    soft_b, index_ba = rcu_ops.soft_nearest_neighbor(second, first.detach(), temperature=args.temperature)
+    gate = bool(rcu_ops.cycle_consistency(first, second, temperature=args.temperature).gate)
+    # What of each frame speaks for its match: the gradient of their product, times the activations.
+    agreement = (first * soft_a.detach()).sum() + (second * soft_b.detach()).sum()
+    gradients = torch.autograd.grad(agreement, leaves)
+    saliency = [_saliency(leaf, gradient, args.size) for leaf, gradient in zip(leaves, gradients, strict=True)]
+
+    alignment = align_maps(index_ab[0].cpu(), index_ba[0].cpu())
+    names = (clips[0].name, clips[1].name)
+    untrained = "" if args.weights else " (untrained)"
+    words = _words(alignment, len(clips[0].numbers))
+    title = f"{args.model}{untrained}\n{words}"
+    summary = {
+        "model": args.model,
+        "weights": args.weights or "untrained",
+        "temperature": args.temperature,
+        "a": {"name": names[0], "frames": clips[0].numbers, "seconds": [round(float(s), 4) for s in clips[0].times]},
+        "b": {"name": names[1], "frames": clips[1].numbers, "seconds": [round(float(s), 4) for s in clips[1].times]},
+        "index_ab": alignment.index_ab.tolist(),
+        "index_ba": alignment.index_ba.tolist(),
+        "cycle_error_a": alignment.cycle_error_a.tolist(),
+        "cycle_error_b": alignment.cycle_error_b.tolist(),
+        "consistent_a": round(float(alignment.consistent_a.mean()), 4),
+        "consistent_b": round(float(alignment.consistent_b.mean()), 4),
+        "offset": alignment.offset,
+        "speed": alignment.speed,
+        "every_frame_at_its_own_place": gate,
+    }
+    arrays = {
+        "embeddings_a": first[0].detach().cpu().numpy(),
+        "embeddings_b": second[0].detach().cpu().numpy(),
+        "soft_a": soft_a[0].detach().cpu().numpy(),
+        "soft_b": soft_b[0].detach().cpu().numpy(),
+        "distances": (distances / unit).cpu().numpy(),
+        "index_ab": alignment.index_ab,
+        "index_ba": alignment.index_ba,
+    }
+    pictures = [_pictures(clip.images, args.size) for clip in clips]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        plot_alignment(
+            args.out / "alignment.png",
+            pictures[0],
+            pictures[1],
+            saliency[0],
+            saliency[1],
+            alignment,
+            names=names,
+            title=title,
+        )
+        plot_distances(args.out / "distances.png", arrays["distances"], alignment, names=names, title=title)
+        with replacing(args.out / "alignment.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        with replacing(args.out / "alignment.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {args.out} cannot be written: {error.strerror or error}") from error
+    print(f"{args.model}{untrained}: {words}")
+    print(f"wrote {', '.join(OUTPUT_NAMES)} to {args.out}")
+    return 0
+
+
+def _per_feature(clip: _Clip, count: int) -> _Clip:
+    """The frames that stand for ``count`` feature maps."""
+    return _part(clip, [k * len(clip.numbers) // count for k in range(count)], clip.name)
+
+
+def _saliency(features: Tensor, gradient: Tensor, size: int) -> np.ndarray:
+    """Gradient x activation, stretched from 0 to 1 in every frame: [T,size,size]."""
+    import torch.nn.functional as F
+
+    heat = (features * gradient).sum(1).detach()[0]
+    heat = heat - heat.amin((1, 2), keepdim=True)
+    heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-30)
+    return F.interpolate(heat[:, None], size=(size, size), mode="bilinear")[:, 0].cpu().numpy()
+
+
+def _pictures(images: np.ndarray, size: int) -> np.ndarray:
+    """What the network sees of the frames: uint8 [T,size,size,3]."""
+    import torch
+
+    from rcu_ops.video.transform import center_crop, resize_short_side
+
+    return center_crop(resize_short_side(torch.from_numpy(images), size), size).numpy()
+
+
+def _words(alignment: Any, frames: int) -> str:
+    """The alignment in one line."""
+    text = f"{int(alignment.consistent_a.sum())} of {frames} frames cycle-consistent"
+    if alignment.offset is not None:
+        text += f"; frame t of A is frame {alignment.speed:.3g} t {alignment.offset:+.3g} of B"
+    else:
+        text += "; too few to tell one video's time by the other's"
+    return text
