@@ -12,7 +12,7 @@ template <class V, class T>
 struct GateTask {
   using S = typename V::S;
   using R = typename V::R;
-  static constexpr int L = V::L, wide = 4;  // vectors of channels that one pass over the positions takes
+  static constexpr int L = V::L;
 
   template <GatePass Pass>
   static R result(R x, R grad, R h) {
@@ -48,36 +48,42 @@ struct GateTask {
     return (acc[0] + acc[1]) + (acc[2] + acc[3]);
   }
 
-  // All positions of K vectors of channels of one frame, from channel c on.
-  template <GatePass Pass, int K>
-  static void channels(const GateData& p, int64_t n, int64_t t, int64_t c, const S* h, S* out) {
+  // Channels [c0, c1), at least L of them, of the positions in rows [i0, i1) of one frame: along memory, position by position. Sums
+  // are kept in `sum`, 2 (c1 - c0) numbers: the part that is being added up, and the parts before it.
+  template <GatePass Pass>
+  static void channels(const GateData& p, int64_t n, int64_t t, int64_t c0, int64_t c1, int64_t i0, int64_t i1, const S* h, S* sum) {
     const auto base = [&](const View& v) {
-      return static_cast<T*>(v.data) + (v.data ? n * v.n + t * v.t + c : 0);
+      return static_cast<T*>(v.data) + (v.data ? n * v.n + t * v.t + c0 : 0);
     };
     const T *x = base(p.x), *grad = base(p.grad);
     T* y = base(p.y);
-    R factor[K], acc[K] = {}, total[K] = {};
-    for (int k = 0; k < K; ++k) factor[k] = h ? V::load(h + k * L) : R{};
-    const int64_t part = part_of(p.H * p.W);
+    const int64_t count = c1 - c0, part = part_of(p.H * p.W), last = count - L;
+    S* const total = sum + count;
+    if constexpr (sums(Pass)) memset(sum, 0, static_cast<size_t>(2 * count) * sizeof(S));
     int64_t since = 0;
-    for (int64_t i = 0; i < p.H; ++i)
+    for (int64_t i = i0; i < i1; ++i)
       for (int64_t j = 0; j < p.W; ++j) {
         const T* from = x + i * p.x.h + j * p.x.w;
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) {
-          const R value = V::load(from + k * L);
-          const R of_grad = Pass == GatePass::backward ? V::load(grad + i * p.grad.h + j * p.grad.w + k * L) : R{};
-          if constexpr (Pass != GatePass::squeeze)
-            V::store(y + i * p.y.h + j * p.y.w + k * L, result<Pass>(value, of_grad, factor[k]));
-          if constexpr (sums(Pass)) acc[k] += summand<Pass>(value, of_grad);
-        }
+        const T* from_grad = Pass == GatePass::backward ? grad + i * p.grad.h + j * p.grad.w : nullptr;
+        T* to = Pass == GatePass::squeeze ? nullptr : y + i * p.y.h + j * p.y.w;
+        const auto step = [&](int64_t c, bool all, int64_t done) {
+          const R value = V::load(from + c), of_grad = Pass == GatePass::backward ? V::load(from_grad + c) : R{};
+          if constexpr (Pass != GatePass::squeeze) V::store(to + c, result<Pass>(value, of_grad, V::load(h + c)));
+          if constexpr (sums(Pass)) {
+            const R term = summand<Pass>(value, of_grad);
+            V::store(sum + c, V::load(sum + c) + (all ? term : (lane_numbers<V>() < static_cast<S>(done) ? R{} : term)));
+          }
+        };
+        int64_t c = 0;
+        for (; c + L <= count; c += L) step(c, true, 0);
+        if (c < count) step(last, false, c - last);
         if (sums(Pass) && ++since == part) {
           since = 0;
-          for (int k = 0; k < K; ++k) total[k] += acc[k], acc[k] = R{};
+          for (c = 0; c < count; ++c) total[c] += sum[c], sum[c] = 0;
         }
       }
     if constexpr (sums(Pass))
-      for (int k = 0; k < K; ++k) V::store(out + k * L, total[k] + acc[k]);
+      for (int64_t c = 0; c < count; ++c) sum[c] += total[c];
   }
 
   // Number by number.
@@ -112,17 +118,6 @@ struct GateTask {
     return Pass == GatePass::squeeze ? sum / static_cast<S>(p.H * p.W) : open(p, n) ? sum : S(0);
   }
 
-  template <GatePass Pass, int K>
-  static void channel_part(const GateData& p, int64_t n, int64_t t, int64_t c) {
-    const int64_t at = (n * p.T + t) * p.C + c;
-    S factors[wide * L], sum[wide * L];
-    if constexpr (Pass != GatePass::squeeze)
-      for (int l = 0; l < K * L; ++l) factors[l] = open(p, n) ? static_cast<const S*>(p.h)[at + l] : neutral<Pass>();
-    channels<Pass, K>(p, n, t, c, Pass == GatePass::squeeze ? nullptr : factors, sum);
-    if constexpr (sums(Pass))
-      for (int l = 0; l < K * L; ++l) static_cast<S*>(p.sums)[at + l] = finished<Pass>(p, sum[l], n);
-  }
-
   template <GatePass Pass>
   static void run_pass(const GateData& p, const Parallel& parallel) {
     const int64_t positions = p.H * p.W;
@@ -131,14 +126,21 @@ struct GateTask {
     S* const out = static_cast<S*>(p.sums);
     const S* const h = static_cast<const S*>(p.h);
     if (columns && !rows) {
-      // The last task of a frame takes what is left over, so that its overlapping vectors are its own.
-      const int64_t width = wide * L, chunks = max_of<int64_t>(1, p.C / width);
+      // A task: a frame, or a few rows of it; with sums a frame, or a range of its channels that has a few pages' worth of sums.
+      const bool by_rows = !sums(Pass);
+      const int64_t rows_per_task = max_of<int64_t>(1, 65536 / (p.W * p.C * static_cast<int64_t>(sizeof(T))));
+      const int64_t chunks = by_rows ? (p.H + rows_per_task - 1) / rows_per_task : max_of<int64_t>(1, p.C / 512);
       run(parallel, p.N * p.T * chunks, [&](int64_t task) {
-        const int64_t n = task / chunks / p.T, t = task / chunks % p.T, chunk = task % chunks;
-        const int64_t end = chunk + 1 == chunks ? p.C : (chunk + 1) * width;
-        int64_t c = chunk * width;
-        for (; c + width <= end; c += width) channel_part<Pass, wide>(p, n, t, c);
-        for (; c < end; c += L) channel_part<Pass, 1>(p, n, t, min_of(c, p.C - L));
+        const int64_t n = task / chunks / p.T, t = task / chunks % p.T, chunk = task % chunks, at = (n * p.T + t) * p.C;
+        const int64_t c0 = by_rows ? 0 : chunk * 512, c1 = by_rows || chunk + 1 == chunks ? p.C : c0 + 512;
+        const int64_t i0 = by_rows ? chunk * rows_per_task : 0, i1 = by_rows ? min_of(i0 + rows_per_task, p.H) : p.H;
+        S* const factors = static_cast<S*>(scratch(1, static_cast<size_t>(3 * (c1 - c0)) * sizeof(S)));
+        S* const sum = factors + (c1 - c0);
+        if constexpr (Pass != GatePass::squeeze)
+          for (int64_t c = c0; c < c1; ++c) factors[c - c0] = open(p, n) ? h[at + c] : neutral<Pass>();
+        channels<Pass>(p, n, t, c0, c1, i0, i1, factors, sum);
+        if constexpr (sums(Pass))
+          for (int64_t c = c0; c < c1; ++c) out[at + c] = finished<Pass>(p, sum[c - c0], n);
       });
       return;
     }

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from rcu_ops.bench.case import Case
 
 OPERATORS = {
+    "cycle_consistency": "rcu_ops.bench.cycle_consistency",
     "recurrent_conv": "rcu_ops.bench.recurrent_conv",
+    "srtg": "rcu_ops.bench.srtg",
     "streaming": "rcu_ops.bench.streaming",
 }
 """By name the module whose ``cases(tier, device)`` lists the benchmarks; a new operator is entered here."""
