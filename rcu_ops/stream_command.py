@@ -51,6 +51,10 @@ Run a causal video network frame by frame over SOURCE: a file, a webcam (webcam:
 (rtsp://..., http://...). Without SOURCE a short sample clip is made and streamed. Without --weights the network is
 untrained, and every output says so; its recurrent layers then average instead of adding up, which would grow for ever.
 
+Networks of clips (faster16, faster32) run a clip when its last frame has come, expensive and cheap ones by turns; their
+score of the video so far is the prediction after the last whole clip, and the frames before the first have none. What
+has been computed so far is shown with it.
+
 The score of the video so far is the softmax of the mean of all per-frame scores up to that moment. A frame's short side
 is scaled to --size and its centre is cropped.
 
@@ -75,7 +79,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--overwrite", action="store_true", help="replace results of an earlier run in --out")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=112, help="side of the network's input (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="side of the network's input (default: 112; faster16, faster32: 224)")
+    parser.add_argument(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of the network, such as pattern=3; may repeat",
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take one frame in N (default: all)")
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames given to the network")
     parser.add_argument(
@@ -196,11 +207,12 @@ class _Network:
         import torch
 
         import rcu_ops
-        from rcu_ops.models import load_weights
+        from rcu_ops.cost_patterns import clip_costs
+        from rcu_ops.models import Faster, load_weights
+        from rcu_ops.recipes.command import parse_model_options
         from rcu_ops.video.transform import FrameTransform
 
         self.name: str = args.model
-        self.size: int = args.size
         self.dtype_name: str = args.dtype
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
         self.device = _device(args.device)
@@ -209,10 +221,11 @@ class _Network:
         self.weights = "untrained" if args.weights is None else str(args.weights)
         self.weights_sha256: str | None = "untrained"
         self.warning = UNTRAINED
+        options = parse_model_options(args.model_option)
         try:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)  # an untrained network should at least say the same twice
-                model = rcu_ops.create_model(self.name, num_classes=classes)
+                model = rcu_ops.create_model(self.name, num_classes=classes, **options)
             if args.weights is None:
                 bound_growth(model)
             else:
@@ -221,12 +234,36 @@ class _Network:
                 # An image network's weights say nothing about the recurrent ones.
                 self.warning = RECURRENCE_UNTRAINED if any("weight_hh" in name for name in report.kept) else ""
             model = rcu_ops.fuse_for_inference(model.eval().to(self.device)).to(self.dtype)
-            self._streamer = rcu_ops.Streamer(model)
+            self._clips = model if isinstance(model, Faster) else None
+            self._streamer = None if self._clips is not None else rcu_ops.Streamer(model)
+            self.size = int(args.size or getattr(self._clips, "size", 112))
+            self._costs = None
+            if self._clips is not None:
+                self._costs = clip_costs(self._clips, self._clips.clip_length, self.size)
         except (ValueError, TypeError, OSError) as error:
             raise UserError(_shortened(str(error))) from error
         self.warm_up_seconds = 0.0
         self._transform = FrameTransform(self.size, dtype=self.dtype, device=self.device)
         self._state: Any = None
+        self._latest: np.ndarray | None = None
+        self.clips = 0
+
+    @property
+    def clip_length(self) -> int | None:
+        """Frames of a clip, for networks of clips; None for networks of frames."""
+        return None if self._clips is None else self._clips.clip_length
+
+    @property
+    def gmac(self) -> float | None:
+        """What the clips so far cost, in 1e9 multiply-accumulates; None for networks of frames."""
+        if self._costs is None or self._clips is None:
+            return None
+        pattern = -1 if self._clips.pattern[0] == 0 else self._clips.pattern[1]
+        return self._costs.total(pattern, self.clips) if self.clips else 0.0
+
+    def cost_so_far(self) -> dict[str, Any]:
+        """``clips`` and ``gmac`` for networks of clips; nothing for networks of frames."""
+        return {} if self.gmac is None else {"clips": self.clips, "gmac": round(self.gmac, 3)}
 
     def describe(self) -> str:
         """One line: what runs, in what, on what."""
@@ -243,19 +280,29 @@ class _Network:
         """Run a few empty frames and forget them, so that start-up costs are not taken for latency."""
         import numpy as np
 
+        if self._clips is not None:  # a clip is too much to run for nothing
+            return
         start = time.perf_counter()
         for _ in range(_WARM_UP_FRAMES):
             self(np.zeros((self.size, self.size, 3), dtype=np.uint8))
         self._state = None
         self.warm_up_seconds = time.perf_counter() - start
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Scores [classes] (float64) of the next frame, given as uint8 RGB [H, W, 3]."""
+    def __call__(self, image: np.ndarray) -> np.ndarray | None:
+        """Scores [classes] (float64) of the next frame, given as uint8 RGB [H, W, 3].
+
+        For networks of clips the prediction after the last whole clip; None before the first one.
+        """
         import torch
 
         with torch.inference_mode():
-            scores, self._state = self._streamer(self._transform(image)[None], self._state)
-            return scores[0, :, -1].double().cpu().numpy()
+            run = self._clips.stream if self._clips is not None else self._streamer
+            assert run is not None
+            scores, self._state = run(self._transform(image)[None], self._state)
+            if scores.shape[2]:
+                self.clips += 1
+                self._latest = scores[0, :, -1].double().cpu().numpy()
+            return self._latest
 
     @property
     def state_bytes(self) -> int:
@@ -321,6 +368,11 @@ class _Session:
                         break
         finally:
             self._seconds = time.perf_counter() - start
+        if self.frames and self._last is None:
+            raise UserError(
+                f"{self._title}: {self.frames} frames, fewer than the {self._network.clip_length} of one clip of "
+                f"{self._network.name}"
+            )
 
     def _paced(self, stack: ExitStack) -> Iterator[Frame]:
         if not self._args.realtime:
@@ -342,14 +394,21 @@ class _Session:
         start = time.perf_counter()
         scores = self._network(image)
         self._latencies.append(time.perf_counter() - start)
+        if scores is None:
+            self.frames += 1
+            bar.update(note=f"first clip: {self.frames} of {self._network.clip_length} frames")
+            return
         if not np.isfinite(scores).all():
             raise _NotFiniteError(
                 f"the scores of frame {frame.index} are not finite in {self._network.dtype_name}"
                 + ("; try --dtype bf16 or fp32" if self._network.dtype_name == "fp16" else "")
             )
-        self._total = scores if self._total is None else self._total + scores
         self.frames += 1
-        running, instant = _softmax(self._total / self.frames), _softmax(scores)
+        if self._network.clip_length is not None:  # the prediction is that of the video so far already
+            running = instant = _softmax(scores)
+        else:
+            self._total = scores if self._total is None else self._total + scores
+            running, instant = _softmax(self._total / self.frames), _softmax(scores)
         leading = [(int(c), float(running[c])) for c in np.argsort(-running, kind="stable")[: self._top]]
         best = int(np.argmax(instant))
         result = _Result(frame, scores, running, instant, leading, (best, float(instant[best])))
@@ -360,7 +419,9 @@ class _Session:
             self._table.show(result, bar)
         name, score = self._network.labels[leading[0][0]], leading[0][1]
         dropped = f"{self.dropped} dropped  " if self._args.realtime else ""
-        bar.update(note=f"{dropped}{name} {100 * score:.1f} %")
+        gmac = self._network.gmac
+        cost = "" if gmac is None else f"  {self._network.clips} clips, {gmac:.1f} GMAC"
+        bar.update(note=f"{dropped}{name} {100 * score:.1f} %{cost}")
 
     def finish(self, status: str, problem: str) -> None:
         """Put all outputs in place and print the summary."""
@@ -429,6 +490,7 @@ class _Session:
             "latency_ms": self._latencies.milliseconds(),
             "lag_ms": self._lags.milliseconds() if self._args.realtime else None,
             "state_bytes": network.state_bytes,
+            **network.cost_so_far(),
             "top": [_class_entry(network.labels, c, score) for c, score in self._last.leading],
             "versions": _versions(),
         }
@@ -441,6 +503,8 @@ class _Session:
             f"latency p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms; "
             f"state {_human_bytes(summary['state_bytes'])}; {summary['dropped_frames']} frames dropped"
         )
+        if summary.get("clips"):
+            line += f"; {summary['clips']} clips, {summary['gmac']:.1f} GMAC"
         if self._args.realtime:
             line += f"; behind the clock p50 {summary['lag_ms']['p50']:.1f} ms, p99 {summary['lag_ms']['p99']:.1f} ms"
         yield line
@@ -489,6 +553,7 @@ class _OutputFiles:
             "frame_top": _class_entry(labels, *result.frame_leading),
             "scores": [float(f"{score:.6g}") for score in result.scores],
             "untrained": self._network.weights == "untrained",
+            **self._network.cost_so_far(),
         }
         self._scores.write(json.dumps(line) + "\n")
         self._history.append(frame.time_seconds, result.running, result.instant)
@@ -540,6 +605,7 @@ class _Table:
     """The leading class of the video so far and of the frame, a line a second, on stdout."""
 
     def __init__(self, network: _Network) -> None:
+        self._network = network
         self._labels = network.labels
         self._next = 0.0
         self._shown: int | None = None
@@ -563,8 +629,10 @@ class _Table:
             print(self._line(last))
 
     def _line(self, result: _Result) -> str:
+        gmac = self._network.gmac
+        cost = "" if gmac is None else f"{self._network.clips:5d} clips {gmac:9.1f} GMAC"
         cells = [f"{self._name(c):<24} {100 * p:6.1f} %  " for c, p in (result.leading[0], result.frame_leading)]
-        return f"{result.frame.time_seconds:8.2f} s {result.frame.index:8d}   {' '.join(cells)}".rstrip()
+        return f"{result.frame.time_seconds:8.2f} s {result.frame.index:8d}   {' '.join(cells)}{cost}".rstrip()
 
     def _name(self, index: int) -> str:
         name = self._labels[index]

@@ -464,3 +464,42 @@ def test_an_interrupt_waits_for_the_frame_and_a_second_one_does_not():
             steps.append("not reached")
     assert steps == ["the frame is finished"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- networks of clips ----------------------------------------------------------------------------------------------
+
+CLIPS = [
+    *("--model", "faster16", "--model-option", "width=4", "--model-option", "clip_length=8"),
+    *("--model-option", "pattern=1"),
+]
+
+
+def test_networks_of_clips(tmp_path, labels, capsys):
+    out = tmp_path / "out"
+    path = write_clip(tmp_path / "clip.mp4", 27)
+    assert stream(path, *CLIPS, "--labels", labels, "--out", out) == 0
+    lines, summary = lines_of(out), summary_of(out)
+    assert [line["index"] for line in lines] == list(range(7, 27))  # from the first clip's last frame on
+    assert [line["clips"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 4
+    assert (summary["clips"], summary["frames"]) == (3, 27)
+    assert lines[0]["gmac"] < lines[8]["gmac"] < lines[-1]["gmac"] == summary["gmac"]
+    assert "3 clips" in capsys.readouterr().out
+    # The same clips by hand.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = rcu_ops.create_model("faster16", num_classes=3, width=4, clip_length=8, pattern=1).eval()
+    transform = FrameTransform(32)
+    with open_video(path) as reader:
+        frames = torch.cat([transform(frame.image) for frame in reader], dim=1)[None]
+    with torch.no_grad():
+        expected = model.clip_scores(frames[:, :, :24])[0]
+    got = np.asarray([lines[k]["scores"] for k in (0, 8, 16)]).T
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert summary["state_bytes"] < 4 * 3 * 8 * 32 * 32 + 4 * 128 * 16 + 64  # at most a clip and the aggregator's state
+
+
+def test_video_shorter_than_a_clip(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert stream(write_clip(tmp_path / "clip.mp4", 5), *CLIPS, "--out", out) == 2
+    assert "5 frames, fewer than the 8 of one clip" in capsys.readouterr().err
+    assert not out.exists()
