@@ -48,10 +48,10 @@ cpu::PlanInput plan_input(int64_t n, int64_t c, int64_t t, int64_t positions, co
 }
 
 cpu::Isa parse_isa(const std::string& name) {
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i <= static_cast<int>(cpu::Isa::amx); ++i)
     if (name == cpu::isa_name(static_cast<cpu::Isa>(i))) return static_cast<cpu::Isa>(i);
   if (name.empty()) return cpu::current_isa();
-  throw py::value_error("isa: expected portable, avx2, avx512 or amx, got '" + name + "'");
+  throw py::value_error("isa: expected portable, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
 std::string plan_text(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,

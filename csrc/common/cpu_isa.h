@@ -1,5 +1,5 @@
 // Which instruction set the CPU kernels use: the best one that processor and operating system offer, or a lower one
-// named by RCU_OPS_CPU_ISA (portable, avx2, avx512, amx) for testing.
+// named by RCU_OPS_CPU_ISA (portable, avx2, avx512, avx512_bf16, amx) for testing.
 #pragma once
 
 #include <cstdlib>
@@ -17,10 +17,10 @@
 
 namespace rcu_ops::cpu {
 
-enum class Isa : int { portable, avx2, avx512, amx };
+enum class Isa : int { portable, avx2, avx512, avx512_bf16, amx };
 
 inline const char* isa_name(Isa isa) {
-  constexpr const char* names[] = {"portable", "avx2", "avx512", "amx"};
+  constexpr const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
   return names[static_cast<int>(isa)];
 }
 
@@ -43,7 +43,7 @@ inline Isa detect_isa() {
   // Linux hands out the 8 KiB tile state of a process only on request (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
   if (amx && avx512_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return Isa::amx;
 #endif
-  return Isa::avx512;
+  return avx512_bf16 ? Isa::avx512_bf16 : Isa::avx512;
 }
 #else
 inline Isa detect_isa() { return Isa::portable; }

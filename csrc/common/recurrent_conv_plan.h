@@ -15,8 +15,11 @@ struct Blocking {
   int lanes, planar_rows, planar_vectors, channels_rows, channels_vectors;
 };
 
+// Whether the instruction set's kernel for this dtype is the one of recurrent_conv_bf16_core.h.
+constexpr bool multiplies_pairs(Isa isa, DType dtype) { return isa >= Isa::avx512_bf16 && dtype == DType::bf16; }
+
 constexpr Blocking blocking(Isa isa, DType dtype) {
-  if (isa == Isa::amx && dtype == DType::bf16) return {32, 32, 1, 32, 1};  // blocks of four 16 x 16 tiles
+  if (multiplies_pairs(isa, dtype)) return {32, 32, 1, 32, 1};  // blocks of four 16 x 16 tiles
   const bool f64 = dtype == DType::f64;
   return isa >= Isa::avx512 ? Blocking{f64 ? 8 : 16, 8, 3, 14, 2}
          : isa == Isa::avx2 ? Blocking{f64 ? 4 : 8, 4, 3, 6, 2}
@@ -49,8 +52,9 @@ struct PlanInput {
 // rounding error at 512 channels, and lets the operand that blocks share stay in the first-level cache.
 inline constexpr int64_t k_part = 128;
 
-// What is written in larger pieces than this is not found in a second-level cache again.
-inline constexpr int64_t around_bytes = int64_t(4) << 20;
+// What is written in larger pieces than this is not found in a second-level cache again; nor is, from much less on, the state of
+// a stream, which is read after all other layers have had their turn.
+inline constexpr int64_t around_bytes = int64_t(4) << 20, around_step_bytes = int64_t(64) << 10;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -90,14 +94,15 @@ inline int64_t choose_chunk(const PlanInput& in, int64_t lanes, Plan& plan) {
 
 inline Plan plan_scan(const PlanInput& in, Isa isa) {
   const Blocking b = blocking(isa, in.dtype);
-  const bool matrix = isa == Isa::amx && in.dtype == DType::bf16;
+  const bool pairs = multiplies_pairs(isa, in.dtype);
   const int64_t element = in.dtype == DType::f64 ? 8 : 4;
   Plan plan;
   // W has to be transposed for lanes along channels: not worth it for a few columns, whose x and y are transposed instead.
   plan.channels = in.channels_contiguous && !(in.single_product && in.columns * 16 < in.C);
   const int64_t unit = plan.channels ? b.channels_rows : b.planar_vectors * b.lanes;
   plan.k_block = k_part;
-  const int64_t vector = plan.channels ? b.channels_rows : b.lanes;
+  // A single product on pairs is computed 8 rows at a time.
+  const int64_t vector = !plan.channels ? b.lanes : pairs && in.single_product ? 8 : b.channels_rows;
   // Threads are worth waking for about a million multiply-adds each.
   const double work = static_cast<double>(in.C) * static_cast<double>(in.C) * static_cast<double>(in.columns * in.T);
   const int64_t threads = work < 1048576.0 * in.threads ? static_cast<int64_t>(work / 1048576) + 1 : in.threads;
@@ -108,10 +113,11 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   if (tile < unit) tile = unit;
   plan.channel_tile = in.C;
   const int64_t tiles = in.columns > 0 ? ceil_div(in.columns, tile) : 1;
-  if (in.single_product && !plan.channels && tiles < threads) {
+  if (in.single_product && (!plan.channels || (pairs && in.columns <= 4 * b.channels_rows)) && tiles < threads) {
     // Few columns: W is the traffic, so tasks share the columns and divide W.
+    const int64_t least = plan.channels ? b.lanes : b.planar_rows;
     plan.tile = ceil_div(ceil_div(in.columns, tiles), vector) * vector;
-    plan.channel_tile = ceil_div(ceil_div(in.C, ceil_div(threads, tiles)), b.planar_rows) * b.planar_rows;
+    plan.channel_tile = ceil_div(ceil_div(in.C, ceil_div(threads, tiles)), least) * least;
     plan.channel_tasks = ceil_div(in.C, plan.channel_tile);
   } else {
     const int64_t tasks = ceil_div(tiles, threads) * threads;
@@ -121,10 +127,10 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   // Long runs of adjacent elements where traffic is the bound; panel by panel, W's operand in the first-level cache, where
   // the arithmetic is.
   const int64_t panel = plan.channels ? b.channels_vectors : b.planar_vectors;
-  plan.group = in.C <= k_part || matrix ? 8 * panel : panel;
+  plan.group = in.C <= k_part || pairs ? 8 * panel : panel;
   const int64_t io_element = in.dtype == DType::f64 ? 8 : in.dtype == DType::f32 ? 4 : 2;
   plan.around = in.columns * in.C * in.T * io_element >= around_bytes;
-  plan.around_state = in.columns * in.C * element >= around_bytes;
+  plan.around_state = in.columns * in.C * element >= (in.single_product ? around_step_bytes : around_bytes);
   if (in.columns > 0 && in.T >= 16 && in.dtype != DType::f64) plan.chunk = choose_chunk(in, vector, plan);
   return plan;
 }
@@ -144,8 +150,8 @@ inline TaskRange task_range(const Plan& plan, int64_t columns, int64_t C, int64_
 // One sentence for people.
 inline std::string describe(const PlanInput& in, const Plan& plan, Isa isa) {
   const auto number = [](double v) { return std::to_string(static_cast<int64_t>(v + 0.5)); };
-  const bool vector_unit = isa == Isa::amx && in.dtype != DType::bf16;
-  std::string text = std::string(isa_name(vector_unit ? Isa::avx512 : isa)) + ", vectors along " + (plan.channels ? "channels" : "positions") + ", " +
+  const bool plain = isa > Isa::avx512 && !multiplies_pairs(isa, in.dtype);
+  std::string text = std::string(isa_name(plain ? Isa::avx512 : isa)) + ", vectors along " + (plan.channels ? "channels" : "positions") + ", " +
                      std::to_string(task_count(plan, in.columns)) + " tasks of " +
                      std::to_string(plan.tile) + " positions";
   if (plan.channel_tasks > 1) text += " x " + std::to_string(plan.channel_tile) + " output channels";

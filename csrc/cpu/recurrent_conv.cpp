@@ -26,6 +26,7 @@ void scan_as(Isa isa, const Scan& p, const Plan& plan, const Parallel& parallel)
 #if defined(__linux__)
   if (isa == Isa::amx && p.dtype == DType::bf16) return amx::scan(p, plan, parallel);
 #endif
+  if (isa >= Isa::avx512_bf16 && p.dtype == DType::bf16) return avx512_bf16::scan(p, plan, parallel);
   if (isa >= Isa::avx512) return avx512::scan(p, plan, parallel);
   if (isa == Isa::avx2) return avx2::scan(p, plan, parallel);
 #endif

@@ -1,25 +1,4 @@
 // recurrent_conv for bf16 on the matrix unit (AMX-BF16).
-//
-// The matrix unit reads bf16, the state is fp32. So W is split into diag(s) + E with s_c = 1 where W_cc lies in [1/2, 2]
-// and 0 elsewhere (W_cc - 1 is then exact in bf16), and
-//
-//     v_i = alpha_i * (s . v_{i-1} + E bf16(v_{i-1}) + x)
-//
-// carries the identity part of the recurrence, where rounding would pile up over time, in fp32.
-//
-// Layout.   Blocks of 32 x 32 outputs are 2 x 2 tiles of 16 x 16. Matrix operands are stored as whole 1 KiB tiles:
-//             A tile  [16 rows][32 k]               B tile  [16 pairs of k][16 lanes][2]
-//           planar:   rows are output channels (A = E), lanes are columns (B = state)
-//           channels: rows are columns (A = state), lanes are output channels (B = E transposed)
-//           The state is kept twice: fp32, updated in place, one 4 KiB block per block of outputs; and bf16 as operand
-//           tiles, an old and a new copy. k is padded to 32 with zeros on both sides.
-// Aliasing. As in recurrent_conv_core.h. Scratch: 8 bytes * channels * columns per task, and E once per call, unless a
-//           single product is wanted: then E's tiles are read where W lies, except for those on the diagonal.
-// Order.    k in steps of 32 whatever the blocking; (products + s . v) + x, times alpha. Same results for any tiling.
-// Non-finite states. 0 * inf in E bf16(v) and s . v would give NaN where W v is infinite: columns that hold an infinity
-//           are recomputed from W itself; columns that hold a NaN are NaN throughout.
-// Bound.    4 bytes per element of x and y against 2 C FLOP: memory for every C at which W's tiles stay in the second
-//           level cache; from C = 256 on their 2 KiB per 4 matrix instructions come from there.
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
 
@@ -33,37 +12,10 @@
 
 namespace rcu_ops::cpu::amx {
 
-static inline void copy_row(void* to, const void* from, size_t bytes) {
-  char* dst = static_cast<char*>(to);
-  const char* src = static_cast<const char*>(from);
-  size_t i = 0;
-  for (; i + 64 <= bytes; i += 64) _mm512_storeu_si512(dst + i, _mm512_loadu_si512(src + i));
-  if (i < bytes) {
-    const __mmask64 rest = (uint64_t(1) << (bytes - i)) - 1;
-    _mm512_mask_storeu_epi8(dst + i, rest, _mm512_maskz_loadu_epi8(rest, src + i));
-  }
-}
-
-// Whole lines past the caches, the ends of the run as usual.
-static void copy_around(void* to, const void* from, size_t bytes) {
-  char* dst = static_cast<char*>(to);
-  const char* src = static_cast<const char*>(from);
-  const size_t head = -reinterpret_cast<uintptr_t>(dst) & 63;
-  if (head >= bytes) {
-    copy_row(dst, src, bytes);
-    return;
-  }
-  copy_row(dst, src, head);
-  size_t i = head;
-  for (; i + 64 <= bytes; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(src + i));
-  copy_row(dst + i, src + i, bytes - i);
-}
-static void end_around() { _mm_sfence(); }
-
+#include "avx512_copy.h"
 #include "scalar.h"
 #include "recurrent_conv_transport.h"
-
-static constexpr int block = 32, tile = 16, tile_values = 512;  // bf16 values per operand tile
+#include "recurrent_conv_bf16_operands.h"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -71,542 +23,54 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// The tile registers belong to whoever runs on the thread: put back what was configured before.
-class TileScope {
- public:
-  TileScope() {
-    _tile_storeconfig(&before_);
-    TileConfig config;
-    for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-  }
-  ~TileScope() {
-    if (before_.palette)
-      _tile_loadconfig(&before_);
-    else
-      _tile_release();
-  }
+struct Unit {
+  // The tile registers belong to whoever runs on the thread: put back what was configured before.
+  class Scope {
+   public:
+    Scope() {
+      _tile_storeconfig(&before_);
+      TileConfig config;
+      for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
+      _tile_loadconfig(&config);
+    }
+    ~Scope() {
+      if (before_.palette)
+        _tile_loadconfig(&before_);
+      else
+        _tile_release();
+    }
 
- private:
-  TileConfig before_;
-};
+   private:
+    TileConfig before_;
+  };
 
-// 32 floats to bf16, to nearest even; denormals survive (the instruction flushes them), NaN stays NaN.
-static inline __m512i to_bf16(__m512 low, __m512 high) {
-  const __m512i r = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  if (__builtin_expect((_mm512_fpclass_ps_mask(low, 0x20) | _mm512_fpclass_ps_mask(high, 0x20)) == 0, 1)) return r;
-  alignas(64) float values[32];
-  alignas(64) bf16_t bits[32];
-  _mm512_store_ps(values, low);
-  _mm512_store_ps(values + 16, high);
-  for (int i = 0; i < 32; ++i) from_double(values[i], bits[i]);
-  return _mm512_load_si512(bits);
-}
-static inline __m512 low_half(__m512i v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16));
-}
-static inline __m512 high_half(__m512i v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16));
-}
-
-struct Weights {
-  const bf16_t* tiles = nullptr;     // packed operand tiles [tile of outputs][tile of k]
-  const bf16_t* direct = nullptr;    // or W's own rows, and
-  const bf16_t* diagonal = nullptr;  // the one tile per 16 outputs that E changes
-  int64_t stride = 0;                // of W's rows
-  const uint8_t* identity = nullptr;  // s, padded with zeros
-};
-
-template <bool Channels>
-struct Task {
-  const Scan& p;
-  const Weights& w;
-  const float *scale, *shift;  // padded
-  int64_t padded;              // channels, a multiple of 32
-  int64_t k_tiles;
-
-  int64_t group;               // blocks of lanes per stage
-  bool around, around_state;   // y and the last state go past the caches
-
-  void make_stream(const View& view, Stream<bf16_t>& s, int64_t q0, int64_t columns, int64_t* table) const {
-    if (!view.data) return;
-    s.base = static_cast<bf16_t*>(view.data) + (p.reverse ? (p.T - 1) * view.t : 0);
-    s.t = p.reverse ? -view.t : view.t;
-    int64_t* channels = table + columns;
-    column_offsets(p, view, q0, columns, table);
-    for (int64_t c = 0; c < p.C; ++c) channels[c] = c * view.c;
-    s.rows = Channels ? table : channels;
-    s.lanes = Channels ? channels : table;
-  }
-
-  // c[2][2] += rows [2 tiles] x lanes [2 tiles] over all of k.
-  void product(const bf16_t* state, int64_t row_block, int64_t lane_block, float* c) const {
-    const int64_t step = k_tiles * tile_values;
+  static void product(const Operands& o, int64_t, float* c) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    if (!Channels && w.direct) {
-      const bf16_t* b = state + lane_block * 2 * step;
-      const bf16_t* a = w.direct + row_block * block * w.stride;
-      for (int64_t k = 0; k < k_tiles; ++k) {
-        if (k == row_block) {
-          const bf16_t* d = w.diagonal + row_block * 2 * tile_values;
-          _tile_loadd(4, d, 64);
-          _tile_loadd(5, d + tile_values, 64);
-        } else {
-          _tile_loadd(4, a + k * block, w.stride * 2);
-          _tile_loadd(5, a + tile * w.stride + k * block, w.stride * 2);
-        }
-        _tile_loadd(6, b + k * tile_values, 64);
-        _tile_loadd(7, b + step + k * tile_values, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    } else {
-      const bf16_t* a = (Channels ? state : w.tiles) + row_block * 2 * step;
-      const bf16_t* b = (Channels ? w.tiles : state) + lane_block * 2 * step;
-      for (int64_t k = 0; k < k_tiles; ++k) {
-        _tile_loadd(4, a + k * tile_values, 64);
-        _tile_loadd(6, b + k * tile_values, 64);
-        _tile_loadd(7, b + step + k * tile_values, 64);
-        _tile_loadd(5, a + step + k * tile_values, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+    for (int64_t k = 0; k < o.k_tiles; ++k) {
+      const bool other = k == o.other_k;
+      const bf16_t* const a = other ? o.other : o.a + k * o.a_k;
+      const bf16_t* const b = o.b + k * tile_values;
+      const int64_t row_bytes = other ? 64 : o.a_row * 2;
+      _tile_loadd(4, a, row_bytes);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + o.b_tile, 64);
+      _tile_loadd(5, a + (other ? tile_values : o.a_tile), row_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, 64);
     _tile_stored(1, c + 256, 64);
     _tile_stored(2, c + 512, 64);
     _tile_stored(3, c + 768, 64);
   }
-
-  // bf16(v)[channel][column] of an operand copy of the state.
-  bf16_t operand(const bf16_t* state, int64_t c, int64_t column) const {
-    const bf16_t* t = state + (column / tile * k_tiles + c / block) * tile_values;
-    return Channels ? t[column % tile * block + c % block] : t[c % block / 2 * block + column % tile * 2 + c % 2];
-  }
-
-  // What a block's values are made of besides the product; stages are `stage` values per row.
-  struct Frame {
-    const bf16_t *x = nullptr, *residual = nullptr;
-    bf16_t* y = nullptr;
-    const float* state = nullptr;  // a given state instead: [32][32]
-    int64_t stage = 0;
-    float alpha = 1;
-    bool product = false, add_state = false;
-  };
-
-  // Columns whose old state is not finite: c becomes W v, and the state that would be added to it zero.
-  void repair(const bf16_t* state, const uint8_t* unusual, int64_t row_block, int64_t lane_block, float* c, float* v) const {
-    const int64_t column0 = (Channels ? row_block : lane_block) * block, c0 = (Channels ? lane_block : row_block) * block;
-    const bf16_t* weight = static_cast<const bf16_t*>(p.weight);
-    for (int64_t j = 0; j < block; ++j) {
-      const uint8_t kind = unusual[column0 + j];
-      if (!kind) continue;
-      for (int64_t i = 0; i < block && c0 + i < p.C; ++i) {
-        const int64_t row = Channels ? j : i, lane = Channels ? i : j;
-        const int64_t at = (row / tile * 2 + lane / tile) * 256 + row % tile * tile + lane % tile;
-        float sum = as_float(0x7fc00000);
-        if (!(kind & 2)) {
-          sum = 0;
-          for (int64_t k = 0; k < p.C; ++k)
-            sum += static_cast<float>(to_double(weight[(c0 + i) * p.weight_out + k * p.weight_in]) *
-                                      to_double(operand(state, k, column0 + j)));
-        }
-        c[at] = sum;
-        v[at] = 0;
-      }
-    }
-  }
-
-  // What follows the product of a block: the next state (both copies) and the output.
-  template <bool Affine>
-  void finish(const Frame& f, int64_t rb, int64_t lb, int64_t columns, const float* c, float* v, bf16_t* operand_tiles,
-              uint8_t* unusual) const {
-    const bf16_t *const x_stage = f.x, *const residual_stage = f.residual;
-    bf16_t* const y_stage = f.y;
-    const float* const given = f.state;
-    const int64_t stage = f.stage;
-    const int64_t rows = min_of<int64_t>(block, (Channels ? columns : p.C) - rb * block);
-    const int64_t lanes = min_of<int64_t>(block, (Channels ? p.C : columns) - lb * block);
-    const int64_t row0 = rb * block, channel0 = (Channels ? lb : rb) * block;
-    const bool with_product = f.product, add_state = f.add_state, relu = p.relu;
-    const uint8_t* const identity = w.identity + channel0;
-    const float *const scale_of = scale + channel0, *const shift_of = shift + channel0;
-    const __m512 alpha = _mm512_set1_ps(f.alpha), zero = _mm512_setzero_ps();
-    const __mmask16 valid[2] = {static_cast<__mmask16>(lanes >= 16 ? 0xffff : (1u << lanes) - 1),
-                                static_cast<__mmask16>(lanes >= 32 ? 0xffff : lanes <= 16 ? 0 : (1u << (lanes - 16)) - 1)};
-    __mmask16 add[2] = {0xffff, 0xffff};
-    __m512 scale_lanes[2] = {zero, zero}, shift_lanes[2] = {zero, zero};
-    if (Channels)
-      for (int h = 0; h < 2; ++h) {
-        if (with_product)
-          add[h] = _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(identity + 16 * h)), _mm_set1_epi8(1));
-        if (Affine) scale_lanes[h] = _mm512_loadu_ps(scale_of + 16 * h), shift_lanes[h] = _mm512_loadu_ps(shift_of + 16 * h);
-      }
-    // Interleaves a pair of rows: [row 0 lane 0, row 1 lane 0, row 0 lane 1, ...], lanes 0 to 15 and 16 to 31.
-    alignas(64) static constexpr uint16_t interleave[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i pick_low = _mm512_load_si512(interleave);
-    const __m512i pick_high = _mm512_add_epi16(pick_low, _mm512_set1_epi16(16));
-    const __m512i exponent = _mm512_set1_epi16(0x7f80), magnitude = _mm512_set1_epi16(0x7fff);
-    bf16_t* const operands = !operand_tiles ? nullptr
-                             : Channels ? operand_tiles + (rb * 2 * k_tiles + lb) * tile_values
-                                      : operand_tiles + (lb * 2 * k_tiles + rb) * tile_values;
-    const int64_t operand_step = k_tiles * tile_values;
-    __mmask32 odd = 0;
-    __m512i previous = _mm512_setzero_si512();
-    for (int64_t r = 0; r < block; ++r) {
-      const int64_t at = (r & 16) * 32 + (r & 15) * 16;
-      __m512 value[2] = {zero, zero};
-      if (given) {
-        value[0] = _mm512_maskz_loadu_ps(valid[0], given + r * block);
-        value[1] = _mm512_maskz_loadu_ps(valid[1], given + r * block + 16);
-      } else if (r < rows) {
-        if (!Channels && with_product) add[0] = add[1] = static_cast<__mmask16>(-static_cast<int>(identity[r]));
-        const __m512i x = x_stage ? _mm512_loadu_si512(x_stage + r * stage) : _mm512_setzero_si512();
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          __m512 u = with_product ? _mm512_load_ps(c + at + h * 256) : _mm512_set1_ps(-0.0f);
-          if (with_product || add_state) u = _mm512_mask_add_ps(u, add[h], u, _mm512_load_ps(v + at + h * 256));
-          if (x_stage) u = _mm512_add_ps(u, h ? high_half(x) : low_half(x));
-          value[h] = _mm512_maskz_mul_ps(valid[h], u, alpha);
-        }
-      }
-      _mm512_store_ps(v + at, value[0]);
-      _mm512_store_ps(v + at + 256, value[1]);
-      const __m512i rounded = to_bf16(value[0], value[1]);
-      const __mmask32 not_finite = _mm512_cmpge_epu16_mask(_mm512_and_si512(rounded, magnitude), exponent);
-      if (!operand_tiles) {
-        // The last frame: nobody multiplies it.
-      } else if (Channels) {
-        _mm512_store_si512(operands + (r >> 4) * operand_step + (r & 15) * block, rounded);
-        if (__builtin_expect(not_finite != 0, 0)) unusual[row0 + r] |= kind_of(rounded, not_finite);
-      } else {
-        odd |= not_finite;
-        if (r & 1) {
-          bf16_t* out = operands + (r >> 1) * block;
-          _mm512_store_si512(out, _mm512_permutex2var_epi16(previous, pick_low, rounded));
-          _mm512_store_si512(out + operand_step, _mm512_permutex2var_epi16(previous, pick_high, rounded));
-        }
-        previous = rounded;
-      }
-      if (!y_stage) continue;
-      __m512i out = rounded;
-      if constexpr (Affine) {
-        const __m512i residual = residual_stage ? _mm512_loadu_si512(residual_stage + r * stage) : _mm512_setzero_si512();
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          __m512 y = _mm512_fmadd_ps(Channels ? scale_lanes[h] : _mm512_set1_ps(scale_of[r]), value[h],
-                                     Channels ? shift_lanes[h] : _mm512_set1_ps(shift_of[r]));
-          if (residual_stage) y = _mm512_add_ps(y, h ? high_half(residual) : low_half(residual));
-          value[h] = relu ? _mm512_max_ps(zero, y) : y;  // the second operand where either is NaN
-        }
-        out = to_bf16(value[0], value[1]);
-      }
-      _mm512_storeu_si512(y_stage + r * stage, out);
-    }
-    if (!Channels && __builtin_expect(odd != 0, 0))
-      for (int64_t r = 0; r < block; ++r)
-        for (int j = 0; j < block; ++j) {
-          const float value = v[(r & 16) * 32 + (r & 15) * 16 + (j >= 16 ? 256 + j - 16 : j)];
-          bf16_t rounded;
-          from_double(value, rounded);
-          if ((rounded.bits & 0x7fff) >= 0x7f80) unusual[lb * block + j] |= (rounded.bits & 0x7f) ? 2 : 1;
-        }
-  }
-
-  static uint8_t kind_of(__m512i values, __mmask32 not_finite) {
-    alignas(64) uint16_t bits[32];
-    _mm512_store_si512(bits, values);
-    uint8_t kind = 0;
-    for (int j = 0; j < 32; ++j)
-      if (not_finite >> j & 1) kind |= (bits[j] & 0x7f) ? 2 : 1;
-    return kind;
-  }
-
-  void run(int64_t q0, int64_t q1, int64_t c0, int64_t c1) const {
-    const int64_t columns = q1 - q0, padded_columns = round_up(columns, block);
-    const int64_t row_blocks = (Channels ? padded_columns : padded) / block;
-    const int64_t lane_blocks = (Channels ? padded : padded_columns) / block;
-    const int64_t rows = Channels ? columns : p.C, lanes = Channels ? p.C : columns;
-    const int64_t table = columns + p.C;
-    const int64_t stage_width = min_of(group, lane_blocks) * block, stage_size = block * stage_width;
-    size_t bytes = 0;
-    const auto reserve = [&](size_t size) {
-      const size_t at = bytes;
-      bytes += (size + 63) / 64 * 64;
-      return at;
-    };
-    const size_t state_size = padded_columns * padded;
-    const size_t at_v = reserve(state_size * 4), at_operands = reserve(state_size * 4), at_tables = reserve((3 * table + 2 * columns) * 8);
-    const size_t at_stage = reserve(3 * stage_size * 2), at_c = reserve(4096), at_unusual = reserve(2 * padded_columns);
-    char* memory = static_cast<char*>(scratch(1, bytes));
-    float* v = reinterpret_cast<float*>(memory + at_v);
-    bf16_t* old_state = reinterpret_cast<bf16_t*>(memory + at_operands);
-    bf16_t* new_state = old_state + state_size;
-    int64_t* tables = reinterpret_cast<int64_t*>(memory + at_tables);
-    bf16_t* stage = reinterpret_cast<bf16_t*>(memory + at_stage);
-    float* c = reinterpret_cast<float*>(memory + at_c);
-    uint8_t* old_unusual = reinterpret_cast<uint8_t*>(memory + at_unusual);
-    uint8_t* new_unusual = old_unusual + padded_columns;
-    memset(old_unusual, 0, 2 * padded_columns);
-    memset(static_cast<void*>(stage), 0, 3 * stage_size * 2);
-
-    Stream<bf16_t> x, y, residual;
-    make_stream(p.x, x, q0, columns, tables);
-    make_stream(p.y, y, q0, columns, tables + table);
-    make_stream(p.residual, residual, q0, columns, tables + 2 * table);
-    if (p.init != Init::none) load_state(v, old_state, old_unusual, q0, columns, row_blocks, lane_blocks, c, tables + 3 * table);
-
-    TileScope tiles;
-    const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
-    const int64_t row_begin = Channels ? 0 : c0, row_end = Channels ? rows : min_of(c1, rows);
-    for (int64_t i = 0; i < frames; ++i) {
-      const bool transport = i < p.T;
-      Frame f;
-      f.product = i > 0 || p.init == Init::state;
-      f.add_state = i == 0 && p.init == Init::added;
-      f.alpha = static_cast<float>(i == p.T ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha);
-      f.stage = stage_width;
-      bool any_unusual = false;
-      for (int64_t q = 0; q < padded_columns; ++q) any_unusual |= old_unusual[q] != 0;
-      memset(new_unusual, 0, padded_columns);
-      for (int64_t g0 = 0; g0 < lane_blocks; g0 += group) {
-        const int64_t g1 = min_of(g0 + group, lane_blocks), group_lanes = min_of(g1 * block, lanes) - g0 * block;
-        for (int64_t m0 = row_begin; m0 < row_end; m0 += block) {
-          const int64_t rb = m0 / block, group_rows = min_of<int64_t>(block, row_end - m0);
-          if (transport && x.base)
-            copy_in<bf16_t>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * block, group_lanes, stage, stage_width);
-          if (transport && residual.base)
-            copy_in<bf16_t>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * block,
-                            group_lanes, stage + stage_size, stage_width);
-          // The next piece of x, asked for block by block so that it has come by when this one is computed.
-          const bool same_group = m0 + block < row_end, same_frame = same_group || g1 < lane_blocks;
-          const int64_t next_m = same_group ? m0 + block : row_begin;
-          const int64_t next_g = same_group ? g0 : same_frame ? g1 : 0, next_i = same_frame ? i : i + 1;
-          const int64_t next_rows = min_of<int64_t>(block, row_end - next_m), share = (block + g1 - g0 - 1) / (g1 - g0);
-          for (int64_t lb = g0; lb < g1; ++lb) {
-            const int64_t r0 = (lb - g0) * share;
-            if (x.base && next_i < p.T && r0 < next_rows)
-              prefetch_rows<bf16_t>(x.base + next_i * x.t, x.rows + next_m + r0, min_of(share, next_rows - r0),
-                                    x.lanes[next_g * block], min_of(group_lanes, lanes - next_g * block));
-            float* state = v + (rb * lane_blocks + lb) * 1024;
-            if (f.product) {
-              product(old_state, rb, lb, c);
-              if (__builtin_expect(any_unusual, 0)) repair(old_state, old_unusual, rb, lb, c, state);
-            }
-            if (transport) {
-              bf16_t* at = stage + (lb - g0) * block;
-              f.x = x.base ? at : nullptr;
-              f.residual = residual.base ? at + stage_size : nullptr;
-              f.y = y.base ? at + 2 * stage_size : nullptr;
-            }
-            bf16_t* const next_state = i + 1 < frames ? new_state : nullptr;
-            if (p.scale && transport)
-              finish<true>(f, rb, lb, columns, c, state, next_state, new_unusual);
-            else
-              finish<false>(f, rb, lb, columns, c, state, next_state, new_unusual);
-          }
-          if (transport && y.base)
-            copy_out<bf16_t>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * block, group_lanes,
-                             stage + 2 * stage_size, stage_width, around);
-        }
-      }
-      bf16_t* swap = old_state;
-      old_state = new_state;
-      new_state = swap;
-      uint8_t* swap_flags = old_unusual;
-      old_unusual = new_unusual;
-      new_unusual = swap_flags;
-    }
-    if (p.last_kind != Last::none) store_state(v, q0, columns, lane_blocks, c0, c1, tables + 3 * table);
-    if (around || around_state) end_around();
-  }
-
-  void load_state(float* v, bf16_t* operands, uint8_t* unusual, int64_t q0, int64_t columns, int64_t row_blocks,
-                  int64_t lane_blocks, float* given, int64_t* column_at) const {
-    column_offsets(p, p.first, q0, columns, column_at);
-    const int64_t rows = Channels ? columns : p.C, lanes = Channels ? p.C : columns;
-    for (int64_t lb = 0; lb < lane_blocks; ++lb) {
-      int64_t lane_offsets[block];
-      const int64_t count = min_of<int64_t>(block, lanes - lb * block);
-      for (int64_t l = 0; l < count; ++l) lane_offsets[l] = Channels ? (lb * block + l) * p.first.c : column_at[lb * block + l];
-      const bool adjacent = p.first.dtype == DType::f32 && run_end(lane_offsets, 0, count) == count;
-      for (int64_t rb = 0; rb < row_blocks; ++rb) {
-        const int64_t present = min_of<int64_t>(block, rows - rb * block);
-        if (count < block || present < block) memset(given, 0, 4096);
-        for (int64_t r = 0; r < present; ++r) {
-          const int64_t row = Channels ? column_at[rb * block + r] : (rb * block + r) * p.first.c;
-          if (adjacent)
-            copy_row(given + r * block, static_cast<const float*>(p.first.data) + row + lane_offsets[0], count * 4);
-          else
-            for (int64_t l = 0; l < count; ++l)
-              given[r * block + l] = static_cast<float>(load_any(p.first.data, p.first.dtype, row + lane_offsets[l]));
-        }
-        Frame f;
-        f.state = given;
-        finish<false>(f, rb, lb, columns, given, v + (rb * lane_blocks + lb) * 1024, operands, unusual);
-      }
-    }
-  }
-
-  void store_state(const float* v, int64_t q0, int64_t columns, int64_t lane_blocks, int64_t c0, int64_t c1,
-                   int64_t* column_at) const {
-    int64_t* const run_ends = column_at + columns;
-    column_offsets(p, p.last, q0, columns, column_at);
-    for (int64_t q = 0; q < columns;) {
-      const int64_t end = run_end(column_at, q, columns);
-      while (q < end) run_ends[q++] = end;
-    }
-    const int64_t begin = Channels ? 0 : c0, end = Channels ? columns : min_of(c1, p.C), lanes = Channels ? p.C : columns;
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t row = Channels ? column_at[r] : r * p.last.c;
-      for (int64_t lb = 0; lb < lane_blocks; ++lb) {
-        const float* from = v + (r / block * lane_blocks + lb) * 1024 + (r & 16) * 32 + (r & 15) * 16;
-        const int64_t l0 = lb * block, count = min_of<int64_t>(block, lanes - l0);
-        const bool adjacent = Channels ? p.last.c == 1 : run_ends[l0] >= l0 + count;
-        if (p.last.dtype == DType::f32 && adjacent) {
-          float* to = static_cast<float*>(p.last.data) + row + (Channels ? l0 : column_at[l0]);
-          const bool aligned = around_state && count == block && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-          if (aligned) {
-            _mm512_stream_ps(to, _mm512_load_ps(from));
-            _mm512_stream_ps(to + 16, _mm512_load_ps(from + 256));
-          } else {
-            copy_row(to, from, min_of<int64_t>(count, 16) * 4);
-            if (count > 16) copy_row(to + 16, from + 256, (count - 16) * 4);
-          }
-        } else {
-          for (int64_t l = 0; l < count; ++l)
-            store_any(p.last.data, p.last.dtype, row + (Channels ? (l0 + l) * p.last.c : column_at[l0 + l]),
-                      from[l < 16 ? l : 240 + l]);
-        }
-      }
-    }
-  }
 };
 
-// 16 x 16 values of 32 bits.
-static inline void transpose(__m512i (&a)[16]) {
-  __m512i b[16];
-  for (int l = 0; l < 16; l += 2) {
-    b[l] = _mm512_unpacklo_epi32(a[l], a[l + 1]);
-    b[l + 1] = _mm512_unpackhi_epi32(a[l], a[l + 1]);
-  }
-  for (int l = 0; l < 16; l += 4) {
-    a[l] = _mm512_unpacklo_epi64(b[l], b[l + 2]);
-    a[l + 1] = _mm512_unpackhi_epi64(b[l], b[l + 2]);
-    a[l + 2] = _mm512_unpacklo_epi64(b[l + 1], b[l + 3]);
-    a[l + 3] = _mm512_unpackhi_epi64(b[l + 1], b[l + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-    b[4 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    b[8 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-    b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-  }
-  for (int j = 0; j < 4; ++j) {
-    a[j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88);
-    a[8 + j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd);
-    a[4 + j] = _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0x88);
-    a[12 + j] = _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0xdd);
-  }
-}
-
-template <bool Channels>
-struct Call {
-  const Scan& p;
-  const Plan& plan;
-  int64_t padded, k_tiles;
-  bf16_t* tiles;     // packed, or the diagonal only
-  bool direct;
-  uint8_t* identity;
-  Weights weights;
-  const float *scale = nullptr, *shift = nullptr;
-
-  bf16_t entry(int64_t o, int64_t k) const {
-    if (o >= p.C || k >= p.C) return {0};
-    bf16_t w = static_cast<const bf16_t*>(p.weight)[o * p.weight_out + k * p.weight_in];
-    if (o == k && identity[o]) from_double(to_double(w) - 1.0, w);
-    return w;
-  }
-
-  static void pack(void* self, int64_t index) {  // one tile of outputs
-    auto& t = *static_cast<Call*>(self);
-    const int64_t o0 = index * tile;
-    const int64_t k_begin = t.direct ? index / 2 : 0, k_end = t.direct ? k_begin + 1 : t.k_tiles;
-    for (int64_t kt = k_begin; kt < k_end; ++kt) {
-      bf16_t* out = t.tiles + (t.direct ? index : index * t.k_tiles + kt) * tile_values;
-      const bool plain = o0 + tile <= t.p.C && (kt + 1) * block <= t.p.C && o0 / block != kt && t.p.weight_in == 1;
-      if (plain) {
-        const bf16_t* rows = static_cast<const bf16_t*>(t.p.weight) + o0 * t.p.weight_out + kt * block;
-        __m512i pairs[tile];
-        for (int64_t o = 0; o < tile; ++o) pairs[o] = _mm512_loadu_si512(rows + o * t.p.weight_out);
-        if (Channels) transpose(pairs);
-        for (int64_t o = 0; o < tile; ++o) _mm512_store_si512(out + o * block, pairs[o]);
-        continue;
-      }
-      for (int64_t o = 0; o < tile; ++o) {
-        for (int64_t k = 0; k < block; ++k) {
-          const bf16_t value = t.entry(o0 + o, kt * block + k);
-          (Channels ? out[k / 2 * block + o * 2 + k % 2] : out[o * block + k]) = value;
-        }
-      }
-    }
-  }
-
-  static void task(void* self, int64_t index) {
-    const auto& t = *static_cast<const Call*>(self);
-    const TaskRange r = task_range(t.plan, t.p.N * t.p.G * t.p.H * t.p.W, t.p.C, index);
-    Task<Channels>{t.p, t.weights, t.scale, t.shift, t.padded, t.k_tiles, t.plan.group, t.plan.around, t.plan.around_state}.run(
-        r.column_begin, r.column_end, r.channel_begin, r.channel_end);
-  }
-
-  static void run(const Scan& p, const Plan& plan, const Parallel& parallel) {
-    const int64_t C = p.C, padded = round_up(C, block), columns = p.N * p.G * p.H * p.W;
-    const bool direct = !Channels && p.T == 1 && C % block == 0 && p.weight_in == 1;
-    const int64_t tile_count = direct ? padded / tile : padded / tile * (padded / block);
-    char* memory = static_cast<char*>(scratch(0, tile_count * tile_values * 2 + padded * 9 + 64));
-    Call t{p, plan, padded, padded / block, reinterpret_cast<bf16_t*>(memory), direct, nullptr, {}};
-    float* affine = reinterpret_cast<float*>(memory + tile_count * tile_values * 2);
-    t.identity = reinterpret_cast<uint8_t*>(affine + 2 * padded);
-    for (int64_t c = 0; c < padded; ++c) {
-      const double d = c < C ? to_double(static_cast<const bf16_t*>(p.weight)[c * (p.weight_out + p.weight_in)]) : 0;
-      t.identity[c] = d >= 0.5 && d <= 2.0;
-      if (p.scale) {
-        affine[c] = c < C ? static_cast<const float*>(p.scale)[c] : 0;
-        affine[padded + c] = c < C ? static_cast<const float*>(p.shift)[c] : 0;
-      }
-    }
-    t.scale = affine;
-    t.shift = affine + padded;
-    if (C <= 128)
-      for (int64_t i = 0; i < padded / tile; ++i) pack(&t, i);
-    else
-      parallel.run(parallel.pool, padded / tile, pack, &t);
-    t.weights.identity = t.identity;
-    if (direct) {
-      t.weights.direct = static_cast<const bf16_t*>(p.weight);
-      t.weights.stride = p.weight_out;
-      t.weights.diagonal = t.tiles;
-    } else {
-      t.weights.tiles = t.tiles;
-    }
-    parallel.run(parallel.pool, task_count(plan, columns), task, &t);
-  }
-};
-
-void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
-  if (plan.channels)
-    Call<true>::run(p, plan, parallel);
-  else
-    Call<false>::run(p, plan, parallel);
-}
+#include "recurrent_conv_bf16_core.h"
 
 }  // namespace rcu_ops::cpu::amx
 #endif

@@ -22,6 +22,9 @@ namespace avx512 {
 void scan(const Scan&, const Plan&, const Parallel&);
 void weight_grad(const WeightGrad&, const Parallel&);
 }  // namespace avx512
+namespace avx512_bf16 {
+void scan(const Scan&, const Plan&, const Parallel&);
+}  // namespace avx512_bf16
 namespace amx {
 void scan(const Scan&, const Plan&, const Parallel&);
 }  // namespace amx

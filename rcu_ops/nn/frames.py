@@ -11,12 +11,12 @@ def frames_to_batch(clip: Tensor) -> Tensor:
     A view for channels_last_3d clips, for frame-major memory ([N,T,C,H,W] permuted), and whenever N or T is 1. Only a
     contiguous NCTHW clip with several samples and frames has to be copied, into frame-major memory.
     """
-    return clip.transpose(1, 2).flatten(0, 1)
+    return clip.squeeze(2) if clip.shape[2] == 1 else clip.transpose(1, 2).flatten(0, 1)
 
 
 def batch_to_frames(frames: Tensor, batch: int, length: int) -> Tensor:
     """[N*T,C,...] -> [N,C,T,...], always a view; ``batch`` and ``length`` are N and T."""
-    return frames.view(batch, length, *frames.shape[1:]).transpose(1, 2)
+    return frames.unsqueeze(2) if length == 1 else frames.view(batch, length, *frames.shape[1:]).transpose(1, 2)
 
 
 def check_clip(owner: object, clip: Tensor, channels: int) -> None:

@@ -26,7 +26,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     * :class:`RecurrentConv3d` + ``BatchNorm3d`` (+ residual addition) (+ ReLU) becomes one
       :class:`FusedRecurrentConv3d`, which runs :func:`rcu_ops.recurrent_conv_affine_act`.
-    * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
+    * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias. 1xdxd convolutions
+      keep their weight in the matrix library's own layout.
 
     Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
     has no gradients with respect to its parameters. Modules whose ``forward`` cannot be traced stay unfused, and a
@@ -145,7 +146,8 @@ class FusedRecurrentConv3d(nn.Module):
 class FusedFrameConv3d(nn.Module):
     """A 1xdxd convolution with batch normalisation folded in, and the residual addition and ReLU after it.
 
-    Made by :func:`fuse_for_inference`; ``weight`` [O,C/groups,1,kh,kw] and ``bias`` [O] include the normalisation.
+    Made by :func:`fuse_for_inference`; ``weight`` [O,C/groups,1,kh,kw] and ``bias`` ([O] or None) include the
+    normalisation.
 
     Args:
         conv: the convolution.
@@ -344,13 +346,16 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
     if relu:
         assert after is not None
         last = after
-    if last is node:
+    per_frame = conv if isinstance(conv, FrameConv3d) and conv.stride[0] == 1 else None
+    if (
+        last is node and per_frame is None
+    ):  # a per-frame one gains by itself: its weight is kept as the library wants it
         return False
     fused: nn.Module
     if isinstance(conv, RecurrentConv3d):
         fused = FusedRecurrentConv3d(conv, norm, relu)
-    elif isinstance(conv, FrameConv3d) and conv.stride[0] == 1:
-        fused = FusedFrameConv3d(conv, norm, relu)
+    elif per_frame is not None:
+        fused = FusedFrameConv3d(per_frame, norm, relu)
     elif norm is not None:
         # Temporal kernels and strides: only the normalisation folds, the rest of the pattern stays in the graph.
         folded = copy.deepcopy(conv)

@@ -23,7 +23,7 @@ def tensor(name: str, value: Any) -> Tensor:
 
 def shape(name: str, value: Tensor, expected: tuple[Any, ...], meaning: str) -> None:
     """ValueError unless ``value`` has exactly the shape ``expected``, described by ``meaning``."""
-    if value.dim() != len(expected) or any(got != want for got, want in zip(value.shape, expected, strict=True)):
+    if tuple(value.shape) != expected:
         raise ValueError(f"{name}: expected {meaning} = {list(expected)}, got {list(value.shape)}")
 
 

@@ -129,7 +129,10 @@ def _check_affine_act(
     for name, value in (("scale", scale), ("shift", shift)):
         _checks.shape(name, _checks.tensor(name, value), (x.shape[1],), "[C]")
         _checks.same_device(name, value, x, "x")
-    scale, shift = scale.to(state), shift.to(state)
+    if scale.dtype != state:
+        scale = scale.to(state)
+    if shift.dtype != state:
+        shift = shift.to(state)
     if residual is not None:
         _checks.shape("residual", _checks.tensor("residual", residual), tuple(x.shape), "x's shape [N,C,T,H,W]")
         _checks.same_device("residual", residual, x, "x")

@@ -26,7 +26,7 @@ if not _library.LIBRARY.exists():
 kernels = torch.ops.rcu_ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["portable", "avx2", "avx512", "amx"]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def runs(isa: str) -> bool:
@@ -135,6 +135,7 @@ def test_this_processor_was_recognised() -> None:
     words = set(flags.split())
     assert ("avx2" in AVAILABLE) == ({"avx2", "fma", "f16c"} <= words)
     assert ("avx512" in AVAILABLE) == ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"} <= words)
+    assert ("avx512_bf16" in AVAILABLE) == ("avx512" in AVAILABLE and "avx512_bf16" in words)
     if "amx" in AVAILABLE:
         assert {"amx_tile", "amx_bf16", "avx512_bf16"} <= words
 

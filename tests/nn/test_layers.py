@@ -54,7 +54,10 @@ def test_layer_is_the_explicit_loop(layout: str, dtype: torch.dtype, update: str
     x = LAYOUTS[layout](torch.randn(2, 6, 5, 9, 7).to(dtype))
     exact = explicit_loop(copy.deepcopy(layer).double(), x.double())
     with torch.no_grad():
-        assert_close_to_reference(layer(x), exact, explicit_loop(layer, x))
+        if dtype == torch.float64:  # the loop is no more exact than the layer
+            torch.testing.assert_close(layer(x), exact)
+        else:
+            assert_close_to_reference(layer(x), exact, explicit_loop(layer, x))
 
 
 @pytest.mark.parametrize(
