@@ -347,9 +347,7 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
         assert after is not None
         last = after
     per_frame = conv if isinstance(conv, FrameConv3d) and conv.stride[0] == 1 else None
-    if (
-        last is node and per_frame is None
-    ):  # a per-frame one gains by itself: its weight is kept as the library wants it
+    if last is node and per_frame is None:  # a per-frame one keeps its weight as the library wants it
         return False
     fused: nn.Module
     if isinstance(conv, RecurrentConv3d):
