@@ -397,7 +397,7 @@ def architecture_flags(architectures: Sequence[str]) -> list[str]:
 def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -> list[str]:
     flags = [
         "-std=c++20",
-        "-O3",
+        "-O2",  # the kernels unroll by themselves: -O3 takes half as long again and gives the same speed
         "-DNDEBUG",
         "-fPIC",
         "-fvisibility=hidden",
@@ -406,6 +406,7 @@ def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -
         f"-isystem{torch.include}",
     ]
     if "clang" not in compiler.version:
+        flags.append("-fvect-cost-model=dynamic")  # but vectorises loops as -O3 does
         flags.append("-Wno-maybe-uninitialized")  # GCC 12 warns about its own AVX-512 headers
     # torch's checks quote their file names; the map keeps paths of the building machine out of the result.
     flags.append(f"-ffile-prefix-map={torch.path}=torch")
