@@ -3,6 +3,7 @@
 from rcu_ops.models.c3d import C3D
 from rcu_ops.models.faster import Faster
 from rcu_ops.models.registry import create_model, list_models, register_model
+from rcu_ops.models.relational import RelationalTwoBranch
 from rcu_ops.models.res_lstm import ResLSTM
 from rcu_ops.models.resnet import VideoResNet
 from rcu_ops.models.resnet_v2 import TemporalSegmentNetwork
@@ -12,6 +13,7 @@ __all__ = [
     "C3D",
     "Faster",
     "LoadReport",
+    "RelationalTwoBranch",
     "ResLSTM",
     "TemporalSegmentNetwork",
     "VideoResNet",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rcu_ops.models.registry import register_model
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import LayerChoice, choose_layers
+from rcu_ops.nn.nonlocal_block import NonLocalBlock
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
 from rcu_ops.nn.srtg import SRTG
 
@@ -159,6 +160,7 @@ class _Block(nn.Module):
         self.placement = placement
         channels = {"start": in_planes, "top": planes, "mid": planes}.get(placement, out_planes)
         self.srtg = None if srtg is None else srtg(channels)
+        self.relation: NonLocalBlock | None = None  # after the block, where the network has one
 
     def _at(self, placement: str, x: Tensor) -> Tensor:
         """``x`` through the SRTG, if this is its place."""
@@ -170,7 +172,8 @@ class _Block(nn.Module):
     def _joined(self, out: Tensor, shortcut: Tensor) -> Tensor:
         if self.gate is not None:
             out = self.gate(out)
-        return self._at("final", self.relu(self._at("end", out) + shortcut))
+        out = self._at("final", self.relu(self._at("end", out) + shortcut))
+        return out if self.relation is None else self.relation(out)
 
 
 class BasicBlock(_Block):
@@ -317,6 +320,10 @@ class VideoResNet(nn.Module):
         srtg: None, or where in every residual block a :class:`rcu_ops.nn.SRTG` stands: "start", "mid", "res", "final",
             and in bottlenecks "top" and "end".
         srtg_gate, srtg_fusion, srtg_window: its ``gate``, ``fusion`` and ``window``.
+        nonlocal_after: names of residual blocks ("layer2.1", "layer3.5") with a :class:`rcu_ops.nn.NonLocalBlock` after
+            them (section 5.3).
+        nonlocal_kind: its ``kind``. nonlocal_memory: its ``memory`` in networks of causal layers; in the others it
+            looks at the whole clip.
         dropout: probability before convC.
         memory_format: clips are brought into it on entry; ``torch.contiguous_format`` leaves them as they come.
 
@@ -349,6 +356,9 @@ class VideoResNet(nn.Module):
         srtg_gate: bool = True,
         srtg_fusion: str = "mul",
         srtg_window: int | None = None,
+        nonlocal_after: Sequence[str] = (),
+        nonlocal_kind: str = "gaussian",
+        nonlocal_memory: int = 8,
         dropout: float = 0.0,
         memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
@@ -376,6 +386,10 @@ class VideoResNet(nn.Module):
         def temporal_gate(channels: int) -> SRTG:
             return SRTG(channels, gate=srtg_gate, fusion=srtg_fusion, window=srtg_window)
 
+        known = {f"layer{stage}.{index}" for stage, blocks in enumerate(layers, 1) for index in range(blocks)}
+        if not known >= set(nonlocal_after):
+            unknown = sorted(set(nonlocal_after) - known)
+            raise ValueError(f"nonlocal_after: expected names of blocks such as 'layer2.1', got {unknown}")
         names = ["stem.conv"]
         for stage, blocks in enumerate(layers, start=1):
             convs = ("conv1", "conv2") if kind is BasicBlock else ("conv2",)
@@ -411,6 +425,9 @@ class VideoResNet(nn.Module):
                     )
                 )
                 in_planes = planes * kind.expansion
+                if f"layer{stage + 1}.{index}" in nonlocal_after:
+                    memory = nonlocal_memory if framewise else None
+                    stage_blocks[-1].relation = NonLocalBlock(in_planes, kind=nonlocal_kind, memory=memory)
             stages.append(nn.Sequential(*stage_blocks))
             planes *= 2
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

@@ -22,8 +22,8 @@ class LoadReport:
 
     Attributes:
         loaded: names of the parameters and buffers that were set.
-        kept: names that a 2D network cannot have (recurrent weights, step counters of batch normalisation) or that
-            were allowed to be missing: they keep their values.
+        kept: names that a 2D network cannot have (recurrent weights, non-local blocks, step counters of batch
+            normalisation) or that were allowed to be missing: they keep their values.
         skipped: names in the file that were left out because of ``skip_head``.
     """
 
@@ -68,7 +68,9 @@ def load_weights(
     if _is_2d_resnet(weights):
         weights = _from_2d(model, weights, expected, source)
         kept = [
-            name for name in expected if name not in weights and name.endswith((".weight_hh", ".num_batches_tracked"))
+            name
+            for name in expected
+            if name not in weights and (name.endswith((".weight_hh", ".num_batches_tracked")) or ".relation." in name)
         ]
     kept += [
         name

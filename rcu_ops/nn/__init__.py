@@ -6,8 +6,11 @@ from rcu_ops.nn.convert import FrameClassifier, convert_to_recurrent
 from rcu_ops.nn.fuse import fuse_for_inference
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import choose_layers
+from rcu_ops.nn.nonlocal_block import NonLocalBlock
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
+from rcu_ops.nn.relational_lstm import RelationalLSTM
 from rcu_ops.nn.residual_rnn import ResidualRNN
+from rcu_ops.nn.running_mean import RunningMean
 from rcu_ops.nn.srtg import SRTG
 from rcu_ops.nn.stream_state import StreamPass, active_slot
 
@@ -19,8 +22,11 @@ __all__ = [
     "FeatureGate",
     "FrameClassifier",
     "FrameConv3d",
+    "NonLocalBlock",
     "RecurrentConv3d",
+    "RelationalLSTM",
     "ResidualRNN",
+    "RunningMean",
     "StreamPass",
     "active_slot",
     "choose_layers",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rcu_ops.nn.gating import FeatureGate
+from rcu_ops.nn.nonlocal_block import NonLocalBlock
 from rcu_ops.nn.recurrent_conv import FrameConv3d
 from rcu_ops.nn.srtg import SRTG
 
@@ -61,6 +62,10 @@ def _srtg(module: SRTG) -> str | None:
     return None
 
 
+def _non_local(module: NonLocalBlock) -> str | None:
+    return None if module.causal else "attends to the whole clip (NonLocalBlock(memory=...) looks back)"
+
+
 _STATE_NOT_CARRIED = "its state is not carried from chunk to chunk"
 _BIDIRECTIONAL = "reads the future (bidirectional)"
 
@@ -108,6 +113,7 @@ _CHECKS: dict[type[nn.Module], Check] = {
     nn.TransformerEncoderLayer: _because("attends to all frames at once"),
     FeatureGate: _gate,
     SRTG: _srtg,
+    NonLocalBlock: _non_local,
 }
 
 
