@@ -1,4 +1,4 @@
-"""The Relational LSTM and the non-local block: against the equations, nn.LSTM, sums by hand; steps, streams, numbers."""
+"""The Relational LSTM and the non-local block: against equations, nn.LSTM, loops; steps, streams, numbers."""
 
 from __future__ import annotations
 
