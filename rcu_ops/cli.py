@@ -20,6 +20,7 @@ COMMAND_MODULES = (
     "rcu_ops.analysis.command",
     "rcu_ops.analysis.fusion_command",
     "rcu_ops.recipes.command",
+    "rcu_ops.faster.command",
     "rcu_ops.features.command",
 )
 
