@@ -38,6 +38,7 @@ def load_weights(
     sha256: str | None = None,
     *,
     skip_head: bool = False,
+    cross_modality: bool = False,
     allow_missing: tuple[str, ...] = (),
 ) -> LoadReport:
     """Load a file of weights into ``model``. Either everything fits, or nothing is changed and the error lists it all.
@@ -55,6 +56,8 @@ def load_weights(
         sha256: the file's digest in hexadecimal digits (all 64, or at least the first 8), checked before anything is
             read.
         skip_head: leave the classifier as it is, for another number of classes.
+        cross_modality: take a first convolution with another number of input channels (RGB for ten flow fields): its
+            weights are averaged over them and repeated.
         allow_missing: names (or prefixes, ending with a dot) of the model that the file need not have.
 
     Raises:
@@ -87,6 +90,8 @@ def load_weights(
         skipped = head
         kept += [name for name in expected if name.startswith("head.") and name not in kept]
     fits = {name: tensor for name, tensor in weights.items() if name not in skipped}
+    if cross_modality:
+        fits = _other_channels(fits, expected)
 
     problems = [f"missing: {name}" for name in expected if name not in fits and name not in kept]
     problems += [f"unexpected: {name}" for name in fits if name not in expected]
@@ -104,6 +109,22 @@ def load_weights(
         for name, tensor in fits.items():
             expected[name].copy_(tensor)
     return LoadReport(loaded=sorted(fits), kept=sorted(kept), skipped=sorted(skipped))
+
+
+def _other_channels(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``weights`` with the one convolution that has another number of input channels: their mean, for each of them."""
+    first = [
+        name
+        for name, weight in weights.items()
+        if name in expected
+        and weight.dim() == expected[name].dim() == 5
+        and weight.shape[1] != expected[name].shape[1]
+        and weight[:, :1].shape == expected[name][:, :1].shape
+    ]
+    if len(first) > 1:
+        raise ValueError(f"cross_modality: expected one layer with other input channels, got {', '.join(first)}")
+    adapted = {name: weights[name].mean(1, keepdim=True).expand(expected[name].shape) for name in first}
+    return {**weights, **adapted}
 
 
 def _fetch(source: str | os.PathLike[str], sha256: str | None) -> Path:

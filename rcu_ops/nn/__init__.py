@@ -1,6 +1,7 @@
 """Modules of recurrent video networks, conversion of 3D CNNs into them, and fusion for inference."""
 
 from rcu_ops.nn.aggregators import AGGREGATORS, Aggregator, FastGRU, make_aggregator
+from rcu_ops.nn.batch_norm import set_batch_norm_mode
 from rcu_ops.nn.causality import register_per_frame, streaming_obstacles
 from rcu_ops.nn.convert import FrameClassifier, convert_to_recurrent
 from rcu_ops.nn.fuse import fuse_for_inference
@@ -34,5 +35,6 @@ __all__ = [
     "fuse_for_inference",
     "make_aggregator",
     "register_per_frame",
+    "set_batch_norm_mode",
     "streaming_obstacles",
 ]

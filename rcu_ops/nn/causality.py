@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rcu_ops.nn.batch_norm import MovingBatchNorm3d
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.nonlocal_block import NonLocalBlock
 from rcu_ops.nn.recurrent_conv import FrameConv3d
@@ -100,6 +101,7 @@ _CHECKS: dict[type[nn.Module], Check] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
+    MovingBatchNorm3d: _per_frame,
     nn.SyncBatchNorm: _batch_norm,
     nn.InstanceNorm3d: _because("normalises over time"),
     nn.GroupNorm: _because("normalises over time"),

@@ -50,7 +50,17 @@ interrupted.
 # Only these may differ from the run that is resumed: what has been trained so far does not depend on them.
 _RESUMABLE = ("iterations", "milestones")
 # What scores depend on, beside the weights.
-_EVALUATION_SETTINGS = ("loss", "classes", "frames", "period", "crop", "eval_scale", "eval_clips")
+_EVALUATION_SETTINGS = (
+    "loss",
+    "classes",
+    "frames",
+    "period",
+    "crop",
+    "eval_scale",
+    "eval_clips",
+    "eval_crops",
+    "sampling",
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,6 +78,11 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--weights", metavar="FILE", help="weights to start from: a file or URL; not used by --resume")
     train.add_argument("--weights-sha256", metavar="HEX", help="digest that the file of --weights must have")
     train.add_argument("--skip-head", action="store_true", help="leave the classifier of --weights out")
+    train.add_argument(
+        "--cross-modality",
+        action="store_true",
+        help="--weights are of a network with other input channels (RGB for flow): average its first layer over them",
+    )
     train.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     train.add_argument("--accumulate", type=int, default=1, metavar="N", help="take a batch in N parts (default: 1)")
     train.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
@@ -178,7 +193,7 @@ def _train(args: argparse.Namespace, processes: Any) -> int:
     torch.manual_seed(mix_seed(args.seed))
     model = _model(settings)
     if checkpoint is None and args.weights is not None:
-        _load_weights(model, args.weights, args.weights_sha256, args.skip_head)
+        _load_weights(model, args.weights, args.weights_sha256, args.skip_head, args.cross_modality)
     options = TrainOptions(
         out=args.out,
         seed=args.seed,
@@ -396,11 +411,13 @@ def _model(settings: RunSettings) -> torch.nn.Module:
         raise UserError(f"--model {settings.recipe.model}: {error}") from error
 
 
-def _load_weights(model: torch.nn.Module, source: str, sha256: str | None, skip_head: bool) -> None:
+def _load_weights(
+    model: torch.nn.Module, source: str, sha256: str | None, skip_head: bool, cross_modality: bool = False
+) -> None:
     import rcu_ops
 
     try:
-        rcu_ops.load_weights(model, source, sha256, skip_head=skip_head)
+        rcu_ops.load_weights(model, source, sha256, skip_head=skip_head, cross_modality=cross_modality)
     except (ValueError, OSError) as error:
         raise UserError(f"--weights: {str(error).replace('skip_head=True', '--skip-head')}") from error
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOSSES = ("cross_entropy", "bce")
+SAMPLINGS = ("clip", "segments")
+BATCH_NORMS = ("batch", "moving", "frozen")
 
 
 def _setting(text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -48,9 +50,21 @@ class Recipe:
     flip: float = _setting("probability of mirroring a training clip", 0.5)
     jitter: bool = _setting("start training clips at a random frame (otherwise they are centred)", True)
     eval_scale: int = _setting("short side in pixels before the centre crop of evaluation", 128)
-    eval_clips: int = _setting("regularly spaced clips per video in evaluation", 10)
+    eval_clips: int = _setting("regularly spaced clips (or positions in the segments) per video in evaluation", 10)
+    eval_crops: int = _setting("crops of every clip in evaluation, averaged: 1, 5 or 10", 1)
+    sampling: str = _setting("clip (neighbouring frames) or segments (one frame of each of `frames` segments)", "clip")
+    multi_scale: bool = _setting("crop windows of random size at corners and centre instead of random places", False)
+    batch_norm: str = _setting("batch, moving (normalise by moving statistics, updated slowly) or frozen", "batch")
+    batch_norm_momentum: float = _setting("how fast batch-norm=moving updates the statistics", 0.001)
 
     def __post_init__(self) -> None:
+        for name, allowed in (("sampling", SAMPLINGS), ("batch_norm", BATCH_NORMS), ("eval_crops", (1, 5, 10))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        if self.sampling == "segments" and self.loss == "bce":
+            raise ValueError("sampling: dense labels need neighbouring frames (clip), got 'segments'")
+        if not 0 < self.batch_norm_momentum <= 1:
+            raise ValueError(f"batch_norm_momentum: expected a number above 0, to 1, got {self.batch_norm_momentum}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected {' or '.join(LOSSES)}, got {self.loss!r}")
         for name in ("classes", "frames", "batch", "iterations", "period", "crop", "eval_clips"):
@@ -111,6 +125,26 @@ _KINETICS: dict[str, Any] = {
     "iterations": 400_000,
 }
 
+# Relational Long Short-Term Memory, §5.2, spatial stream: epochs of the 9,537 training videos of UCF-101, split 1.
+_UCF101: dict[str, Any] = {
+    "classes": 101,
+    "loss": "cross_entropy",
+    "frames": 8,
+    "batch": 24,
+    "lr": 0.0005,
+    "milestones": (13_908, 17_882),
+    "iterations": 19_869,
+    "weight_decay": 5e-4,
+    "crop": 224,
+    "scales": (256, 256),
+    "eval_scale": 256,
+    "eval_clips": 4,
+    "eval_crops": 5,
+    "sampling": "segments",
+    "multi_scale": True,
+    "batch_norm": "moving",
+}
+
 # Recurrent Convolutions for Causal 3D CNNs, §5.1 (Kinetics), §5.3 (32 frames) and §5.4 (MultiTHUMOS).
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -131,6 +165,8 @@ RECIPES: Mapping[str, Recipe] = {
             milestones=(14_000,),
             iterations=20_000,
         ),
+        Recipe(name="ucf101_relational_rgb", model="relational_two_branch", **_UCF101),
+        Recipe(name="ucf101_tsn_rgb", model="tsn_resnet101v2", **_UCF101),
     )
 }
 
@@ -150,6 +186,11 @@ _ASSUMED: Mapping[str, Mapping[str, str]] = {
         **_KINETICS_ASSUMED,
         "lr": "proportional to the batch, as 0.01 is for 64 and 0.005 for 32",
     },
+    "ucf101_relational_rgb": {"scales": "the short side of the segment networks' training pictures"},
+    "ucf101_tsn_rgb": {
+        "scales": "the short side of the segment networks' training pictures",
+        **dict.fromkeys(("lr", "milestones", "iterations", "batch"), "those of the two-branch network"),
+    },
     "multithumos_resnet50": {**_RCN_ASSUMED, "lr_factor": "the paper says that the rate is dropped, not how far"},
 }
 
@@ -158,6 +199,7 @@ STARTING_WEIGHTS: Mapping[str, str] = {
         ("kinetics_resnet18", "kinetics_resnet34", "kinetics_resnet50", "kinetics_resnet50_32frames"),
         "ImageNet weights of a 2D ResNet of the same depth",
     ),
+    **dict.fromkeys(("ucf101_relational_rgb", "ucf101_tsn_rgb"), "ImageNet weights of a ResNet-101-v2"),
     "multithumos_resnet50": "the network trained on Kinetics",
 }
 """What the paper starts each recipe from (``--weights``)."""

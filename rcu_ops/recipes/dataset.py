@@ -20,8 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.recipes.lists import LabelledVideo
 from rcu_ops.video import BrokenVideoError, VideoError, VideoReader, open_video
-from rcu_ops.video.sample import jittered_clip, regular_clips
-from rcu_ops.video.transform import center_crop, flip, normalize, random_crop, resize_short_side
+from rcu_ops.video.sample import jittered_clip, regular_clips, segment_positions
+from rcu_ops.video.transform import (
+    center_crop,
+    corner_crops,
+    flip,
+    multi_scale_crop,
+    normalize,
+    random_crop,
+    resize_short_side,
+)
 
 __all__ = [
     "Clip",
@@ -175,7 +183,10 @@ class ClipDataset(Dataset[Clip]):
 
         def choose(frame_count: int) -> list[int]:
             generator.manual_seed(mix_seed(self._seed, key.epoch, key.place))
-            if recipe.jitter:
+            if recipe.sampling == "segments":
+                drawn = generator if recipe.jitter else None
+                clip = segment_positions(frame_count, recipe.frames, generator=drawn)[0]
+            elif recipe.jitter:
                 clip = jittered_clip(frame_count, recipe.frames, stride=recipe.period, generator=generator)
             else:
                 clip = regular_clips(frame_count, recipe.frames, 1, stride=recipe.period)[0]
@@ -185,7 +196,8 @@ class ClipDataset(Dataset[Clip]):
         low, high = recipe.scales
         scale = low + int(torch.randint(high - low + 1, (), generator=generator))
         frames = resize_short_side(torch.from_numpy(images), scale)
-        frames = random_crop(frames, recipe.crop, generator=generator)
+        cut = multi_scale_crop if recipe.multi_scale else random_crop
+        frames = cut(frames, recipe.crop, generator=generator)
         frames = flip(frames, probability=recipe.flip, generator=generator).contiguous()
         if recipe.dense:
             target = torch.from_numpy(video.present(times, recipe.classes)).float()
@@ -290,6 +302,14 @@ def evaluation_picture(image: np.ndarray, recipe: Recipe) -> torch.Tensor:
     """One decoded picture [H, W, 3] scaled to ``eval_scale`` and centre-cropped: uint8 [crop, crop, 3]."""
     frames = resize_short_side(torch.from_numpy(image)[None], recipe.eval_scale)
     return center_crop(frames, recipe.crop)[0]
+
+
+def evaluation_crops(image: np.ndarray, recipe: Recipe) -> torch.Tensor:
+    """The crops of one picture [H, W, 3] that a clip's scores are averaged over: uint8 [eval_crops, crop, crop, 3]."""
+    if recipe.eval_crops == 1:
+        return evaluation_picture(image, recipe)[None]
+    frames = resize_short_side(torch.from_numpy(image)[None], recipe.eval_scale)
+    return corner_crops(frames, recipe.crop, mirror=recipe.eval_crops == 10)[:, 0]
 
 
 def network_input(frames: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

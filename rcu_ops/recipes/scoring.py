@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from rcu_ops.nn import streaming_obstacles
 from rcu_ops.recipes.config import Recipe
-from rcu_ops.recipes.dataset import evaluation_picture, network_input, read_clip
+from rcu_ops.recipes.dataset import evaluation_crops, evaluation_picture, network_input, read_clip
 from rcu_ops.streaming import State, Streamer
 from rcu_ops.video import BrokenVideoError, open_video
-from rcu_ops.video.sample import regular_clips
+from rcu_ops.video.sample import regular_clips, segment_positions
 
 __all__ = ["MODES", "VideoResult", "VideoScorer"]
 
@@ -118,11 +118,10 @@ class VideoScorer:
                     times.append(frame.time_seconds)
                     if not collectors and frame.index not in wanted:
                         continue
-                    picture = evaluation_picture(frame.image, self._recipe)
                     if frame.index in wanted:
-                        kept[frame.index] = picture
+                        kept[frame.index] = evaluation_crops(frame.image, self._recipe)
                     if collectors:
-                        block.append(picture)
+                        block.append(evaluation_picture(frame.image, self._recipe))
                     if len(block) == size:
                         for collector in collectors.values():
                             collector.add(block)
@@ -142,21 +141,24 @@ class VideoScorer:
 
     def _clip_indices(self, frame_count: int) -> Tensor:
         recipe = self._recipe
+        if recipe.sampling == "segments":
+            return segment_positions(frame_count, recipe.frames, positions=recipe.eval_clips)
         return regular_clips(frame_count, recipe.frames, recipe.eval_clips, stride=recipe.period)
 
     def _read_again(self, source: str, indices: Tensor) -> dict[int, Tensor]:
         """The pictures of the clips, when the container was wrong about how many frames there are."""
         wanted = sorted(set(indices.flatten().tolist()))
         images = read_clip(source, lambda announced: wanted).images
-        return {index: evaluation_picture(image, self._recipe) for index, image in zip(wanted, images, strict=True)}
+        return {index: evaluation_crops(image, self._recipe) for index, image in zip(wanted, images, strict=True)}
 
     def _score_clips(self, indices: Tensor, pictures: dict[int, Tensor]) -> Tensor:
         """[K, clips]."""
         parts = []
         for some in indices.split(self._batch):
-            clips = torch.stack([torch.stack([pictures[index] for index in clip]) for clip in some.tolist()])
+            clips = torch.stack([torch.stack([pictures[index] for index in clip], 1) for clip in some.tolist()])
             with self._precision():
-                parts.append(self._model(self._prepare(clips)))
+                scores = self._model(self._prepare(clips.flatten(0, 1)))  # every crop of every clip
+            parts.append(scores.unflatten(0, clips.shape[:2]).mean(1))
         return torch.cat(parts).T
 
     def _prepare(self, frames: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rcu_ops.analysis.scores_io import list_names
 from rcu_ops.cli_errors import UserError
+from rcu_ops.nn import set_batch_norm_mode
 from rcu_ops.progress import Progress, format_duration
 from rcu_ops.recipes.checkpoint import RunSettings, save_checkpoint, save_weights
 from rcu_ops.recipes.dataset import ClipBatch, ClipDataset, ClipSampler, load_clips, mix_seed, network_input
@@ -141,6 +142,7 @@ class Training:
         validation: VideoList | None = None,
     ) -> None:
         recipe = settings.recipe
+        set_batch_norm_mode(model, recipe.batch_norm, recipe.batch_norm_momentum)
         if options.sync_batch_norm:
             if processes.device.type != "cuda":
                 raise UserError("--sync-bn: synchronised batch normalisation needs GPUs")

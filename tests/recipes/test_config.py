@@ -64,7 +64,9 @@ def test_assumptions_name_fields_with_reasons_and_models_exist(name):
     fields = {item.name for item in SETTINGS}
     assert set(assumptions(name)) <= fields
     assert all(assumptions(name).values())
-    assert {"weight_decay", "scales", "momentum"} <= set(assumptions(name))
+    assert "scales" in assumptions(name)
+    # The RCN paper gives neither; that of the Relational LSTM does.
+    assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (not name.startswith("ucf101_"))
     assert get_recipe(name).model in list_models()
     assert STARTING_WEIGHTS[name]
 
@@ -140,6 +142,11 @@ OVERRIDES = {
     "jitter": (None, False),
     "eval_scale": ("200", 200),
     "eval_clips": ("4", 4),
+    "eval_crops": ("5", 5),
+    "sampling": ("segments", "segments"),
+    "multi_scale": (None, True),
+    "batch_norm": ("moving", "moving"),
+    "batch_norm_momentum": ("0.0005", 0.0005),
 }
 
 
@@ -149,7 +156,7 @@ def test_every_field_is_an_option(field):
     command.add_parser(parser.add_subparsers())
     text, expected = OVERRIDES[field]
     flag = f"--{field.replace('_', '-')}"
-    given = [flag, text] if text is not None else [f"--no-{field}"]
+    given = [flag, text] if text is not None else [flag if expected else flag.replace("--", "--no-", 1)]
     args = parser.parse_args(["train", "--recipe", "kinetics_resnet18", *given])
     changed = command._recipe(args)
     assert changed == dataclasses.replace(get_recipe("kinetics_resnet18"), **{field: expected})
@@ -180,3 +187,25 @@ def test_bad_options_are_one_line(options, message, capsys):
     assert error.startswith("rcu-ops: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_relational_recipe_is_that_of_its_paper():
+    recipe = get_recipe("ucf101_relational_rgb")
+    epoch = 9_537 / 24
+    assert [round(step / epoch, 2) for step in (*recipe.milestones, recipe.iterations)] == [35, 45, 50]
+    paper = {"momentum": 0.9, "weight_decay": 5e-4, "lr": 5e-4, "lr_factor": 0.1, "batch": 24, "frames": 8, "crop": 224}
+    for field, value in {**paper, "batch_norm": "moving", "batch_norm_momentum": 0.001, "eval_clips": 4}.items():
+        assert getattr(recipe, field) == value
+        assert field not in assumptions(recipe.name)
+    assert (recipe.eval_crops, recipe.sampling, recipe.multi_scale) == (5, "segments", True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sampling", "all"), ("batch_norm", "off"), ("eval_crops", 3), ("batch_norm_momentum", 0.0)],
+)
+def test_segment_settings_are_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(get_recipe("ucf101_relational_rgb"), **{field: value})
+    with pytest.raises(ValueError, match="sampling: dense labels"):
+        dataclasses.replace(get_recipe("multithumos_resnet50"), sampling="segments")
