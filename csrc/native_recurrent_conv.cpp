@@ -150,40 +150,49 @@ void plain_block(const Scan& p, const cuda::PlainScanPlan& plan, int64_t block, 
     }
 }
 
-template <int Bytes, int PaddedChannels, bool Channels>
-void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, Touched& touched) {
-  constexpr int columns = cuda::tile_positions(PaddedChannels);
-  for (int warp = 0; warp < cuda::tile_warps; ++warp) {
-    const int64_t column0 = (block * cuda::tile_warps + warp) * columns, left = p.N * p.H * p.W - column0;
-    const int here = left <= 0 ? 0 : left < columns ? static_cast<int>(left) : columns;
-    std::vector<bool> slot(static_cast<size_t>(plan.slot_bytes));
-    for (const View* v : {&p.x, &p.y}) {
-      int64_t offset[columns];
-      for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
-      for (int lane = 0; lane < 32; ++lane)
-        cuda::for_words<Bytes, PaddedChannels, columns, Channels>(
-            lane, 32, static_cast<int>(p.C), here, static_cast<int>(plan.slot_pitch), *v, offset, [&](int64_t at, int to) {
-              for (int i = to; i < to + Bytes; ++i)
-                if (slot.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a slot is used twice");
-              std::fill_n(slot.begin() + to, Bytes, v == &p.x);
-              if (at * 2 % Bytes != 0) throw std::logic_error("a word is not aligned");
-              touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, Bytes / 2);
-            });
-    }
+// One tile of the kernels for 16-bit data: `Columns` columns from column0 on, copied by `threads` threads through a slot.
+template <int Bytes, int PaddedChannels, int Columns, bool Channels>
+void copied_tile(const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes, Touched& touched) {
+  const int64_t left = p.N * p.H * p.W - column0;
+  const int here = left <= 0 ? 0 : left < Columns ? static_cast<int>(left) : Columns;
+  std::vector<bool> slot(static_cast<size_t>(slot_bytes));
+  for (const View* v : {&p.x, &p.y}) {
+    int64_t offset[Columns];
+    for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
+    for (int thread = 0; thread < threads; ++thread)
+      cuda::for_words<Bytes, PaddedChannels, Columns, Channels>(
+          thread, threads, static_cast<int>(p.C), here, static_cast<int>(slot_pitch), *v, offset, [&](int64_t at, int to) {
+            for (int i = to; i < to + Bytes; ++i)
+              if (slot.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a slot is used twice");
+            std::fill_n(slot.begin() + to, Bytes, v == &p.x);
+            if (at * 2 % Bytes != 0) throw std::logic_error("a word is not aligned");
+            touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, Bytes / 2);
+          });
   }
 }
 
-template <int Bytes>
-void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, Touched& touched) {
+template <int Bytes, bool Channels>
+void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
+  if (plan.wide)
+    return copied_tile<Bytes, cuda::wide_most_channels, cuda::wide_positions, Channels>(
+        p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes, touched);
   const auto as = [&](auto padded) {
-    constexpr int C = decltype(padded)::value;
-    plan.along_channels ? tile_block<Bytes, C, true>(p, plan, block, touched) : tile_block<Bytes, C, false>(p, plan, block, touched);
+    constexpr int C = decltype(padded)::value, columns = cuda::tile_positions(C);
+    for (int warp = 0; warp < cuda::tile_warps; ++warp)
+      copied_tile<Bytes, C, columns, Channels>(p, (block * cuda::tile_warps + warp) * columns, 32, plan.tile->slot_pitch,
+                                               plan.tile->slot_bytes, touched);
   };
-  switch (plan.padded_channels) {
+  switch (plan.tile->padded_channels) {
     case 32: return as(std::integral_constant<int, 32>());
     case 64: return as(std::integral_constant<int, 64>());
     default: return as(std::integral_constant<int, 128>());
   }
+}
+
+template <int Bytes>
+void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
+  (plan.tile ? plan.tile->along_channels : plan.wide->along_channels) ? matrix_block<Bytes, true>(p, plan, block, touched)
+                                                                      : matrix_block<Bytes, false>(p, plan, block, touched);
 }
 
 py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
@@ -192,25 +201,23 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
   const Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
   const cuda::ScanPlan plan = cuda::plan_scan(p, gpu_of(architecture, multiprocessors, shared_bytes),
                                               plain ? cuda::Kernel::plain : cuda::Kernel::best);
-  const int64_t blocks = plan.tile ? plan.tile->blocks : plan.plain.blocks;
+  const int64_t blocks = plan.blocks();
+  const int bytes = plan.tile ? plan.tile->vector_bytes : plan.wide ? plan.wide->vector_bytes : 0;
   Touched touched;
   for (int64_t block = begin; block < end && block < blocks; ++block) {
-    if (!plan.tile)
-      plain_block(p, plan.plain, block, touched);
-    else if (plan.tile->vector_bytes == 16)
-      tile_block<16>(p, *plan.tile, block, touched);
-    else if (plan.tile->vector_bytes == 8)
-      tile_block<8>(p, *plan.tile, block, touched);
-    else if (plan.tile->vector_bytes == 4)
-      tile_block<4>(p, *plan.tile, block, touched);
-    else
-      tile_block<2>(p, *plan.tile, block, touched);
+    switch (bytes) {
+      case 0: plain_block(p, plan.plain, block, touched); break;
+      case 2: matrix_block<2>(p, plan, block, touched); break;
+      case 4: matrix_block<4>(p, plan, block, touched); break;
+      case 8: matrix_block<8>(p, plan, block, touched); break;
+      default: matrix_block<16>(p, plan, block, touched);
+    }
   }
   py::dict d;
   d["text"] = cuda::describe(plan);
   d["blocks"] = blocks;
-  d["shared_bytes"] = plan.tile ? plan.tile->shared_bytes : plan.plain.shared_bytes;
-  d["scratch_bytes"] = plan.tile ? 0 : plan.plain.scratch_bytes;
+  d["shared_bytes"] = plan.shared_bytes();
+  d["scratch_bytes"] = plan.plain.scratch_bytes;
   d["read"] = as_bytes(touched.read);
   d["written"] = as_bytes(touched.written);
   return d;

@@ -97,18 +97,18 @@ struct TileScanPlan {
   int64_t slot_pitch = 0, slot_bytes = 0;  // in bytes
 };
 
-constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
+// Which way memory is contiguous in x, y and the residual alike, and the widest word that all their rows are aligned to; or why
+// the kernels for 16-bit data cannot copy them.
+struct Words {
+  bool along_channels = false;
+  int bytes = 0;
+  const char* why_not = nullptr;
+};
 
-// The plan, or none and `why_not`.
-inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
-  const auto refuse = [&](const char* reason) {
-    why_not = reason;
-    return std::nullopt;
-  };
-  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return refuse("the matrix unit is used for 16-bit data");
-  if (p.C > tile_most_channels) return refuse("more than 128 channels");
-  if (p.G != 1) return refuse("frames scanned side by side");
-  TileScanPlan plan;
+inline Words plan_words(const Scan& p) {
+  Words words;
+  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return {false, 0, "the matrix unit is used for 16-bit data"};
+  if (p.G != 1) return {false, 0, "frames scanned side by side"};
   bool channels = true, columns = true;
   for (const View* v : {&p.x, &p.y, &p.residual}) {
     if (!v->data) continue;
@@ -116,14 +116,13 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
     columns = columns && (v->w == 1 || p.W == 1) && (v->h == p.W * (p.W == 1 ? v->h : v->w) || p.H == 1) &&
               (p.W > 1 || p.H == 1 || v->h == 1);
   }
-  if (!channels && !columns) return refuse("neither channels nor positions are contiguous in x, y and the residual");
-  plan.along_channels = channels;
-  const int64_t row = 2 * (channels ? p.C : p.H * p.W);  // bytes that are contiguous
-  plan.vector_bytes = 16;
+  if (!channels && !columns) return {false, 0, "neither channels nor positions are contiguous in x, y and the residual"};
+  words.along_channels = channels;
+  words.bytes = 16;
   const auto align = [&](int64_t bytes) {
-    while (bytes % plan.vector_bytes != 0) plan.vector_bytes /= 2;
+    while (bytes % words.bytes != 0) words.bytes /= 2;
   };
-  align(row);
+  align(2 * (channels ? p.C : p.H * p.W));  // bytes that are contiguous
   for (const View* v : {&p.x, &p.y, &p.residual}) {
     if (!v->data) continue;
     align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(v->data) % 16));
@@ -133,11 +132,28 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
     if (channels && p.W > 1) align(2 * v->w);
     if (!channels && p.C > 1) align(2 * v->c);
   }
+  return words;
+}
+
+constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
+
+// The plan, or none and `why_not`.
+inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+  const auto refuse = [&](const char* reason) {
+    why_not = reason;
+    return std::nullopt;
+  };
+  if (p.C > tile_most_channels) return refuse("more than 128 channels");
+  const Words words = plan_words(p);
+  if (words.why_not) return refuse(words.why_not);
+  TileScanPlan plan;
+  plan.along_channels = words.along_channels;
+  plan.vector_bytes = words.bytes;
   plan.padded_channels = p.C <= 32 ? 32 : p.C <= 64 ? 64 : 128;
   plan.positions = tile_positions(plan.padded_channels);
   plan.blocks = ceil_div(p.N * p.H * p.W, tile_warps * plan.positions);
-  plan.slot_pitch = 2 * (channels ? plan.padded_channels : plan.positions) + 16;
-  plan.slot_bytes = plan.slot_pitch * (channels ? plan.positions : plan.padded_channels);
+  plan.slot_pitch = 2 * (plan.along_channels ? plan.padded_channels : plan.positions) + 16;
+  plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? plan.positions : plan.padded_channels);
   plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
   plan.offsets_at = plan.numbers_at + 3 * 4 * plan.padded_channels;
   plan.slots_at = plan.offsets_at + 5 * 8 * tile_warps * plan.positions;
@@ -155,28 +171,92 @@ inline std::string describe(const TileScanPlan& plan) {
          " bytes, " + std::to_string(plan.stages) + " stages";
 }
 
+// ---- the wide matrix-unit scan: 16-bit data, 129 to 256 channels ----------------------------------------------------
+
+inline constexpr int wide_warps = 8;
+inline constexpr int wide_most_channels = 256;
+inline constexpr int wide_positions = 24;  // 16 samples of 14 x 14 are then one block for each multiprocessor of a large GPU
+inline constexpr int wide_weight_piece = 64;  // input channels of W in shared memory at a time, while it is loaded
+
+// A block owns wide_positions columns for all frames; each of its warps has 32 rows of W in registers.
+struct WideScanPlan {
+  bool along_channels = false;
+  int vector_bytes = 0;
+  int stages = 0;  // slots for x: 4, or 3 where shared memory is short
+  int64_t blocks = 0;
+  // Shared memory: the columns' offsets; the state before and after, rounded, laid out as slots are; the slots. A slot's rows are
+  // columns or channels, an odd number of 16-byte words apart: eight of them are spread over all banks. Before the first frame W
+  // passes through what the states and slots take later.
+  int64_t states_at = 0, slots_at = 0, shared_bytes = 0;
+  int64_t slot_pitch = 0, slot_bytes = 0, weight_pitch = 0;  // in bytes
+};
+
+constexpr int64_t odd_words(int64_t bytes) { return 16 * (ceil_div(bytes, 16) | 1); }
+
+// The plan, or none and `why_not`.
+inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+  const Words words = plan_words(p);
+  if (words.why_not || p.C > wide_most_channels) {
+    why_not = words.why_not ? words.why_not : "more than 256 channels";
+    return std::nullopt;
+  }
+  WideScanPlan plan;
+  const int64_t columns = p.N * p.H * p.W, residual = p.residual.data ? 2 : 1;
+  plan.along_channels = words.along_channels;
+  plan.vector_bytes = words.bytes;
+  plan.blocks = ceil_div(columns, wide_positions);
+  plan.slot_pitch = odd_words(2 * (plan.along_channels ? wide_most_channels : wide_positions));
+  plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? wide_positions : wide_most_channels);
+  plan.weight_pitch = odd_words(2 * wide_weight_piece);
+  plan.states_at = round_up(5 * 8 * wide_positions, 16);
+  plan.slots_at = plan.states_at + 2 * plan.slot_bytes;
+  for (plan.stages = 4; plan.stages >= 3; --plan.stages) {
+    const int64_t weight = plan.states_at + wide_most_channels * plan.weight_pitch;
+    plan.shared_bytes = plan.slots_at + plan.stages * plan.slot_bytes * residual;
+    if (plan.shared_bytes < weight) plan.shared_bytes = weight;
+    if (plan.shared_bytes <= gpu.shared_bytes) return plan;
+  }
+  why_not = "too little shared memory";
+  return std::nullopt;
+}
+
+inline std::string describe(const WideScanPlan& plan) {
+  return "wide: " + std::to_string(plan.blocks) + " blocks of " + std::to_string(wide_positions) + " columns, W in registers" +
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + std::to_string(plan.vector_bytes) + " bytes, " +
+         std::to_string(plan.stages) + " stages";
+}
+
 // ---- the choice ----------------------------------------------------------------------------------------------------
 
 enum class Kernel : int { best, plain };
 
 struct ScanPlan {
   std::optional<TileScanPlan> tile;
-  std::string why_not_tile;
-  PlainScanPlan plain;  // when there is no tile plan
+  std::optional<WideScanPlan> wide;
+  std::string why_not_matrix;
+  PlainScanPlan plain;  // when there is neither of them
+
+  bool is_plain() const { return !tile && !wide; }
+  int64_t blocks() const { return tile ? tile->blocks : wide ? wide->blocks : plain.blocks; }
+  int64_t shared_bytes() const { return tile ? tile->shared_bytes : wide ? wide->shared_bytes : plain.shared_bytes; }
 };
 
 inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   ScanPlan plan;
   if (kernel == Kernel::plain)
-    plan.why_not_tile = "the plain kernel was asked for";
+    plan.why_not_matrix = "the plain kernel was asked for";
+  else if (p.C <= tile_most_channels)
+    plan.tile = plan_tile_scan(p, gpu, plan.why_not_matrix);
   else
-    plan.tile = plan_tile_scan(p, gpu, plan.why_not_tile);
-  if (!plan.tile) plan.plain = plan_plain_scan(p, gpu);
+    plan.wide = plan_wide_scan(p, gpu, plan.why_not_matrix);
+  if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
   return plan;
 }
 
 inline std::string describe(const ScanPlan& plan) {
-  return plan.tile ? describe(*plan.tile) : describe(plan.plain) + " (not the matrix unit: " + plan.why_not_tile + ")";
+  if (plan.tile) return describe(*plan.tile);
+  if (plan.wide) return describe(*plan.wide);
+  return describe(plan.plain) + " (not the matrix unit: " + plan.why_not_matrix + ")";
 }
 
 // ---- the weight gradient -----------------------------------------------------------------------------------------

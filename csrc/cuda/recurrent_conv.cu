@@ -328,7 +328,7 @@ Scratch scan_scratch(const Scan& p, Kernel kernel) {
   Scratch scratch;
   Gpu gpu;
   scratch.error = current_gpu(gpu);
-  if (scratch.error.empty() && !plan_scan(p, gpu, kernel).tile) scratch.bytes = plan_plain_scan(p, gpu).scratch_bytes;
+  if (scratch.error.empty() && plan_scan(p, gpu, kernel).is_plain()) scratch.bytes = plan_plain_scan(p, gpu).scratch_bytes;
   return scratch;
 }
 
@@ -345,9 +345,9 @@ std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   const ScanPlan plan = plan_scan(p, gpu, kernel);
-  if ((plan.tile ? plan.tile->blocks : plan.plain.blocks) > most_blocks)
-    return "recurrent_conv: too many positions for one launch";
+  if (plan.blocks() > most_blocks) return "recurrent_conv: too many positions for one launch";
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
+  if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
   return with_type(p.dtype, [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });
 }
 

@@ -16,48 +16,6 @@ constexpr int tile_threads = 32 * tile_warps;
 template <int PaddedChannels>
 constexpr int rows_of_warp = tile_positions(PaddedChannels);
 
-template <int Bytes>
-struct Word;
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<4> {
-  using Type = uint32_t;
-};
-template <>
-struct Word<2> {
-  using Type = uint16_t;
-};
-
-// Calls function(Word<bytes>()).
-template <typename Function>
-__device__ __forceinline__ void with_word(int bytes, Function function) {
-  if (bytes == 16)
-    function(Word<16>());
-  else if (bytes == 8)
-    function(Word<8>());
-  else if (bytes == 4)
-    function(Word<4>());
-  else
-    function(Word<2>());
-}
-
-template <typename W>
-constexpr int word_bytes = sizeof(typename W::Type);
-
-// What a product with the rounded state leaves out. Nothing where the state is infinite or NaN: there the rounded one
-// already says all.
-__device__ __forceinline__ float rest_of(float h, float rounded) {
-  const float rest = h - rounded;
-  return rest - rest == 0 ? rest : 0.0f;
-}
-
 // One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {2, 4, 8}.
 //
 // Layout.   x, y and the residual have contiguous channels (Channels) or contiguous columns (otherwise), any other strides.
@@ -133,13 +91,7 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
   const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
     with_word(plan.vector_bytes, [&](auto word) {
-      constexpr int bytes = word_bytes<decltype(word)>;
-      for_tile_words(word, v, offset, [&](int64_t element, int at) {
-        if constexpr (bytes >= 4)
-          async_copy<bytes>(slot + at, from + element);
-        else
-          *reinterpret_cast<T*>(slot + at) = from[element];
-      });
+      for_tile_words(word, v, offset, [&](int64_t element, int at) { copy_word(word, slot + at, from + element); });
     });
   };
   const auto prefetch = [&](int64_t i) {

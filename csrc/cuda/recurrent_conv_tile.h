@@ -1,4 +1,4 @@
-// The matrix-unit scan, for the launcher in recurrent_conv.cu.
+// The matrix-unit scans, for the launcher in recurrent_conv.cu.
 #pragma once
 
 #include "common/recurrent_conv_gpu_plan.h"
@@ -8,5 +8,6 @@
 namespace rcu_ops::cuda {
 
 Error launch_tile_scan(const Scan& problem, const TileScanPlan& plan, Stream stream);
+Error launch_wide_scan(const Scan& problem, const WideScanPlan& plan, Stream stream);
 
 }  // namespace rcu_ops::cuda

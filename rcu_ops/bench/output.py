@@ -189,7 +189,7 @@ def roofline(path: str | Path, results: Sequence[CaseResult], subtitle: str = ""
             _bars_of_panel(axes, panels[key], names)
             axes.set_title(f"{key[0]}: {key[1]}", fontsize=9, color=report.INK, loc="left")
     handles = [_patch(index, name) for index, name in enumerate(names)]
-    figure.legend(handles=handles, frameon=False, fontsize=9, labelcolor=report.INK, ncols=8, loc="outside upper right")
+    figure.legend(handles=handles, frameon=False, fontsize=9, labelcolor=report.INK, ncols=4, loc="outside lower left")
     report.save_figure(figure, path)
 
 

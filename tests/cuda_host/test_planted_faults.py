@@ -42,6 +42,13 @@ def tile(machine: Machine) -> None:
         assert machine.plan.startswith("tile")
 
 
+def wide(machine: Machine) -> None:
+    for shape, layout in (((1, 140, 5, 4, 8), "contiguous"), ((1, 140, 5, 5, 5), "channels_last")):
+        x, weight, h0 = (v.contiguous() for v in inputs(shape, torch.bfloat16))
+        check_forward(machine, LAYOUTS[layout](x), weight, h0.float(), False, False)
+        assert machine.plan.startswith("wide")
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
@@ -57,7 +64,7 @@ def tile_long(machine: Machine) -> None:
     assert torch.equal(machine.forward(x, weight)[1], torch.full((1, 32, 1, 1), 300.0))
 
 
-TILE = "recurrent_conv_tile.cu"
+TILE, WIDE = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu"
 BARRIER = "    block_barrier();\n"
 FAULTS = [
     Fault("no barrier before the product", f"{BARRIER}\n    // Phase 2.", "\n    // Phase 2.", forward),
@@ -136,6 +143,31 @@ FAULTS = [
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
     Fault("a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE),
     Fault("words beyond the last column", "lane, 32, C, columns, pitch", "lane, 32, C, M, pitch", tile, file=TILE),
+    Fault("a swapped half of b", "left[2] = {b[0], b[1]}", "left[2] = {b[0], b[3]}", wide, file=WIDE),
+    Fault(
+        "W's rows in the wrong order",
+        "tile % 2 * 8 + tile_row) * plan.weight",
+        "tile_row) * plan.weight",
+        wide,
+        file=WIDE,
+    ),
+    Fault("no block barrier in a frame", "    block_barrier();  // the new", "    // the new", wide, file=WIDE),
+    Fault(
+        "no block barrier in a frame, as a race",
+        "    block_barrier();  // the new",
+        "    // the new",
+        wide,
+        "thread",
+        WIDE,
+    ),
+    Fault(
+        "no wait for the next frame",
+        "      async_wait<1>();\n    else",
+        "      async_wait<2>();\n    else",
+        wide,
+        file=WIDE,
+    ),
+    Fault("one state for both frames", "states + i % 2 * plan.slot_bytes", "states", wide, "thread", WIDE),
     Fault("dW without the first state", "offset < 0 ? load_state", "offset < 0 ? 0 * load_state", backward),
 ]
 
@@ -148,6 +180,7 @@ FEWER = {
         ("launch_as<T, 8>", "launch_as<T, 4>"),
         ("<__half>", "<__nv_bfloat16>"),
     ],
+    WIDE: [("<__half>", "<__nv_bfloat16>")],
 }
 
 
@@ -170,7 +203,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         assert "AddressSanitizer" in str(caught.value)
 
 
-@pytest.mark.parametrize("run", [forward, forward_in_pieces, backward, tile, tile_long], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("run", [forward, forward_in_pieces, backward, tile, tile_long, wide], ids=lambda f: f.__name__)
 def test_and_the_kernels_as_they_are_pass(machine, run) -> None:
     run(machine)
 

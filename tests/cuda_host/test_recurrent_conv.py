@@ -313,7 +313,7 @@ ROADS = [
 @pytest.mark.parametrize(("shared_bytes", "plan"), ROADS, ids=lambda v: str(v) if isinstance(v, int) else "")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_way_to_cut_the_plain_scan(machine, shared_bytes, plan, dtype, seed) -> None:
-    machine.device, machine.seed = {"shared_bytes": shared_bytes, "multiprocessors": 1}, seed
+    machine.device, machine.seed, machine.plain = {"shared_bytes": shared_bytes, "multiprocessors": 1}, seed, True
     x, weight, h0 = inputs((2, 130, 2, 5, 3), dtype)
     check_forward(machine, x, weight, h0, False, False)
     assert machine.plan.startswith(plan)
@@ -340,7 +340,23 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "layout", "plan"), TILES, ids=lambda v: str(v).replace(" ", "")[:24])
+# With W in registers: full and padded channels, words of every width, a last block that is not full.
+WIDE = [
+    ((2, 256, 3, 4, 8), "contiguous", "3 blocks of 24 columns, W in registers, along columns by 16 bytes, 4 stages"),
+    ((1, 256, 5, 7, 7), "contiguous", "3 blocks of 24 columns, W in registers, along columns by 2 bytes, 4 stages"),
+    ((1, 130, 3, 3, 6), "contiguous", "1 blocks of 24 columns, W in registers, along columns by 4 bytes, 4 stages"),
+    ((1, 200, 2, 3, 4), "frame_major", "1 blocks of 24 columns, W in registers, along columns by 8 bytes, 4 stages"),
+    (
+        (1, 256, 6, 5, 7),
+        "channels_last",
+        "2 blocks of 24 columns, W in registers, along channels by 16 bytes, 4 stages",
+    ),
+    ((1, 132, 3, 3, 3), "channels_last", "1 blocks of 24 columns, W in registers, along channels by 8 bytes, 4 stages"),
+    ((3, 129, 2, 3, 3), "channels_last", "2 blocks of 24 columns, W in registers, along channels by 2 bytes, 4 stages"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "plan"), TILES + WIDE, ids=lambda v: str(v).replace(" ", "")[:24])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_way_to_cut_the_matrix_unit_scan(machine, shape, layout, plan, dtype, seed) -> None:
     machine.seed = seed
@@ -351,6 +367,35 @@ def test_every_way_to_cut_the_matrix_unit_scan(machine, shape, layout, plan, dty
     check_forward(machine, x, weight, None, False, True)
     check_backward(machine, grad_h, h0.float(), x, weight, h0, False, False)
     check_backward(machine, None, h0.float(), x, weight, None, True, True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [160, 256])
+def test_wide_epilogue_and_stages(machine, layout, channels, seed) -> None:
+    """The epilogue against the plain kernel; with fewer slots the same bits; then the plain kernel takes over."""
+    machine.seed = seed
+    x, weight, h0 = inputs((1, channels, 6, 5, 8), torch.bfloat16)
+    x, residual = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(x.shape).bfloat16())
+    per_channel = torch.randn(channels)
+    options: dict[str, Any] = {"scale": per_channel, "shift": -per_channel, "residual": residual, "relu": True}
+    want, want_n = machine.forward(x, weight, h0, **options)
+    assert "4 stages" in machine.plan
+    exact_h, exact_n = exact_forward(x, weight, h0, False, False)
+    shaped = (slice(None), None, None, None)
+    y = torch.relu(per_channel.double()[shaped] * exact_h - per_channel.double()[shaped] + residual.double())
+    eager = reference.recurrent_conv_affine_act(
+        x, weight, per_channel.bfloat16(), -per_channel.bfloat16(), h0, residual, state_dtype=torch.bfloat16
+    )
+    assert_close_to_reference(want, y, eager[0])
+    assert_close_to_reference(want_n, exact_n, eager[1])
+    machine.device = {"shared_bytes": 116 * 1024}
+    got, got_n = machine.forward(x, weight, h0, **options)
+    assert "3 stages" in machine.plan
+    assert torch.equal(got, want)
+    assert torch.equal(got_n, want_n)
+    machine.device = {"shared_bytes": 90 * 1024}
+    machine.forward(x, weight, h0, **options)
+    assert "too little shared memory" in machine.plan
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -407,6 +452,8 @@ SANITIZED = [
     ((2, 24, 3, 4, 4), torch.float16, "contiguous", {}),
     ((1, 128, 4, 3, 7), torch.bfloat16, "channels_last", {}),
     ((1, 20, 4, 3, 7), torch.float16, "channels_last", {}),
+    ((1, 250, 2, 3, 4), torch.bfloat16, "contiguous", {}),
+    ((1, 256, 4, 1, 2), torch.float16, "channels_last", {}),
     ((2, 5, 3, 3, 3), torch.float32, "contiguous", {}),
     ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
     ((1, 130, 2, 3, 7), torch.float16, "middle_channels", {"shared_bytes": 26 * 1024, "multiprocessors": 1}),

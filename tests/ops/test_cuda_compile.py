@@ -23,6 +23,7 @@ REGISTERS = {
     "weight_grad_partial<double>": 200,  # 1 block of 256
     "tile_scan": 255,  # 2 blocks of 128
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
+    "wide_scan": 255,  # 1 block of 256
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
 # Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h).
@@ -38,7 +39,7 @@ class Usage:
 
 
 # The matrix unit's instructions in the machine code. A kernel without them would still be right, and slow.
-MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA"}
+MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA", "wide_scan": "HMMA"}
 
 
 def disassembler() -> str | None:
@@ -163,6 +164,7 @@ def test_shared_memory(usage) -> None:
 def test_all_types_are_there(usage) -> None:
     for architecture in ARCHITECTURES:
         assert sum(arch == architecture and name.startswith("tile_scan<") for arch, name in usage) == 2 * 3 * 2
+        assert sum(arch == architecture and name.startswith("wide_scan<") for arch, name in usage) == 2 * 2
         for kernel in ("plain_scan", "weight_grad_partial", "sum_splits", "fast_gru_pass"):
             types = {
                 name.split("<")[1].split(",")[0].strip(">")

@@ -1,0 +1,256 @@
+// recurrent_conv on the matrix unit: bf16 and fp16, 129 to 256 channels, W and the state in registers.
+#include "cuda/device/async_copy.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/convert.h"
+#include "cuda/device/matrix_copy.h"
+#include "cuda/device/mma.h"
+#include "cuda/device/shared_memory.h"
+#include "cuda/recurrent_conv_tile.h"
+#include "cuda/recurrent_conv_views.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+constexpr int wide_threads = 32 * wide_warps;
+
+// One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 256.
+//
+// Layout.   x, y and the residual have contiguous channels (Channels) or contiguous columns (otherwise), any other strides.
+// Work.     A block is 8 warps and owns P = wide_positions columns for all frames; warp w computes output channels 32 w .. 32 w + 31. Rows of the
+//           matrix product are output channels, its columns columns of the problem: W is the a operand and stays in registers
+//           (2 x 16 fragments of 4), the accumulators are the state in fp32, and b is the state of all warps, rounded to T, in
+//           shared memory. No byte of W is read after the first frame, so few columns per block cost little more than the
+//           barriers, and where there are few rows every multiprocessor still gets some.
+// State.    As in tile_scan: v' = alpha * (W round(v) + diag(W) * (v - round(v)) + x).
+// Memory.   Shared memory as in WideScanPlan. Two buffers of the rounded state change places every frame; without an epilogue
+//           the new one is y as well and goes out from there, else y takes over the slot of x. Frame i + stages - 1 is copied by
+//           cp.async into the slot of frame i - 1 after frame i has been computed.
+// Order.    One block barrier per frame, after the new state has been written: before it every thread has waited for its part of
+//           the next frame's x, has read the old state and has copied out what was before; after it the new state is read and
+//           copied out, the old one rewritten. The order of additions depends on nothing but C.
+// Padding.  Channels from C on have zero weights and are set to zero in the state every frame (0 * inf); columns beyond the last
+//           are computed on zeros and not stored.
+// Aliasing. y and last overlap no input. Every output element has one writer.
+// Bound.    4 bytes per element moved against 2 C FLOP: at C = 256 still memory (4.3 TB/s: 275 TFLOP/s on the matrix unit). Reading
+//           b costs 8 warps x 512 bytes of shared memory per column and frame, 32 cycles where x and y need 54 from HBM.
+template <typename T, bool Channels>
+__global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const WideScanPlan plan) {
+  constexpr int P = wide_positions, CP = wide_most_channels, KT = CP / 16, NT = P / 8, piece = wide_weight_piece;
+  const int thread = threadIdx.x, lane = thread % 32, C = static_cast<int>(p.C);
+  const int tile = lane / 8, tile_row = lane % 8, first_channel = thread / 32 * 32;
+  const int pitch = static_cast<int>(plan.slot_pitch);
+  const bool with_residual = p.residual.data != nullptr;
+  const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
+
+  int64_t* x_offset = dynamic_shared<int64_t>();
+  int64_t *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
+          *last_offset = first_offset + P;
+  unsigned char* states = dynamic_shared<unsigned char>(plan.states_at);
+  unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at);
+
+  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * P, columns_left = p.N * p.H * p.W - column0;
+  const int columns = columns_left < P ? static_cast<int>(columns_left) : P;
+  if (thread < columns) {
+    x_offset[thread] = column_offset(p, p.x, column0 + thread);
+    y_offset[thread] = column_offset(p, p.y, column0 + thread);
+    residual_offset[thread] = column_offset(p, p.residual, column0 + thread);
+    first_offset[thread] = column_offset(p, p.first, column0 + thread);
+    last_offset[thread] = column_offset(p, p.last, column0 + thread);
+  }
+
+  // This warp's 32 rows of W, piece by piece through shared memory, so that all of W is read once and in whole lines.
+  const T* w = static_cast<const T*>(p.weight);
+  uint32_t weight[2][KT][4];
+#pragma unroll
+  for (int k0 = 0; k0 < KT; k0 += piece / 16) {
+    for (int i = thread; i < CP * piece; i += wide_threads) {
+      const bool along_inputs = p.weight_in == 1;
+      const int output = along_inputs ? i / piece : i % CP, at = along_inputs ? i % piece : i / CP, input = 16 * k0 + at;
+      *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) =
+          output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : narrow<T>(0.0f);
+    }
+    block_barrier();
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int k = 0; k < piece / 16; ++k)
+        load_matrix<4, false>(weight[m][k0 + k], states + (first_channel + 16 * m + tile % 2 * 8 + tile_row) * plan.weight_pitch +
+                                                     2 * (16 * k + tile / 2 * 8));
+    block_barrier();
+  }
+  // Copies write what exists; the rest of a slot stays zero.
+  for (int64_t i = thread; i < (plan.stages * stage_bytes) / 4; i += wide_threads) reinterpret_cast<uint32_t*>(slots)[i] = 0;
+  block_barrier();
+
+  const auto slot_of = [&](int64_t i) { return slots + i % plan.stages * stage_bytes; };
+  const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
+  const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
+    const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
+    with_word(plan.vector_bytes, [&](auto word) {
+      for_words<word_bytes<decltype(word)>, CP, P, Channels>(
+          thread, wide_threads, C, columns, pitch, v, offset,
+          [&](int64_t element, int at) { copy_word(word, slot + at, from + element); });
+    });
+  };
+  const auto prefetch = [&](int64_t i) {
+    if (i < p.T) {
+      if (p.x.data) fetch(p.x, x_offset, i, slot_of(i));
+      if (with_residual) fetch(p.residual, residual_offset, i, slot_of(i) + plan.slot_bytes);
+    }
+    async_commit();
+  };
+  // This lane's row of the warp's 32 channels x 8 columns from 8 n, as four tiles one below the other; and of the product's 16
+  // input channels from 16 k x 16 columns from 8 n, as four tiles, two for each b.
+  const auto own_tiles = [&](unsigned char* slot, int n) {
+    return Channels ? slot + (8 * n + tile_row) * pitch + 2 * (first_channel + 8 * tile)
+                    : slot + (first_channel + 8 * tile + tile_row) * pitch + 16 * n;
+  };
+  const auto product_tiles = [&](unsigned char* slot, int k, int n) {
+    const int channel = 16 * k + tile % 2 * 8, column = 8 * n + tile / 2 * 8;
+    return Channels ? slot + (column + tile_row) * pitch + 2 * channel : slot + (channel + tile_row) * pitch + 2 * column;
+  };
+
+  float state[2][NT][4], diagonal[2][2];
+  // Calls visit(state element, channel, column within the block).
+  const auto for_state = [&](auto visit) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          visit(state[m][n][j], first_channel + 16 * m + j / 2 * 8 + lane / 4, 8 * n + lane % 4 * 2 + j % 2);
+  };
+  const auto store_rounded = [&](unsigned char* to) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      uint32_t rounded[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) rounded[r] = pack<T>(state[r / 2][n][r % 2 * 2], state[r / 2][n][r % 2 * 2 + 1]);
+      store_matrix<4, Channels>(own_tiles(to, n), rounded);
+    }
+  };
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int c = first_channel + 8 * r + lane / 4;
+    diagonal[r / 2][r % 2] = c < C ? widen(w[c * (p.weight_out + p.weight_in)]) : 0.0f;
+  }
+  for_state([&](float& h, int channel, int column) {
+    h = 0;
+    if (p.init != Init::none && channel < C && column < columns)
+      h = load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+  });
+  store_rounded(states + plan.slot_bytes);
+  for (int i = 0; i < plan.stages - 1; ++i) prefetch(i);
+  async_wait<1>();  // at least two groups have been closed after frame 0's, or one and that is frame 1's
+  block_barrier();
+
+  // The gradient of the first state is one more product, without an input and without y.
+  const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
+  for (int64_t i = 0; i < frames; ++i) {
+    const bool extra = i == p.T;
+    const float alpha = static_cast<float>(extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha);
+    const bool product = i > 0 || p.init == Init::state, keep = i == 0 && p.init == Init::added;
+    unsigned char *slot = slot_of(i), *after = states + i % 2 * plan.slot_bytes, *before = states + (i + 1) % 2 * plan.slot_bytes;
+
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      uint32_t x[4] = {};
+      if (p.x.data && !extra) load_matrix<4, Channels>(x, own_tiles(slot, n));
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float* h = &state[r / 2][n][r % 2 * 2];
+        const float2 added = unpack<T>(x[r]), h16 = unpack<T>(pack<T>(h[0], h[1]));
+        const float d = diagonal[r / 2][r % 2];
+        h[0] = added.x + (product ? d * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
+        h[1] = added.y + (product ? d * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
+      }
+    }
+    if (product) {
+#pragma unroll
+      for (int k = 0; k < KT; ++k)
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+          if (n + 1 < NT) {
+            uint32_t b[4];
+            load_matrix<4, !Channels>(b, product_tiles(before, k, n));
+            const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              mma_m16n8k16<T>(state[m][n], weight[m][k], left);
+              mma_m16n8k16<T>(state[m][n + 1 < NT ? n + 1 : n], weight[m][k], right);
+            }
+          } else {
+            uint32_t b[2];
+            load_matrix<2, !Channels>(b, product_tiles(before, k, n));
+#pragma unroll
+            for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(state[m][n], weight[m][k], b);
+          }
+        }
+    }
+    for_state([&](float& h, int channel, int) { h = channel < C ? h * alpha : 0.0f; });
+    store_rounded(after);
+
+    const bool with_y = p.y.data && !extra;
+    if (with_y && p.scale) {
+      warp_barrier();  // x has been read
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        uint32_t residual[4] = {}, y[4];
+        if (with_residual) load_matrix<4, Channels>(residual, own_tiles(slot + plan.slot_bytes, n));
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int c = first_channel + 8 * r + lane / 4;
+          const float gain = c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
+          const float offset = c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
+          const float* h = &state[r / 2][n][r % 2 * 2];
+          const float2 added = unpack<T>(residual[r]);
+          float v[2] = {fma(gain, h[0], offset) + added.x, fma(gain, h[1], offset) + added.y};
+          if (p.relu) {  // NaN stays
+            v[0] = v[0] < 0 ? 0.0f : v[0];
+            v[1] = v[1] < 0 ? 0.0f : v[1];
+          }
+          y[r] = pack<T>(v[0], v[1]);
+        }
+        store_matrix<4, Channels>(own_tiles(slot, n), y);
+      }
+    }
+    if (plan.stages == 4)
+      async_wait<1>();
+    else
+      async_wait<0>();
+    block_barrier();  // the new state and y are complete, the next x is here
+    if (with_y) {
+      const unsigned char* from = p.scale ? slot : after;
+      T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
+      with_word(plan.vector_bytes, [&](auto word) {
+        using Type = typename decltype(word)::Type;
+        for_words<word_bytes<decltype(word)>, CP, P, Channels>(
+            thread, wide_threads, C, columns, pitch, p.y, y_offset, [&](int64_t element, int at) {
+              *reinterpret_cast<Type*>(to + element) = *reinterpret_cast<const Type*>(from + at);
+            });
+      });
+    }
+    prefetch(i + plan.stages - 1);
+  }
+  if (p.last_kind != Last::none)
+    for_state([&](float& h, int channel, int column) {
+      if (channel < C && column < columns)
+        store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype, h);
+    });
+}
+
+template <typename T>
+Error launch_as(const Scan& p, const WideScanPlan& plan, Stream stream) {
+  return launch("recurrent_conv wide_scan", plan.along_channels ? wide_scan<T, true> : wide_scan<T, false>,
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(wide_threads), static_cast<size_t>(plan.shared_bytes), stream, p,
+                plan);
+}
+
+}  // namespace
+
+Error launch_wide_scan(const Scan& p, const WideScanPlan& plan, Stream stream) {
+  return p.dtype == DType::bf16 ? launch_as<__nv_bfloat16>(p, plan, stream) : launch_as<__half>(p, plan, stream);
+}
+
+}  // namespace rcu_ops::cuda
