@@ -26,6 +26,9 @@ SMALL = [p for p in ALL if p.name in ("probe", "C20 odd", "many frames", "C33 od
 def test_on_the_cpu(problem) -> None:
     for dtype in problem.dtypes:
         given = problem.make(dtype)
+        if problem.exact is None:
+            assert all(value.isfinite().all() for value in problem.call(on(given, "cpu")))
+            continue
         exact = problem.exact(on(given, "cpu", torch.float64))
         eager = problem.eager(on(given, "cpu"))
         for choice in ("auto", "reference"):
