@@ -1,0 +1,151 @@
+"""Optical flow between neighbouring frames: OpenCV's DIS, stored in eight bits, and the stacks that networks take.
+
+A field holds the displacement of every pixel from one frame to the next, in pixels, x before y. It is cut off at
+``bound`` and stored as ``round((v + bound) * 255 / (2 bound))``: with the usual bound of 20 a step is 0.16 pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rcu_ops.video.decode import VideoError, open_video
+from rcu_ops.video.transform import resize_short_side
+
+__all__ = ["FlowPart", "compute_flow", "dequantize", "flow_stacks", "mirror", "quantize", "require_cv2"]
+
+BOUND = 20.0
+
+
+def require_cv2() -> Any:
+    """OpenCV, or an ImportError that says how to get it."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("optical flow needs OpenCV: pip install 'rcu-ops[flow]'") from error
+    return cv2
+
+
+def quantize(flow: np.ndarray, bound: float = BOUND) -> np.ndarray:
+    """Displacements in pixels to uint8; what lies beyond ``bound`` is cut off."""
+    return np.rint((np.clip(flow, -bound, bound) + bound) * (255 / (2 * bound))).astype(np.uint8)
+
+
+def dequantize(fields: np.ndarray, bound: float = BOUND) -> np.ndarray:
+    """What :func:`quantize` stored, float32 pixels, right to half a step (``bound / 255``)."""
+    return fields.astype(np.float32) * np.float32(2 * bound / 255) - np.float32(bound)
+
+
+def mirror(stacks: torch.Tensor) -> torch.Tensor:
+    """Stacks [..., 2 L, T, H, W] of a video mirrored left to right: x displacements change their sign too."""
+    signs = torch.tensor([-1.0, 1.0], dtype=stacks.dtype, device=stacks.device).repeat(stacks.shape[-4] // 2)
+    return stacks.flip(-1) * signs.view(-1, 1, 1, 1)
+
+
+def flow_stacks(fields: np.ndarray, starts: torch.Tensor, length: int = 10) -> torch.Tensor:
+    """Snippets of ``length`` neighbouring fields as a temporal stream takes them.
+
+    Args:
+        fields: uint8 [F, 2, H, W], as ``rcu-ops flow`` stores them.
+        starts: first field of every snippet, int64 [T] (:func:`rcu_ops.video.sample.segment_positions` with
+            ``snippet=length``); fields beyond the last repeat it.
+        length: fields of a snippet.
+
+    Returns:
+        float32 [2 length, T, H, W] in [-1, 1], x and y in turns: a view as the clip [N, 20, T, H, W] once batched.
+
+    Raises:
+        ValueError: fields of another shape, a start outside of them.
+    """
+    if fields.ndim != 4 or fields.shape[1] != 2 or 0 in fields.shape:
+        raise ValueError(f"fields: expected [F,2,H,W] with nothing empty, got {list(fields.shape)}")
+    if starts.dim() != 1 or int(starts.min()) < 0 or int(starts.max()) >= len(fields):
+        raise ValueError(f"starts: expected numbers from 0 to {len(fields) - 1}, got {starts.tolist()}")
+    indices = (starts[:, None] + torch.arange(length)).clamp(max=len(fields) - 1)
+    taken = torch.from_numpy(np.ascontiguousarray(fields[indices.numpy()]))  # [T,L,2,H,W]
+    return (taken.float() * (2 / 255) - 1).flatten(1, 2).transpose(0, 1)
+
+
+class FlowPart:
+    """The file of a flow that is under way: a header and whole fields; one that a kill cut off is dropped.
+
+    Args:
+        path: the file; an existing one is gone on with.
+    """
+
+    _HEADER = struct.Struct("<8sII")
+    _MAGIC = b"rcuflow1"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.size: tuple[int, int] | None = None
+        self.count = 0
+        if path.is_file() and path.stat().st_size >= self._HEADER.size:
+            with path.open("r+b") as file:
+                magic, height, width = self._HEADER.unpack(file.read(self._HEADER.size))
+                if magic != self._MAGIC or not height or not width:
+                    raise VideoError(f"{path}: this is not a flow under way; remove it")
+                self.size = (height, width)
+                self.count = (path.stat().st_size - self._HEADER.size) // (2 * height * width)
+                file.truncate(self._HEADER.size + 2 * height * width * self.count)
+
+    def append(self, field: np.ndarray) -> None:
+        """Add a field uint8 [2, H, W]."""
+        if self.size is None:
+            self.size = (field.shape[1], field.shape[2])
+            self._path.write_bytes(self._HEADER.pack(self._MAGIC, *self.size))
+        if field.shape != (2, *self.size):
+            raise VideoError(f"{self._path}: holds fields of {self.size}, got {field.shape[1:]}")
+        with self._path.open("ab") as file:
+            file.write(np.ascontiguousarray(field).tobytes())
+        self.count += 1
+
+    def finish(self, path: Path) -> None:
+        """Write the fields as an ``.npy`` file [F, 2, H, W], without holding them in memory, and remove this one."""
+        assert self.size is not None
+        shape = (self.count, 2, *self.size)
+        with path.open("wb") as file, self._path.open("rb") as source:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            source.seek(self._HEADER.size)
+            while block := source.read(1 << 22):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Remove the file."""
+        self._path.unlink(missing_ok=True)
+
+
+def compute_flow(source: str, *, scale: int = 256, bound: float = BOUND, skip: int = 0) -> Iterator[np.ndarray]:
+    """Quantised fields uint8 [2, H, W] between neighbouring frames of a video, by OpenCV's DIS ("medium").
+
+    Args:
+        source: the video. scale: short side in pixels before the flow is taken. bound: see the module's description.
+        skip: fields to leave out at the beginning (their frames are decoded, no more).
+
+    Raises:
+        ImportError: no OpenCV. VideoError: the video cannot be opened or changes its size. BrokenVideoError: it breaks,
+            after the fields before.
+    """
+    cv2 = require_cv2()
+    method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    before: np.ndarray | None = None
+    with open_video(source) as reader:
+        for frame in reader:
+            if frame.index < skip:
+                continue
+            picture = resize_short_side(torch.from_numpy(frame.image)[None], scale)[0].contiguous().numpy()
+            grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+            if before is not None:
+                if grey.shape != before.shape:
+                    raise VideoError(f"{reader.name}: its picture size changes")
+                yield quantize(method.calc(before, grey, None), bound).transpose(2, 0, 1)
+            before = grey
