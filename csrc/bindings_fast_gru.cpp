@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "common/fast_gru.h"
+#include "cpu/memory.h"
 #ifdef RCU_OPS_WITH_CUDA
 #include "cuda/fast_gru.h"
 #endif
@@ -94,10 +95,39 @@ Matrix matrix_in(const Problem& p, const Tensor& memory, int64_t features, int64
   return m;
 }
 
-Matrix new_matrix(const Problem& p, const Tensor& like, int64_t features, int64_t columns, ScalarType scalar) {
-  const int64_t size = features * columns;
-  return matrix_in(p, torch::stable::new_empty(like, Sizes(&size, 1), scalar), features, columns);
-}
+// Matrices that live as long as one call. Memory fresh from the system costs a page fault per 4 KB, as much as a pass over it, so on
+// the CPU they lie in the thread's scratch memory, up to what a thread may keep; beyond, and on a GPU, in tensors of their own.
+class Temporaries {
+ public:
+  Temporaries(const Problem& p, const Tensor& like, int64_t bytes) : problem_(p), like_(like) {
+    constexpr int64_t most = 16 << 20;
+    if (like.is_cuda() || bytes == 0) return;
+    left_ = bytes < most ? bytes : most;
+    next_ = static_cast<char*>(cpu::scratch(0, static_cast<size_t>(left_)));
+  }
+  // Of every matrix, with what aligning it takes.
+  static int64_t bytes_of(int64_t features, int64_t columns, ScalarType scalar) {
+    const int64_t element = scalar == ScalarType::Double ? 8 : scalar == ScalarType::Float ? 4 : 2;
+    return (features * columns * element + 63) / 64 * 64;
+  }
+  Matrix take(int64_t features, int64_t columns, ScalarType scalar) {
+    const int64_t size = features * columns, bytes = bytes_of(features, columns, scalar);
+    if (bytes > left_)
+      return matrix_in(problem_, torch::stable::new_empty(like_, Sizes(&size, 1), scalar), features, columns);
+    Matrix m = matrix_in(problem_, like_, features, columns);
+    m.scalar = scalar;
+    m.data = next_;
+    next_ += bytes;
+    left_ -= bytes;
+    return m;
+  }
+
+ private:
+  const Problem& problem_;
+  const Tensor& like_;
+  char* next_ = nullptr;
+  int64_t left_ = 0;
+};
 
 // out = weight in, over features.
 void product(const Matrix& out, const Tensor& weight, const Matrix& in) {
@@ -177,7 +207,7 @@ Tensor clips(const Tensor& sequence, int64_t from, int64_t count) {
 Tensor clip(const Tensor& sequence, int64_t k) { return torch::stable::select(sequence, 1, k); }
 
 // Clips as a matrix: their own memory where it is one, else a copy.
-Matrix as_matrix(const Problem& p, const Tensor& sequence) {
+Matrix as_matrix(const Problem& p, const Tensor& sequence, Temporaries& temporaries) {
   const int64_t columns = sequence.size(1) * p.step_columns();
   Matrix m;
   m.memory = sequence;
@@ -186,7 +216,7 @@ Matrix as_matrix(const Problem& p, const Tensor& sequence) {
   m.features = p.C, m.columns = columns, m.by_column = p.by_column;
   m.pitch = p.by_column ? p.C : columns;
   if (same_strides(sequence, m.sequence_strides(p))) return m;
-  m = new_matrix(p, sequence, p.C, columns, sequence.scalar_type());
+  m = temporaries.take(p.C, columns, sequence.scalar_type());
   copy(m.sequence(p), sequence);
   return m;
 }
@@ -318,27 +348,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     return {o, o_n, hidden, gates};
   }
 
+  const int64_t per_step = 5 * Temporaries::bytes_of(p.C, M, p.scalar) + Temporaries::bytes_of(p.C, M, p.state) +
+                           Temporaries::bytes_of(2 * p.R, M, p.scalar);
+  const int64_t of_all = 2 * Temporaries::bytes_of(p.C, p.columns(), p.scalar) + Temporaries::bytes_of(2 * p.R, p.columns(), p.scalar);
+  Temporaries temporaries(p, x, per_step + of_all);
   const bool in_place = p.by_column || p.N == 1;  // the last state's memory is a matrix
-  const Matrix state = in_place ? matrix_in(p, o_n, p.C, M) : new_matrix(p, x, p.C, M, p.state);
+  const Matrix state = in_place ? matrix_in(p, o_n, p.C, M) : temporaries.take(p.C, M, p.state);
   copy(state.sequence(p), as_sequence(start));
   const bool one_type = p.state == p.scalar;
-  const Matrix low = one_type ? state : new_matrix(p, x, p.C, M, p.scalar);
+  const Matrix low = one_type ? state : temporaries.take(p.C, M, p.scalar);
   if (!one_type) copy(low.sequence(p), as_sequence(start));
 
+  const Matrix wide_product = temporaries.take(2 * p.R, M, p.scalar), gated = temporaries.take(p.C, M, p.scalar);
+  Matrix c_product = temporaries.take(p.C, M, p.scalar);
   Saved s;
   if (save) {
     s = saved_in(p, hidden, gates);
-  } else {  // r and z of one step at a time
-    s = {new_matrix(p, x, 2 * p.R, p.columns(), p.scalar), new_matrix(p, x, p.C, M, p.scalar), new_matrix(p, x, p.C, M, p.scalar),
-         new_matrix(p, x, p.C, p.columns(), p.scalar)};
+  } else {  // r and z of one step at a time; r is not needed any more when V_o's product is made
+    s.r = c_product;
+    s.z = temporaries.take(p.C, M, p.scalar);
+    s.hidden = temporaries.take(2 * p.R, p.columns(), p.scalar);
+    s.candidate = temporaries.take(p.C, p.columns(), p.scalar);
   }
   {
-    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps));
+    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
     product(s.hidden, ux, inputs);
     product(s.candidate, vx, inputs);
   }
-  const Matrix wide_product = new_matrix(p, x, 2 * p.R, M, p.scalar), c_product = new_matrix(p, x, p.C, M, p.scalar),
-               gated = new_matrix(p, x, p.C, M, p.scalar);
   for (int64_t k = 0; k < p.steps; ++k) {
     const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z, s.candidate.step(p, k)};
     step(p, weight, low, state, now, wide_product, c_product, gated, one_type ? Plane{} : low.plane(p),
@@ -399,11 +435,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     for (Tensor* t : {&dux, &duo, &dw, &dvx, &dvo}) torch::stable::zero_(*t);
   if (M == 0) return {dx, dux, duo, dw, dvx, dvo, do0};
 
-  const Matrix carry = new_matrix(p, x, C, M, p.state);
+  Temporaries temporaries(p, x, Temporaries::bytes_of(C, M, p.state) + 2 * Temporaries::bytes_of(C, M, p.scalar) +
+                                    6 * Temporaries::bytes_of(C, S, p.scalar) + Temporaries::bytes_of(2 * p.R, S, p.scalar));
+  const Matrix carry = temporaries.take(C, M, p.state);
   if (grad_o_n) {
     copy(carry.sequence(p), as_sequence(*grad_o_n));
   } else {
-    Tensor memory = carry.memory;
+    Tensor memory = carry.tensor();
     torch::stable::zero_(memory);
   }
   const Plane none{};
@@ -413,33 +451,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (S > 0) {
     Matrix before;  // the state before each step
     if (!o0) {
-      before = as_matrix(p, clips(o, 0, p.steps));
+      before = as_matrix(p, clips(o, 0, p.steps), temporaries);
     } else {
-      before = new_matrix(p, x, C, S, p.scalar);
+      before = temporaries.take(C, S, p.scalar);
       copy(before.step(p, 0).sequence(p), as_sequence(*o0));
       if (p.steps > 1) copy(before.part(true, M, S - M).sequence(p), clips(o, 0, p.steps - 1));
     }
     const Tensor steps = clips(x, p.first, p.steps);
-    const Matrix inputs = need_weights || !saved ? as_matrix(p, steps) : Matrix{};
+    const Matrix inputs = need_weights || !saved ? as_matrix(p, steps, temporaries) : Matrix{};
     Saved s;
-    const Matrix gated = new_matrix(p, x, C, S, p.scalar);
+    const Matrix gated = temporaries.take(C, S, p.scalar);
     if (saved) {
       s = saved_in(p, hidden, gates);
     } else {  // all states are known, so all steps at once
-      s = {new_matrix(p, x, 2 * p.R, S, p.scalar), new_matrix(p, x, C, S, p.scalar), new_matrix(p, x, C, S, p.scalar),
-           new_matrix(p, x, C, S, p.scalar)};
+      s = {temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar), temporaries.take(C, S, p.scalar),
+           temporaries.take(C, S, p.scalar)};
       product(s.hidden, ux, inputs);
       product(s.candidate, vx, inputs);
       Matrix state = before;
       if (p.state != p.scalar) {
-        state = new_matrix(p, x, C, S, p.state);
+        state = temporaries.take(C, S, p.state);
         copy(state.tensor(), before.tensor());
       }
-      step(p, weight, before, state, s, new_matrix(p, x, 2 * p.R, S, p.scalar), new_matrix(p, x, C, S, p.scalar), gated, none, none);
+      step(p, weight, before, state, s, temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar), gated, none, none);
     }
-    const Matrix du = new_matrix(p, x, 2 * p.R, S, p.scalar), dc = new_matrix(p, x, C, S, p.scalar),
-                 dr = new_matrix(p, x, C, S, p.scalar), dz = new_matrix(p, x, C, S, p.scalar);
-    const Matrix q = new_matrix(p, x, C, M, p.scalar), from_later = new_matrix(p, x, C, M, p.scalar);
+    const Matrix du = temporaries.take(2 * p.R, S, p.scalar), dc = temporaries.take(C, S, p.scalar),
+                 dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);
+    const Matrix q = temporaries.take(C, M, p.scalar), from_later = temporaries.take(C, M, p.scalar);
     const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr), wz_t = transposed(weight.wz);
     for (int64_t k = p.steps - 1; k >= 0; --k) {
       const auto at = [&](const Matrix& m) { return m.step(p, k).plane(p); };

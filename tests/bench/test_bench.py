@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from rcu_ops.bench import command, output, recurrent_conv
+from rcu_ops.bench import command, fast_gru, output, recurrent_conv
 from rcu_ops.bench.case import OURS, Candidate, Case, Prepared, Variant
 from rcu_ops.bench.correctness import WrongResultError, check_outputs
 from rcu_ops.bench.machine import Peaks, describe
@@ -222,6 +222,38 @@ def test_counted_work():
     assert (fused.bytes_moved, fused.flops) == (3 * clip + state + weight, scan)
     step = recurrent_conv.Step(recurrent_conv.Shape(2, 8, 1, 3), *arguments[1:])
     assert (step.bytes_moved, step.flops) == (2 * clip // 4 + 2 * state + weight, 2 * 2 * 9 * 8 * 8)
+
+
+@pytest.mark.parametrize("layout", fast_gru.LAYOUTS)
+@pytest.mark.parametrize("loop", list(fast_gru.LOOPS))
+@pytest.mark.parametrize("kind", [fast_gru.Forward, fast_gru.Step])
+def test_every_fast_gru_loop_is_right(kind, loop, layout):
+    case = kind(fast_gru.Shape(2, 3, 8, 2, 1, 3), torch.float32, layout, CPU, compile=False)
+    ready = Prepared.of(case)
+    loops = next(c for c in case.candidates() if c.name == "library loop")
+    ready.thunks(Candidate("one", {loop: loops.variants[loop]}), CpuTimer())
+    assert ready.chosen == {"one": loop}
+
+
+@pytest.mark.parametrize("kind", [fast_gru.Forward, fast_gru.ForwardBackward, fast_gru.Step])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_fast_gru_cases_run_through(kind, dtype):
+    case = kind(fast_gru.Shape(2, 3, 16, 4, 1, 3), dtype, "contiguous", CPU, compile=False)
+    (result,) = run_case(case, CpuTimer(), PEAKS, FAST)
+    assert result.failures == []
+    assert all(0 <= c.error_used <= 1 for c in result.candidates)
+
+
+def test_counted_fast_gru_work():
+    arguments = (fast_gru.Shape(2, 4, 8, 2, 1, 3), torch.bfloat16, "contiguous", CPU)
+    clip, weights, step = 2 * 9 * 8 * 2, (6 * 16 + 2 * 64) * 2, 2 * 18 * (6 * 16 + 2 * 64)
+    cases = [kind(*arguments) for kind in (fast_gru.Forward, fast_gru.ForwardBackward, fast_gru.Step)]
+    assert [case.flops for case in cases] == [3 * step, 9 * step, step]
+    assert [case.bytes_moved for case in cases] == [
+        8 * clip + 2 * clip + weights,
+        20 * clip + 3 * weights,
+        2 * clip + 4 * clip + weights,
+    ]
 
 
 @pytest.mark.parametrize("tier", TIERS)
