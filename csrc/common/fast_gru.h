@@ -24,7 +24,7 @@ enum class Pass : int32_t {
   hidden,
   // 0 r, 1 z (T, in and out), 2 state (S), 3 gated (T, out):  r = sigmoid(r); z = sigmoid(z); gated = r state
   gates,
-  // 0 c (T, in and out), 1 product, 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out; low may be absent):
+  // 0 c (T, in and out), 1 product, 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out, may be absent):
   //   c = tanh(c + product); low = out = state = (1 - z) state + z c. Without 3, c alone.
   output,
   // 0 carry (S, in and out), 1 product, 2 grad (T, may be absent), 3 z, 4 c, 5 before (T), 6 dc, 7 dz (T, out):

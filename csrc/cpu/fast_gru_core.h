@@ -59,7 +59,7 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
         break;
       }
       case Pass::output: {
-        T *c = data(0), *low = p.plane[4].data ? data(4) : nullptr, *out = data(5);
+        T *c = data(0), *low = p.plane[4].data ? data(4) : nullptr, *out = p.plane[5].data ? data(5) : nullptr;
         const T *product = data(1), *z = data(2);
         if (!p.plane[3].data) {
           each([=](int64_t i, auto n) { put(c, i, tanh_of(get(c, i, n) + get(product, i, n)), n); });
@@ -71,7 +71,7 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
           put(c, i, candidate, n);
           const V next = (1 - update) * get(state, i, n) + update * candidate;
           put(state, i, next, n);
-          put(out, i, next, n);
+          if (out) put(out, i, next, n);
           if (low) put(low, i, next, n);
         });
         break;

@@ -89,8 +89,9 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
       get(2, b), get_wide(3, c);
 #pragma unroll
       for (int j = 0; j < V; ++j) c[j] = (1 - b[j]) * c[j] + b[j] * a[j];
-      put_wide(3, c), put(5, c);
+      put_wide(3, c);
       if (has(4)) put(4, c);
+      if (has(5)) put(5, c);
       break;
     case Pass::d_output:
       get_wide(0, a);

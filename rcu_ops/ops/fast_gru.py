@@ -159,41 +159,39 @@ def _check_arguments(
 
 # ---- what the operators return ------------------------------------------------------------------------------------
 #
-# Kernels see every tensor as a matrix of features by columns: a column is a position of a step, in the order (step,
-# sample, position), steps being the clips that are computed (all but the first where it is the state). The matrices lie
-# [features, columns], or [columns, features] where channels are innermost in x.
+# Sequences and states are contiguous, or have their channels innermost where x has. What is saved for the backward pass
+# is one run of numbers each, in the kernels' own order: h [2R, columns], and r, z and the candidate [3, C, columns]. A
+# column is a position of a step; steps are the clips that are computed (all but the first where it is the state).
 
 
-def _columns_first(x: Tensor) -> bool:
+def _channels_innermost(x: Tensor) -> bool:
     return x.stride(2) == 1
 
 
 def _empty_sequence(x: Tensor) -> Tensor:
     n, k, c, length, height, width = x.shape
-    if _columns_first(x):
+    if _channels_innermost(x):
         return x.new_empty(n, k, length, height, width, c).permute(0, 1, 5, 2, 3, 4)
     return x.new_empty(x.shape)
 
 
 def _empty_state(x: Tensor, dtype: torch.dtype) -> Tensor:
     n, _, c, length, height, width = x.shape
-    if _columns_first(x):
+    if _channels_innermost(x):
         return x.new_empty(n, length, height, width, c, dtype=dtype).permute(0, 4, 1, 2, 3)
     return x.new_empty(n, c, length, height, width, dtype=dtype)
 
 
-def _empty_saved(x: Tensor, features: int, planes: tuple[int, ...], o0: Tensor | None) -> Tensor:
+def _empty_saved(x: Tensor, features: int, o0: Tensor | None) -> Tensor:
     n, k, _, length, height, width = x.shape
-    columns = (k if o0 is not None else k - 1) * n * length * height * width
-    matrix = (columns, features) if _columns_first(x) else (features, columns)
-    return x.new_empty(*planes, *matrix)
+    return x.new_empty((k if o0 is not None else k - 1) * n * length * height * width * features)
 
 
 def _fake_forward(
     x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = _empty_saved(x, ux.shape[0], (), o0) if save else x.new_empty(0)
-    gates = _empty_saved(x, x.shape[2], (3,), o0) if save else x.new_empty(0)
+    hidden = _empty_saved(x, ux.shape[0], o0) if save else x.new_empty(0)
+    gates = _empty_saved(x, 3 * x.shape[2], o0) if save else x.new_empty(0)
     return _empty_sequence(x), _empty_state(x, state_dtype_of(x.dtype)), hidden, gates
 
 
@@ -239,13 +237,9 @@ def _reference_forward(
                 before = (1 - step.z) * before + step.z * step.candidate
             else:
                 before = x_k
-        columns_first = _columns_first(x)
-        planes = [[step.hidden for step in steps], *([step[i] for step in steps] for i in (1, 2, 3))]
-        for values, target in zip(planes, (hidden, gates[0], gates[1], gates[2]), strict=True):
-            if values:
-                stack = torch.stack(values)
-                matrix = stack.movedim(2, -1).flatten(0, -2) if columns_first else stack.movedim(2, 0).flatten(1)
-                target.copy_(matrix)
+        if steps:
+            hidden.copy_(torch.stack([step.hidden for step in steps]).flatten())
+            gates.copy_(torch.stack([torch.stack([step[i] for step in steps]) for i in (1, 2, 3)]).flatten())
     return o, o_n, hidden, gates
 
 
@@ -357,7 +351,7 @@ def _backward_flops(
 ) -> int:
     step = _step_flops(x, ux, o0)
     through_inputs = step * (ux[0] + x[2]) // (3 * ux[0] + 2 * x[2])  # of Ux and Vx
-    recomputed = step if len(gates) == 1 else 0
+    recomputed = 0 if gates[0] else step
     return recomputed + step - (0 if need_x else through_inputs) + (step if need_weights else 0)
 
 
@@ -469,10 +463,9 @@ def _probe_step(device: str) -> Arguments:
 def _plan(x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool) -> str:
     n, k, _, length, height, width = x.shape
     steps, columns = k - int(o0 is None), n * length * height * width
-    order = "[columns][features]" if _columns_first(x) else "[features][columns]"
     return (
         f"{steps} steps of {columns} columns: U_x and V_x for all steps at once, then per step 4 library products "
-        f"and 3 fused passes, matrices {order}, gates {'saved' if save else 'not saved'}"
+        f"and 3 fused passes, gates {'saved' if save else 'not saved'}"
     )
 
 

@@ -24,14 +24,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def one_channel(
     x: Tensor, o0: Tensor | None = None, ux: float = 0, uo: float = 0, wr: float = 0, wz: float = 0, vx: float = 0
 ) -> tuple[Tensor, ...]:
-    """o, o_n, hidden and gates of one step of one channel, every position with its own x."""
+    """o, o_n, h [2, positions] and r, z, c of one step of one channel, every position with its own x."""
     x = x.view(1, 1, 1, 1, 1, -1)
     w = torch.tensor([wr, wz]).view(2, 1, 1).to(x)
     o0 = torch.zeros_like(x[:, 0]) if o0 is None else o0.view(1, 1, 1, 1, -1)
     ux, uo, vx, vo = (
         torch.full(size, float(v)).to(x) for size, v in (((2, 1), ux), ((2, 1), uo), ((1, 1), vx), ((1, 1), 0))
     )
-    return torch.ops.rcu_ops.fast_gru(x, ux, uo, w, vx, vo, o0, True)
+    o, o_n, hidden, gates = torch.ops.rcu_ops.fast_gru(x, ux, uo, w, vx, vo, o0, True)
+    return o, o_n, hidden.view(2, -1), gates.view(3, -1)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "middle_channels"])
