@@ -240,110 +240,182 @@ struct Task {
     return kind;
   }
 
-  // One frame after a given fp32 state, everything adjacent along channels: the step of a stream. Nothing is staged: a block of
-  // columns is rounded to operands, and each of its products meets x and the old state where they lie.
-  bool steps() const {
+  // Everything adjacent along channels: nothing is staged. A block of columns goes through all frames by itself, its fp32 state
+  // [32][C] in the nearest cache that holds it; every frame rounds it to operands, and each product meets x and the old state
+  // where they lie.
+  bool direct_rows() const {
     const auto adjacent = [](const View& v) { return !v.data || v.c == 1; };
-    return Channels && p.T == 1 && p.init == Init::state && p.last_kind == Last::state && p.C % block == 0 && p.x.data && p.y.data &&
-           p.first.dtype == DType::f32 && p.last.dtype == DType::f32 && adjacent(p.x) && adjacent(p.y) && adjacent(p.residual) &&
-           adjacent(p.first) && adjacent(p.last);
+    return Channels && p.C % block == 0 && adjacent(p.x) && adjacent(p.y) && adjacent(p.residual) && adjacent(p.first) &&
+           adjacent(p.last);
+  }
+
+  // Where a view's column lies, and the step from one frame to the next in the order of processing.
+  struct Rows {
+    char* data = nullptr;
+    int64_t frame = 0;
+    int64_t* at = nullptr;
+    char* row(int64_t column, int64_t i) const { return data + at[column] + i * frame; }
+  };
+  Rows make_rows(const View& view, int64_t q0, int64_t columns, int64_t* table, bool sequence) const {
+    Rows rows;
+    if (!view.data) return rows;
+    const int64_t size = element_size(view.dtype);
+    rows.at = table;
+    column_offsets(p, view, q0, columns, table);
+    for (int64_t i = 0; i < columns; ++i) table[i] *= size;
+    rows.data = static_cast<char*>(view.data) + (sequence && p.reverse ? (p.T - 1) * view.t * size : 0);
+    rows.frame = sequence ? (p.reverse ? -view.t : view.t) * size : 0;
+    return rows;
+  }
+
+  void round_state(const float* v, int64_t rows, bf16_t* operands, uint8_t* unusual, bool& any_unusual) const {
+    const __m512i exponent = _mm512_set1_epi16(0x7f80), magnitude = _mm512_set1_epi16(0x7fff);
+    memset(unusual, 0, block);
+    any_unusual = false;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const from = v + r * p.C;
+      bf16_t* const to = operands + (r >> 4) * k_tiles * tile_values + (r & 15) * block;
+      for (int64_t k = 0; k < k_tiles; ++k) {
+        const __m512i rounded = to_bf16(_mm512_loadu_ps(from + k * block), _mm512_loadu_ps(from + k * block + 16));
+        const __mmask32 not_finite = _mm512_cmpge_epu16_mask(_mm512_and_si512(rounded, magnitude), exponent);
+        if (__builtin_expect(not_finite != 0, 0)) unusual[r] |= kind_of(rounded, not_finite), any_unusual = true;
+        _mm512_store_si512(to + k * tile_values, rounded);
+      }
+    }
   }
 
   template <bool Affine>
-  void step(int64_t q0, int64_t q1, int64_t channel_begin, int64_t channel_end) const {
-    const int64_t columns = q1 - q0, operand_step = k_tiles * tile_values;
-    const size_t operand_bytes = 2 * operand_step * sizeof(bf16_t);
-    char* memory = static_cast<char*>(scratch(1, operand_bytes + 4096 + block + 5 * columns * sizeof(int64_t)));
-    bf16_t* const operands = reinterpret_cast<bf16_t*>(memory);
-    float* const c = reinterpret_cast<float*>(memory + operand_bytes);
-    uint8_t* const unusual = reinterpret_cast<uint8_t*>(c + 1024);
-    int64_t* const first_at = reinterpret_cast<int64_t*>(unusual + block);
-    int64_t *const last_at = first_at + columns, *const x_at = last_at + columns, *const y_at = x_at + columns,
-            *const residual_at = y_at + columns;
-    column_offsets(p, p.first, q0, columns, first_at);
-    column_offsets(p, p.last, q0, columns, last_at);
-    column_offsets(p, p.x, q0, columns, x_at);
-    column_offsets(p, p.y, q0, columns, y_at);
-    if (p.residual.data) column_offsets(p, p.residual, q0, columns, residual_at);
-    const float* const first = static_cast<const float*>(p.first.data);
-    float* const last = static_cast<float*>(p.last.data);
-    const bf16_t *const x = static_cast<const bf16_t*>(p.x.data), *const residual = static_cast<const bf16_t*>(p.residual.data);
-    bf16_t* const y = static_cast<bf16_t*>(p.y.data);
-    const bool past_caches = around_state && reinterpret_cast<uintptr_t>(last) % 64 == 0 &&
-                             (p.last.n % 16 | p.last.g % 16 | p.last.h % 16 | p.last.w % 16) == 0;
-    memset(static_cast<void*>(operands), 0, operand_bytes);  // rows past the last column
+  void run_rows(int64_t q0, int64_t q1, int64_t channel_begin, int64_t channel_end) const {
+    const int64_t columns = q1 - q0, C = p.C;
+    size_t bytes = 0;
+    const auto reserve = [&](size_t size) {
+      const size_t at = bytes;
+      bytes += (size + 63) / 64 * 64;
+      return at;
+    };
+    const size_t at_operands = reserve(2 * k_tiles * tile_values * sizeof(bf16_t)), at_v = reserve(block * C * sizeof(float));
+    const size_t at_c = reserve(4096), at_unusual = reserve(block), at_tables = reserve(5 * columns * sizeof(int64_t));
+    char* memory = static_cast<char*>(scratch(1, bytes));
+    bf16_t* const operands = reinterpret_cast<bf16_t*>(memory + at_operands);
+    float* const v = reinterpret_cast<float*>(memory + at_v);
+    float* const c = reinterpret_cast<float*>(memory + at_c);
+    uint8_t* const unusual = reinterpret_cast<uint8_t*>(memory + at_unusual);
+    int64_t* const tables = reinterpret_cast<int64_t*>(memory + at_tables);
+    memset(static_cast<void*>(operands), 0, 2 * k_tiles * tile_values * sizeof(bf16_t));  // rows past the last column
 
-    const __m512i exponent = _mm512_set1_epi16(0x7f80), magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512 alpha = _mm512_set1_ps(static_cast<float>(p.alpha_final)), zero = _mm512_setzero_ps();
+    const Rows first = make_rows(p.first, q0, columns, tables, false);
+    const Rows last = make_rows(p.last, q0, columns, tables + columns, false);
+    const Rows x = make_rows(p.x, q0, columns, tables + 2 * columns, true);
+    const Rows y = make_rows(p.y, q0, columns, tables + 3 * columns, true);
+    const Rows residual = make_rows(p.residual, q0, columns, tables + 4 * columns, true);
+    const bool last_here = p.last_kind != Last::none && p.last.dtype == DType::f32;  // the last frame writes it
+    const bool past_caches = last_here && around_state && reinterpret_cast<uintptr_t>(p.last.data) % 64 == 0 &&
+                             (p.last.n % 16 | p.last.g % 16 | p.last.h % 16 | p.last.w % 16) == 0;
+    const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
+    const __m512 zero = _mm512_setzero_ps();
+
     const Unit::Scope scope;
     for (int64_t m0 = 0; m0 < columns; m0 += block) {
-      const int64_t rows = min_of<int64_t>(block, columns - m0);
-      bool any_unusual = false;
-      memset(unusual, 0, block);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* const from = first + first_at[m0 + r];
-        bf16_t* const to = operands + (r >> 4) * operand_step + (r & 15) * block;
-        for (int64_t k = 0; k < k_tiles; ++k) {
-          const __m512i rounded = to_bf16(_mm512_loadu_ps(from + k * block), _mm512_loadu_ps(from + k * block + 16));
-          const __mmask32 not_finite = _mm512_cmpge_epu16_mask(_mm512_and_si512(rounded, magnitude), exponent);
-          if (__builtin_expect(not_finite != 0, 0)) unusual[r] |= kind_of(rounded, not_finite), any_unusual = true;
-          _mm512_store_si512(to + k * tile_values, rounded);
-        }
-      }
-      const int64_t ahead = min_of(m0 + block, columns), ahead_end = min_of(ahead + block, columns);
-      for (int64_t c0 = channel_begin; c0 < channel_end; c0 += block) {
-        const int64_t lb = c0 / block;
-        // The next columns' piece of everything: a stream's state was last touched a frame ago and comes from far away.
-        for (int64_t q = ahead; q < ahead_end; ++q) {
-          __builtin_prefetch(first + first_at[q] + c0, 0, 2);
-          __builtin_prefetch(first + first_at[q] + c0 + 16, 0, 2);
-          __builtin_prefetch(x + x_at[q] + c0, 0, 2);
-          if (residual) __builtin_prefetch(residual + residual_at[q] + c0, 0, 2);
-        }
-        product(operands, 0, lb, rows, c);
-        if (__builtin_expect(any_unusual, 0)) repair(operands, unusual, 0, lb, c, nullptr);
-        __mmask16 identity[2];
-        __m512 scale_lanes[2], shift_lanes[2];
-        for (int h = 0; h < 2; ++h) {
-          const __m128i s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.identity + c0 + 16 * h));
-          identity[h] = _mm_test_epi8_mask(s, _mm_set1_epi8(1));
-          if (Affine) scale_lanes[h] = _mm512_loadu_ps(scale + c0 + 16 * h), shift_lanes[h] = _mm512_loadu_ps(shift + c0 + 16 * h);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          const __m512i x_row = _mm512_loadu_si512(x + x_at[m0 + r] + c0);
-          const float* const state = first + first_at[m0 + r] + c0;
-          const __mmask16 keep = unusual[r] ? 0 : 0xffff;
-          __m512 value[2];
-#pragma GCC unroll 2
-          for (int h = 0; h < 2; ++h) {
-            __m512 u = _mm512_load_ps(c + (r >> 4) * 512 + (r & 15) * tile + h * 256);
-            u = _mm512_mask_add_ps(u, identity[h] & keep, u, _mm512_loadu_ps(state + 16 * h));
-            value[h] = _mm512_mul_ps(_mm512_add_ps(u, h ? high_half(x_row) : low_half(x_row)), alpha);
-            float* const to = last + last_at[m0 + r] + c0 + 16 * h;
-            if (past_caches)
-              _mm512_stream_ps(to, value[h]);
-            else
-              _mm512_storeu_ps(to, value[h]);
-          }
-          if constexpr (Affine) {
-            const __m512i added = residual ? _mm512_loadu_si512(residual + residual_at[m0 + r] + c0) : _mm512_setzero_si512();
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; ++h) {
-              __m512 v = _mm512_fmadd_ps(scale_lanes[h], value[h], shift_lanes[h]);
-              if (residual) v = _mm512_add_ps(v, h ? high_half(added) : low_half(added));
-              value[h] = p.relu ? _mm512_max_ps(zero, v) : v;  // the second operand where either is NaN
+      const int64_t rows = min_of<int64_t>(block, columns - m0), next_rows = min_of<int64_t>(block, columns - m0 - block);
+      if (p.init != Init::none) load_rows(first, m0, rows, v);
+      for (int64_t i = 0; i < frames; ++i) {
+        const bool transport = i < p.T, final = i + 1 == frames, product_here = i > 0 || p.init == Init::state;
+        const bool with_x = transport && x.data, with_y = transport && y.data, with_residual = Affine && transport && residual.data;
+        const bool to_last = final && last_here;
+        const __m512 alpha = _mm512_set1_ps(
+            static_cast<float>(i == p.T ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha));
+        bool any_unusual = false;
+        if (product_here) round_state(v, rows, operands, unusual, any_unusual);
+        for (int64_t c0 = channel_begin; c0 < channel_end; c0 += block) {
+          // What comes next: the same columns' next frame, or the next columns, whose state was last touched a frame ago.
+          const int64_t ahead = i + 1 < p.T ? m0 : m0 + block, ahead_frame = i + 1 < p.T ? i + 1 : 0;
+          const int64_t ahead_rows = i + 1 < p.T ? rows : final ? next_rows : 0;
+          for (int64_t r = 0; r < ahead_rows; ++r) {
+            if (x.data) __builtin_prefetch(x.row(ahead + r, ahead_frame) + c0 * 2, 0, 2);
+            if (Affine && residual.data) __builtin_prefetch(residual.row(ahead + r, ahead_frame) + c0 * 2, 0, 2);
+            if (final && first.data) {
+              __builtin_prefetch(first.row(ahead + r, 0) + c0 * 4, 0, 2);
+              __builtin_prefetch(first.row(ahead + r, 0) + c0 * 4 + 64, 0, 2);
             }
           }
-          _mm512_storeu_si512(y + y_at[m0 + r] + c0, to_bf16(value[0], value[1]));
+          if (product_here) {
+            product(operands, 0, c0 / block, rows, c);
+            if (__builtin_expect(any_unusual, 0)) repair(operands, unusual, 0, c0 / block, c, nullptr);
+          }
+          __mmask16 add[2] = {0, 0};
+          __m512 scale_lanes[2] = {zero, zero}, shift_lanes[2] = {zero, zero};
+          for (int h = 0; h < 2; ++h) {
+            if (product_here) {
+              const __m128i s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.identity + c0 + 16 * h));
+              add[h] = _mm_test_epi8_mask(s, _mm_set1_epi8(1));
+            } else if (p.init == Init::added) {
+              add[h] = 0xffff;
+            }
+            if (Affine) scale_lanes[h] = _mm512_loadu_ps(scale + c0 + 16 * h), shift_lanes[h] = _mm512_loadu_ps(shift + c0 + 16 * h);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            const __mmask16 keep = any_unusual && unusual[r] ? 0 : 0xffff;
+            float* const state = v + r * C + c0;
+            const __m512i x_row = with_x ? _mm512_loadu_si512(x.row(m0 + r, i) + c0 * 2) : _mm512_setzero_si512();
+            __m512 value[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+              __m512 u = product_here ? _mm512_load_ps(c + (r >> 4) * 512 + (r & 15) * tile + h * 256) : _mm512_set1_ps(-0.0f);
+              u = _mm512_mask_add_ps(u, add[h] & keep, u, _mm512_loadu_ps(state + 16 * h));
+              if (with_x) u = _mm512_add_ps(u, h ? high_half(x_row) : low_half(x_row));
+              value[h] = _mm512_mul_ps(u, alpha);
+            }
+            if (!to_last) {
+              _mm512_storeu_ps(state, value[0]);
+              _mm512_storeu_ps(state + 16, value[1]);
+            } else {
+              float* const to = reinterpret_cast<float*>(last.row(m0 + r, 0)) + c0;
+              if (past_caches) {
+                _mm512_stream_ps(to, value[0]);
+                _mm512_stream_ps(to + 16, value[1]);
+              } else {
+                _mm512_storeu_ps(to, value[0]);
+                _mm512_storeu_ps(to + 16, value[1]);
+              }
+            }
+            if (!with_y) continue;
+            if constexpr (Affine) {
+              const __m512i added = with_residual ? _mm512_loadu_si512(residual.row(m0 + r, i) + c0 * 2) : _mm512_setzero_si512();
+#pragma GCC unroll 2
+              for (int h = 0; h < 2; ++h) {
+                __m512 out = _mm512_fmadd_ps(scale_lanes[h], value[h], shift_lanes[h]);
+                if (with_residual) out = _mm512_add_ps(out, h ? high_half(added) : low_half(added));
+                value[h] = p.relu ? _mm512_max_ps(zero, out) : out;  // the second operand where either is NaN
+              }
+            }
+            const __m512i out = to_bf16(value[0], value[1]);
+            if (around && (reinterpret_cast<uintptr_t>(y.row(m0 + r, i)) & 63) == 0)
+              _mm512_stream_si512(reinterpret_cast<__m512i*>(y.row(m0 + r, i) + c0 * 2), out);
+            else
+              _mm512_storeu_si512(y.row(m0 + r, i) + c0 * 2, out);
+          }
         }
       }
+      if (p.last_kind != Last::none && !last_here)
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t k = channel_begin; k < channel_end; ++k) store_any(last.row(m0 + r, 0), p.last.dtype, k, v[r * C + k]);
     }
-    if (past_caches) end_around();
+    if (past_caches || around) end_around();
+  }
+
+  void load_rows(const Rows& first, int64_t m0, int64_t rows, float* v) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* from = first.row(m0 + r, 0);
+      if (p.first.dtype == DType::f32)
+        copy_row(v + r * p.C, from, p.C * sizeof(float));
+      else
+        for (int64_t k = 0; k < p.C; ++k) v[r * p.C + k] = static_cast<float>(load_any(from, p.first.dtype, k));
+    }
   }
 
   void run(int64_t q0, int64_t q1, int64_t c0, int64_t c1) const {
     if constexpr (Channels)
-      if (steps()) return p.scale ? step<true>(q0, q1, c0, c1) : step<false>(q0, q1, c0, c1);
+      if (direct_rows()) return p.scale ? run_rows<true>(q0, q1, c0, c1) : run_rows<false>(q0, q1, c0, c1);
     const int64_t columns = q1 - q0, padded_columns = round_up(columns, block);
     const int64_t row_blocks = (Channels ? padded_columns : padded) / block;
     const int64_t lane_blocks = (Channels ? padded : padded_columns) / block;

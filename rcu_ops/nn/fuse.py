@@ -26,8 +26,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     * :class:`RecurrentConv3d` + ``BatchNorm3d`` (+ residual addition) (+ ReLU) becomes one
       :class:`FusedRecurrentConv3d`, which runs :func:`rcu_ops.recurrent_conv_affine_act`.
-    * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias. 1xdxd convolutions
-      keep their weight in the matrix library's own layout.
+    * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
 
     Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
     has no gradients with respect to its parameters. Modules whose ``forward`` cannot be traced stay unfused, and a
@@ -347,7 +346,9 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
         assert after is not None
         last = after
     per_frame = conv if isinstance(conv, FrameConv3d) and conv.stride[0] == 1 else None
-    if last is node and per_frame is None:  # a per-frame one keeps its weight as the library wants it
+    # A per-frame one alone gains by keeping its weight as the library wants it, but sums in another order: not in fp32,
+    # where the 512 products of a head then round more.
+    if last is node and (per_frame is None or conv.weight.dtype not in (torch.bfloat16, torch.float16)):
         return False
     fused: nn.Module
     if isinstance(conv, RecurrentConv3d):

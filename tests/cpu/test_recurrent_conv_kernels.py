@@ -354,6 +354,23 @@ def test_true_fp32_state(isa: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("channels", [32, 96])
+def test_whole_blocks_of_channels(isa: str, dtype: torch.dtype, channels: int, layout: str) -> None:
+    """Channels that fill vectors and tiles, where kernels read and write tensors without stages."""
+    for frames, mean, reverse, given in ((1, False, False, True), (1, True, True, False), (4, True, True, True)):
+        x, weight, state = inputs((2, channels, frames, 5, 9), dtype)
+        x, state = LAYOUTS[layout](x), state.contiguous(memory_format=torch.channels_last)
+        h, _ = check_forward(x, weight, state if given else None, mean, reverse)
+        grad = torch.randn_like(x)
+        got = kernels.recurrent_conv_backward(grad, state.float(), h, weight, state, mean, reverse, True)
+        want = exact_backward(grad, state.float(), h, weight, state, mean, reverse)
+        rough = eager_backward(grad, state.float(), h, weight, state, mean, reverse)
+        for a, b, c, name in zip(got, want, rough, ("dx", "dweight", "dh0"), strict=True):
+            assert_close_to_reference(a, b, c, name)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8])
 def test_time_parallel_form(
     isa: str, dtype: torch.dtype, chunk: int, layout: str, monkeypatch: pytest.MonkeyPatch
