@@ -226,7 +226,7 @@ def _opening(settings: RunSettings, args: argparse.Namespace, resumed: bool, ste
         lines.append(f"resumed at step {step}")
     elif args.resume:
         lines.append(f"there is nothing to resume in {args.out}; starting anew")
-    if not resumed and args.weights is None:
+    if not resumed and args.weights is None and STARTING_WEIGHTS[recipe.name] != "random weights":
         lines.append(f"note: untrained; the paper starts from {STARTING_WEIGHTS[recipe.name]} (--weights)")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 LOSSES = ("cross_entropy", "bce")
 SAMPLINGS = ("clip", "segments")
 BATCH_NORMS = ("batch", "moving", "frozen")
+SCHEDULES = ("steps", "cosine")
 
 
 def _setting(text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -41,6 +43,7 @@ class Recipe:
     lr: float = _setting("initial learning rate; it does not follow --batch")
     milestones: tuple[int, ...] = _setting("steps after which the learning rate is multiplied by lr-factor")
     iterations: int = _setting("steps in all")
+    schedule: str = _setting("steps (lr-factor at the milestones) or cosine (to 0 at the last step)", "steps")
     lr_factor: float = _setting("factor at every milestone", 0.1)
     momentum: float = _setting("of SGD", 0.9)
     weight_decay: float = _setting("of SGD, on all parameters", 1e-4)
@@ -67,6 +70,8 @@ class Recipe:
             raise ValueError(f"batch_norm_momentum: expected a number above 0, to 1, got {self.batch_norm_momentum}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected {' or '.join(LOSSES)}, got {self.loss!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected {' or '.join(SCHEDULES)}, got {self.schedule!r}")
         for name in ("classes", "frames", "batch", "iterations", "period", "crop", "eval_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -91,7 +96,13 @@ class Recipe:
         return self.loss == "bce"
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: divided once per milestone that lies behind it."""
+        """The learning rate of a step, counted from 0.
+
+        With steps divided once per milestone that lies behind it; with cosine
+        ``lr (1 + cos(pi step / iterations)) / 2``.
+        """
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * step / self.iterations)) / 2
         return self.lr * self.lr_factor ** sum(milestone <= step for milestone in self.milestones)
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,6 +156,22 @@ _UCF101: dict[str, Any] = {
     "batch_norm": "moving",
 }
 
+# FASTER, section 4: the clip-level networks, trained from scratch by themselves.
+_FASTER: dict[str, Any] = {
+    "classes": 400,
+    "loss": "cross_entropy",
+    "frames": 32,
+    "crop": 224,
+    "scales": (256, 320),
+    "eval_scale": 256,
+    "eval_clips": 8,
+    "schedule": "cosine",
+    "batch": 64,
+    "lr": 0.01,
+    "milestones": (),
+    "iterations": 168_750,
+}
+
 # Recurrent Convolutions for Causal 3D CNNs, §5.1 (Kinetics), §5.3 (32 frames) and §5.4 (MultiTHUMOS).
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -167,6 +194,8 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(name="ucf101_relational_rgb", model="relational_two_branch", **_UCF101),
         Recipe(name="ucf101_tsn_rgb", model="tsn_resnet101v2", **_UCF101),
+        Recipe(name="faster_r2plus1d_resnet50", model="r2plus1d_resnet50", **_FASTER),
+        Recipe(name="faster_r2d_resnet26", model="r2d_resnet26", **_FASTER),
     )
 }
 
@@ -178,7 +207,17 @@ _RCN_ASSUMED: dict[str, str] = {
     "eval_scale": "the lower of the training scales",
 }
 _KINETICS_ASSUMED = {**_RCN_ASSUMED, "period": "neighbouring frames; the paper gives a period for MultiTHUMOS only"}
+_FASTER_ASSUMED: dict[str, str] = {
+    "batch": "that of the R(2+1)D paper, whose procedure this one follows, on fewer GPUs",
+    "lr": "that of the R(2+1)D paper",
+    "iterations": "its 45 epochs over 240,000 videos",
+    "momentum": "the usual SGD momentum",
+    "weight_decay": "the usual value for ResNets",
+    "flip": "usual in training on Kinetics",
+    "eval_scale": "the lower of the training scales",
+}
 _ASSUMED: Mapping[str, Mapping[str, str]] = {
+    **dict.fromkeys(("faster_r2plus1d_resnet50", "faster_r2d_resnet26"), _FASTER_ASSUMED),
     "kinetics_resnet18": _KINETICS_ASSUMED,
     "kinetics_resnet34": _KINETICS_ASSUMED,
     "kinetics_resnet50": _KINETICS_ASSUMED,
@@ -201,6 +240,7 @@ STARTING_WEIGHTS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("ucf101_relational_rgb", "ucf101_tsn_rgb"), "ImageNet weights of a ResNet-101-v2"),
     "multithumos_resnet50": "the network trained on Kinetics",
+    **dict.fromkeys(("faster_r2plus1d_resnet50", "faster_r2d_resnet26"), "random weights"),
 }
 """What the paper starts each recipe from (``--weights``)."""
 

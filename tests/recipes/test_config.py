@@ -64,11 +64,27 @@ def test_assumptions_name_fields_with_reasons_and_models_exist(name):
     fields = {item.name for item in SETTINGS}
     assert set(assumptions(name)) <= fields
     assert all(assumptions(name).values())
-    assert "scales" in assumptions(name)
+    assert ("scales" in assumptions(name)) == (not name.startswith("faster"))
     # The RCN paper gives neither; that of the Relational LSTM does.
     assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (not name.startswith("ucf101_"))
     assert get_recipe(name).model in list_models()
     assert STARTING_WEIGHTS[name]
+
+
+def test_recipes_of_faster_are_the_papers():
+    for name in ("r2plus1d_resnet50", "r2d_resnet26"):
+        recipe = get_recipe(f"faster_{name}")
+        paper = {"model": name, "classes": 400, "scales": (256, 320), "schedule": "cosine", "period": 1, "crop": 224}
+        for field, value in paper.items():
+            assert getattr(recipe, field) == value, field
+            assert field not in assumptions(recipe.name), field
+        assert recipe.frames * recipe.eval_clips == 256
+
+
+def test_cosine_learning_rate():
+    recipe = dataclasses.replace(get_recipe("faster_r2d_resnet26"), lr=0.8, iterations=100)
+    for step, rate in ((0, 0.8), (25, 0.4 + 0.4 * 0.5**0.5), (50, 0.4), (100, 0.0)):
+        assert recipe.learning_rate(step) == pytest.approx(rate, abs=1e-12)
 
 
 def test_learning_rate_falls_after_the_milestone_steps():
@@ -94,6 +110,7 @@ def test_recipes_survive_a_file(name):
     ("field", "value"),
     [
         ("loss", "mse"),
+        ("schedule", "linear"),
         ("frames", 0),
         ("batch", -1),
         ("iterations", 0),
@@ -132,6 +149,7 @@ OVERRIDES = {
     "lr": ("0.25", 0.25),
     "milestones": ("10,20", (10, 20)),
     "iterations": ("30", 30),
+    "schedule": ("cosine", "cosine"),
     "lr_factor": ("0.5", 0.5),
     "momentum": ("0.8", 0.8),
     "weight_decay": ("0.5", 0.5),
