@@ -1,11 +1,8 @@
-"""Two-stage training of FASTER: a cache of what frozen networks say of clips, training of aggregators from it, curves.
+"""Two-stage training of FASTER, the command ``rcu-ops faster``.
 
-The command is ``rcu-ops faster``.
+=================  ===================================================================================
+:mod:`.cache`      what the two frozen networks say of every clip, on disk
+:mod:`.training`   an aggregator trained from a cache, and what it says after every clip
+:mod:`.curve`      accuracy against cost for all patterns and numbers of clips
+=================  ===================================================================================
 """
-
-from __future__ import annotations
-
-from rcu_ops.faster.cache import ClipCache, ClipSampling, write_cache
-from rcu_ops.faster.training import AggregatorTraining, aggregate_scores
-
-__all__ = ["AggregatorTraining", "ClipCache", "ClipSampling", "aggregate_scores", "write_cache"]

@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from rcu_ops.cli import main
 from rcu_ops.cli_errors import UserError
-from rcu_ops.faster import AggregatorTraining, ClipCache, ClipSampling, aggregate_scores, write_cache
+from rcu_ops.faster.cache import ClipCache, ClipSampling, write_cache
+from rcu_ops.faster.training import AggregatorTraining, aggregate_scores
 from rcu_ops.models import Faster, VideoResNet
 from rcu_ops.nn import make_aggregator
 from rcu_ops.recipes.dataset import network_input
