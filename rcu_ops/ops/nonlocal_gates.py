@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _predicates, _schema, _transforms
+from rcu_ops.ops import _checks, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
@@ -424,7 +425,24 @@ def _differentiable(
     return call
 
 
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(_triton.kernels("nonlocal_gates"), name)(*args)
+
+    return run
+
+
 _BINARY = _Operators("", {})
+_TRITON = _Operators(
+    "_triton",
+    dict(
+        zip(
+            _DEFINITIONS,
+            map(_triton_kernel, ("attention", "attention_backward", "step", "step_backward")),
+            strict=True,
+        )
+    ),
+)
 
 # ---- backends -----------------------------------------------------------------------------------------------------
 
@@ -433,6 +451,23 @@ def _run_reference_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
 ) -> Tensor:
     return reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count])
+
+
+def _why_not_triton(operator: str) -> Callable[..., str | None]:
+    def why_not(x: Tensor, *_: Any) -> str | None:
+        if x.device.type != "cuda":
+            return f"x is on {x.device}"
+        if not _triton.PRESENT:
+            return "the package triton is not installed"
+        if x.dtype == torch.float64:
+            return "x is float64, and the Triton kernels add up in float32"
+        return _triton.why_not_device(x.device) or _selftest.why_not(f"{operator}/triton", x.device, x.dtype)
+
+    return why_not
+
+
+def _triton_plan(query: Tensor, key: Tensor, *_: Any) -> str:
+    return _triton.kernels("nonlocal_gates").describe(query, key)
 
 
 def _cpu_plan(*_: Any) -> str:
@@ -455,6 +490,7 @@ ATTENTION = register(
     Operator(
         "nonlocal_attention",
         (
+            Backend("triton", _TRITON.attention, _why_not_triton("nonlocal_attention"), _triton_plan),
             Backend("cpu", _BINARY.attention, _predicates.why_not_cpu("nonlocal_attention"), _cpu_plan),
             Backend("reference", _run_reference_attention, _predicates.why_not_reference),
         ),
@@ -466,6 +502,9 @@ STEP = register(
     Operator(
         "relational_lstm_step",
         (
+            Backend(
+                "triton", _TRITON.step, _why_not_triton("relational_lstm_step"), lambda *a: _triton_plan(a[1], a[2])
+            ),
             Backend("cpu", _BINARY.step, _predicates.why_not_cpu("relational_lstm_step"), _cpu_plan),
             Backend("reference", reference.relational_lstm_step, _predicates.why_not_reference),
         ),
@@ -473,3 +512,57 @@ STEP = register(
         probe=_probe_step,
     )
 )
+
+# ---- self-tests of the Triton kernels -----------------------------------------------------------------------------
+
+
+def _selftest_case(
+    name: str, operator: str, arguments: list[Tensor], options: tuple[Any, ...], definition: Callable[..., Any]
+) -> _selftest.Case:
+    """Forward and backward of one operator; the gradients that come in are the reference's outputs."""
+    outputs = definition(*(a.detach().cpu().double() for a in arguments))
+    weights = [o.to(arguments[0].dtype) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+    def run(function: Callable[..., Any], leaves: list[Tensor]) -> list[Tensor]:
+        with torch.enable_grad():
+            results = function(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [(r, w.to(r.device, r.dtype)) for r, w in zip(results, weights, strict=True)]
+        return [*results, *torch.autograd.grad([r for r, _ in pairs], leaves, [w for _, w in pairs])]
+
+    def want(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [a.detach().cpu().to(dtype).requires_grad_() for a in arguments]
+        return run(functools.partial(definition, state_dtype=dtype), leaves)
+
+    return _selftest.Case(
+        name,
+        lambda: run(
+            lambda *leaves: getattr(torch.ops.rcu_ops, operator)(*leaves, *options),
+            [a.detach().requires_grad_() for a in arguments],
+        ),
+        functools.partial(want, torch.float64),
+        functools.partial(want, arguments[0].dtype),
+    )
+
+
+def _random(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(30)
+    return [(torch.randn(s, generator=generator, device="cpu") / s[-1] ** 0.25).to(device, dtype) for s in shapes]
+
+
+def _selftest_attention(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+    for name, (b, n, m, d, e) in (("odd sizes", (2, 19, 30, 24, 70)), ("many keys", (1, 20, 300, 16, 24))):
+        arguments = _random(device, dtype, (b, n, d), (b, m, d), (b, m, e))
+        options = (None, 1.0, False)
+        yield _selftest_case(name, "nonlocal_attention_triton", arguments, options, reference.nonlocal_attention)
+
+
+def _selftest_step(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+    for name, (b, p, d, e) in (("odd sizes", (2, 19, 24, 34)), ("49 positions", (1, 49, 32, 64))):
+        arguments = _random(device, dtype, (b, 4, p, e), (b, 4, p, d), (b, 4, p, d), (b, 4, p, e), (b, p, e))
+        yield _selftest_case(name, "relational_lstm_step_triton", arguments, (), reference.relational_lstm_step)
+
+
+_SOURCES = (Path(__file__), _triton.source_directory() / "nonlocal_gates.py")
+_selftest.register(_selftest.SelfTest("nonlocal_attention/triton", _selftest_attention, _SOURCES))
+_selftest.register(_selftest.SelfTest("relational_lstm_step/triton", _selftest_step, _SOURCES))

@@ -107,6 +107,20 @@ def lstm_gates(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     return o * torch.tanh(c), c
 
 
+def lstm_gates_backward(
+    gates: Tensor, cell: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dgates, dcell) of :func:`lstm_gates` in gates' dtype; grad_h and grad_c [B,P,Dv] or None (zero)."""
+    i, f, o, g = *torch.sigmoid(gates[:, :3]).unbind(1), torch.tanh(gates[:, 3])
+    tanh_c = torch.tanh(f * cell + i * g)
+    dh = torch.zeros_like(tanh_c) if grad_h is None else grad_h.to(gates.dtype)
+    dc = dh * o * (1 - tanh_c * tanh_c)
+    if grad_c is not None:
+        dc = dc + grad_c.to(gates.dtype)
+    dgates = [dc * g * i * (1 - i), dc * cell * f * (1 - f), dh * tanh_c * o * (1 - o), dc * i * (1 - g * g)]
+    return torch.stack(dgates, 1), dc * f
+
+
 @without_autocast
 def relational_lstm_step(
     x_gates: Tensor,
@@ -157,14 +171,6 @@ def relational_lstm_step_backward(
     state_dtype = state_dtype_of(x_gates.dtype)
     q, k, v, before = (t.to(state_dtype) for t in (query, key, value, cell))
     a = x_gates.to(state_dtype) + nonlocal_attention(q, k, v)
-    i, f, o, g = *torch.sigmoid(a[:, :3]).unbind(1), torch.tanh(a[:, 3])
-    tanh_c = torch.tanh(f * before + i * g)
-    dh = torch.zeros_like(tanh_c) if grad_h is None else grad_h.to(state_dtype)
-    dc = dh * o * (1 - tanh_c * tanh_c)
-    if grad_c is not None:
-        dc = dc + grad_c.to(state_dtype)
-    da = torch.stack(
-        [dc * g * i * (1 - i), dc * before * f * (1 - f), dh * tanh_c * o * (1 - o), dc * i * (1 - g * g)], 1
-    )
+    da, dcell = lstm_gates_backward(a, before, grad_h, grad_c)
     dq, dk, dv = nonlocal_attention_backward(da, q, k, v)
-    return da.to(x_gates.dtype), dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), (dc * f).to(cell.dtype)
+    return da.to(x_gates.dtype), dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dcell.to(cell.dtype)

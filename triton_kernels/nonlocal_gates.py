@@ -1,0 +1,666 @@
+"""Triton kernels of ``nonlocal_attention`` and ``relational_lstm_step``, and their gradients.
+
+Heads here are wide (1024 channels) and rows few (49 to 196 positions), the opposite of what attention kernels are
+made for: a block of queries keeps its *weights* on chip and walks over the channels, so that no accumulator is as wide
+as a head. Up to :data:`WHOLE` keys the weights of a block are one tile; beyond, a first pass finds each query's peak
+and sum, and the scores are computed again for every slice of channels.
+
+Scores, sums and results are fp32 whatever the inputs; the matrix unit reads weights (and their gradients) in the
+inputs' dtype. A query that sees no key is dead: zeros come out, and no gradient passes through it. Nothing but the
+inputs is kept for the backward pass; its kernels recompute the weights, one for queries (dquery, and three numbers per
+query), one for keys (dkey, dvalue). There are no atomics, so results repeat bit for bit.
+
+Rows are contiguous, everything else is read by strides. Configurations are fixed by the shapes (:func:`_tiles`), never
+tuned at run time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rcu_ops.reference.nonlocal_gates import lstm_gates, lstm_gates_backward
+from rcu_ops.triton_kernels.recurrent_conv import Launch
+
+#: The most keys whose weights are one tile.
+WHOLE = 256
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(base, rows, row_count, row_stride, columns, column_count):
+    # [rows, columns] of a matrix whose rows are contiguous, zero beyond its edges.
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    return tl.load(pointers, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
+
+
+@triton.jit
+def _products(
+    a, a_rows, a_count, a_row, b, b_rows, b_count, b_row, width,
+    A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The products of rows of a with rows of b: [A, B] fp32.
+    acc = tl.zeros((A, B), tl.float32)
+    for start in tl.range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        left = _load(a, a_rows, a_count, a_row, column, width)
+        right = _load(b, b_rows, b_count, b_row, column, width)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _visible(mask, rows, n, keys, m, mask_row, mask_key):
+    # Which keys a query sees: those that are there, and not masked.
+    there = (rows < n)[:, None] & (keys < m)[None, :]
+    if mask is not None:
+        pointers = mask + rows.to(tl.int64)[:, None] * mask_row + keys.to(tl.int64)[None, :] * mask_key
+        there = there & (tl.load(pointers, mask=there, other=0) != 0)
+    return there
+
+
+@triton.jit
+def _exp(scores, peak, visible):
+    # exp(scores - peak) where visible, else 0; a peak of -inf belongs to a query without any finite score.
+    return tl.where(visible, tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 0.0)
+
+
+@triton.jit
+def _largest(scores):
+    # NaN does not count: it reaches the sum of its row by itself.
+    return tl.max(tl.where(scores == scores, scores, float("-inf")), 1)
+
+
+@triton.jit
+def _row_weights(scores, visible, COUNT: tl.constexpr):
+    # All scores of a block of queries at once: weights, peak, and the sum that divided them (0: dead).
+    if COUNT:
+        peak = tl.zeros((scores.shape[0],), tl.float32)
+        powers = tl.where(visible, scores, 0.0)
+        total = tl.sum(visible.to(tl.float32), 1)
+    else:
+        scores = tl.where(visible, scores, float("-inf"))
+        peak = _largest(scores)
+        powers = _exp(scores, peak, visible)
+        total = tl.sum(powers, 1)
+    return powers / tl.where(total == 0.0, 1.0, total)[:, None], peak, total
+
+
+@triton.jit
+def _weights_again(scores, visible, peak, total, COUNT: tl.constexpr):
+    # The same for any part of the keys, peak and sum given.
+    if COUNT:
+        powers = tl.where(visible, scores, 0.0)
+    else:
+        powers = _exp(scores, peak, visible)
+    return powers / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit(do_not_specialize=["n", "m", "d", "e", "scale"])
+def attend_kernel(
+    query, key, value, mask, out, n, m, d, e, scale,
+    query_batch, query_row, key_batch, key_row, value_batch, value_row,
+    mask_batch, mask_row, mask_key,
+    COUNT: tl.constexpr, ONE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """``out[b, n, e]``, contiguous.
+
+    Program (i, b) owns queries [i / SPLIT BLOCK_N, ..) and every SPLIT-th slice of channels.
+    ONE: BLOCK_M holds all keys, and the weights stay in registers for all slices; else they are recomputed for each.
+    Bound by the matrix unit, (2 D + 2 E) operations per weight, where a sample's key and value come from L2.
+    """
+    block, batch = tl.program_id(0) // SPLIT, tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    query += batch * query_batch
+    key += batch * key_batch
+    value += batch * value_batch
+    if mask is not None:
+        mask += batch * mask_batch
+    peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    if ONE:
+        keys = tl.arange(0, BLOCK_M)
+        visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+        scores = scale * _products(
+            query, rows, n, query_row, key, keys, m, key_row, d,
+            BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        weights, peak, total = _row_weights(scores, visible, COUNT)
+    else:
+        for start in tl.range(0, m, BLOCK_M):
+            keys = start + tl.arange(0, BLOCK_M)
+            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+            if COUNT:
+                total += tl.sum(visible.to(tl.float32), 1)
+            else:
+                scores = scale * _products(
+                    query, rows, n, query_row, key, keys, m, key_row, d,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                scores = tl.where(visible, scores, float("-inf"))
+                higher = tl.maximum(peak, _largest(scores))
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                total = total * tl.exp(peak - base) + tl.sum(_exp(scores, higher, visible), 1)
+                peak = higher
+    for first in tl.range(tl.program_id(0) % SPLIT * BLOCK_E, e, SPLIT * BLOCK_E):
+        channel = first + tl.arange(0, BLOCK_E)
+        acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        if ONE:
+            values = _load(value, keys, m, value_row, channel, e)
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        else:
+            for start in tl.range(0, m, BLOCK_M):
+                keys = start + tl.arange(0, BLOCK_M)
+                visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+                scores = scale * _products(
+                    query, rows, n, query_row, key, keys, m, key_row, d,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                values = _load(value, keys, m, value_row, channel, e)
+                weights = _weights_again(scores, visible, peak, total, COUNT)
+                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        acc = tl.where((total == 0.0)[:, None], 0.0, acc)
+        to = out + (batch * n + rows)[:, None] * e + channel[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (channel < e)[None, :])
+
+
+@triton.jit
+def _score_gradient(weights, products, delta, total, visible, scale, COUNT: tl.constexpr):
+    # ds of a tile; zero for dead queries, whatever their gradient holds.
+    if COUNT:
+        ds = tl.where(visible, products, 0.0) / tl.where(total == 0.0, 1.0, total)[:, None]
+    else:
+        ds = weights * (products - delta[:, None])
+    return tl.where((total == 0.0)[:, None], 0.0, scale * ds)
+
+
+@triton.jit(do_not_specialize=["n", "m", "d", "e", "scale"])
+def query_gradient_kernel(
+    grad, query, key, value, mask, dquery, peaks, totals, deltas, n, m, d, e, scale,
+    grad_batch, grad_row, query_batch, query_row,
+    key_batch, key_row, value_batch, value_row, mask_batch, mask_row, mask_key,
+    COUNT: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``dquery[b, n, d]``, and peak, sum and delta [b, n] fp32 for the keys' kernel; all contiguous.
+
+    Program (i, b) owns queries [i BLOCK_N, ..). With ONE the gradients of the scores stay in registers for all slices.
+    """
+    block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad += batch * grad_batch
+    query += batch * query_batch
+    key += batch * key_batch
+    value += batch * value_batch
+    if mask is not None:
+        mask += batch * mask_batch
+    if ONE:
+        keys = tl.arange(0, BLOCK_M)
+        visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+        scores = scale * _products(
+            query, rows, n, query_row, key, keys, m, key_row, d, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION
+        )
+        products = _products(
+            grad, rows, n, grad_row, value, keys, m, value_row, e, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION
+        )
+        weights, peak, total = _row_weights(scores, visible, COUNT)
+        delta = tl.sum(weights * products, 1)
+        ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+    else:
+        peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        delta = tl.zeros((BLOCK_N,), tl.float32)
+        for start in tl.range(0, m, BLOCK_M):
+            keys = start + tl.arange(0, BLOCK_M)
+            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+            if COUNT:
+                total += tl.sum(visible.to(tl.float32), 1)
+            else:
+                scores = scale * _products(
+                    query, rows, n, query_row, key, keys, m, key_row, d,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                products = _products(
+                    grad, rows, n, grad_row, value, keys, m, value_row, e,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                scores = tl.where(visible, scores, float("-inf"))
+                higher = tl.maximum(peak, _largest(scores))
+                shrink = tl.exp(peak - tl.where(higher == float("-inf"), 0.0, higher))
+                powers = _exp(scores, higher, visible)
+                total = total * shrink + tl.sum(powers, 1)
+                delta = delta * shrink + tl.sum(powers * products, 1)
+                peak = higher
+        if COUNT:
+            peak = tl.zeros((BLOCK_N,), tl.float32)
+        delta = delta / tl.where(total == 0.0, 1.0, total)
+    inside = rows < n
+    tl.store(peaks + batch * n + rows, peak, mask=inside)
+    tl.store(totals + batch * n + rows, total, mask=inside)
+    tl.store(deltas + batch * n + rows, delta, mask=inside)
+    for first in tl.range(0, d, BLOCK_D):
+        channel = first + tl.arange(0, BLOCK_D)
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        if ONE:
+            right = _load(key, keys, m, key_row, channel, d)
+            acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
+        else:
+            for start in tl.range(0, m, BLOCK_M):
+                keys = start + tl.arange(0, BLOCK_M)
+                visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+                scores = scale * _products(
+                    query, rows, n, query_row, key, keys, m, key_row, d,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                products = _products(
+                    grad, rows, n, grad_row, value, keys, m, value_row, e,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                weights = _weights_again(scores, visible, peak, total, COUNT)
+                ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+                right = _load(key, keys, m, key_row, channel, d)
+                acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
+        acc = tl.where((total == 0.0)[:, None], 0.0, acc)
+        to = dquery + (batch * n + rows)[:, None] * d + channel[None, :]
+        tl.store(to, acc.to(dquery.dtype.element_ty), mask=inside[:, None] & (channel < d)[None, :])
+
+
+@triton.jit
+def _live(base, rows, row_count, row_stride, columns, column_count, total):
+    # Rows of query or grad; those of dead queries are zero, so that what they hold reaches no key.
+    loaded = _load(base, rows, row_count, row_stride, columns, column_count)
+    return tl.where((total == 0.0)[:, None], 0.0, loaded)
+
+
+@triton.jit(do_not_specialize=["n", "m", "d", "e", "scale"])
+def key_gradient_kernel(
+    grad, query, key, value, mask, dkey, dvalue, peaks, totals, deltas, n, m, d, e, scale,
+    grad_batch, grad_row, query_batch, query_row,
+    key_batch, key_row, value_batch, value_row, mask_batch, mask_row, mask_key,
+    COUNT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``dkey[b, m, d]`` and ``dvalue[b, m, e]``, contiguous.
+
+    Program (i, b) owns keys [i / SPLIT BLOCK_M, ..) and every SPLIT-th slice of the channels of key, then of value. For
+    each slice it walks over the queries and recomputes the weights: the maps of a sample are small beside its channels.
+    """
+    block, batch = tl.program_id(0) // SPLIT, tl.program_id(1).to(tl.int64)
+    keys = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    grad += batch * grad_batch
+    query += batch * query_batch
+    key += batch * key_batch
+    value += batch * value_batch
+    if mask is not None:
+        mask += batch * mask_batch
+    d_slices = (d + BLOCK_D - 1) // BLOCK_D
+    slices = d_slices + (e + BLOCK_D - 1) // BLOCK_D
+    for piece in tl.range(tl.program_id(0) % SPLIT, slices, SPLIT):
+        of_key = piece < d_slices
+        channel = tl.where(of_key, piece, piece - d_slices) * BLOCK_D + tl.arange(0, BLOCK_D)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in tl.range(0, n, BLOCK_N):
+            rows = start + tl.arange(0, BLOCK_N)
+            total = tl.load(totals + batch * n + rows, mask=rows < n, other=0.0)
+            peak = tl.load(peaks + batch * n + rows, mask=rows < n, other=0.0)
+            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+            scores = scale * _products(
+                query, rows, n, query_row, key, keys, m, key_row, d,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            weights = _weights_again(scores, visible, peak, total, COUNT)
+            weights = tl.where((total == 0.0)[:, None], 0.0, weights)
+            if of_key:
+                delta = tl.load(deltas + batch * n + rows, mask=rows < n, other=0.0)
+                products = _products(
+                    grad, rows, n, grad_row, value, keys, m, value_row, e,
+                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                )  # fmt: skip
+                ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+                right = _live(query, rows, n, query_row, channel, d, total)
+                acc = tl.dot(tl.trans(ds.to(right.dtype)), right, acc, input_precision=PRECISION)
+            else:
+                right = _live(grad, rows, n, grad_row, channel, e, total)
+                acc = tl.dot(tl.trans(weights.to(right.dtype)), right, acc, input_precision=PRECISION)
+        inside = (keys < m)[:, None]
+        if of_key:
+            to = dkey + (batch * m + keys)[:, None] * d + channel[None, :]
+            tl.store(to, acc.to(dkey.dtype.element_ty), mask=inside & (channel < d)[None, :])
+        else:
+            to = dvalue + (batch * m + keys)[:, None] * e + channel[None, :]
+            tl.store(to, acc.to(dvalue.dtype.element_ty), mask=inside & (channel < e)[None, :])
+
+
+@triton.jit
+def _sigmoid(a):
+    return 1.0 / (1.0 + tl.exp(-a))
+
+
+@triton.jit
+def _tanh(a):
+    # 1 - 2 / (1 + exp(2 a)) cancels near zero, where the odd polynomial is exact to fp32.
+    size = tl.abs(a)
+    square = a * a
+    poly = (((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square) + 1.33314422036e-1
+    near = (poly * square - 3.33332819422e-1) * square * a + a
+    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
+    return tl.where(size < 0.625, near, tl.where(a < 0.0, -far, far))
+
+
+@triton.jit
+def _gate_weights(
+    gate, query, key, rows, keys, p, d, query_gate, query_row, key_gate, key_row,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    scores = _products(
+        query + gate * query_gate, rows, p, query_row,
+        key + gate * key_gate, keys, p, key_row, d, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    visible = (rows < p)[:, None] & (keys < p)[None, :]
+    weights, _, total = _row_weights(scores, visible, False)
+    return tl.where((total == 0.0)[:, None], 0.0, weights).to(query.dtype.element_ty), total
+
+
+@triton.jit
+def _gate(
+    gate, weights, total, x_gates, value, rows, keys, channel, p, e,
+    x_gate, x_row, value_gate, value_row, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The pre-activation of one gate for a slice of channels.
+    values = _load(value + gate * value_gate, keys, p, value_row, channel, e)
+    x = _load(x_gates + gate * x_gate, rows, p, x_row, channel, e)
+    relation = tl.dot(weights, values, input_precision=PRECISION)
+    return x.to(tl.float32) + tl.where((total == 0.0)[:, None], 0.0, relation)
+
+
+@triton.jit(do_not_specialize=["p", "d", "e"])
+def step_kernel(
+    x_gates, query, key, value, cell, grad_h, grad_c, h, c, dx_gates, dcell, p, d, e,
+    x_batch, x_gate, x_row, query_batch, query_gate, query_row,
+    key_batch, key_gate, key_row, value_batch, value_gate, value_row,
+    cell_batch, cell_row, grad_h_batch, grad_h_row, grad_c_batch, grad_c_row,
+    BACKWARD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The four gates and the cell update of P <= BLOCK_M positions; outputs are contiguous.
+
+    Forward: h [b, p, e] and c [b, p, e]. BACKWARD: dx_gates [b, 4, p, e] and dcell [b, p, e], from grad_h and grad_c
+    (either may be None). Program (i, b) owns positions [i / SPLIT BLOCK_N, ..) and every SPLIT-th slice of channels of
+    all four gates, so the cell update needs nobody else. The weights of the four gates stay in registers.
+    """
+    block, batch = tl.program_id(0) // SPLIT, tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys = tl.arange(0, BLOCK_M)
+    query += batch * query_batch
+    key += batch * key_batch
+    value += batch * value_batch
+    x_gates += batch * x_batch
+    w0, t0 = _gate_weights(
+        0, query, key, rows, keys, p, d, query_gate, query_row, key_gate, key_row,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    w1, t1 = _gate_weights(
+        1, query, key, rows, keys, p, d, query_gate, query_row, key_gate, key_row,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    w2, t2 = _gate_weights(
+        2, query, key, rows, keys, p, d, query_gate, query_row, key_gate, key_row,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    w3, t3 = _gate_weights(
+        3, query, key, rows, keys, p, d, query_gate, query_row, key_gate, key_row,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    for first in tl.range(tl.program_id(0) % SPLIT * BLOCK_E, e, SPLIT * BLOCK_E):
+        channel = first + tl.arange(0, BLOCK_E)
+        i = _sigmoid(_gate(0, w0, t0, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+                           value_row, PRECISION))  # fmt: skip
+        f = _sigmoid(_gate(1, w1, t1, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+                           value_row, PRECISION))  # fmt: skip
+        o = _sigmoid(_gate(2, w2, t2, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+                           value_row, PRECISION))  # fmt: skip
+        g = _tanh(_gate(3, w3, t3, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+                        value_row, PRECISION))  # fmt: skip
+        before = _load(cell + batch * cell_batch, rows, p, cell_row, channel, e).to(tl.float32)
+        after = f * before + i * g
+        squashed = _tanh(after)
+        mask = (rows < p)[:, None] & (channel < e)[None, :]
+        to = (batch * p + rows)[:, None] * e + channel[None, :]
+        if BACKWARD:
+            dh = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+            if grad_h is not None:
+                dh = _load(grad_h + batch * grad_h_batch, rows, p, grad_h_row, channel, e).to(tl.float32)
+            dc = dh * o * (1.0 - squashed * squashed)
+            if grad_c is not None:
+                dc += _load(grad_c + batch * grad_c_batch, rows, p, grad_c_row, channel, e)
+            gates = dx_gates + (batch * 4 * p + rows)[:, None] * e + channel[None, :]
+            plane = tl.cast(p, tl.int64) * e
+            kind: tl.constexpr = dx_gates.dtype.element_ty
+            tl.store(gates, (dc * g * i * (1.0 - i)).to(kind), mask=mask)
+            tl.store(gates + plane, (dc * before * f * (1.0 - f)).to(kind), mask=mask)
+            tl.store(gates + 2 * plane, (dh * squashed * o * (1.0 - o)).to(kind), mask=mask)
+            tl.store(gates + 3 * plane, (dc * i * (1.0 - g * g)).to(kind), mask=mask)
+            tl.store(dcell + to, (dc * f).to(dcell.dtype.element_ty), mask=mask)
+        else:
+            tl.store(c + to, after, mask=mask)
+            tl.store(h + to, (o * squashed).to(h.dtype.element_ty), mask=mask)
+
+
+# ---- configurations and launches ----------------------------------------------------------------------------------
+
+#: Programs that fill a GPU of any size we meet; more slices of channels are given away until there are as many.
+PROGRAMS = 256
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _tiles(keys: int, dtype: torch.dtype) -> tuple[int, int, int, int, bool]:
+    """BLOCK_N, BLOCK_M, channels per slice, warps, and whether all keys are one tile."""
+    one = keys <= WHOLE
+    block_m = max(16, triton.next_power_of_2(keys)) if one else 64
+    wide = dtype == torch.float32
+    large = block_m > 64
+    return (16 if large or wide else 32), block_m, (32 if large or wide else 64), (8 if large else 4), one
+
+
+def _split(blocks: int, slices: int) -> int:
+    """Programs that share a block's slices of channels: a power of two, for few compiled kernels."""
+    split = 1
+    while split < slices and blocks * split < PROGRAMS:
+        split *= 2
+    return split
+
+
+def _strides(value: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first ``count`` strides."""
+    return (0,) * count if value is None else tuple(value.stride())[:count]
+
+
+def _rows(*values: Tensor | None) -> list[Any]:
+    """The tensors with contiguous rows: only one whose last dimension is strided is copied."""
+    return [v if v is None or v.shape[-1] < 2 or v.stride(-1) == 1 else v.contiguous() for v in values]
+
+
+def plan_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> tuple[Tensor, list[Launch]]:
+    """The result to be filled, and the launches that fill it."""
+    query, key, value = _rows(query, key, value)
+    (b, n, d), m, e = query.shape, key.shape[1], value.shape[2]
+    out = query.new_empty(b, n, e)
+    if out.numel() == 0:
+        return out, []
+    block_n, block_m, block, warps, one = _tiles(m, query.dtype)
+    blocks = triton.cdiv(n, block_n)
+    split = _split(blocks * b, triton.cdiv(e, block))
+    arguments = (
+        query, key, value, mask, out, n, m, d, e, float(scale),
+        *_strides(query, 2), *_strides(key, 2), *_strides(value, 2), *_strides(mask, 3),
+    )  # fmt: skip
+    constants = {
+        "COUNT": count, "ONE": one, "SPLIT": split, "PRECISION": _precision(query.dtype),
+        "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block, "BLOCK_E": block,
+    }  # fmt: skip
+    return out, [Launch(attend_kernel, (blocks * split, b), arguments, constants, warps, 2)]
+
+
+def plan_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """The gradients to be filled, and the launches that fill them."""
+    grad, query, key, value = _rows(grad, query, key, value)
+    (b, n, d), m, e = query.shape, key.shape[1], value.shape[2]
+    results = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    if b * n * m == 0:
+        for result in results:
+            result.zero_()
+        return results, []
+    dquery, dkey, dvalue = results
+    peaks, totals, deltas = (query.new_empty((b, n), dtype=torch.float32) for _ in range(3))
+    sizes = n, m, d, e, float(scale)
+    strides = (*(s for t in (grad, query, key, value) for s in _strides(t, 2)), *_strides(mask, 3))
+    block_n, block_m, block, _, one = _tiles(m, query.dtype)
+    constants = {"COUNT": count, "PRECISION": _precision(query.dtype), "BLOCK_D": block}
+    launches = [
+        Launch(
+            query_gradient_kernel,
+            (triton.cdiv(n, block_n), b),
+            (grad, query, key, value, mask, dquery, peaks, totals, deltas, *sizes, *strides),
+            {**constants, "ONE": one, "BLOCK_N": block_n, "BLOCK_M": block_m},
+            8,
+            2,
+        )
+    ]
+    if d + e > 0:
+        rows, keys = (32, 32)
+        blocks = triton.cdiv(m, keys)
+        split = _split(blocks * b, triton.cdiv(d, block) + triton.cdiv(e, block))
+        launches.append(
+            Launch(
+                key_gradient_kernel,
+                (blocks * split, b),
+                (grad, query, key, value, mask, dkey, dvalue, peaks, totals, deltas, *sizes, *strides),
+                {**constants, "SPLIT": split, "BLOCK_N": rows, "BLOCK_M": keys},
+                8,
+                2,
+            )
+        )
+    return results, launches
+
+
+def plan_step(
+    grads: tuple[Tensor | None, Tensor | None] | None,
+    x_gates: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cell: Tensor,
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """(h, c), or with ``grads`` (dx_gates, dcell), to be filled, and the launches that fill them. P <= WHOLE."""
+    x_gates, query, key, value, cell = _rows(x_gates, query, key, value, cell)
+    grads = None if grads is None else tuple(_rows(*grads))
+    b, _, p, e = x_gates.shape
+    if grads is None:
+        results = x_gates.new_empty(b, p, e), x_gates.new_empty((b, p, e), dtype=torch.float32)
+        outputs = (*results, None, None)
+    else:
+        results = x_gates.new_empty(x_gates.shape), cell.new_empty(cell.shape)
+        outputs = (None, None, *results)
+    if b * p * e == 0:
+        return results, []
+    _, block_m, block, _, _ = _tiles(p, query.dtype)
+    block_n = 16
+    slice_e = 16 if block_m > 64 else 32
+    block = min(block, slice_e) if block_m > 64 else block
+    blocks = triton.cdiv(p, block_n)
+    split = _split(blocks * b, triton.cdiv(e, slice_e))
+    grad_h, grad_c = grads or (None, None)
+    arguments = (
+        x_gates, query, key, value, cell, grad_h, grad_c, *outputs, p, query.shape[3], e,
+        *_strides(x_gates, 3), *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *_strides(cell, 2),
+        *_strides(grad_h, 2), *_strides(grad_c, 2),
+    )  # fmt: skip
+    constants = {
+        "BACKWARD": grads is not None, "SPLIT": split, "PRECISION": _precision(query.dtype),
+        "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block, "BLOCK_E": slice_e,
+    }  # fmt: skip
+    return results, [Launch(step_kernel, (blocks * split, b), arguments, constants, 8, 2)]
+
+
+def _run(launches: list[Launch], device: torch.device) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+# ---- the operators ------------------------------------------------------------------------------------------------
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool) -> Tensor:
+    """``rcu_ops::nonlocal_attention``."""
+    out, launches = plan_attention(query, key, value, mask, scale, count)
+    _run(launches, query.device)
+    return out
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rcu_ops::nonlocal_attention_backward``."""
+    results, launches = plan_attention_backward(grad, query, key, value, mask, scale, count)
+    _run(launches, query.device)
+    return results
+
+
+def _pre_activations(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    relations = attention(*(t.flatten(0, 1) for t in (query, key, value)), None, 1.0, False)
+    return x_gates.float() + relations.view_as(x_gates)
+
+
+def step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """``rcu_ops::relational_lstm_step``. Beyond WHOLE positions: the attention kernel, and PyTorch for the gates."""
+    if x_gates.shape[2] > WHOLE:
+        h, c = lstm_gates(_pre_activations(x_gates, query, key, value), cell.float())
+        return h.to(x_gates.dtype), c
+    results, launches = plan_step(None, x_gates, query, key, value, cell)
+    _run(launches, x_gates.device)
+    return results
+
+
+def step_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    x_gates: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cell: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``rcu_ops::relational_lstm_step_backward``."""
+    if x_gates.shape[2] > WHOLE:
+        a = _pre_activations(x_gates, query, key, value)
+        da, dc = lstm_gates_backward(a, cell.float(), grad_h, grad_c)
+        dx_gates, dcell = da.to(x_gates.dtype), dc.to(cell.dtype)
+    else:
+        (dx_gates, dcell), launches = plan_step((grad_h, grad_c), x_gates, query, key, value, cell)
+        _run(launches, x_gates.device)
+    flat = (t.flatten(0, 1) for t in (dx_gates, query, key, value))
+    gradients = attention_backward(*flat, None, 1.0, False)
+    dquery, dkey, dvalue = (g.view(t.shape) for g, t in zip(gradients, (query, key, value), strict=True))
+    return dx_gates, dquery, dkey, dvalue, dcell
+
+
+def describe(query: Tensor, key: Tensor, *_: Any) -> str:
+    """How the kernels would cut a call, in words; query and key [..., rows, D]."""
+    block_n, block_m, block, _, one = _tiles(key.shape[-2], query.dtype)
+    weights = "kept for all channels" if one else f"in tiles of {block_m} keys, recomputed for every slice of channels"
+    return f"blocks of {block_n} queries, weights {weights}, slices of {block} channels"
