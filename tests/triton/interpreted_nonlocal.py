@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from rcu_ops.ops import _triton
 from tests.ops import exact_nonlocal as exact
