@@ -1,6 +1,9 @@
 // cycle_consistency: its kernels as PyTorch operators (see bindings.h).
 #include "bindings.h"
 #include "common/cycle_consistency.h"
+#ifdef RCU_OPS_WITH_CUDA
+#include "cuda/cycle_consistency.h"
+#endif
 
 namespace rcu_ops::bindings {
 namespace {
@@ -44,7 +47,10 @@ Alignment problem_of(Align kind, const Tensor& a, const Tensor& b, const std::op
   return p;
 }
 
-void launch(const Alignment& problem, const Tensor&) {
+void launch(const Alignment& problem, [[maybe_unused]] const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda()) return launch_on_gpu(problem, like, cuda::align_scratch, cuda::align);
+#endif
   cpu::align(problem, cpu_threads());
 }
 
@@ -125,3 +131,7 @@ std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tens
   m.impl("cycle_back_backward", TORCH_BOX(&rcu_ops::bindings::cycle_back_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }
+
+#ifdef RCU_OPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }
+#endif

@@ -1,6 +1,9 @@
 // The data path of an SRTG block: its kernels as PyTorch operators (see bindings.h).
 #include "bindings.h"
 #include "common/srtg.h"
+#ifdef RCU_OPS_WITH_CUDA
+#include "cuda/srtg.h"
+#endif
 
 namespace rcu_ops::bindings {
 namespace {
@@ -37,7 +40,10 @@ Tensor take_h(GateData& p, const Tensor& x, const Tensor& h, const std::optional
   return contiguous;
 }
 
-void launch(const GateData& problem, const Tensor&) {
+void launch(const GateData& problem, [[maybe_unused]] const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda()) return launch_on_gpu(problem, like, cuda::gate_scratch, cuda::gate_data_path);
+#endif
   cpu::gate_data_path(problem, cpu_threads());
 }
 
@@ -83,3 +89,7 @@ std::tuple<Tensor, Tensor> srtg_fuse_backward(Tensor grad, Tensor x, Tensor h, s
   m.impl("srtg_fuse_backward", TORCH_BOX(&rcu_ops::bindings::srtg_fuse_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_SRTG_KERNELS(m); }
+
+#ifdef RCU_OPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) { RCU_OPS_SRTG_KERNELS(m); }
+#endif

@@ -10,6 +10,7 @@ rounds, whatever the order of additions, and not one bit of a result may differ.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,7 +195,51 @@ def _affine_act_problems(name: str) -> Iterator[Problem]:
         )
 
 
+# ---- cycle_consistency ---------------------------------------------------------------------------------------------
+
+
+def _alignment_problems(name: str) -> Iterator[Problem]:
+    """Soft neighbours or losses per frame, with their gradients."""
+
+    def make(dtype: torch.dtype) -> Tensors:
+        sequences = {"a": torch.randn(3, 13, 40), "b": torch.randn(3, 17, 40), "grad": torch.randn(3, 13, 40)}
+        return {key: (value / 80**0.5).to(dtype) for key, value in sequences.items()}
+
+    def with_gradients(run: Callable[[Tensor, Tensor], Any], given: Tensors) -> Outputs:
+        leaves = [given[key].detach().requires_grad_() for key in ("a", "b")]
+        with torch.enable_grad():
+            found = run(*leaves)
+        outputs = found if isinstance(found, tuple) else (found,)
+        weights = given["grad"] if outputs[0].dim() == 3 else given["grad"][..., 0]
+        gradients = torch.autograd.grad(outputs[0], leaves, weights.to(outputs[0].dtype))
+        return tuple(output.detach() for output in (*outputs, *gradients))
+
+    def eager_loss(a: Tensor, b: Tensor) -> Tensor:
+        soft, _ = reference.soft_nearest_neighbor(a, b, state_dtype=a.dtype)
+        return -reference.cycle_back(soft, a, state_dtype=a.dtype)[0]
+
+    losses = name == "temporal_cycle_loss"
+    options: dict[str, Any] = {"kind": "classification"} if losses else {}
+    ours = functools.partial(getattr(rcu_ops, name), **options, **({"reduction": "none"} if losses else {}))
+    exact = functools.partial(getattr(reference, name), **options)
+
+    def eager(a: Tensor, b: Tensor) -> Any:
+        return eager_loss(a, b) if losses else reference.soft_nearest_neighbor(a, b, state_dtype=a.dtype)
+
+    yield Problem(
+        name,
+        "probe",
+        make,
+        lambda given: with_gradients(ours, given),
+        lambda given: with_gradients(exact, given),
+        lambda given: with_gradients(eager, given),
+        (torch.float32, torch.bfloat16),
+    )
+
+
 PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
     "recurrent_conv": _scan_problems,
     "recurrent_conv_affine_act": _affine_act_problems,
+    "soft_nearest_neighbor": _alignment_problems,
+    "temporal_cycle_loss": _alignment_problems,
 }

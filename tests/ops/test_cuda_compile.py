@@ -24,6 +24,11 @@ REGISTERS = {
     "tile_scan": 255,  # 2 blocks of 128
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
     "wide_scan": 255,  # 1 block of 256
+    "gate_pass": 64,  # bound by memory: 4 blocks of 256
+    "measure": 64,  # the same
+    "gate_of": 64,
+    "align_query": 128,  # 2 blocks of 256
+    "key_gradient": 128,  # 2 blocks of 256
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
 # Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h).

@@ -1,0 +1,350 @@
+// Soft nearest neighbours, cycle consistency, and their gradients on CUDA devices.
+#include "cuda/cycle_consistency.h"
+
+#include "cuda/device/barrier.h"
+#include "cuda/device/convert.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/runtime.h"
+#include "cuda/device/shared_memory.h"
+#include "cuda/device/shuffle.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+constexpr int align_threads = 256, align_warps = align_threads / 32;
+constexpr int64_t static_numbers = 2 * align_warps;  // of a block's reductions, at the start of its shared memory
+
+__device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
+  return !mask.data || mask.data[n * mask.n + t * mask.t];
+}
+
+// Sum over the block, in an order of its own that never changes. Every thread gets it. `memory`: align_warps numbers.
+template <typename S>
+__device__ S block_sum(S value, S* memory) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = value;
+  block_barrier();
+  value = 0;
+  for (int w = 0; w < align_warps; ++w) value += memory[w];
+  block_barrier();
+  return value;
+}
+
+// The first of the smallest of values[0 .. count) and its place; -1 where none is less than infinity. Every thread gets it.
+// `memory`: 2 * align_warps numbers. Places are exact in fp32 up to 2^24.
+template <typename S>
+__device__ int64_t block_first_smallest(const S* values, int64_t count, S* memory, S& least) {
+  const S infinity = static_cast<S>(INFINITY);
+  S best = infinity, place = -1;
+  const auto take = [&](S value, S at) {
+    if (at >= 0 && (value < best || (value == best && (place < 0 || at < place)))) best = value, place = at;
+  };
+  for (int64_t i = threadIdx.x; i < count; i += align_threads)
+    if (values[i] < infinity) take(values[i], static_cast<S>(i));
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const S value = shuffle_xor(best, mask), at = shuffle_xor(place, mask);
+    take(value, at);
+  }
+  if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = best, memory[align_warps + threadIdx.x / 32] = place;
+  block_barrier();
+  for (int w = 0; w < align_warps; ++w) take(memory[w], memory[align_warps + w]);
+  block_barrier();
+  least = best;
+  return static_cast<int64_t>(place);
+}
+
+// ---- the scale of a sample -----------------------------------------------------------------------------------------
+
+// scale[n]: the power of two by which the numbers of sample n are multiplied before they are squared; 1 unless their squares
+// would leave the range of S. One block per sample. Bound: reading a and b once.
+template <typename T>
+__global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, Accumulator<T>* scale) {
+  using S = Accumulator<T>;
+  S* memory = dynamic_shared<S>();
+  const int64_t n = blockIdx.x;
+  S largest = 0;
+  const auto look = [&](const Sequence& v, const FrameMask& mask, int64_t frames) {
+    for (int64_t i = threadIdx.x; i < frames * p.C; i += align_threads) {
+      const int64_t t = i / p.C, c = i % p.C;
+      if (!there(mask, n, t)) continue;
+      const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c]), size = value < 0 ? -value : value;
+      if (size > largest) largest = size;
+    }
+  };
+  look(p.a, p.mask_a, p.T);
+  look(p.b, p.mask_b, p.S);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const S other = shuffle_xor(largest, mask);
+    if (other > largest) largest = other;
+  }
+  if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = largest;
+  block_barrier();
+  if (threadIdx.x > 0) return;
+  for (int w = 0; w < align_warps; ++w)
+    if (memory[w] > largest) largest = memory[w];
+  const double low = sizeof(S) == 8 ? 0x1p-400 : 0x1p-30, high = sizeof(S) == 8 ? 0x1p400 : 0x1p50;
+  const double most = sizeof(S) == 8 ? 0x1p1000 : 0x1p120;  // the factor itself stays in range, if not all that it makes large
+  double factor = 1, size = largest;
+  if (size > 0 && size < static_cast<double>(INFINITY) && (size < low || size > high)) {
+    while (size < 1 && factor < most) size *= 2, factor *= 2;
+    while (size > 1 && factor > 1 / most) size /= 2, factor /= 2;
+  }
+  scale[n] = static_cast<S>(factor);
+}
+
+// ---- one query -----------------------------------------------------------------------------------------------------
+
+// A query against all keys, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
+//
+// Work.     A block owns one query: a frame of a, or, with `cycle`, also one of b (rows from N T on). Distances: a warp takes every
+//           8th key, its lanes every 32nd channel, by differences. Softmax: all threads. Sums of keys: a thread owns every 256th
+//           channel. Soft neighbours are kept as the sum u as it comes out and the rest, sum_i z_i (b_i - u): right under offsets
+//           and scene cuts, where rounding u loses the differences between frames (see csrc/cpu/cycle_consistency_core.h).
+// Memory.   `row`: z or distances [S], weights [S], u [C], rest [C], in shared memory where they fit; for gradients z and the
+//           weights stay in the scratch, [N T][2 S], for key_gradient.
+// Order.    Fixed; no atomics; equal keys have equal distances wherever they stand.
+// Output.   Every element has one writer. Rows of frames that are not there: index -1, results and gradients 0.
+// Bound.    Two to five passes over b per query, from L2: S C numbers each. T S C differences and multiply-adds per pass.
+template <typename T>
+__global__ void __launch_bounds__(align_threads, 2)
+    align_query(const Alignment p, const Accumulator<T>* scale, Accumulator<T>* scratch, int64_t row_numbers, bool in_shared) {
+  using S = Accumulator<T>;
+  S* memory = dynamic_shared<S>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool turned = static_cast<int64_t>(blockIdx.x) >= p.N * p.T;  // a and b change places
+  const int64_t task = turned ? blockIdx.x - p.N * p.T : blockIdx.x;
+  const int64_t queries = turned ? p.S : p.T, keys = turned ? p.T : p.S, n = task / queries, t = task % queries;
+  const Sequence &from = turned ? p.b : p.a, &to = turned ? p.a : p.b;
+  const FrameMask &mask_from = turned ? p.mask_b : p.mask_a, &mask_to = turned ? p.mask_a : p.mask_b;
+  const bool back = p.kind == Align::back || p.kind == Align::back_backward;
+  const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
+  S* z = in_shared ? memory + static_numbers : scratch + static_cast<int64_t>(blockIdx.x) * row_numbers;
+  S *w = z + keys, *centre = w + keys, *rest = centre + p.C;
+  int64_t* index = turned ? p.index_ba : p.index_ab;
+
+  bool any = there(mask_from, n, t);
+  if (any && mask_to.data) {
+    S count = 0;
+    for (int64_t i = threadIdx.x; i < keys; i += align_threads) count += there(mask_to, n, i) ? S(1) : S(0);
+    any = block_sum(count, memory) > 0;
+  }
+  if (!any) {
+    if (threadIdx.x == 0) {
+      if (index) index[task] = -1;
+      if (p.kind == Align::back)
+        static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] = 0;
+    }
+    T* vector = static_cast<T*>(gradients ? p.da : p.soft);
+    for (int64_t c = threadIdx.x; vector && c < p.C; c += align_threads) vector[task * p.C + c] = narrow<T>(S(0));
+    for (int64_t i = threadIdx.x; gradients && i < keys; i += align_threads) z[i] = w[i] = 0;
+    return;
+  }
+
+  const S factor = scale[n];
+  const T* query = static_cast<const T*>(from.data) + n * from.n + t * from.t;
+  const T* key0 = static_cast<const T*>(to.data) + n * to.n;
+  const auto key = [&](int64_t i, int64_t c) { return widen(key0[i * to.t + c * to.c]) * factor; };
+  // values[i] = sum over channels of term(key i, c); infinity (or 0 for products) for keys that are not there.
+  const auto for_keys = [&](S* values, S missing, auto term) {
+    for (int64_t i = warp; i < keys; i += align_warps) {
+      S sum = 0;
+      if (there(mask_to, n, i))
+        for (int64_t c = lane; c < p.C; c += 32) sum += term(key(i, c), c);
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (lane == 0) values[i] = there(mask_to, n, i) ? sum : missing;
+    }
+    block_barrier();
+  };
+  // values[c] = sum over keys of weights[i] (key - around[c]), around == nullptr: 0.
+  const auto for_channels = [&](S* values, const S* weights, const S* around) {
+    for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
+      S sum = 0, part = 0;
+      for (int64_t i = 0; i < keys; ++i) {
+        if (there(mask_to, n, i)) part += weights[i] * (key(i, c) - (around ? around[c] : S(0)));
+        if (i % 16 == 15) sum += part, part = 0;
+      }
+      values[c] = sum + part;
+    }
+    block_barrier();
+  };
+
+  for_keys(z, static_cast<S>(INFINITY), [&](S k, int64_t c) {
+    const S difference = k - widen(query[c * from.c]) * factor;
+    return difference * difference;
+  });
+  const double sharp = 1 / static_cast<double>(factor) / static_cast<double>(factor) / p.temperature;
+  const double most = sizeof(S) == 8 ? 1.7e308 : 3.4e38;
+  const S sharpness = static_cast<S>(sharp < most ? sharp : most);
+  S least;
+  const int64_t likely = block_first_smallest(z, keys, memory, least);
+  const S own = back ? z[t] : S(0);
+  block_barrier();
+  S sum = 0;
+  for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
+    z[i] = there(mask_to, n, i) ? exp((least - z[i]) * sharpness) : S(0);
+    sum += z[i];
+  }
+  sum = block_sum(sum, memory);
+  for (int64_t i = threadIdx.x; i < keys; i += align_threads) z[i] /= sum;
+  block_barrier();
+
+  if (back) {
+    // Places relative to the most probable one's: the mean of numbers close to each other.
+    S mean = 0, variance = 0;
+    const S origin = static_cast<S>(likely < 0 ? 0 : likely);
+    for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * (static_cast<S>(i) - origin);
+    mean = block_sum(mean, memory);
+    for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
+      const S away = (static_cast<S>(i) - origin) - mean;
+      variance += z[i] * (away * away);
+    }
+    variance = block_sum(variance, memory);
+    if (p.kind == Align::back) {
+      if (threadIdx.x > 0) return;
+      static_cast<S*>(p.log_probability)[task] = (least - own) * sharpness - log(sum);
+      static_cast<S*>(p.mean)[task] = origin + mean;
+      static_cast<S*>(p.variance)[task] = variance;
+      return;
+    }
+    const S g = static_cast<const S*>(p.grad_log_probability)[task], g_mean = static_cast<const S*>(p.grad_mean)[task],
+            g_variance = static_cast<const S*>(p.grad_variance)[task];
+    const S by = static_cast<S>(2 / static_cast<double>(factor) / p.temperature);
+    for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
+      const S away = (static_cast<S>(i) - origin) - mean;
+      w[i] = by * (z[i] * (g_mean * away + g_variance * (away * away - variance) - g) + (i == t ? g : S(0)));
+    }
+    block_barrier();
+  }
+
+  for_channels(centre, z, nullptr);
+  if (p.kind == Align::soft_backward) {
+    const T* grad = static_cast<const T*>(p.grad.data) + n * p.grad.n + t * p.grad.t;
+    for_keys(w, S(0), [&](S k, int64_t c) { return (k - centre[c]) * widen(grad[c * p.grad.c]); });
+    S mean = 0;
+    for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * w[i];
+    mean = block_sum(mean, memory);
+    for (int64_t i = threadIdx.x; i < keys; i += align_threads) w[i] = z[i] * (w[i] - mean) * (2 * sharpness);
+    block_barrier();
+  }
+  for_channels(rest, gradients ? w : z, centre);
+  if (gradients) {
+    for (int64_t c = threadIdx.x; c < p.C; c += align_threads) static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c]);
+    return;
+  }
+  if (p.soft)
+    for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
+      static_cast<T*>(p.soft)[task * p.C + c] = narrow<T>((centre[c] + rest[c]) / factor);
+  if (!index) return;
+  for_keys(w, static_cast<S>(INFINITY), [&](S k, int64_t c) {
+    const S difference = (k - centre[c]) - rest[c];
+    return difference * difference;
+  });
+  const int64_t nearest = block_first_smallest(w, keys, memory, least);
+  if (threadIdx.x == 0) index[task] = nearest;
+}
+
+// db of one key: sum_t (z_ti grad_t + w_ti (a_t - b_i)), with z and w as align_query left them. A block owns a key, a thread every
+// 256th channel. Bound: reading a (and grad) from L2 once per key.
+template <typename T>
+__global__ void __launch_bounds__(align_threads, 2)
+    key_gradient(const Alignment p, const Accumulator<T>* scale, const Accumulator<T>* rows, int64_t row_numbers) {
+  using S = Accumulator<T>;
+  const int64_t n = blockIdx.x / p.S, i = blockIdx.x % p.S;
+  const S factor = scale[n];
+  const bool present = there(p.mask_b, n, i);
+  const T* key = static_cast<const T*>(p.b.data) + n * p.b.n + i * p.b.t;
+  const S* weights = rows + n * p.T * row_numbers + i;
+  for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
+    S sum = 0, part = 0;
+    if (present) {
+      const S own = widen(key[c * p.b.c]) * factor;
+      for (int64_t t = 0; t < p.T; ++t) {
+        if (there(p.mask_a, n, t)) {
+          const S query = widen(static_cast<const T*>(p.a.data)[n * p.a.n + t * p.a.t + c * p.a.c]) * factor;
+          part += weights[t * row_numbers + p.S] * (query - own);
+          if (p.kind == Align::soft_backward)
+            part += weights[t * row_numbers] * widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c]);
+        }
+        if (t % 16 == 15) sum += part, part = 0;
+      }
+    }
+    static_cast<T*>(p.db)[(n * p.S + i) * p.C + c] = narrow<T>(sum + part);
+  }
+}
+
+// gate[n]: whether all frames that are there are in their place. One block per sample.
+__global__ void __launch_bounds__(align_threads, 4) gate_of(const Alignment p) {
+  float* memory = dynamic_shared<float>();
+  const int64_t n = blockIdx.x;
+  float away = 0;
+  for (int64_t t = threadIdx.x; t < p.T; t += align_threads)
+    away += there(p.mask_a, n, t) && p.index_ab[n * p.T + t] != t ? 1.f : 0.f;
+  for (int64_t t = threadIdx.x; t < p.S; t += align_threads)
+    away += there(p.mask_b, n, t) && p.index_ba[n * p.S + t] != t ? 1.f : 0.f;
+  away = block_sum(away, memory);
+  if (threadIdx.x == 0) p.gate[n] = p.T == p.S && away == 0;
+}
+
+// Numbers of a query's row, and whether rows lie in shared memory.
+struct RowPlan {
+  int64_t numbers, rows, scratch_numbers;
+  bool in_shared;
+};
+
+RowPlan plan_rows(const Alignment& p, const Gpu& gpu) {
+  const int64_t keys = p.T > p.S ? p.T : p.S, size = state_size(p.dtype);
+  const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
+  RowPlan plan{2 * (p.kind == Align::cycle ? keys : p.S) + 2 * p.C, p.N * (p.T + (p.kind == Align::cycle ? p.S : 0)), 0, false};
+  plan.in_shared = !gradients && (plan.numbers + static_numbers) * size <= gpu.shared_bytes;
+  plan.scratch_numbers = (p.N + 3) / 4 * 4 + (plan.in_shared ? 0 : plan.numbers * plan.rows);
+  return plan;
+}
+
+template <typename T>
+Error align_as(const Alignment& p, const RowPlan& plan, void* scratch, Stream stream) {
+  using S = Accumulator<T>;
+  S *scale = static_cast<S*>(scratch), *rows = scale + (p.N + 3) / 4 * 4;
+  const size_t base = static_numbers * sizeof(S);
+  Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N)), dim3(align_threads), base, stream,
+                       p, scale);
+  if (error.empty())
+    error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.rows)), dim3(align_threads),
+                   base + (plan.in_shared ? static_cast<size_t>(plan.numbers) * sizeof(S) : 0), stream, p, scale, rows,
+                   plan.numbers, plan.in_shared);
+  if (error.empty() && p.db)
+    error = launch("cycle_consistency key_gradient", key_gradient<T>, dim3(static_cast<unsigned>(p.N * p.S)), dim3(align_threads), 0,
+                   stream, p, scale, rows, plan.numbers);
+  if (error.empty() && p.gate)
+    error = launch("cycle_consistency gate_of", gate_of, dim3(static_cast<unsigned>(p.N)), dim3(align_threads), base, stream, p);
+  return error;
+}
+
+}  // namespace
+
+Scratch align_scratch(const Alignment& p) {
+  Scratch scratch;
+  Gpu gpu;
+  scratch.error = current_gpu(gpu);
+  if (scratch.error.empty()) scratch.bytes = plan_rows(p, gpu).scratch_numbers * state_size(p.dtype);
+  return scratch;
+}
+
+std::string align(const Alignment& p, void* scratch, Stream stream) {
+  if (p.N == 0) return {};
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  const RowPlan plan = plan_rows(p, gpu);
+  if (plan.rows > INT32_MAX || p.N * p.S > INT32_MAX) return "cycle_consistency: too many frames for one launch";
+  switch (p.dtype) {
+    case DType::f64: return align_as<double>(p, plan, scratch, stream);
+    case DType::f32: return align_as<float>(p, plan, scratch, stream);
+    case DType::bf16: return align_as<__nv_bfloat16>(p, plan, scratch, stream);
+    default: return align_as<__half>(p, plan, scratch, stream);
+  }
+}
+
+}  // namespace rcu_ops::cuda

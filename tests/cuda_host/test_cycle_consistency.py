@@ -1,0 +1,236 @@
+"""The CUDA kernels of cycle_consistency and srtg, run on the CPU: numerics, masks, magnitudes, layouts, sanitizers."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from rcu_ops import reference
+from tests.cuda_host.harness import DTYPES, Machine, poisoned_like, state_dtype
+from tests.ops import alignment
+from tests.ops.test_srtg import LAYOUTS
+from tests.tolerance import assert_close_to_reference
+
+KINDS = ("soft", "cycle", "back", "soft_backward", "back_backward")
+PASSES = ("squeeze", "mul", "add", "backward")
+SHAPES = [(2, 5, 7, 3), (1, 9, 9, 64), (1, 4, 11, 270)]
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    n, t, s, c = shape
+    return (torch.randn(n, t, c) / (2 * c) ** 0.5).to(dtype), (torch.randn(n, s, c) / (2 * c) ** 0.5).to(dtype)
+
+
+def masks(n: int, frames: int) -> Tensor:
+    mask = torch.rand(n, frames) < 0.7
+    mask[:, -1] = True
+    return mask
+
+
+def align(machine: Machine, kind: str, a: Tensor, b: Tensor, *, temperature: float = 1.0, **tensors: Tensor | None):
+    """One problem, as the bindings put it; returns the outputs in the operator's order."""
+    n, t, c = a.shape
+    s = b.shape[1]
+    indices = {"index_ab": torch.full((n, t), -7), "index_ba": torch.full((n, s), -7)}
+    names = ("log_probability", "mean", "variance")
+    numbers = {name: torch.full((n, t), torch.nan, dtype=state_dtype(a.dtype)) for name in names}
+    like_a = a.new_full((n, t, c), torch.nan)
+    gradients = {"da": like_a, "db": a.new_full((n, s, c), torch.nan)}
+    outputs = {
+        "soft": {"soft": like_a, "index_ab": indices["index_ab"]},
+        "cycle": {"gate": torch.full((n,), 7, dtype=torch.uint8), **indices},
+        "back": numbers,
+        "soft_backward": gradients,
+        "back_backward": gradients,
+    }[kind]
+    machine.call(
+        "align",
+        {"a": a, "b": b, **tensors, **outputs},
+        kind=KINDS.index(kind), N=n, T=t, S=s, C=c, dtype=DTYPES.index(a.dtype), temperature=temperature,
+    )  # fmt: skip
+    return tuple(outputs.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_soft_neighbors_and_cycles(machine, shape, dtype, masked, seed) -> None:
+    n, t, s, _ = shape
+    a, b = inputs(shape, dtype)
+    mask_a, mask_b = (masks(n, t), masks(n, s)) if masked else (None, None)
+    if masked:
+        b[~mask_b] = torch.nan
+    machine.seed = seed
+    soft, index = align(machine, "soft", a, b, mask_b=mask_b)
+    eager, _ = reference.soft_nearest_neighbor(a, b, mask_b=mask_b, state_dtype=dtype)
+    assert_close_to_reference(soft, alignment.soft_neighbors(a, b, mask_b=mask_b), eager, "soft")
+    alignment.check_indices(index, a, b, mask_b=mask_b)
+    gate, index_ab, index_ba = align(machine, "cycle", a, b, mask_a=mask_a, mask_b=mask_b)
+    want = reference.cycle_consistency(a, b, mask_a=mask_a, mask_b=mask_b)
+    if dtype in (torch.float32, torch.float64):
+        assert torch.equal(gate.bool(), want.gate)
+        assert torch.equal(index_ab, want.index_ab) and torch.equal(index_ba, want.index_ba)
+    assert torch.equal(index_ab < 0, want.index_ab < 0) and torch.equal(index_ba < 0, want.index_ba < 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(machine, shape, dtype, masked, seed) -> None:
+    n, t, s, _ = shape
+    a, b = inputs(shape, dtype)
+    mask_a, mask_b = (masks(n, t), masks(n, s)) if masked else (None, None)
+    machine.seed = seed
+    grad = torch.randn(a.shape).to(dtype)
+    got = align(machine, "soft_backward", a, b, grad=grad, mask_b=mask_b)
+    for name, *values in zip(("da", "db"), got, *_soft_gradients(a, b, grad, mask_b, dtype), strict=True):
+        assert_close_to_reference(*values, name)
+    soft = (a + 0.1 * torch.randn(a.shape)).to(dtype)
+    landing = align(machine, "back", soft, a, mask_a=mask_a, mask_b=mask_a)
+    exact = reference.cycle_back(soft.double(), a.double(), mask_a=mask_a)
+    eager = reference.cycle_back(soft, a, mask_a=mask_a, state_dtype=dtype)
+    for values in zip(landing, exact, eager, strict=True):
+        assert_close_to_reference(*values)
+    grads = [torch.randn(n, t) for _ in range(3)]
+    names = ("grad_log_probability", "grad_mean", "grad_variance")
+    got = align(machine, "back_backward", soft, a, mask_a=mask_a, mask_b=mask_a, **dict(zip(names, grads, strict=True)))
+
+    def back(to: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [v.to(to).requires_grad_() for v in (soft, a)]
+        outputs = reference.cycle_back(*leaves, mask_a=mask_a, state_dtype=to)
+        return torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+
+    for values in zip(got, back(torch.float64), back(dtype), strict=True):
+        assert_close_to_reference(*values)
+
+
+def _soft_gradients(a: Tensor, b: Tensor, grad: Tensor, mask_b: Tensor | None, dtype: torch.dtype):
+    for to in (torch.float64, dtype):
+        leaves = [v.to(to).requires_grad_() for v in (a, b)]
+        soft, _ = reference.soft_nearest_neighbor(*leaves, mask_b=mask_b, state_dtype=to)
+        yield torch.autograd.grad(soft, leaves, grad.to(to))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["offset", "cut", "huge", "tiny", "copies"])
+def test_indices_whatever_the_magnitude(machine, case, dtype) -> None:
+    frames, temperature = 20, 1.0
+    a = torch.randn(1, frames, 24)
+    b = a + 0.3 * torch.randn(1, frames, 24)
+    if case == "offset":
+        a, b = a + 1e4, b + 1e4
+    if case == "cut":
+        far = torch.where(torch.arange(frames) < 10, -1e5, 1e5)[:, None]
+        a, b = a + far, b + far
+    if case == "huge":
+        a, b, temperature = a * 1e31, b * 1e31, 1e38
+    if case == "tiny":
+        a, b, temperature = a * 1e-31, b * 1e-31, 1e-30
+    if case == "copies":
+        b[:, 1::2] = b[:, ::2]
+    a, b = a.to(dtype), b.to(dtype)
+    soft, index = align(machine, "soft", a, b, temperature=temperature)
+    assert soft.isfinite().all()
+    _, excused = alignment.check_indices(index, a, b, temperature)
+    assert excused == 0
+    _, index_ab, index_ba = align(machine, "cycle", a, b, temperature=temperature)
+    alignment.check_indices(index_ab, a, b, temperature)
+    alignment.check_indices(index_ba, b, a, temperature)
+
+
+def test_nothing_to_map_to_and_not_a_number(machine) -> None:
+    a, b = inputs((3, 4, 4, 6), torch.float32)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    a[2, 1, 3] = torch.nan
+    soft, index = align(machine, "soft", a, b, mask_b=mask)
+    want, want_index = reference.soft_nearest_neighbor(a, b, mask_b=mask)
+    torch.testing.assert_close(soft, want, equal_nan=True)
+    assert torch.equal(index, want_index)
+    gate, *indices = align(machine, "cycle", a, b, mask_a=mask, mask_b=mask)
+    want = reference.cycle_consistency(a, b, mask_a=mask, mask_b=mask)
+    assert torch.equal(gate.bool(), want.gate)
+    assert all(torch.equal(x, y) for x, y in zip(indices, want[1:], strict=True))
+    for result in align(machine, "soft_backward", a[:2], b[:2], grad=torch.randn(2, 4, 6), mask_b=mask[:2]):
+        assert (result[1] == 0).all() and result.isfinite().all()
+
+
+def test_rows_in_the_scratch_and_strides(machine) -> None:
+    """A device with little shared memory keeps rows in the scratch; the result is the same, bit for bit."""
+    a, b = inputs((2, 6, 9, 40), torch.float32)
+    want = align(machine, "soft", a, b)
+    machine.device = {"shared_bytes": 256}
+    views = a.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([b, b], -1)[..., 0]
+    assert all(torch.equal(x, y) for x, y in zip(align(machine, "soft", *views), want, strict=True))
+
+
+def gate_data(
+    machine: Machine,
+    name: str,
+    x: Tensor,
+    h: Tensor | None = None,
+    gate: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    n, c, t, height, width = x.shape
+    y = None if name == "squeeze" else poisoned_like(x)
+    sums = torch.full((n, t, c), torch.nan, dtype=state_dtype(x.dtype)) if name in ("squeeze", "backward") else None
+    machine.call(
+        "gate_data",
+        {"x": x, "y": y, "grad": grad, "h": h, "gate": gate, "sums": sums},
+        **{"pass": PASSES.index(name)}, N=n, C=c, T=t, H=height, W=width, dtype=DTYPES.index(x.dtype),
+    )  # fmt: skip
+    return y, sums
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 35, 2, 5, 7), (3, 3, 3, 1, 2)], ids=str)
+def test_data_path(machine, shape, dtype, layout, seed) -> None:
+    machine.seed = seed
+    # small integers: nothing rounds, whatever the order, but for the quotient of the mean
+    x, grad = (torch.randint(-4, 5, shape).to(dtype) for _ in range(2))
+    n, c, t, height, width = shape
+    h = torch.randint(-4, 5, (n, t, c)).to(state_dtype(dtype))
+    gate = torch.arange(n) % 2 == 0
+    laid_out = LAYOUTS[layout](x)
+    _, mean = gate_data(machine, "squeeze", laid_out)
+    want = x.to(h.dtype).sum((3, 4)).transpose(1, 2) / (height * width)
+    assert torch.equal(mean, want)
+    for given in (gate, None):
+        for name in ("mul", "add"):
+            y, _ = gate_data(machine, name, laid_out, h, given)
+            assert torch.equal(y, reference.srtg_fuse(x, h, given, fusion=name))
+        dx, dh = gate_data(machine, "backward", laid_out, h, given, LAYOUTS["contiguous"](grad))
+        want_dx, want_dh = reference.srtg_fuse_backward(grad, x, h, given)
+        assert torch.equal(dx, want_dx) and torch.equal(dh, want_dh)
+
+
+def test_means_keep_the_tolerance_rule(machine) -> None:
+    for layout in ("contiguous", "channels_last_3d"):
+        x = LAYOUTS[layout](torch.randn(1, 40, 2, 9, 11))
+        exact = x.double().mean((3, 4)).transpose(1, 2)
+        assert_close_to_reference(gate_data(machine, "squeeze", x)[1], exact, x.mean((3, 4)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers(machine_with, sanitizer, seed) -> None:
+    machine = machine_with(sanitizer, seed=seed)
+    a, b = inputs((2, 5, 9, 70), torch.bfloat16)
+    mask_a, mask_b = masks(2, 5), masks(2, 9)
+    run = functools.partial(align, machine)
+    for tensors in ({}, {"mask_a": mask_a, "mask_b": mask_b}):
+        run("cycle", a, b, **tensors)
+    run("soft", a, b, mask_b=mask_b)
+    run("soft_backward", a, b, grad=torch.randn_like(a))
+    run("back", a, a, mask_a=mask_a, mask_b=mask_a)
+    names = ("grad_log_probability", "grad_mean", "grad_variance")
+    run("back_backward", a, a, **{name: torch.randn(2, 5) for name in names})
+    x, h = torch.randn(1, 33, 2, 3, 5), torch.randn(1, 2, 33)
+    for layout in ("contiguous", "channels_last_3d"):
+        laid_out = LAYOUTS[layout](x)
+        gate_data(machine, "squeeze", laid_out)
+        gate_data(machine, "mul", laid_out, h, torch.ones(1).bool())
+        gate_data(machine, "backward", laid_out, h, None, laid_out)
