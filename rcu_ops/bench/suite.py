@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 OPERATORS = {
     "cycle_consistency": "rcu_ops.bench.cycle_consistency",
     "fast_gru": "rcu_ops.bench.fast_gru",
+    "nonlocal_gates": "rcu_ops.bench.nonlocal_gates",
     "recurrent_conv": "rcu_ops.bench.recurrent_conv",
     "srtg": "rcu_ops.bench.srtg",
     "streaming": "rcu_ops.bench.streaming",
