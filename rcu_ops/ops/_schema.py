@@ -47,6 +47,11 @@ def define(
         _cuda_kernels[name] = cuda
 
 
+def names() -> list[str]:
+    """Every operator of the library ``rcu_ops``, backward passes and those of Triton included."""
+    return list(_reference_kernels)
+
+
 def load_kernels() -> None:
     """Load the binary; where it brings no kernel, the reference implementation becomes the operator's kernel."""
     _library.load()

@@ -32,15 +32,16 @@ import sys
 import torch
 import rcu_ops
 from rcu_ops import _library
-from rcu_ops.ops import OPERATORS
+from rcu_ops.ops import _schema
 
 assert _library.load_error() is None, _library.load_error()
 assert _library.native() is None, "the native module of another Python was loaded"
-missing = [name for name in OPERATORS if not _library.has_kernel(name, "CPU")]
+names = [name for name in _schema.names() if not name.endswith("_triton")]
+missing = [name for name in names if not _library.has_kernel(name, "CPU")]
 assert not missing, f"no compiled CPU kernel is registered for {missing}"
 record = _library.build_record()
 print(f"library built with torch {record['torch']}, Python {record['python']};",
-      f"loaded by torch {torch.__version__}, Python {sys.version.split()[0]}: CPU kernels of {', '.join(OPERATORS)}")
+      f"loaded by torch {torch.__version__}, Python {sys.version.split()[0]}: CPU kernels of {', '.join(names)}")
 """
 
 
