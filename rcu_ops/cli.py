@@ -22,6 +22,7 @@ COMMAND_MODULES = (
     "rcu_ops.recipes.command",
     "rcu_ops.faster.command",
     "rcu_ops.features.command",
+    "rcu_ops.features.train_command",
     "rcu_ops.video.flow_command",
 )
 

@@ -5,6 +5,7 @@
 :mod:`.lists`         lists of labelled videos (CSV)
 :mod:`.dataset`       training clips: every one a function of (seed, position), on any number of workers
 :mod:`.train`         the loop: resumable after a kill, on one process or many
+:mod:`.stored`        the loop of networks that read what others have put on the disk
 :mod:`.scoring`       scores of one video: regular clips, sliding window, unrolled
 :mod:`.evaluate`      scores and accuracy of a list of videos
 ====================  ======================================================================================

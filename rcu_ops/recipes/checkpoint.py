@@ -21,7 +21,7 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.report import replacing
 
-__all__ = ["RunSettings", "load_checkpoint", "read_settings", "save_checkpoint", "save_weights"]
+__all__ = ["RunSettings", "load_checkpoint", "read_settings", "save_checkpoint", "save_state", "save_weights"]
 
 _FORMAT = "rcu-ops training checkpoint 1"
 _METADATA_KEY = "rcu_ops_settings"
@@ -84,11 +84,16 @@ def _try_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any] | 
 
 def save_weights(path: Path, model: nn.Module, settings: RunSettings) -> None:
     """Write the parameters and buffers of ``model`` with the settings as a safetensors file."""
+    save_state(path, model, _METADATA_KEY, settings.as_dict())
+
+
+def save_state(path: Path, model: nn.Module, key: str, settings: Mapping[str, Any]) -> None:
+    """Write the parameters and buffers of ``model`` as safetensors, with ``settings`` under ``key`` in the metadata."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(settings.as_dict())})
+        save_file(tensors, temporary, metadata={key: json.dumps(settings)})
 
 
 def read_settings(path: Path) -> RunSettings | None:

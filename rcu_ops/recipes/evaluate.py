@@ -168,11 +168,11 @@ def _write_results(
     names: Sequence[str] | None,
 ) -> dict[str, Any]:
     for mode in modes:
-        _write_arrays(out / f"scores_{mode}.npz", ((v.name, _read(parts, i, mode)) for i, v in done))
+        write_arrays(out / f"scores_{mode}.npz", ((v.name, _read(parts, i, mode)) for i, v in done))
     summary: dict[str, Any] = {}
     if recipe.dense:
         present = [video.present(_read(parts, index, "times"), recipe.classes) for index, video in done]
-        _write_arrays(out / "labels.npz", zip((video.name for _, video in done), present, strict=True))
+        write_arrays(out / "labels.npz", zip((video.name for _, video in done), present, strict=True))
         for mode in modes:
             if mode != "clips":
                 scores = [_read(parts, index, mode) for index, _ in done]
@@ -198,7 +198,7 @@ def _write_results(
     return summary
 
 
-def _write_arrays(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_arrays(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """An ``.npz`` file written array by array: ``np.savez`` would hold them all in memory."""
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         for name, array in arrays:
