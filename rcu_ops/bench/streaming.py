@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rcu_ops
 from rcu_ops.bench.baselines import compiled, on_device
-from rcu_ops.bench.case import OURS, Candidate, Case, Inputs, Outputs, Variant
+from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.bench.timing import Thunk
 from rcu_ops.models import VideoResNet
 
@@ -140,7 +141,7 @@ class StreamOneFrame(Case):
             found.append(self._compiled_candidate())
         window = Variant(lambda inputs: lambda: (fused.frame_scores(inputs["clip"]),), eager=self._eager_clip)
         found.append(Candidate(f"{WINDOW}-frame window", on_device({"fused": window}, self.device)))
-        return found
+        return found if graph else [_in_inference_mode(candidate) for candidate in found]
 
     def _eager_clip(self, inputs: Inputs) -> Outputs:
         with rcu_ops.use_backend("reference"):
@@ -214,6 +215,22 @@ class StreamOneFrame(Case):
         x = torch.zeros(1, 64, 1, 56, 56, dtype=self.dtype, device=self.device)
         weight = torch.zeros(64, 64, dtype=self.dtype, device=self.device)
         return str(rcu_ops.explain("recurrent_conv", x, weight).backend), None
+
+
+def _in_inference_mode(candidate: Candidate) -> Candidate:
+    """The candidate as one who streams runs it: without autograd's bookkeeping."""
+
+    def bound(bind: Bind) -> Bind:
+        @torch.inference_mode()
+        def bind_in_inference_mode(inputs: Inputs) -> Thunk:
+            return torch.inference_mode()(bind(inputs))
+
+        return bind_in_inference_mode
+
+    variants = {
+        name: dataclasses.replace(variant, bind=bound(variant.bind)) for name, variant in candidate.variants.items()
+    }
+    return dataclasses.replace(candidate, variants=variants)
 
 
 @torch.no_grad()
