@@ -205,7 +205,7 @@ def _reference_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
 ) -> Tensor:
     return _contiguous(
-        reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count])
+        reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[int(count)])
     )
 
 
@@ -214,7 +214,7 @@ def _reference_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _contiguous(
         reference.nonlocal_attention_backward(
-            grad, query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count]
+            grad, query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[int(count)]
         )
     )
 
@@ -450,7 +450,7 @@ _TRITON = _Operators(
 def _run_reference_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
 ) -> Tensor:
-    return reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[count])
+    return reference.nonlocal_attention(query, key, value, mask=mask, scale=scale, normalize=NORMALIZERS[int(count)])
 
 
 def _why_not_triton(operator: str) -> Callable[..., str | None]:

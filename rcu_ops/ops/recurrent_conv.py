@@ -191,7 +191,7 @@ def _fake_affine_act(
 def _reference_forward(
     x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    h, h_n = reference.recurrent_conv(x, weight, h0, update=UPDATES[mean], reverse=reverse)
+    h, h_n = reference.recurrent_conv(x, weight, h0, update=UPDATES[int(mean)], reverse=reverse)
     return torch.empty_like(x).copy_(h), _empty_state(x).copy_(h_n)
 
 
@@ -206,7 +206,7 @@ def _reference_backward(
     need_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dw, dh0 = reference.recurrent_conv_backward(
-        grad_h, grad_h_n, h, weight, h0, update=UPDATES[mean], reverse=reverse
+        grad_h, grad_h_n, h, weight, h0, update=UPDATES[int(mean)], reverse=reverse
     )
     return (
         torch.empty_like(h).copy_(dx),
@@ -226,7 +226,7 @@ def _reference_affine_act(
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     y, h_n = reference.recurrent_conv_affine_act(
-        x, weight, scale, shift, h0, residual, update=UPDATES[mean], activation="relu" if relu else "identity"
+        x, weight, scale, shift, h0, residual, update=UPDATES[int(mean)], activation="relu" if relu else "identity"
     )
     return torch.empty_like(x).copy_(y), _empty_state(x).copy_(h_n)
 
@@ -582,7 +582,7 @@ def _through_operator(x: Tensor) -> bool:
 def _run_reference(x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     if _through_operator(x):
         return _BINARY.forward(x, weight, h0, mean, reverse)
-    return reference.recurrent_conv(x, weight, h0, update=UPDATES[mean], reverse=reverse)
+    return reference.recurrent_conv(x, weight, h0, update=UPDATES[int(mean)], reverse=reverse)
 
 
 def _run_reference_affine_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -596,7 +596,7 @@ def _run_reference_affine_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         shift,
         h0,
         residual,
-        update=UPDATES[mean],
+        update=UPDATES[int(mean)],
         activation="relu" if relu else "identity",
     )
 

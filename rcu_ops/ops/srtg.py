@@ -105,7 +105,7 @@ def _reference_squeeze(x: Tensor) -> Tensor:
 
 
 def _reference_fuse(x: Tensor, h: Tensor, gate: Tensor | None, add: bool) -> Tensor:
-    return torch.empty_like(x).copy_(reference.srtg_fuse(x, h, gate, fusion=FUSIONS[add]))
+    return torch.empty_like(x).copy_(reference.srtg_fuse(x, h, gate, fusion=FUSIONS[int(add)]))
 
 
 def _reference_fuse_backward(grad: Tensor, x: Tensor, h: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ _BINARY = Family(_DEFINITIONS)
 
 
 def _fuse_by_reference(x: Tensor, h: Tensor, gate: Tensor | None, add: bool) -> Tensor:
-    return reference.srtg_fuse(x, h, gate, fusion=FUSIONS[add])
+    return reference.srtg_fuse(x, h, gate, fusion=FUSIONS[int(add)])
 
 
 SQUEEZE = register(

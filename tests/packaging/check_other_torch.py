@@ -105,7 +105,7 @@ def main() -> int:
         copy_package(Path(scratch))
         shutil.copytree(ROOT / "tests", Path(scratch) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", scratch)
-        for folder in ("csrc", "build_backend"):
+        for folder in ("csrc", "build_backend", "benchmarks"):
             shutil.copytree(ROOT / folder, Path(scratch) / folder)
         environment = {**os.environ, "RCU_OPS_BUILD": "cpu", "PYTHONPATH": str(Path(scratch) / "build_backend")}
         compiled = subprocess.run([interpreter, "-c", COMPILE], cwd=scratch, env=environment)
