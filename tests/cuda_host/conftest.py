@@ -10,10 +10,13 @@ from tests.cuda_host import harness
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's objects and executables are kept."""
+    """Where objects and executables are kept: from session to session, or for this one where the tree is read-only."""
     if reason := harness.why_not():
         pytest.skip(f"the CUDA kernels cannot be compiled for the host: {reason}")
-    return tmp_path_factory.mktemp("cuda_host")
+    try:
+        return harness.cache()
+    except OSError:
+        return tmp_path_factory.mktemp("cuda_host")
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -72,18 +75,86 @@ class BuildError(Exception):
     pass
 
 
-def _compile(command: Sequence[str | Path]) -> subprocess.Popen[str]:
-    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+INCLUDE = (HERE / "include", HERE, CSRC)  # where the compiler looks for "headers", in this order
+
+
+@functools.cache
+def _included(header: str) -> frozenset[Path]:
+    """Everything that may be meant by ``#include "header"``."""
+    return frozenset(path for directory in INCLUDE if (path := directory / header).exists())
+
+
+def _sources_of(source: Path) -> list[Path]:
+    """A source and all of our headers that it can reach, whatever the preprocessor would make of its conditions."""
+    found, left = {source}, [source]
+    while left:
+        at = left.pop()
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', at.read_text(), re.MULTILINE)
+        beside = {path for name in names if (path := at.parent / name).exists()}
+        new = beside.union(*map(_included, names)) - found
+        found |= new
+        left += new
+    return [source, *sorted(found - {source})]
+
+
+@functools.cache
+def _compiler_identity() -> str:
+    version = subprocess.run(["g++", "-v"], capture_output=True, text=True).stderr
+    toolkit = subprocess.run([nvcc() or "nvcc", "--version"], capture_output=True, text=True).stdout
+    return f"{version}{toolkit_headers()}{toolkit}"
+
+
+def _key(source: Path, flags: Sequence[str]) -> str:
+    """Of an object: what it is made from, by content and not by date."""
+    digest = hashlib.sha256(f"{_compiler_identity()}{flags}".encode())
+    for path in _sources_of(source):
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:24]
+
+
+def _put(command: Sequence[str | Path], output: Path) -> subprocess.Popen[str]:
+    """Start a compiler that writes beside ``output``; see :func:`_finish`."""
+    beside = output.with_name(f"{output.name}.{os.getpid()}")
+    words = [*map(str, command), "-o", str(beside)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process: subprocess.Popen[str], output: Path) -> None:
+    """Wait for it and give the file its name: under that name it is whole, whoever else builds at the same time."""
+    beside = output.with_name(f"{output.name}.{os.getpid()}")
+    text = process.communicate()[0]
+    if process.returncode != 0:
+        beside.unlink(missing_ok=True)
+        raise BuildError(text)
+    beside.replace(output)
+
+
+def cache() -> Path:
+    """The directory for objects and executables that later sessions may want, too.
+
+    What none of them has used for three days goes.
+    """
+    directory = ROOT / "build" / "cuda_host"
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another session cleans up, too
+            if path.stat().st_mtime < time.time() - 3 * 24 * 3600:
+                path.unlink()
+    return directory
 
 
 def build(directory: Path, sanitizer: str = "none", replaced: dict[str, Path] | None = None) -> Path:
     """Compile the machine with all kernels; ``replaced``: file names of kernel sources to take from elsewhere.
 
-    Objects are shared between builds in ``directory`` that need the same ones, two compilers run at once.
+    Objects are named by the content of what they are made from: builds in ``directory`` share them. An executable with
+    replaced sources is put beside these. Two compilers run at once.
     """
     headers = toolkit_headers()
     assert headers is not None
-    include = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(headers)]
+    include = [*(f"-I{path}" for path in INCLUDE), "-isystem", str(headers)]
     jobs = []
     for source in [*kernel_sources(), HERE / "machine.cpp", HERE / "main.cpp", *sorted(HERE.glob("run_*.cpp"))]:
         source = (replaced or {}).get(source.name, source)
@@ -93,28 +164,30 @@ def build(directory: Path, sanitizer: str = "none", replaced: dict[str, Path] | 
             flags = [*FLAGS, *MACHINE[sanitizer]]
         elif source.name == "main.cpp" or source.name.startswith("run_"):
             flags = [*FLAGS, *SANITIZERS["none"]]
-        name = hashlib.sha256(f"{source} {flags}".encode()).hexdigest()[:16]
-        jobs.append((["g++", *flags, *include, "-x", "c++", "-c", source], directory / f"{source.stem}-{name}.o"))
+        output = directory / f"{source.stem}-{_key(source, flags)}.o"
+        jobs.append((["g++", *flags, *include, "-x", "c++", "-c", source], output))
     running: list[tuple[subprocess.Popen[str], Path]] = []
-    waiting = [job for job in jobs if not job[1].exists()]
+    waiting = [job for job in jobs if not _used(job[1])]
     while waiting or running:
         while waiting and len(running) < 2:
             command, output = waiting.pop()
-            running.append((_compile([*command, "-o", output]), output))
-        process, output = running.pop(0)
-        text = process.communicate()[0]
-        if process.returncode != 0:
-            output.unlink(missing_ok=True)
-            raise BuildError(text)
+            running.append((_put(command, output), output))
+        _finish(*running.pop(0))
     objects = [str(output) for _, output in jobs]
-    executable = directory / f"cuda_host-{sanitizer}-{hashlib.sha256(''.join(objects).encode()).hexdigest()[:16]}"
-    if not executable.exists():
-        link = subprocess.run(
-            ["g++", *SANITIZERS[sanitizer], *objects, "-o", str(executable)], capture_output=True, text=True
-        )
-        if link.returncode != 0:
-            raise BuildError(link.stderr)
+    place = next(iter(replaced.values())).parent if replaced else directory
+    executable = place / f"cuda_host-{sanitizer}-{hashlib.sha256(''.join(objects).encode()).hexdigest()[:16]}"
+    if not _used(executable):
+        _finish(_put(["g++", *SANITIZERS[sanitizer], *objects], executable), executable)
     return executable
+
+
+def _used(path: Path) -> bool:
+    """Whether it is there; if so, it has just been used."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class LaunchError(Exception):
