@@ -6,9 +6,10 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.inspection import SampledClip, calibrate, report_faults, sample_clip, seen_pictures
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
 
@@ -30,6 +31,8 @@ Features are the last feature map's mean per frame; temporal strides are set to 
 measured in units of the mean distance between frames of A and B; --temperature is in that unit. With two files the
 features' mean over each video is taken out first, since what two scenes look like says nothing about time. Untrained
 networks align a video with copies of itself (an untrained rcn_ network with recurrence in its last four layers only).
+
+Exit codes: 0 done; 2 bad arguments or a video that cannot be read; 3 done, but a video broke before its end.
 """
 
 
@@ -63,17 +66,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
-class _Clip(NamedTuple):
-    """Sampled frames: uint8 [T,H,W,3], their numbers in the video, their times in seconds."""
-
-    name: str
-    images: np.ndarray
-    numbers: list[int]
-    times: np.ndarray
-
-
 def run(args: argparse.Namespace) -> int:
-    """Align; returns 0. Bad input raises UserError."""
+    """Align; returns 0, or 3 if a video broke before its end. Bad input raises UserError."""
     for name, least in (("frames", 2), ("every", 1), ("shift", 0), ("slow", 2), ("size", 8)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -95,42 +89,20 @@ def run(args: argparse.Namespace) -> int:
     return _align(args, *clips)
 
 
-def _clips(args: argparse.Namespace) -> tuple[_Clip, _Clip]:
+def _clips(args: argparse.Namespace) -> tuple[SampledClip, SampledClip]:
     shift = args.shift or 0
     if args.b is not None:
-        return _sample(args.a, args, 0), _sample(args.b, args, 0)
-    whole = _sample(args.a, args, shift)
+        return sample_clip(args.a, args.frames, args.every), sample_clip(args.b, args.frames, args.every)
+    whole = sample_clip(args.a, args.frames + shift, args.every)
     count = len(whole.numbers) - shift
     if count < 2:
         raise UserError(f"--shift: {args.a} has {len(whole.numbers)} sampled frames, too few to shift by {shift}")
-    a = _part(whole, list(range(count)), Path(args.a).name)
+    a = whole.part(list(range(count)))
     repeats = args.slow or 1
     label = f"{Path(args.a).name}" + (f", from frame {shift} on" if shift else "")
     label += f", {repeats} times slower" if repeats > 1 else ""
     # Slowed copies are as long in frames, so they show less of the video.
-    return a, _part(whole, [shift + k // repeats for k in range(count)], label)
-
-
-def _part(clip: _Clip, places: list[int], name: str) -> _Clip:
-    return _Clip(name, clip.images[places], [clip.numbers[place] for place in places], clip.times[places])
-
-
-def _sample(source: str, args: argparse.Namespace, more: int) -> _Clip:
-    """``args.frames + more`` frames, as many as there are, at distances of ``args.every`` or over the whole video."""
-    from rcu_ops.recipes.dataset import read_clip
-
-    wanted = args.frames + more
-    numbers: list[int] = []
-
-    def choose(count: int) -> list[int]:
-        every = args.every or max(1, count // wanted)
-        numbers[:] = list(range(0, count, every))[:wanted]
-        return numbers
-
-    excerpt = read_clip(source, choose)
-    if len(numbers) < 2:
-        raise UserError(f"{source}: expected at least 2 sampled frames, got {len(numbers)}")
-    return _Clip(Path(source).name, excerpt.images, list(numbers), excerpt.times)
+    return a, whole.part([shift + k // repeats for k in range(count)], label)
 
 
 def _network(args: argparse.Namespace) -> nn.Module:
@@ -163,23 +135,7 @@ def _network(args: argparse.Namespace) -> nn.Module:
     return model.eval().requires_grad_(False).to(pick_device(args.device))
 
 
-def _calibrate(model: nn.Module, clips: list[Tensor]) -> None:
-    """Give an untrained network the statistics of these clips: with 0 and 1 its activations would explode or die."""
-    import torch
-    from torch import nn
-
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over the clips
-    with torch.no_grad():
-        model.train()
-        for clip in clips:
-            model.features(clip)  # type: ignore[operator]
-    model.eval()
-
-
-def _align(args: argparse.Namespace, a: _Clip, b: _Clip) -> int:
+def _align(args: argparse.Namespace, a: SampledClip, b: SampledClip) -> int:
     import numpy as np
     import torch
 
@@ -195,7 +151,7 @@ def _align(args: argparse.Namespace, a: _Clip, b: _Clip) -> int:
     with Progress(3, label="features", unit="passes") as bar, torch.no_grad():
         try:
             if args.weights is None:
-                _calibrate(model, inputs)
+                calibrate(model, inputs, model.features)  # type: ignore[arg-type]
             bar.update()
             for clip in inputs:
                 maps.append(model.features(clip).float())  # type: ignore[operator]
@@ -253,7 +209,7 @@ def _align(args: argparse.Namespace, a: _Clip, b: _Clip) -> int:
         "index_ab": alignment.index_ab,
         "index_ba": alignment.index_ba,
     }
-    pictures = [_pictures(clip.images, args.size) for clip in clips]
+    pictures = [seen_pictures(clip.images, args.size) for clip in clips]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         plot_alignment(
@@ -275,12 +231,12 @@ def _align(args: argparse.Namespace, a: _Clip, b: _Clip) -> int:
         raise UserError(f"--out: {args.out} cannot be written: {error.strerror or error}") from error
     print(f"{args.model}{untrained}: {words}")
     print(f"wrote {', '.join(OUTPUT_NAMES)} to {args.out}")
-    return 0
+    return report_faults(a, b)
 
 
-def _per_feature(clip: _Clip, count: int) -> _Clip:
+def _per_feature(clip: SampledClip, count: int) -> SampledClip:
     """The frames that stand for ``count`` feature maps."""
-    return _part(clip, [k * len(clip.numbers) // count for k in range(count)], clip.name)
+    return clip.part([k * len(clip.numbers) // count for k in range(count)])
 
 
 def _saliency(features: Tensor, gradient: Tensor, size: int) -> np.ndarray:
@@ -291,15 +247,6 @@ def _saliency(features: Tensor, gradient: Tensor, size: int) -> np.ndarray:
     heat = heat - heat.amin((1, 2), keepdim=True)
     heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-30)
     return F.interpolate(heat[:, None], size=(size, size), mode="bilinear")[:, 0].cpu().numpy()
-
-
-def _pictures(images: np.ndarray, size: int) -> np.ndarray:
-    """What the network sees of the frames: uint8 [T,size,size,3]."""
-    import torch
-
-    from rcu_ops.video.transform import center_crop, resize_short_side
-
-    return center_crop(resize_short_side(torch.from_numpy(images), size), size).numpy()
 
 
 def _words(alignment: Any, frames: int) -> str:

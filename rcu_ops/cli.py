@@ -14,6 +14,7 @@ from rcu_ops.cli_errors import UserError
 COMMAND_MODULES = (
     "rcu_ops.stream_command",
     "rcu_ops.align_command",
+    "rcu_ops.relations_command",
     "rcu_ops.doctor",
     "rcu_ops.cost",
     "rcu_ops.bench.command",

@@ -6,6 +6,7 @@
 :mod:`.segments`        accuracy of ten equal segments relative to the first, sliding or unrolled
 :mod:`.detection`       frame-wise mean average precision of dense multi-label scores, mAP@1 and mAP@8
 :mod:`.alignment`       cycle errors and the shift between two videos, from the maps between their frames
+:mod:`.relations`       where the gates of a Relational LSTM look, over the frames
 :mod:`.spectrum`        entries, diagonal and eigenvalues of every layer's hidden-to-hidden matrix
 :mod:`.confusion`       confusion matrices ordered by category, their difference, change per class
 :mod:`.fusion`          fusion of streams, of features or scores

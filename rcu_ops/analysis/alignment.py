@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from rcu_ops.analysis._pictures import heated, spread
+
 __all__ = ["Alignment", "align_maps", "plot_alignment", "plot_distances"]
 
 
@@ -119,8 +121,8 @@ def plot_alignment(
 
     from rcu_ops.report import INK, PALETTE, new_figure, save_figure
 
-    taken = _spread(len(frames_a), shown)
-    places_b = _spread(len(frames_b), shown)
+    taken = spread(len(frames_a), shown)
+    places_b = spread(len(frames_b), shown)
     width, height = 1.0, frames_a.shape[1] / frames_a.shape[2]
     gap = 0.12
     columns = max(len(taken), len(places_b))
@@ -143,7 +145,7 @@ def plot_alignment(
     def strip(frames: np.ndarray, saliency: np.ndarray, places: Sequence[int], bottom: float, above: bool) -> None:
         for column, place in enumerate(places):
             left = column * (width + gap)
-            for row, picture in enumerate((_heated(frames[place], saliency[place]), frames[place])):
+            for row, picture in enumerate((heated(frames[place], saliency[place]), frames[place])):
                 low = bottom + row * (height + gap / 2)
                 axes.imshow(picture, extent=(left, left + width, low, low + height), aspect="auto", zorder=1)
             y = bottom + 2 * height + gap / 2 + 0.07 if above else bottom - 0.07
@@ -171,20 +173,3 @@ def plot_alignment(
         axes.text(across, y, text, size=9, color=colour, ha="right")
     axes.set_title(title, fontsize=11, loc="left", color=INK)
     save_figure(figure, path)
-
-
-def _spread(count: int, shown: int) -> list[int]:
-    """At most ``shown`` evenly spaced indices from the first to the last."""
-    if count <= shown:
-        return list(range(count))
-    return [round(k * (count - 1) / (shown - 1)) for k in range(shown)]
-
-
-def _heated(picture: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-    """The picture in grey with its salient areas in colour."""
-    import matplotlib
-
-    grey = picture.astype(np.float64).mean(-1, keepdims=True) / 255 * 0.75
-    colour = matplotlib.colormaps["inferno"](np.clip(saliency, 0, 1))[..., :3]
-    strength = np.clip(saliency, 0, 1)[..., None] * 0.85
-    return grey * (1 - strength) + colour * strength

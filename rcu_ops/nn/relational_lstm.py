@@ -131,11 +131,7 @@ class RelationalLSTM(nn.Module):
         """[N,C,T,H,W] -> (output, last state), from ``state`` or from zeros."""
         check_clip(self, x, self.channels)
         t, height, width = x.shape[2:]
-        rows = (x if self.bn is None else self.bn(x)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [N,T,P,C]
-        query, key, value, query_h = (
-            part.unflatten(-1, (GATES, -1)).transpose(2, 3)  # [N,T,4,P,D]
-            for part in F.linear(rows, self.weight_x, self.bias_x).split(self.sizes_x, -1)
-        )
+        query, key, value, query_h = self._maps_of_input(x)
         from_x = nonlocal_attention(query, key, value, normalize=self.normalize)
         h, c = self._start(from_x, state)
         outputs = []
@@ -147,11 +143,52 @@ class RelationalLSTM(nn.Module):
         y = hidden if self.conv is None else self.conv(hidden)
         return y.unflatten(2, (height, width)).permute(0, 4, 1, 2, 3), (h, c)
 
+    def attention(self, x: Tensor, position: int, state: State | None = None) -> Tensor:
+        """Where every gate looks from one position: the weights ``w_j`` that the relations sum ``g(y_j)`` with.
+
+        Args:
+            x: [N,C,T,H,W], the module's input. position: row * W + column, 0 to H W - 1.
+            state: before the first frame; zeros if None, of which every position is worth the same.
+
+        Returns:
+            [N,T,2,4,H,W] in x's dtype: of ``r(X_t, X_t)``, then of ``r(X_t, H_{t-1})``; gates in the order i, f, o, g.
+
+        Raises:
+            ValueError: a position outside of the frame.
+        """
+        check_clip(self, x, self.channels)
+        t, height, width = x.shape[2:]
+        if not 0 <= position < height * width:
+            raise ValueError(f"position: expected 0 to {height * width - 1}, got {position}")
+        query, key, value, query_h = self._maps_of_input(x)
+        from_x = nonlocal_attention(query, key, value, normalize=self.normalize)
+        h, c = self._start(from_x, state)
+        # Attention over one-hot values is the weights themselves.
+        one_hot = torch.eye(height * width, dtype=x.dtype, device=x.device).expand(*key.shape[:-1], -1)
+        one = slice(position, position + 1)
+        current = nonlocal_attention(query[..., one, :], key, one_hot, normalize=self.normalize)
+        memory = []
+        for step in range(t):
+            keys = self._maps_of_state(h)[0]
+            memory.append(
+                nonlocal_attention(query_h[:, step, :, one], keys, one_hot[:, step], normalize=self.normalize)
+            )
+            h, c = self._advance(from_x[:, step], query_h[:, step], h, c)
+        return torch.stack([current, torch.stack(memory, 1)], 2).squeeze(-2).unflatten(-1, (height, width))
+
+    def _maps_of_input(self, x: Tensor) -> list[Tensor]:
+        """theta, phi and g of ``r(X, X)`` and theta of ``r(X, H)``, [N,T,4,P,D] each."""
+        rows = (x if self.bn is None else self.bn(x)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [N,T,P,C]
+        parts = F.linear(rows, self.weight_x, self.bias_x).split(self.sizes_x, -1)
+        return [part.unflatten(-1, (GATES, -1)).transpose(2, 3) for part in parts]
+
+    def _maps_of_state(self, h: Tensor) -> list[Tensor]:
+        """phi and g of ``r(X, H)``, [N,4,P,D] each."""
+        parts = F.linear(h, self.weight_h, self.bias_h).split(self.sizes_h, -1)
+        return [part.unflatten(-1, (GATES, -1)).transpose(1, 2) for part in parts]
+
     def _advance(self, from_x: Tensor, query: Tensor, h: Tensor, c: Tensor) -> State:
-        key, value = (
-            part.unflatten(-1, (GATES, -1)).transpose(1, 2)
-            for part in F.linear(h, self.weight_h, self.bias_h).split(self.sizes_h, -1)
-        )
+        key, value = self._maps_of_state(h)
         if self.normalize == "softmax":
             return relational_lstm_step(from_x, query, key, value, c)
         gates = from_x + nonlocal_attention(query, key, value, normalize=self.normalize)

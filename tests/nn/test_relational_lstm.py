@@ -288,3 +288,34 @@ def test_running_mean() -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     expected = torch.stack([x[..., : t + 1].mean(2) for t in range(6)], 2)
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "count"])
+def test_attention_is_what_the_relations_sum_with(normalize: str) -> None:
+    module = small(normalize=normalize, bias=True, norm=False)
+    x = torch.randn(2, 6, 3, 2, 3, dtype=torch.float64)
+    position = 4
+    with torch.no_grad():
+        found = module.attention(x, position)
+        assert found.shape == (2, 3, 2, 4, 2, 3)
+        theta, phi, _, theta_h = (
+            part.chunk(4, -1)
+            for part in F.linear(x.permute(0, 2, 3, 4, 1).flatten(2, 3), module.weight_x, module.bias_x).split(
+                module.sizes_x, -1
+            )
+        )
+        h, state = torch.zeros(2, 6, 4, dtype=torch.float64), None
+        for t in range(3):
+            phi_h = F.linear(h, module.weight_h, module.bias_h).split(module.sizes_h, -1)[0].chunk(4, -1)
+            for gate in range(4):
+                for source, (query, key) in enumerate(
+                    ((theta[gate][:, t], phi[gate][:, t]), (theta_h[gate][:, t], phi_h[gate]))
+                ):
+                    scores = query[:, position, None] @ key.mT
+                    expected = scores.softmax(-1) if normalize == "softmax" else scores / 6
+                    torch.testing.assert_close(found[:, t, source, gate].flatten(1), expected[:, 0])
+            _, state = module.step(x[:, :, t], state)
+            h = state[0]
+        torch.testing.assert_close(module.attention(x[:, :, 2:], position, None)[:, 0, 0], found[:, 2, 0])
+    with pytest.raises(ValueError, match="position: expected 0 to 5, got 6"):
+        module.attention(x, 6)
