@@ -14,6 +14,7 @@ from rcu_ops.ops import (
     nonlocal_attention,
     recurrent_conv,
     recurrent_conv_affine_act,
+    recurrent_conv_batch_norm,
     relational_lstm_step,
     soft_nearest_neighbor,
     srtg_fuse,
@@ -26,7 +27,7 @@ from rcu_ops.ops import (
 if TYPE_CHECKING:
     from rcu_ops import models, nn, reference, streaming
     from rcu_ops.models import create_model, list_models, load_weights
-    from rcu_ops.nn import convert_to_recurrent, fuse_for_inference
+    from rcu_ops.nn import convert_to_recurrent, fuse_for_inference, fuse_for_training
     from rcu_ops.streaming import Streamer
 
 _LAZY = {
@@ -34,6 +35,7 @@ _LAZY = {
     "convert_to_recurrent": "rcu_ops.nn",
     "create_model": "rcu_ops.models",
     "fuse_for_inference": "rcu_ops.nn",
+    "fuse_for_training": "rcu_ops.nn",
     "list_models": "rcu_ops.models",
     "load_weights": "rcu_ops.models",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "fast_gru",
     "fast_gru_step",
     "fuse_for_inference",
+    "fuse_for_training",
     "list_models",
     "load_weights",
     "models",
@@ -57,6 +60,7 @@ __all__ = [
     "nonlocal_attention",
     "recurrent_conv",
     "recurrent_conv_affine_act",
+    "recurrent_conv_batch_norm",
     "reference",
     "relational_lstm_step",
     "soft_nearest_neighbor",

@@ -5,6 +5,7 @@ from rcu_ops.nn.batch_norm import set_batch_norm_mode
 from rcu_ops.nn.causality import register_per_frame, streaming_obstacles
 from rcu_ops.nn.convert import FrameClassifier, convert_to_recurrent
 from rcu_ops.nn.fuse import fuse_for_inference
+from rcu_ops.nn.fuse_training import fuse_for_training
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import choose_layers
 from rcu_ops.nn.nonlocal_block import NonLocalBlock
@@ -33,6 +34,7 @@ __all__ = [
     "choose_layers",
     "convert_to_recurrent",
     "fuse_for_inference",
+    "fuse_for_training",
     "make_aggregator",
     "register_per_frame",
     "set_batch_norm_mode",

@@ -6,6 +6,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -46,15 +47,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             f"model: expected evaluation mode (call model.eval()), but {training[0]}"
             f"{f' and {len(training) - 1} more modules are' if len(training) > 1 else ' is'} in training mode"
         )
-    untraced: list[str] = []
-    fused = _fuse(copy.deepcopy(model), "", {}, untraced)
-    if untraced:
-        warnings.warn(
-            "fuse_for_inference left these modules as they are, because their forward cannot be traced or the root has "
-            f"methods that a traced module would lose: {', '.join(untraced)}",
-            stacklevel=2,
-        )
-    return fused.requires_grad_(False)
+    return fuse_patterns(copy.deepcopy(model), _FOR_INFERENCE).eval().requires_grad_(False)
 
 
 class FusedRecurrentConv3d(nn.Module):
@@ -255,7 +248,45 @@ class _ShallowTracer(fx.Tracer):
         return type(m) is not nn.Sequential
 
 
-def _fuse(module: nn.Module, name: str, done: dict[int, tuple[nn.Module, nn.Module]], untraced: list[str]) -> nn.Module:
+@dataclass(frozen=True)
+class Fusion:
+    """What to fuse.
+
+    Attributes:
+        name: the public function.
+        fuse_node: fuses the pattern that starts at a node of a traced module, if there is one; True if the graph has
+            changed.
+        finish: (the module, its fused GraphModule) -> what takes the module's place.
+        both_modes: the result is to run in training and in evaluation mode. A traced module has taken its branches:
+            those whose calls depend on the mode stay as they are.
+    """
+
+    name: str
+    fuse_node: Callable[[fx.GraphModule, fx.Node], bool]
+    finish: Callable[[nn.Module, fx.GraphModule], nn.Module]
+    both_modes: bool
+
+
+def fuse_patterns(model: nn.Module, fusion: Fusion) -> nn.Module:
+    """``model``, a copy that may be changed, with everything in it fused; warns of what cannot be traced."""
+    untraced: list[str] = []
+    fused = _fuse(model, "", fusion, {}, untraced)
+    if untraced:
+        warnings.warn(
+            f"{fusion.name} left these modules as they are, because their forward cannot be traced or the root has "
+            f"methods that a traced module would lose: {', '.join(untraced)}",
+            stacklevel=3,
+        )
+    return fused
+
+
+def _fuse(
+    module: nn.Module,
+    name: str,
+    fusion: Fusion,
+    done: dict[int, tuple[nn.Module, nn.Module]],
+    untraced: list[str],
+) -> nn.Module:
     """``module`` with everything in it fused; a module met twice gives the same result twice.
 
     ``done`` keeps the originals too, so that their ids stay theirs.
@@ -265,7 +296,7 @@ def _fuse(module: nn.Module, name: str, done: dict[int, tuple[nn.Module, nn.Modu
     result = module
     if _has_convolution(module):
         # A traced module has a forward and nothing else: a root with other methods of its own keeps its class.
-        traced = None if not name and hasattr(module, "frame_scores") else _trace(module)
+        traced = None if not name and hasattr(module, "frame_scores") else fuse_module(module, fusion)
         if traced is not None:
             result = traced
         elif any(isinstance(child, RecurrentConv3d) for child in module.children()):
@@ -277,7 +308,7 @@ def _fuse(module: nn.Module, name: str, done: dict[int, tuple[nn.Module, nn.Modu
         children = {child_name for child_name, _ in result.named_children()}
     for child_name in sorted(children):
         child_path = f"{name}.{child_name}" if name else child_name
-        result.set_submodule(child_name, _fuse(result.get_submodule(child_name), child_path, done, untraced))
+        result.set_submodule(child_name, _fuse(result.get_submodule(child_name), child_path, fusion, done, untraced))
     return result
 
 
@@ -293,12 +324,26 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(child, (RecurrentConv3d, nn.Conv3d)) for child in _nearby(module))
 
 
-def _trace(module: nn.Module) -> nn.Module | None:
-    """``module`` as a fused GraphModule; ``module`` itself if nothing fuses; None if it cannot be traced."""
-    tracer = _ShallowTracer()
+def _graph_of(module: nn.Module, both_modes: bool) -> fx.Graph | None:
+    """What ``module`` calls; None if it cannot be traced, or (``both_modes``) makes other calls in the other mode."""
+    mode = module.training
     try:
-        graph = tracer.trace(module)
+        graph = _ShallowTracer().trace(module)
+        if both_modes:
+            module.training = not mode
+            if str(_ShallowTracer().trace(module)) != str(graph):
+                return None
     except Exception:  # user code may raise anything when it meets a proxy; the caller reports the module by name
+        return None
+    finally:
+        module.training = mode
+    return graph
+
+
+def fuse_module(module: nn.Module, fusion: Fusion) -> nn.Module | None:
+    """What takes the place of ``module``; ``module`` itself if nothing fuses; None if it cannot be traced."""
+    graph = _graph_of(module, fusion.both_modes)
+    if graph is None:
         return None
     if any(not node.users for node in graph.nodes if node.op not in ("placeholder", "output")):
         return None  # a call whose result is not used acts in place: dead-code elimination would drop it
@@ -306,42 +351,46 @@ def _trace(module: nn.Module) -> nn.Module | None:
         node.type = None  # annotations may be strings, which a GraphModule cannot be pickled with
     traced = fx.GraphModule(module, graph, type(module).__name__)
     # Where a recurrent and a plain convolution are added, the recurrent one takes the other as its residual.
-    nodes = sorted(graph.nodes, key=lambda node: not isinstance(_called(traced, node), RecurrentConv3d))
+    nodes = sorted(graph.nodes, key=lambda node: not isinstance(called(traced, node), RecurrentConv3d))
     changed = False
     for node in nodes:
-        changed = _fuse_node(traced, node) or changed
+        changed = fusion.fuse_node(traced, node) or changed
     if not changed:
         return module
     graph.eliminate_dead_code()
-    traced.delete_all_unused_submodules()
     graph.lint()
     traced.recompile()
-    return traced.eval()
+    return fusion.finish(module, traced)
+
+
+def _without_unused(module: nn.Module, traced: fx.GraphModule) -> nn.Module:
+    traced.delete_all_unused_submodules()
+    return traced
 
 
 def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Fuse the pattern that starts with the convolution ``node``, if it is one; True if the graph has changed."""
-    conv = _called(traced, node)
+    conv = called(traced, node)
     if (
         not isinstance(conv, (RecurrentConv3d, nn.Conv3d))
-        or _calls(traced, node) != 1
+        or calls(traced, node) != 1
         or len(node.args) != 1
         or node.kwargs
     ):
         return False
     last = node
     norm: nn.BatchNorm3d | None = None
-    after = _only_user(last)
-    if after is not None and isinstance(candidate := _called(traced, after), nn.BatchNorm3d):
+    after = only_user(last)
+    if after is not None and isinstance(candidate := called(traced, after), nn.BatchNorm3d):
         if candidate.running_mean is None:
             return False
         norm, last = candidate, after
     residual: fx.Node | None = None
-    after = _only_user(last)
-    if after is not None and norm is not None and (other := _added_to(after, last)) is not None:
+    after = only_user(last)
+    if after is not None and norm is not None and (other := added_to(after, last)) is not None:
         residual, last = other, after
-    after = _only_user(last)
-    relu = after is not None and _is_relu(traced, after)
+    after = only_user(last)
+    relu = after is not None and is_relu(traced, after)
     if relu:
         assert after is not None
         last = after
@@ -360,7 +409,7 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
         folded = copy.deepcopy(conv)
         folded.weight, folded.bias = _fold(conv, norm)
         traced.set_submodule(str(node.target), folded)
-        norm_node = _only_user(node)
+        norm_node = only_user(node)
         assert norm_node is not None
         norm_node.replace_all_uses_with(node)
         traced.graph.erase_node(norm_node)
@@ -376,21 +425,26 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
     return True
 
 
-def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+_FOR_INFERENCE = Fusion("fuse_for_inference", _fuse_node, _without_unused, both_modes=False)
+
+
+def called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that ``node`` calls, if it calls one."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _calls(traced: fx.GraphModule, node: fx.Node) -> int:
+def calls(traced: fx.GraphModule, node: fx.Node) -> int:
     """How often the module of ``node`` is called, under any name."""
-    module = _called(traced, node)
-    return sum(_called(traced, other) is module for other in traced.graph.nodes)
+    module = called(traced, node)
+    return sum(called(traced, other) is module for other in traced.graph.nodes)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that takes the value of ``node``, if it is the only one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
+def added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
     """The other operand if ``node`` is ``value + other`` (either order, in place or not), else None."""
     function = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
     method = node.op == "call_method" and node.target in ("add", "add_")
@@ -401,9 +455,10 @@ def _added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not value else None
 
 
-def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+def is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` is a ReLU: a module, a function or a method, in place or not."""
     if node.op == "call_module":
-        return type(_called(traced, node)) is nn.ReLU
+        return type(called(traced, node)) is nn.ReLU
     if node.op == "call_function":
         return node.target in (F.relu, F.relu_, torch.relu, torch.relu_)
     return node.op == "call_method" and node.target in ("relu", "relu_")

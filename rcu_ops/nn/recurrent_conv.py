@@ -202,14 +202,18 @@ class RecurrentConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N,C,T,H,W] -> hidden states [N,O,T,H',W']."""
+        xh = self.project(x)
+        return scan_with_state(
+            lambda h0: recurrent_conv(xh, self.weight_hh, h0, update=self.update), active_slot(self), xh, self.update
+        )
+
+    def project(self, x: Tensor) -> Tensor:
+        """``w_xh * x`` of every frame, the recurrence's input: [N,C,T,H,W] -> [N,O,T,H',W']."""
         check_clip(self, x, self.in_channels)
         frames = frame_conv2d(
             frames_to_batch(x), self.weight_xh, self.bias, **conv2d_arguments(self), padding_mode=self.padding_mode
         )
-        xh = batch_to_frames(frames, x.shape[0], x.shape[2])
-        return scan_with_state(
-            lambda h0: recurrent_conv(xh, self.weight_hh, h0, update=self.update), active_slot(self), xh, self.update
-        )
+        return batch_to_frames(frames, x.shape[0], x.shape[2])
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, as nn.Conv3d prints them."""

@@ -7,6 +7,7 @@ from rcu_ops.ops.cycle_consistency import cycle_consistency, soft_nearest_neighb
 from rcu_ops.ops.fast_gru import fast_gru, fast_gru_step
 from rcu_ops.ops.nonlocal_gates import nonlocal_attention, relational_lstm_step
 from rcu_ops.ops.recurrent_conv import recurrent_conv, recurrent_conv_affine_act
+from rcu_ops.ops.recurrent_conv_batch_norm import recurrent_conv_batch_norm
 from rcu_ops.ops.srtg import srtg_fuse, srtg_squeeze
 
 _schema.load_kernels()
@@ -22,6 +23,7 @@ __all__ = [
     "nonlocal_attention",
     "recurrent_conv",
     "recurrent_conv_affine_act",
+    "recurrent_conv_batch_norm",
     "relational_lstm_step",
     "soft_nearest_neighbor",
     "srtg_fuse",

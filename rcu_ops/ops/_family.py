@@ -2,7 +2,7 @@
 
 A :class:`Family` defines its operators once per kind of kernel: under their own names, which the binary's kernels
 serve, and under names with a suffix for kernels from Python (Triton). All tensors of its operators have the batch
-first.
+first, where no other vmap rule is given.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Definition:
         flops: its FLOP formula (2 per multiply-add), or None: it multiplies nothing that PyTorch's counter would count.
         backward: ``(family, ctx, *grads)`` to the arguments' gradients; None: nothing of it is differentiable.
         setup_context: ``(ctx, inputs, output)``.
+        vmap: from the registered operator to its vmap rule; None: the mapped dimension joins the batch.
     """
 
     signature: str
@@ -38,6 +39,7 @@ class Definition:
     flops: Callable[..., int] | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
+    vmap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
 class Family:
@@ -65,7 +67,7 @@ class Family:
             operator = self._operators[name] = getattr(torch.ops.rcu_ops, full)
             if definition.flops is not None:
                 _schema.flop_formula(full, definition.flops)
-            rule = _fold_into_batch(operator)
+            rule = (definition.vmap or _fold_into_batch)(operator)
             torch.library.register_vmap(f"rcu_ops::{full}", rule, lib=_schema.library)
             if definition.backward is not None:
                 self._differentiable(name, full, definition, rule)

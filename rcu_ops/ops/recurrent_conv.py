@@ -87,7 +87,8 @@ def recurrent_conv_affine_act(
 # ---- checks -------------------------------------------------------------------------------------------------------
 
 
-def _check_sequence(x: Tensor, weight: Tensor, h0: Tensor | None, update: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def check_sequence(x: Tensor, weight: Tensor, h0: Tensor | None, update: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and h0 as the operators take them, or a TypeError or ValueError that names what is wrong."""
     _checks.dims("x", _checks.tensor("x", x), "[N,C,T,H,W]")
     n, c, t, height, width = x.shape
     if t == 0 or c == 0:
@@ -108,7 +109,7 @@ def _check_sequence(x: Tensor, weight: Tensor, h0: Tensor | None, update: str) -
 def _check(
     x: Tensor, weight: Tensor, h0: Tensor | None = None, *, update: str = "sum", reverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, bool, bool]:
-    x, weight, h0 = _check_sequence(x, weight, h0, update)
+    x, weight, h0 = check_sequence(x, weight, h0, update)
     return x, weight, h0, update == "mean", bool(reverse)
 
 
@@ -123,7 +124,7 @@ def _check_affine_act(
     update: str = "sum",
     activation: str = "relu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool, bool]:
-    x, weight, h0 = _check_sequence(x, weight, h0, update)
+    x, weight, h0 = check_sequence(x, weight, h0, update)
     _checks.choice("activation", activation, ACTIVATIONS)
     state = state_dtype_of(x.dtype)
     for name, value in (("scale", scale), ("shift", shift)):
@@ -153,12 +154,13 @@ _INFERENCE_ONLY = (
 # ---- registered operators -----------------------------------------------------------------------------------------
 
 
-def _empty_state(x: Tensor) -> Tensor:
+def empty_state(x: Tensor) -> Tensor:
+    """The state [N,C,H,W] in x's memory format and the state's dtype."""
     return torch.empty_like(x.select(2, 0), dtype=state_dtype_of(x.dtype))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _empty_state(x)
+    return torch.empty_like(x), empty_state(x)
 
 
 def _fake_backward(
@@ -185,14 +187,14 @@ def _fake_affine_act(
     mean: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _empty_state(x)
+    return torch.empty_like(x), empty_state(x)
 
 
 def _reference_forward(
     x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     h, h_n = reference.recurrent_conv(x, weight, h0, update=UPDATES[int(mean)], reverse=reverse)
-    return torch.empty_like(x).copy_(h), _empty_state(x).copy_(h_n)
+    return torch.empty_like(x).copy_(h), empty_state(x).copy_(h_n)
 
 
 def _reference_backward(
@@ -228,7 +230,7 @@ def _reference_affine_act(
     y, h_n = reference.recurrent_conv_affine_act(
         x, weight, scale, shift, h0, residual, update=UPDATES[int(mean)], activation="relu" if relu else "identity"
     )
-    return torch.empty_like(x).copy_(y), _empty_state(x).copy_(h_n)
+    return torch.empty_like(x).copy_(y), empty_state(x).copy_(h_n)
 
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
@@ -355,13 +357,14 @@ def _vmap(operator: str, batched: tuple[int, ...]) -> Any:
 # ---- FLOPs --------------------------------------------------------------------------------------------------------
 
 
-def _scan_flops(shape: Any, first_frame_free: bool) -> int:
+def scan_flops(shape: Any, first_frame_free: bool) -> int:
+    """FLOPs of W times every state of a scan over ``shape`` [N,C,T,H,W]; the first frame's is none without h0."""
     n, c, t, height, width = shape
     return 2 * n * c * c * (t - int(first_frame_free)) * height * width
 
 
 def _forward_flops(x: Any, weight: Any, h0: Any, mean: bool, reverse: bool, out_shape: Any = None) -> int:
-    return _scan_flops(x, h0 is None)
+    return scan_flops(x, h0 is None)
 
 
 def _backward_flops(
@@ -375,7 +378,7 @@ def _backward_flops(
     need_weight_grad: bool,
     out_shape: Any = None,
 ) -> int:
-    return _scan_flops(h, h0 is None) * (1 + int(need_weight_grad))
+    return scan_flops(h, h0 is None) * (1 + int(need_weight_grad))
 
 
 def _affine_act_flops(
@@ -389,7 +392,7 @@ def _affine_act_flops(
     relu: bool,
     out_shape: Any = None,
 ) -> int:
-    return _scan_flops(x, h0 is None)
+    return scan_flops(x, h0 is None)
 
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -501,7 +504,7 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
     return run
 
 
-_BINARY = _Operators("", {})
+BINARY = _Operators("", {})
 _TRITON = _Operators(
     "_triton",
     {
@@ -581,13 +584,13 @@ def _through_operator(x: Tensor) -> bool:
 
 def _run_reference(x: Tensor, weight: Tensor, h0: Tensor | None, mean: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     if _through_operator(x):
-        return _BINARY.forward(x, weight, h0, mean, reverse)
+        return BINARY.forward(x, weight, h0, mean, reverse)
     return reference.recurrent_conv(x, weight, h0, update=UPDATES[int(mean)], reverse=reverse)
 
 
 def _run_reference_affine_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if _through_operator(x):
-        return _BINARY.affine_act(x, *args)
+        return BINARY.affine_act(x, *args)
     weight, scale, shift, h0, residual, mean, relu = args
     return reference.recurrent_conv_affine_act(
         x,
@@ -617,15 +620,13 @@ OPERATOR = register(
         (
             Backend(
                 "cuda",
-                _BINARY.forward,
+                BINARY.forward,
                 _predicates.why_not_cuda("recurrent_conv", "recurrent_conv"),
                 lambda *a: _cuda_plan(a[0], a[2], reverse=a[4]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.forward, _why_not_triton("recurrent_conv"), _triton_plan),
-            Backend(
-                "cpu", _BINARY.forward, _predicates.why_not_cpu("recurrent_conv"), lambda *a: _cpu_plan(a[0], a[2])
-            ),
+            Backend("cpu", BINARY.forward, _predicates.why_not_cpu("recurrent_conv"), lambda *a: _cpu_plan(a[0], a[2])),
             Backend("reference", _run_reference, _predicates.why_not_reference),
         ),
         check=_check,
@@ -638,7 +639,7 @@ AFFINE_ACT = register(
         (
             Backend(
                 "cuda",
-                _BINARY.affine_act,
+                BINARY.affine_act,
                 _predicates.why_not_cuda("recurrent_conv_affine_act", "recurrent_conv"),
                 lambda *a: _cuda_plan(a[0], a[4], a[5]),
                 experimental=_evidence.experimental("recurrent_conv"),
@@ -646,7 +647,7 @@ AFFINE_ACT = register(
             Backend("triton", _TRITON.affine_act, _why_not_triton("recurrent_conv_affine_act"), _triton_plan),
             Backend(
                 "cpu",
-                _BINARY.affine_act,
+                BINARY.affine_act,
                 _predicates.why_not_cpu("recurrent_conv_affine_act"),
                 lambda *a: _cpu_plan(a[0], a[4]),
             ),

@@ -20,6 +20,7 @@ from rcu_ops.reference.nonlocal_gates import (
     relational_lstm_step_backward,
 )
 from rcu_ops.reference.recurrent_conv import recurrent_conv, recurrent_conv_affine_act, recurrent_conv_backward
+from rcu_ops.reference.recurrent_conv_batch_norm import recurrent_conv_batch_norm
 from rcu_ops.reference.srtg import srtg_fuse, srtg_fuse_backward, srtg_squeeze
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "recurrent_conv",
     "recurrent_conv_affine_act",
     "recurrent_conv_backward",
+    "recurrent_conv_batch_norm",
     "relational_lstm_step",
     "relational_lstm_step_backward",
     "soft_nearest_neighbor",
