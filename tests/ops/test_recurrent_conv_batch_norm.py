@@ -265,7 +265,7 @@ def test_compile_fullgraph() -> None:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for shape in ((2, 8, 3, 4, 4), (3, 8, 3, 5, 4)):
-        given = problem(shape, torch.float32)
+        given = problem(shape, torch.float64)
         leaves, twins = ([v.detach().clone().requires_grad_() for v in given.values()] for _ in range(2))
         compiled(*leaves).backward()
         step(*twins).backward()
