@@ -36,7 +36,7 @@ MACHINE: dict[str, list[str]] = {
 
 
 def kernel_sources() -> list[Path]:
-    return [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "probes.cu"]
+    return [*sorted((CSRC / "cuda").glob("*.cu")), *sorted(HERE.glob("probes*.cu"))]
 
 
 @functools.cache

@@ -20,6 +20,7 @@
 // memory through its fiber interface.
 #if defined(CUDA_HOST_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_write_range(void* address, unsigned long size);
 #endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -149,7 +150,7 @@ struct Copy {
   size_t bytes;
 };
 
-enum class Wait { none, block, warp, exited };
+enum class Wait { none, block, warp, cluster, poll, exited };
 
 struct Block;
 struct Warp;
@@ -165,7 +166,8 @@ struct Fiber {
   Location where;
   std::vector<Copy> open;                // not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
-  uint64_t exchanges = 0, block_barriers = 0, warp_barriers = 0;
+  uint64_t exchanges = 0, block_barriers = 0, warp_barriers = 0, cluster_barriers = 0;
+  bool arrived_at_cluster = false, first_poll = false;
 };
 
 // Tokens name what orders memory. Barriers take turns with two of them: a thread may leave for the next barrier before
@@ -176,8 +178,21 @@ struct Warp {
   char barrier[2] = {};
 };
 
+// Blocks that run together: one, where nothing was said about clusters.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  size_t arrived = 0, exited = 0;  // threads, of `threads`
+  size_t threads = 0, blocks_exited = 0;
+  uint64_t barriers = 0;  // completed
+  char barrier[2] = {};
+};
+
 struct Block {
   uint3 index{};
+  Cluster* cluster = nullptr;
+  int rank = 0;  // in it
+  bool mapped = false;
+  uint64_t mapped_after = 0;  // the cluster's barriers when another block last mapped this one's shared memory
   std::vector<Fiber*> fibers;
   std::vector<std::unique_ptr<Warp>> warps;
   unsigned char* shared = nullptr;
@@ -187,8 +202,7 @@ struct Block {
 
 struct Launch {
   const char* name;
-  dim3 grid, block;
-  size_t shared_bytes;
+  Shape shape;
   const std::function<void()>* kernel;
   std::string error;
 };
@@ -197,6 +211,8 @@ Context scheduler;
 Fiber* running = nullptr;
 Launch* launch = nullptr;
 std::vector<Fiber*> runnable;
+std::vector<Fiber*> polling;
+std::vector<std::unique_ptr<Cluster>> resident;
 std::vector<Fiber*> idle;  // finished fibers, with their stacks
 std::mt19937_64 random_source;
 
@@ -235,6 +251,22 @@ void sleep(Wait wait, const char* operation, const Location& where) {
   switch_context(running->context, scheduler);
 }
 
+// A block's last thread is about to exit: the others of its cluster must be done with its shared memory.
+void close_shared(Block& block) {
+  if (block.cluster->blocks.size() == 1) return;
+  if (block.mapped && block.mapped_after == block.cluster->barriers)
+    fail("a block exits whose shared memory others have mapped since the last cluster barrier", Location::current());
+  acquire(&block.end);  // what its own threads did is in order with their exit
+  if (!block.shared) return;
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  __tsan_write_range(block.shared, launch->shape.shared_bytes);
+#endif
+  std::memset(block.shared, 0xff, launch->shape.shared_bytes);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(block.shared, launch->shape.shared_bytes);
+#endif
+}
+
 void fiber_main() {
   arrived(running->context);
   acquire(&running->block->begin);
@@ -242,6 +274,8 @@ void fiber_main() {
   const bool landed = std::all_of(running->groups.begin(), running->groups.end(), [](const auto& g) { return g.empty(); });
   if (!running->open.empty() || !landed)
     fail("a thread exits with asynchronous copies in flight", Location::current());
+  if (running->arrived_at_cluster) fail("a thread arrives at a cluster barrier and exits without waiting", Location::current());
+  if (Block& mine = *running->block; mine.exited + 1 == mine.fibers.size()) close_shared(mine);
   release(&running->block->end);
   running->wait = Wait::exited;
   switch_context(running->context, scheduler, true);
@@ -270,17 +304,20 @@ Fiber* new_fiber() {
   return f;
 }
 
-std::unique_ptr<Block> start_block(const Launch& l, uint64_t number) {
+std::unique_ptr<Block> start_block(Cluster& cluster, uint64_t number) {
+  const Shape& shape = launch->shape;
   auto block = std::make_unique<Block>();
-  block->index = {static_cast<unsigned>(number % l.grid.x), static_cast<unsigned>(number / l.grid.x % l.grid.y),
-                  static_cast<unsigned>(number / l.grid.x / l.grid.y)};
-  if (l.shared_bytes > 0) {
+  block->cluster = &cluster;
+  block->rank = static_cast<int>(cluster.blocks.size());
+  block->index = {static_cast<unsigned>(number % shape.grid.x), static_cast<unsigned>(number / shape.grid.x % shape.grid.y),
+                  static_cast<unsigned>(number / shape.grid.x / shape.grid.y)};
+  if (shape.shared_bytes > 0) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, l.shared_bytes) != 0) std::abort();
+    if (posix_memalign(&memory, 1024, shape.shared_bytes) != 0) std::abort();
     block->shared = static_cast<unsigned char*>(memory);
-    std::memset(block->shared, 0xff, l.shared_bytes);
+    std::memset(block->shared, 0xff, shape.shared_bytes);
   }
-  const unsigned threads = l.block.x * l.block.y * l.block.z;
+  const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
   for (unsigned i = 0; i < threads; ++i) {
     if (i % 32 == 0) block->warps.push_back(std::make_unique<Warp>());
     Fiber* f = new_fiber();
@@ -288,8 +325,9 @@ std::unique_ptr<Block> start_block(const Launch& l, uint64_t number) {
     f->warp = block->warps.back().get();
     ++f->warp->members;
     f->number = i;
-    f->index = {i % l.block.x, i / l.block.x % l.block.y, i / l.block.x / l.block.y};
-    f->exchanges = f->block_barriers = f->warp_barriers = 0;
+    f->index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
+    f->exchanges = f->block_barriers = f->warp_barriers = f->cluster_barriers = 0;
+    f->arrived_at_cluster = false;
     f->open.clear();
     f->groups.clear();
     f->context.prepare(fiber_main);
@@ -300,32 +338,73 @@ std::unique_ptr<Block> start_block(const Launch& l, uint64_t number) {
   return block;
 }
 
-void end_block(Block& block) {
-  acquire(&block.end);
-  for (Fiber* f : block.fibers) idle.push_back(f);
-  std::free(block.shared);
+// Blocks number .. number + shape.cluster.
+std::unique_ptr<Cluster> start_cluster(uint64_t number) {
+  auto cluster = std::make_unique<Cluster>();
+  for (int i = 0; i < launch->shape.cluster; ++i) {
+    cluster->blocks.push_back(start_block(*cluster, number + static_cast<uint64_t>(i)));
+    cluster->threads += cluster->blocks.back()->fibers.size();
+  }
+  return cluster;
 }
 
-// Nobody can run: says who waits for what.
-std::string report_deadlock(const Block& block) {
+void end_cluster(Cluster& cluster) {
+  for (const auto& block : cluster.blocks) {
+    acquire(&block->end);
+    for (Fiber* f : block->fibers) idle.push_back(f);
+#if defined(__SANITIZE_ADDRESS__)
+    if (block->shared) __asan_unpoison_memory_region(block->shared, launch->shape.shared_bytes);
+#endif
+    std::free(block->shared);
+  }
+}
+
+// Nobody of these can run: says who waits for what.
+std::string report_deadlock(const std::vector<const Fiber*>& fibers, const char* whose) {
   struct Group {
     std::string text;
-    unsigned first, count;
+    const Fiber* first;
+    unsigned count;
   };
   std::vector<Group> groups;
-  for (const Fiber* f : block.fibers) {
+  for (const Fiber* f : fibers) {
     std::string text = f->wait == Wait::exited ? "exited"
                                                : std::string("at ") + f->operation + " (" + place(f->where) + ")";
     const auto same = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.text == text; });
     if (same != groups.end())
       ++same->count;
     else
-      groups.push_back({std::move(text), f->number, 1});
+      groups.push_back({std::move(text), f, 1});
   }
-  std::string text = "threads of one block wait for each other in different places:";
+  std::string text = std::string("threads of ") + whose + " wait for each other in different places:";
+  const bool blocks = fibers.front()->block != fibers.back()->block;
   for (const Group& g : groups)
-    text += " " + std::to_string(g.count) + " " + g.text + ", the first is thread " + std::to_string(g.first) + ";";
+    text += " " + std::to_string(g.count) + " " + g.text + ", the first is " +
+            (blocks ? name_of(*g.first) : "thread " + std::to_string(g.first->number)) + ";";
   return text;
+}
+
+std::string report_deadlock(const Block& block) {
+  return report_deadlock({block.fibers.begin(), block.fibers.end()}, "one block");
+}
+
+// All that are in flight, or one block of them where blocks do not wait for each other.
+std::string report_deadlock() {
+  if (polling.empty() && launch->shape.cluster == 1) return report_deadlock(*resident[draw(resident.size())]->blocks.front());
+  std::vector<const Fiber*> fibers;
+  for (const auto& cluster : resident)
+    for (const auto& block : cluster->blocks) fibers.insert(fibers.end(), block->fibers.begin(), block->fibers.end());
+  return report_deadlock(fibers, "blocks in flight");
+}
+
+// The manual's rule: all threads of the cluster that have not exited.
+void release_cluster_if_complete(Cluster& cluster) {
+  if (cluster.arrived == 0 || cluster.arrived + cluster.exited != cluster.threads) return;
+  cluster.arrived = 0;
+  ++cluster.barriers;
+  for (const auto& block : cluster.blocks)
+    for (Fiber* f : block->fibers)
+      if (f->wait == Wait::cluster) make_runnable(f);
 }
 
 void release_block_if_complete(Block& block) {
@@ -364,48 +443,84 @@ void meet_warp(const char* operation, const Location& where) {
 
 }  // namespace
 
-std::string run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+int64_t resident_blocks(int64_t threads, size_t shared_bytes) {
+  const int64_t rounded = (threads + 31) / 32 * 32, reserved = 1024;  // of shared memory, by the system, for every block
+  const int64_t by_memory = (options.shared_bytes + reserved) / (static_cast<int64_t>(shared_bytes) + reserved);
+  return options.multiprocessors * std::min({2048 / rounded, by_memory, int64_t{32}});
+}
+
+std::string run(const char* name, const Shape& shape, const std::function<void()>& kernel) {
+  const dim3 grid = shape.grid, block = shape.block;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const auto refuse = [&](const std::string& why) { return std::string(name) + ": invalid launch: " + why; };
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || blocks == 0) return refuse("the grid is empty or too large");
   if (threads == 0 || threads > 1024 || block.z > 64) return refuse(std::to_string(threads) + " threads per block");
-  if (static_cast<int64_t>(shared_bytes) > options.shared_bytes)
-    return refuse(std::to_string(shared_bytes) + " bytes of shared memory, the device has " + std::to_string(options.shared_bytes));
+  if (static_cast<int64_t>(shape.shared_bytes) > options.shared_bytes)
+    return refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(options.shared_bytes));
+  if (shape.cluster != 1) {
+    if (options.architecture < 90) return refuse("clusters on an architecture before sm_90");
+    if (shape.cluster < 1 || shape.cluster > 16) return refuse("clusters of " + std::to_string(shape.cluster) + " blocks");
+    if (grid.x % static_cast<unsigned>(shape.cluster) != 0)
+      return refuse(std::to_string(grid.x) + " blocks along x are not whole clusters of " + std::to_string(shape.cluster));
+  }
+  if (const int64_t most = resident_blocks(static_cast<int64_t>(threads), shape.shared_bytes);
+      shape.cooperative && static_cast<int64_t>(blocks) > most)
+    return refuse(std::to_string(blocks) + " blocks of a cooperative launch, the device holds " + std::to_string(most));
 
-  Launch current{name, grid, block, shared_bytes, &kernel, {}};
+  Launch current{name, shape, &kernel, {}};
   launch = &current;
   random_source.seed(options.seed);
 #if defined(CUDA_HOST_THREAD_SANITIZER)
   scheduler.sanitizer = __tsan_get_current_fiber();
 #endif
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
+  std::vector<uint64_t> order(blocks / static_cast<uint64_t>(shape.cluster));
+  for (uint64_t i = 0; i < order.size(); ++i) order[i] = i * static_cast<uint64_t>(shape.cluster);
   std::shuffle(order.begin(), order.end(), random_source);
-  std::vector<std::unique_ptr<Block>> resident;
-  size_t started = 0;
-  while (current.error.empty() && (started < blocks || !resident.empty())) {
-    while (started < blocks && resident.size() < static_cast<size_t>(options.resident))
-      resident.push_back(start_block(current, order[started++]));
-    if (runnable.empty()) {
-      current.error = report_deadlock(*resident[draw(resident.size())]);
+  const size_t together = shape.cooperative ? order.size() : static_cast<size_t>(std::max(1, options.resident / shape.cluster));
+  size_t started = 0, unchanged = 0;  // unchanged: threads in a row that found memory as they had left it
+  while (current.error.empty() && (started < order.size() || !resident.empty())) {
+    while (started < order.size() && resident.size() < together) resident.push_back(start_cluster(order[started++]));
+    if (runnable.empty() && unchanged >= polling.size()) {
+      current.error = report_deadlock();
       break;
     }
-    std::swap(runnable[draw(runnable.size())], runnable.back());
-    running = runnable.back();
-    runnable.pop_back();
+    // Whoever polls looks again now and then, and when nobody else is left: then all in turn, so that none is forgotten.
+    auto& from = polling.empty() || (!runnable.empty() && draw(8) != 0) ? runnable : polling;
+    const bool in_turn = &from == &polling && runnable.empty();
+    const size_t chosen = in_turn ? 0 : draw(from.size());
+    running = from[chosen];
+    if (in_turn) {
+      from.erase(from.begin());
+    } else {
+      std::swap(from[chosen], from.back());
+      from.pop_back();
+    }
     switch_context(scheduler, running->context);
     Block& of = *running->block;
+    unchanged = running->wait == Wait::poll && !running->first_poll ? unchanged + (in_turn ? 1 : 0) : 0;
     if (running->wait == Wait::block) {
       release_block_if_complete(of);
     } else if (running->wait == Wait::warp) {
       release_warp_if_complete(*running->warp, of);
-    } else if (running->wait == Wait::exited && ++of.exited == of.fibers.size()) {
-      end_block(of);
-      resident.erase(std::find_if(resident.begin(), resident.end(), [&](const auto& b) { return b.get() == &of; }));
+    } else if (running->wait == Wait::poll) {
+      polling.push_back(running);
+    } else if (running->wait == Wait::cluster) {
+      if (running->cluster_barriers < of.cluster->barriers) make_runnable(running);
+    } else if (running->wait == Wait::exited) {
+      Cluster& cluster = *of.cluster;
+      ++cluster.exited;
+      release_cluster_if_complete(cluster);
+      if (++of.exited == of.fibers.size() && ++cluster.blocks_exited == cluster.blocks.size()) {
+        end_cluster(cluster);
+        resident.erase(std::find_if(resident.begin(), resident.end(), [&](const auto& c) { return c.get() == &cluster; }));
+      }
     }
   }
-  // After an error the fibers in flight are abandoned where they stand, with their stacks.
+  // After an error the fibers in flight are abandoned where they stand, with their stacks and what these refer to.
   runnable.clear();
+  polling.clear();
+  for (auto& cluster : resident) static_cast<void>(cluster.release());
+  resident.clear();
   running = nullptr;
   launch = nullptr;
   return current.error.empty() ? std::string() : std::string(name) + ": " + current.error;
@@ -413,14 +528,63 @@ std::string run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, co
 
 uint3 thread_index() { return running->index; }
 uint3 block_index() { return running->block->index; }
-dim3 block_size() { return launch->block; }
-dim3 grid_size() { return launch->grid; }
+dim3 block_size() { return launch->shape.block; }
+dim3 grid_size() { return launch->shape.grid; }
 unsigned char* dynamic_shared() { return running->block->shared; }
 
 void fail(const std::string& what, const Location& where) {
   launch->error = name_of(*running) + ": " + what + " (" + place(where) + ")";
   switch_context(running->context, scheduler);
   std::abort();
+}
+
+void require_cooperative(const Location& where) {
+  if (!launch->shape.cooperative) fail("a barrier of the whole grid in a launch that is not cooperative", where);
+}
+
+void poll(bool first, const Location& where) {
+  running->first_poll = first;
+  sleep(Wait::poll, "wait_until", where);
+}
+
+int cluster_rank() { return running->block->rank; }
+int cluster_size() { return launch->shape.cluster; }
+
+void cluster_arrive(const Location& where) {
+  if (running->arrived_at_cluster) fail("a thread arrives twice at a cluster barrier", where);
+  running->arrived_at_cluster = true;
+  Cluster& cluster = *running->block->cluster;
+  release(&cluster.barrier[running->cluster_barriers % 2]);
+  ++cluster.arrived;
+  release_cluster_if_complete(cluster);
+}
+
+void cluster_wait(const Location& where) {
+  if (!running->arrived_at_cluster) fail("a thread waits at a cluster barrier without having arrived", where);
+  Cluster& cluster = *running->block->cluster;
+  const uint64_t mine = running->cluster_barriers;
+  sleep(Wait::cluster, "cluster_wait", where);
+  acquire(&cluster.barrier[mine % 2]);
+  running->cluster_barriers = mine + 1;
+  running->arrived_at_cluster = false;
+}
+
+void* map_shared(const void* own, int rank, const Location& where) {
+  const auto* at = static_cast<const unsigned char*>(own);
+  Block& mine = *running->block;
+  if (!mine.shared || at < mine.shared || at >= mine.shared + launch->shape.shared_bytes)
+    fail("mapping an address outside of the block's shared memory", where);
+  if (rank < 0 || rank >= launch->shape.cluster)
+    fail("mapping the shared memory of block " + std::to_string(rank) + " of a cluster of " + std::to_string(launch->shape.cluster),
+         where);
+  Block& other = *mine.cluster->blocks[static_cast<size_t>(rank)];
+  if (&other != &mine) {
+    if (mine.cluster->barriers == 0) fail("mapping another block's shared memory before the first cluster barrier", where);
+    if (other.exited == other.fibers.size()) fail("mapping the shared memory of a block that has exited", where);
+    other.mapped = true;
+    other.mapped_after = mine.cluster->barriers;
+  }
+  return other.shared + (at - mine.shared);
 }
 
 void block_barrier(const Location& where) {
@@ -459,7 +623,7 @@ void async_copy(void* shared, const void* global, size_t bytes, const Location& 
     fail("an asynchronous copy of " + std::to_string(bytes) + " bytes is not aligned to its size", where);
   const auto* begin = running->block->shared;
   const auto* at = static_cast<const unsigned char*>(shared);
-  if (at < begin || at + bytes > begin + launch->shared_bytes)
+  if (at < begin || at + bytes > begin + launch->shape.shared_bytes)
     fail("an asynchronous copy ends outside of shared memory", where);
   std::memset(shared, 0xff, bytes);
   running->open.push_back({shared, global, bytes});

@@ -8,8 +8,12 @@
 //              it, and only what orders memory in CUDA (block_barrier, warp_barrier, the ends of a launch) orders it here.
 // Shared       Dynamic shared memory is a heap block of exactly the launch's size, so that AddressSanitizer sees the first
 // memory.      byte beyond it, and starts as 0xff bytes: NaN in every format, -1 as an index.
-// Waiting.     Threads that wait for each other in different places, or for threads that have exited, end the launch with
-//              a report instead of a hang.
+// Waiting.     Threads that wait for each other in different places, for threads that have exited, or for a value in memory
+//              that nobody is left to write, end the launch with a report instead of a hang.
+// Together.    All blocks of a cooperative launch are in flight at once, and all blocks of a cluster. A block's shared
+//              memory can be mapped by the others of its cluster after the cluster's first barrier; a block that exits
+//              without a barrier after such a mapping is reported, and what is read from its memory later is 0xff bytes, a
+//              race to ThreadSanitizer and poisoned to AddressSanitizer.
 // Warps.       Warp-wide operations meet at exchange(): all 32 lanes, the same operation, the same source line.
 // Copies.      An asynchronous copy lands when its thread waits for it and not before, in random order within what the wait
 //              covers; until then its destination holds 0xff bytes. Copies still in flight when a thread exits are reported.
@@ -40,8 +44,18 @@ struct Options {
 };
 extern Options options;
 
+struct Shape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  int cluster = 1;  // neighbouring blocks along x
+  bool cooperative = false;
+};
+
 // Runs every block of the grid. Returns what went wrong, or an empty string.
-std::string run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+std::string run(const char* name, const Shape& shape, const std::function<void()>& kernel);
+
+// How many blocks the device can hold at once; it is short of threads and shared memory alone, and never of registers.
+int64_t resident_blocks(int64_t threads, size_t shared_bytes);
 
 // ---- from inside a kernel ----------------------------------------------------------------------------------------
 
@@ -53,6 +67,19 @@ unsigned char* dynamic_shared();
 
 // Ends the launch with a report; does not return.
 [[noreturn]] void fail(const std::string& what, const Location& where);
+
+// Fails unless the launch is cooperative.
+void require_cooperative(const Location& where);
+
+// Lets others run until memory may have changed. `first`: this wait has just begun.
+void poll(bool first, const Location& where);
+
+int cluster_rank();
+int cluster_size();
+void cluster_arrive(const Location& where);
+void cluster_wait(const Location& where);
+// The place in the shared memory of block `rank` of the cluster that `own` is in this block's.
+void* map_shared(const void* own, int rank, const Location& where);
 
 void block_barrier(const Location& where);
 void warp_barrier(const Location& where);

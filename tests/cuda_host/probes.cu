@@ -2,7 +2,9 @@
 #include "probes.h"
 
 #include "cuda/device/async_copy.h"
+#include "cuda/device/atomic.h"
 #include "cuda/device/barrier.h"
+#include "cuda/device/grid_barrier.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/matrix_copy.h"
 #include "cuda/device/mma.h"
@@ -94,6 +96,41 @@ __global__ void index_probe(int* out) {
   at[3] = blockDim.x + 10 * blockDim.y + 100 * blockDim.z;
 }
 
+// Rounds of: every block writes a number, and reads all the others' of the round. numbers [2][blocks] scratch, out [blocks].
+// Split: arrive and wait are apart. One slot for both parities would need a second barrier.
+template <bool Split>
+__global__ void grid_barrier_probe(GridCounter* counter, int* numbers, int* out) {
+  GridBarrier barrier(counter);
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  int sum = 0;
+  for (int round = 0; round < 4; ++round) {
+    int* mine = numbers + round % 2 * blocks;
+    if (thread == static_cast<int>(blockDim.x) - 1) mine[block] = round * 100 + block;
+    if constexpr (Split) {
+      barrier.arrive();
+      sum += round;
+      barrier.wait();
+    } else {
+      barrier.arrive_and_wait();
+    }
+    for (int i = 0; i < blocks; ++i) sum += mine[i];
+  }
+  if (thread == 0) out[block] = sum;
+}
+
+// A chain: block b waits for the value that block b - 1 releases. values [blocks], plain [blocks].
+template <bool Ordered>
+__global__ void chain_probe(uint32_t* values, int* plain) {
+  const unsigned b = blockIdx.x;
+  if (b > 0)
+    wait_until([&] { return (Ordered ? load_acquire(values + b - 1) : load_relaxed(values + b - 1)) != 0; });
+  plain[b] = b == 0 ? 1 : plain[b - 1] + 1;
+  store_release(values + b, 1u);
+}
+
+// ticket [1], out [blocks]: the order of arrival, each number once.
+__global__ void ticket_probe(uint32_t* ticket, int* out) { out[blockIdx.x] = static_cast<int>(fetch_add(ticket, 1u)); }
+
 // ---- faults ----------------------------------------------------------------------------------------------------------
 
 __global__ void divergent_barrier(int* out) {
@@ -140,14 +177,17 @@ __global__ void shuffle_is_no_barrier(int* out) {
   const int zero = shuffle_xor(0, 1);
   out[threadIdx.x] = memory[(threadIdx.x + 1) % 32] + zero;
 }
+__global__ void wait_for_nobody(int* out) {
+  if (threadIdx.x == 5) wait_until([&] { return load_acquire(reinterpret_cast<uint32_t*>(out)) == 77; });
+  block_barrier();
+  out[threadIdx.x] = 1;
+}
 __global__ void one_past_shared_memory(int* out) {
   auto* memory = dynamic_shared<int>();
   memory[threadIdx.x + 1] = 1;
   block_barrier();
   out[threadIdx.x] = memory[threadIdx.x];
 }
-
-using Probe = Error (*)(const std::vector<void*>& s);
 
 template <int Count, bool Transposed>
 Error load_probe(const std::vector<void*>& s) {
@@ -174,8 +214,39 @@ Error copy(const std::vector<void*>& s) {
                 static_cast<uint32_t*>(s[1]));
 }
 
-const std::map<std::string, Probe>& probes() {
-  static const std::map<std::string, Probe> all = {
+// counter, numbers, out; twice, to show that the counter goes on where it was.
+template <bool Split, bool Cooperative>
+Error grid_barriers(const std::vector<void*>& s) {
+  auto* counter = static_cast<GridCounter*>(s[0]);
+  auto *numbers = static_cast<int*>(s[1]), *out = static_cast<int*>(s[2]);
+  if constexpr (!Cooperative)
+    return launch("grid_barrier_probe", grid_barrier_probe<Split>, dim3(3), dim3(64), 0, Stream(), counter, numbers, out);
+  Error error = fill_zero(counter, sizeof(GridCounter), Stream());
+  for (int i = 0; i < 2 && error.empty(); ++i)
+    error = launch_cooperative("grid_barrier_probe", grid_barrier_probe<Split>, 1, dim3(5), dim3(64), 0, Stream(), counter,
+                               numbers, out);
+  return error;
+}
+template <bool Ordered>
+Error chain(const std::vector<void*>& s) {
+  return launch_cooperative("chain_probe", chain_probe<Ordered>, 2, dim3(6), dim3(1), 0, Stream(), static_cast<uint32_t*>(s[0]),
+                            static_cast<int*>(s[1]));
+}
+Error tickets(const std::vector<void*>& s) {
+  return launch("ticket_probe", ticket_probe, dim3(7), dim3(1), 0, Stream(), static_cast<uint32_t*>(s[0]),
+                static_cast<int*>(s[1]));
+}
+// One block more than the device holds.
+Error one_block_too_many(const std::vector<void*>& s) {
+  int64_t most = 0;
+  const Error error = resident_blocks("index_probe", index_probe, 1, 96, 30 * 1024, most);
+  if (!error.empty()) return error;
+  return launch_cooperative("index_probe", index_probe, 1, dim3(static_cast<unsigned>(most + 1)), dim3(96), 30 * 1024, Stream(),
+                            static_cast<int*>(s[0]));
+}
+
+const Probes& probes() {
+  static const Probes own = {
       {"mma_bf16", mma<__nv_bfloat16>},
       {"mma_f16", mma<__half>},
       {"mma_tf32", mma<float>},
@@ -226,8 +297,21 @@ const std::map<std::string, Probe>& probes() {
       {"barrier", fault<neighbours<true>, 64, 256>},
       {"no_barrier", fault<neighbours<false>, 64, 256>},
       {"shuffle_is_no_barrier", fault<shuffle_is_no_barrier, 32, 128>},
+      {"grid_barrier", grid_barriers<false, true>},
+      {"grid_barrier_split", grid_barriers<true, true>},
+      {"grid_barrier_in_a_plain_launch", grid_barriers<false, false>},
+      {"one_block_too_many", one_block_too_many},
+      {"chain", chain<true>},
+      {"chain_without_order", chain<false>},
+      {"tickets", tickets},
+      {"wait_for_nobody", fault<wait_for_nobody, 64, 0>},
       {"one_past_shared_memory", fault<one_past_shared_memory, 32, 128>},
   };
+  static const Probes all = [] {
+    Probes both = own;
+    both.insert(probes_sm90().begin(), probes_sm90().end());
+    return both;
+  }();
   return all;
 }
 

@@ -7,6 +7,11 @@
 
 namespace rcu_ops::cuda {
 
+using Probe = std::string (*)(const std::vector<void*>& storages);
+using Probes = std::map<std::string, Probe>;
+
+const Probes& probes_sm90();
+
 std::string run_probe(const std::string& name, const std::vector<void*>& storages);
 
 }  // namespace rcu_ops::cuda

@@ -6,6 +6,8 @@ The layouts are written down here once more, from the manual ("Matrix Fragments 
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,9 +140,106 @@ def test_indices_and_sizes(machine) -> None:
             assert out[block, thread].tolist() == want
 
 
+@pytest.mark.parametrize("name", ["grid_barrier", "grid_barrier_split"])
+@pytest.mark.parametrize("sanitizer", ["none", "thread"])
+def test_grid_barrier(machine_with, name, sanitizer) -> None:
+    machine = machine_with(sanitizer)
+    for seed in range(4):
+        machine.seed = seed
+        counter, numbers, out = (
+            torch.full((1,), 3),
+            torch.zeros(10, dtype=torch.int32),
+            torch.zeros(5, dtype=torch.int32),
+        )
+        machine.probe(name, counter, numbers, out)
+        assert out.tolist() == [5 * 100 * 6 + 4 * 10 + (6 if "split" in name else 0)] * 5
+        assert counter.item() == 2 * 4 * 5
+
+
+def test_cooperative_launches_are_refused_when_they_do_not_fit(machine) -> None:
+    machine.device = {"multiprocessors": 3, "shared_bytes": 163 * 1024}
+    report = r"16 blocks must run at once, the device holds 15 of 96 threads and 30720 bytes"
+    with pytest.raises(LaunchError, match=report):
+        machine.probe("one_block_too_many", torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("sanitizer", ["none", "thread", "address"])
+def test_clusters(machine_with, size, sanitizer) -> None:
+    machine = machine_with(sanitizer)
+    machine.device = {"architecture": 90}
+    out = torch.zeros(6, 4, dtype=torch.int32)
+    machine.probe(f"cluster_of_{size}", out)
+    for block in range(6):
+        first = block // size * size
+        want = [block % size, size, sum(10 + b for b in range(first, first + size)), (block - 1) % size]
+        assert out[block].tolist() == want
+
+
+@pytest.mark.parametrize("sanitizer", ["none", "thread"])
+def test_release_and_acquire_order_a_chain_of_blocks(machine_with, sanitizer) -> None:
+    machine = machine_with(sanitizer)
+    machine.device = {"architecture": 90}
+    values, plain = torch.zeros(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
+    machine.probe("chain", values, plain)
+    assert plain.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_tickets_are_drawn_once(machine) -> None:
+    ticket, out = torch.zeros(1, dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
+    machine.probe("tickets", ticket, out)
+    assert sorted(out.tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("name", "report"),
     [
+        ("cluster_of_3", "invalid launch: clusters on an architecture before sm_90"),
+        ("cluster_of_4", "6 blocks along x are not whole clusters of 4"),
+        (
+            "cluster_without_the_last_barrier",
+            "exits whose shared memory|memory of a block that has exited",
+        ),
+        ("mapping_too_early", "before the first cluster barrier"),
+        ("mapping_beyond_the_cluster", "the shared memory of block 2 of a cluster of 2"),
+        ("cluster_arrive_twice", "arrives twice at a cluster barrier"),
+        ("cluster_never_waited", "arrives at a cluster barrier and exits"),
+    ],
+)
+def test_faults_of_clusters_are_reported(machine, name, report, seed) -> None:
+    machine.seed, machine.device = seed, {"architecture": 80 if report.endswith("sm_90") else 90}
+    with pytest.raises(LaunchError, match=report):
+        machine.probe(name, torch.zeros(128, dtype=torch.int32))
+
+
+def test_a_missing_cluster_barrier_gives_wrong_results(machine) -> None:
+    machine.device, wrong = {"architecture": 90}, 0
+    for seed in range(8):
+        machine.seed, out = seed, torch.zeros(6, 4, dtype=torch.int32)
+        with contextlib.suppress(LaunchError):  # that is noticed, too
+            machine.probe("cluster_without_a_barrier", out)
+        wrong += out[:, 3].tolist() != [2, 0, 1, 2, 0, 1]
+    assert wrong == 8
+
+
+def test_sanitizers_see_an_access_to_an_exited_block(machine_with) -> None:
+    out = torch.zeros(128, dtype=torch.int32)
+    machine = machine_with("thread")
+    machine.device = {"architecture": 90}
+    with pytest.raises(SanitizerReport, match="data race"):
+        machine.probe("read_after_exit", out)
+    machine = machine_with("address", seed=1)  # one under which the other block has exited by then
+    machine.device = {"architecture": 90}
+    with pytest.raises(SanitizerReport, match="use-after-poison"):
+        machine.probe("read_after_exit", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("grid_barrier_in_a_plain_launch", "a barrier of the whole grid in a launch that is not cooperative"),
+        ("wait_for_nobody", "different places: .* 1 at wait_until .*thread 5;"),
         ("divergent_barrier", "wait for each other in different places: 40 at block_barrier .* 24 at block_barrier"),
         ("barrier_after_exit", "different places: .*1 exited, the first is thread 7"),
         ("half_a_warp_shuffles", "different places: .*at shuffle_xor .*exited"),
@@ -158,7 +257,7 @@ def test_faults_are_reported_and_do_not_hang(machine, name, report, seed) -> Non
     machine.seed = seed
     source, out = torch.zeros(256, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
     with pytest.raises(LaunchError, match=report):
-        machine.probe(name, *((source, out) if "copy" in name else (out,)))
+        machine.probe(name, *((source, out) if "copy" in name else (out, source, source[:0])))
 
 
 def test_a_missing_barrier_gives_wrong_results(machine) -> None:
@@ -181,6 +280,15 @@ def test_thread_sanitizer_sees_a_missing_barrier(machine_with, name) -> None:
     machine.probe("barrier", out)  # correct: no report
     with pytest.raises(SanitizerReport, match=r"data race.*\n.*\n +#0 .*(neighbours|shuffle_is_no_barrier)"):
         machine.probe(name, out)
+
+
+def test_thread_sanitizer_sees_a_missing_acquire_and_a_missing_cluster_barrier(machine_with) -> None:
+    machine = machine_with("thread")
+    machine.device = {"architecture": 90}
+    with pytest.raises(SanitizerReport, match=r"data race.*\n.*\n +#0 .*chain_probe"):
+        machine.probe("chain_without_order", torch.zeros(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int32))
+    with pytest.raises(SanitizerReport, match=r"data race.*\n.*\n +#0 .*cluster_probe"):
+        machine.probe("cluster_without_a_barrier", torch.zeros(6, 4, dtype=torch.int32))
 
 
 def test_address_sanitizer_sees_the_first_byte_beyond_shared_memory(machine_with) -> None:

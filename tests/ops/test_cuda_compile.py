@@ -183,10 +183,11 @@ def test_every_wrapper_assembles(tmp_path) -> None:
     """The probes of tests/cuda_host use every instruction behind csrc/cuda/device once."""
     if harness.nvcc() is None:
         pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    jobs = [(harness.HERE / "probes.cu", architecture) for architecture in ARCHITECTURES]
+    jobs.append((harness.HERE / "probes_sm90.cu", "sm_90a"))
     with ThreadPoolExecutor(2) as pool:
-        probes = harness.HERE / "probes.cu"
-        for found in pool.map(lambda architecture: compile_for(probes, architecture, tmp_path), ARCHITECTURES):
-            assert len(found) > 30
+        for found in pool.map(lambda job: compile_for(*job, tmp_path), jobs):
+            assert len(found) > 5
 
 
 def test_ptx_for_later_architectures(tmp_path) -> None:

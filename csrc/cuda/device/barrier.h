@@ -11,4 +11,7 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 // All 32 threads of the warp, none exited.
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
+// States that the launch is cooperative; the host machine checks it.
+__device__ __forceinline__ void require_resident_grid() {}
+
 }  // namespace rcu_ops::cuda

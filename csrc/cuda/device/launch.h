@@ -2,43 +2,104 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "common/gpu.h"
+#include "cuda/device/launch_forms.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
-
-using Error = std::string;  // empty: success; allocates nothing then
 
 inline Error error_text(const char* what, cudaError_t status) {
   if (status == cudaSuccess) return {};
   return std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")";
 }
 
-// Enqueue `kernel` on `stream`. `shared_bytes` of dynamic shared memory, any amount the device has. The arguments are
-// converted to the kernel's parameter types and copied, so they may go out of scope. An error of the launch itself comes
-// back as text; one inside the kernel shows at the next synchronisation, as always with CUDA.
+// Lets `kernel` have `shared_bytes` of dynamic shared memory and clusters of that size.
+inline Error prepare_kernel(const char* name, const void* kernel, size_t shared_bytes, int cluster) {
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status == cudaSuccess && cluster > 8)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) return {};
+  cudaGetLastError();  // the error is reported here and must not surface again in somebody else's check
+  return error_text(name, status) + ", asking for " + std::to_string(shared_bytes) + " bytes of shared memory" +
+         (cluster > 1 ? " and clusters of " + std::to_string(cluster) + " blocks" : "");
+}
+
 template <typename... Parameters, typename... Arguments>
-Error launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-             Arguments&&... arguments) {
+Error launch_together(const char* name, void (*kernel)(Parameters...), Together together, dim3 grid, dim3 block,
+                      size_t shared_bytes, Stream stream, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) {
-      cudaGetLastError();  // the error is reported here and must not surface again in somebody else's check
-      return error_text(name, status) + ", asking for " + std::to_string(shared_bytes) + " bytes of shared memory";
-    }
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (Error error = prepare_kernel(name, function, shared_bytes, together.cluster); !error.empty()) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (together.grid) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (together.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(together.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
   const cudaError_t status = [&](Parameters... copies) {
     void* pointers[] = {static_cast<void*>(&copies)...};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream);
+    return cudaLaunchKernelExC(&config, function, pointers);
   }(static_cast<Parameters>(arguments)...);
   if (status == cudaSuccess) return {};
   cudaGetLastError();
   return error_text(name, status) + ", launching " + std::to_string(grid.x) + "x" + std::to_string(grid.y) + "x" +
-         std::to_string(grid.z) + " blocks of " + std::to_string(block.x * block.y * block.z) + " threads";
+         std::to_string(grid.z) + " blocks of " + std::to_string(block.x * block.y * block.z) + " threads" +
+         (together.grid ? ", all at once" : "") +
+         (together.cluster > 1 ? ", in clusters of " + std::to_string(together.cluster) : "");
+}
+
+template <typename... Parameters>
+Error resident_blocks(const char* name, void (*kernel)(Parameters...), int cluster, int threads, size_t shared_bytes,
+                      int64_t& blocks) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (Error error = prepare_kernel(name, function, shared_bytes, cluster); !error.empty()) return error;
+  int count = 0, device = 0, multiprocessors = 0;
+  cudaError_t status = cudaSuccess;
+  if (cluster > 1) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(cluster));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    status = cudaOccupancyMaxActiveClusters(&count, function, &config);
+    blocks = static_cast<int64_t>(count) * cluster;
+  } else {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, threads, shared_bytes);
+    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    blocks = static_cast<int64_t>(count) * multiprocessors;
+  }
+  if (status != cudaSuccess) cudaGetLastError();
+  return status == cudaSuccess ? Error() : error_text(name, status) + ", asking how many blocks are resident";
+}
+
+// Zeros `bytes` of device memory, in the stream's order.
+inline Error fill_zero(void* memory, size_t bytes, Stream stream) {
+  const cudaError_t status = cudaMemsetAsync(memory, 0, bytes, stream);
+  if (status != cudaSuccess) cudaGetLastError();
+  return error_text("zeroing memory", status);
 }
 
 // The current device's limits.

@@ -7,5 +7,8 @@ namespace rcu_ops::cuda {
 
 inline void block_barrier(cuda_host::Location where = cuda_host::Location::current()) { cuda_host::block_barrier(where); }
 inline void warp_barrier(cuda_host::Location where = cuda_host::Location::current()) { cuda_host::warp_barrier(where); }
+inline void require_resident_grid(cuda_host::Location where = cuda_host::Location::current()) {
+  cuda_host::require_cooperative(where);
+}
 
 }  // namespace rcu_ops::cuda

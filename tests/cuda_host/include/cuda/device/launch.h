@@ -2,21 +2,34 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <string>
 #include <tuple>
 
 #include "common/gpu.h"
+#include "cuda/device/launch_forms.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
 
-using Error = std::string;
-
 template <typename... Parameters, typename... Arguments>
-Error launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
-             Arguments&&... arguments) {
+Error launch_together(const char* name, void (*kernel)(Parameters...), Together together, dim3 grid, dim3 block,
+                      size_t shared_bytes, Stream, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
   const std::tuple<Parameters...> copies(static_cast<Parameters>(arguments)...);
-  return cuda_host::run(name, grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
+  return cuda_host::run(name, {grid, block, shared_bytes, together.cluster, together.grid}, [&] { std::apply(kernel, copies); });
+}
+
+template <typename... Parameters>
+Error resident_blocks(const char*, void (*)(Parameters...), int cluster, int threads, size_t shared_bytes, int64_t& blocks) {
+  blocks = cuda_host::resident_blocks(threads, shared_bytes) / cluster * cluster;
+  return {};
+}
+
+inline Error fill_zero(void* memory, size_t bytes, Stream) {
+  std::memset(memory, 0, bytes);
+  return {};
 }
 
 inline Error current_gpu(Gpu& gpu) {
