@@ -45,7 +45,9 @@ void launch(const Scan& problem, [[maybe_unused]] const Tensor& like) {
 void launch(const WeightGrad& problem, [[maybe_unused]] const Tensor& like) {
 #ifdef RCU_OPS_WITH_CUDA
   if (like.is_cuda())
-    return launch_on_gpu(problem, like, cuda::weight_grad_scratch, cuda::weight_grad);
+    return launch_on_gpu(
+        problem, like, [](const auto& p) { return cuda::weight_grad_scratch(p); },
+        [](const auto& p, void* scratch, CUstream_st* stream) { return cuda::weight_grad(p, scratch, stream); });
 #endif
   cpu::weight_grad(problem, cpu_threads());
 }

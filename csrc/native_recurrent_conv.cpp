@@ -16,6 +16,7 @@
 #include "common/recurrent_conv_gpu_plan.h"
 #include "common/recurrent_conv_index.h"
 #include "common/recurrent_conv_plan.h"
+#include "common/recurrent_conv_weight_grad_plan.h"
 
 namespace py = pybind11;
 
@@ -223,26 +224,79 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
   return d;
 }
 
-py::dict gpu_weight_grad_rows(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
-                              const std::optional<Strides>& first, bool reverse, int64_t begin, int64_t end) {
+// The offsets that a block of the matrix unit's weight gradient reads of dx and of the states (below 0: -1 - offset in first).
+template <int Tile, bool Channels>
+void weight_grad_block(const WeightGrad& p, const cuda::WeightGradPlan& plan, int64_t tile, int64_t split,
+                       std::vector<int64_t>& from_dx, std::vector<int64_t>& from_states) {
+  constexpr int R = cuda::weight_grad_depth, threads = 2 * Tile;
+  const int64_t per_side = cuda::ceil_div(p.C, Tile), begin = split * plan.rows_per_split;
+  const int64_t end = std::min(begin + plan.rows_per_split, plan.rows);
+  const int numbers = plan.vector_bytes / 2;
+  for (const bool of_dx : {true, false}) {
+    const int64_t channel0 = (of_dx ? tile / per_side : tile % per_side) * Tile, stride = of_dx ? p.dx.c : p.h.c;
+    const int channels = static_cast<int>(std::min<int64_t>(p.C - channel0, Tile));
+    for (int64_t row0 = begin; row0 < end; row0 += R) {
+      const int rows = static_cast<int>(std::min<int64_t>(end - row0, R));
+      std::vector<bool> slot(static_cast<size_t>(plan.slot_bytes));
+      const auto offset_of = [&](int r) {
+        const cuda::WeightGradRow at = cuda::weight_grad_row(p, row0 + r, plan.small);
+        return of_dx ? at.dx : at.before;
+      };
+      for (int thread = 0; thread < threads; ++thread)
+        cuda::for_row_words<threads, Tile, R, Channels>(
+            thread, numbers, channels, rows, static_cast<int>(plan.slot_pitch), [&](int r, int c, int at) {
+              for (int i = at; i < at + 2 * numbers; ++i) {
+                if (slot.at(static_cast<size_t>(i))) throw std::logic_error("a byte of a slot is used twice");
+                slot.at(static_cast<size_t>(i)) = true;
+              }
+              const int64_t first_offset = offset_of(r) + (channel0 + c) * stride;
+              if (offset_of(r) >= 0 && first_offset % numbers != 0) throw std::logic_error("a word is not aligned");
+              for (int j = 0; j < numbers; ++j) {
+                const int64_t offset = offset_of(Channels ? r : r + j), channel = channel0 + (Channels ? c + j : c);
+                if (offset_of(r) >= 0)
+                  (of_dx ? from_dx : from_states).push_back(first_offset + j);
+                else
+                  from_states.push_back(-1 - (-1 - offset + channel * p.first.c));
+              }
+            });
+    }
+  }
+}
+
+py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
+                         const std::optional<Strides>& first, int64_t misalignment, bool reverse, bool plain, int64_t begin,
+                         int64_t end, const std::optional<std::tuple<int64_t, int64_t>>& block) {
   WeightGrad p;
   p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
   p.dtype = parse_dtype(dtype);
-  p.dx = gpu_view(p.dtype, dx, 0), p.h = gpu_view(p.dtype, h, 0);
+  p.dx = gpu_view(p.dtype, dx, 0), p.h = gpu_view(p.dtype, h, misalignment);
   if (first) p.first = gpu_view(p.dtype, *first, 0);
   p.reverse = reverse;
-  const cuda::WeightGradPlan plan = cuda::plan_weight_grad(p);
-  std::vector<int64_t> from_dx, before;
+  const cuda::WeightGradPlan plan = cuda::plan_weight_grad(p, plain ? cuda::Kernel::plain : cuda::Kernel::best);
+  std::vector<int64_t> from_dx, before, block_dx, block_states;
   for (int64_t row = begin; row < end && row < plan.rows; ++row) {
-    const cuda::WeightGradRow at = cuda::weight_grad_row(p, row);
+    const cuda::WeightGradRow at = cuda::weight_grad_row(p, row, plan.small);
     from_dx.push_back(at.dx), before.push_back(at.before);
   }
+  if (block && plan.vector_bytes) {
+    const auto [tile, split] = *block;
+    const auto walk = plan.tile == 64 ? (plan.along_channels ? weight_grad_block<64, true> : weight_grad_block<64, false>)
+                                      : (plan.along_channels ? weight_grad_block<128, true> : weight_grad_block<128, false>);
+    walk(p, plan, tile, split, block_dx, block_states);
+  }
   py::dict d;
+  d["text"] = cuda::describe(plan);
   d["rows"] = plan.rows;
+  d["tile"] = plan.tile;
+  d["tiles"] = plan.tiles;
   d["splits"] = plan.splits;
   d["rows_per_split"] = plan.rows_per_split;
+  d["shared_bytes"] = plan.shared_bytes;
+  d["scratch_bytes"] = plan.scratch_bytes;
   d["dx"] = as_bytes(from_dx);
   d["before"] = as_bytes(before);
+  d["block_dx"] = as_bytes(block_dx);
+  d["block_states"] = as_bytes(block_states);
   return d;
 }
 
@@ -268,8 +322,11 @@ void bind_recurrent_conv(py::module_& m) {
         "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence), blocks, "
         "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
         "int64s. misalignment: of x's and the residual's address, in bytes modulo 16.");
-  m.def("recurrent_conv_gpu_weight_grad_rows", &gpu_weight_grad_rows, py::arg("shape"), py::arg("dtype"), py::arg("dx"),
-        py::arg("h"), py::arg("first") = py::none(), py::arg("reverse") = false, py::arg("begin") = 0, py::arg("end") = 0,
-        "How the CUDA kernels cut the weight gradient's sum: rows, splits, rows_per_split, and, for rows [begin, end), the offsets "
-        "of the two factors' first channels in dx and in h (below 0: -1 - offset in first), as int64s.");
+  m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("h"),
+        py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false, py::arg("plain") = false,
+        py::arg("begin") = 0, py::arg("end") = 0, py::arg("block") = py::none(),
+        "How the CUDA kernels cut the weight gradient's sum: text (one sentence), rows, tile, tiles, splits, rows_per_split, "
+        "shared_bytes, scratch_bytes; for rows [begin, end), dx and before, the offsets of the two factors' first channels in dx "
+        "and in h (below 0: -1 - offset in first), as int64s; and what block (tile, split) of the matrix unit's kernel reads, "
+        "block_dx and block_states, in the same way. misalignment: of h's address, in bytes modulo 16.");
 }

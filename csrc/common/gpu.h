@@ -6,9 +6,11 @@
 // Code of a kernel that also compiles without CUDA, for tests on the host.
 #ifdef __CUDACC__
 #define RCU_OPS_DEVICE __device__ __forceinline__
+#define RCU_OPS_UNROLL _Pragma("unroll")
 #define RCU_OPS_UNROLL_2 _Pragma("unroll 2")
 #else
 #define RCU_OPS_DEVICE inline
+#define RCU_OPS_UNROLL
 #define RCU_OPS_UNROLL_2
 #endif
 

@@ -97,7 +97,7 @@ struct TileScanPlan {
   int64_t slot_pitch = 0, slot_bytes = 0;  // in bytes
 };
 
-// Which way memory is contiguous in x, y and the residual alike, and the widest word that all their rows are aligned to; or why
+// Which way memory is contiguous in all tensors alike, and the widest word that all their rows are aligned to; or why
 // the kernels for 16-bit data cannot copy them.
 struct Words {
   bool along_channels = false;
@@ -105,25 +105,26 @@ struct Words {
   const char* why_not = nullptr;
 };
 
-inline Words plan_words(const Scan& p) {
+// `views`: tensors [N,C,T,H,W] of the problem's sizes.
+template <typename Problem>
+Words plan_words(const Problem& p, std::initializer_list<const View*> views) {
   Words words;
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return {false, 0, "the matrix unit is used for 16-bit data"};
-  if (p.G != 1) return {false, 0, "frames scanned side by side"};
   bool channels = true, columns = true;
-  for (const View* v : {&p.x, &p.y, &p.residual}) {
+  for (const View* v : views) {
     if (!v->data) continue;
     channels = channels && (v->c == 1 || p.C == 1);
     columns = columns && (v->w == 1 || p.W == 1) && (v->h == p.W * (p.W == 1 ? v->h : v->w) || p.H == 1) &&
               (p.W > 1 || p.H == 1 || v->h == 1);
   }
-  if (!channels && !columns) return {false, 0, "neither channels nor positions are contiguous in x, y and the residual"};
+  if (!channels && !columns) return {false, 0, "neither channels nor positions are contiguous in all tensors"};
   words.along_channels = channels;
   words.bytes = 16;
   const auto align = [&](int64_t bytes) {
     while (bytes % words.bytes != 0) words.bytes /= 2;
   };
   align(2 * (channels ? p.C : p.H * p.W));  // bytes that are contiguous
-  for (const View* v : {&p.x, &p.y, &p.residual}) {
+  for (const View* v : views) {
     if (!v->data) continue;
     align(static_cast<int64_t>(reinterpret_cast<uintptr_t>(v->data) % 16));
     if (p.N > 1) align(2 * v->n);
@@ -133,6 +134,11 @@ inline Words plan_words(const Scan& p) {
     if (!channels && p.C > 1) align(2 * v->c);
   }
   return words;
+}
+
+inline Words plan_words(const Scan& p) {
+  if (p.G != 1) return {false, 0, "frames scanned side by side"};
+  return plan_words(p, {&p.x, &p.y, &p.residual});
 }
 
 constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
@@ -257,37 +263,6 @@ inline std::string describe(const ScanPlan& plan) {
   if (plan.tile) return describe(*plan.tile);
   if (plan.wide) return describe(*plan.wide);
   return describe(plan.plain) + " (not the matrix unit: " + plan.why_not_matrix + ")";
-}
-
-// ---- the weight gradient -----------------------------------------------------------------------------------------
-
-inline constexpr int weight_grad_threads = 256;
-inline constexpr int weight_grad_tile = 64;   // output and input channels of a block
-inline constexpr int weight_grad_depth = 32;  // rows (frames x positions) staged at a time
-
-// A function of the shape alone: the order of the additions, hence every bit of the result, is the same on every GPU.
-struct WeightGradPlan {
-  int64_t rows = 0;  // frames that have a state before them x positions
-  int64_t tiles = 0;
-  int64_t splits = 0;
-  int64_t rows_per_split = 0;
-  int64_t shared_bytes = 0;
-  int64_t scratch_bytes = 0;  // [splits][C][C] partial sums; none for a single split
-};
-
-inline WeightGradPlan plan_weight_grad(const WeightGrad& p) {
-  WeightGradPlan plan;
-  plan.rows = p.N * (p.first.data ? p.T : p.T - 1) * p.H * p.W;
-  const int64_t per_side = ceil_div(p.C, weight_grad_tile), size = state_size(p.dtype);
-  plan.tiles = per_side * per_side;
-  // About four blocks for each multiprocessor of a large GPU, none with less than eight stages of rows.
-  const int64_t wanted = ceil_div(512, plan.tiles), most = ceil_div(plan.rows, 8 * weight_grad_depth);
-  const int64_t splits = most < 1 ? 1 : most < wanted ? most : wanted;
-  plan.rows_per_split = round_up(ceil_div(plan.rows, splits), weight_grad_depth);
-  plan.splits = plan.rows == 0 ? 1 : ceil_div(plan.rows, plan.rows_per_split);
-  plan.shared_bytes = 4 * weight_grad_depth * 8 + 2 * weight_grad_depth * (weight_grad_tile + 4) * size;
-  plan.scratch_bytes = plan.splits > 1 ? plan.splits * p.C * p.C * size : 0;
-  return plan;
 }
 
 }  // namespace rcu_ops::cuda

@@ -65,13 +65,36 @@ RCU_OPS_UNROLL_2
 struct WeightGradRow {
   int64_t dx, before;  // offsets; before < 0: -1 - offset in p.first
 };
-RCU_OPS_DEVICE WeightGradRow weight_grad_row(const WeightGrad& p, int64_t row) {
-  const int64_t w = row % p.W, h = row / p.W % p.H, rest = row / p.W / p.H;
-  const int64_t frames = p.first.data ? p.T : p.T - 1, n = rest / frames;
+template <typename Count>
+RCU_OPS_DEVICE WeightGradRow weight_grad_row_of(const WeightGrad& p, Count row) {
+  const Count W = static_cast<Count>(p.W), H = static_cast<Count>(p.H);
+  const Count frames = static_cast<Count>(p.first.data ? p.T : p.T - 1), rest = row / W / H;
+  const int64_t w = row % W, h = row / W % H, n = rest / frames;
   const int64_t i = rest % frames + (p.first.data ? 0 : 1);
   const int64_t t = p.reverse ? p.T - 1 - i : i, before = p.reverse ? t + 1 : t - 1;
   return {n * p.dx.n + t * p.dx.t + h * p.dx.h + w * p.dx.w,
           i == 0 ? -1 - (n * p.first.n + h * p.first.h + w * p.first.w) : n * p.h.n + before * p.h.t + h * p.h.h + w * p.h.w};
+}
+// small: rows can be counted in 31 bits, and divided in a fifth of the instructions.
+RCU_OPS_DEVICE WeightGradRow weight_grad_row(const WeightGrad& p, int64_t row, bool small) {
+  return small ? weight_grad_row_of(p, static_cast<uint32_t>(row)) : weight_grad_row_of(p, row);
+}
+
+// Calls visit(row, channel, byte offset in a slot) for every word of `numbers` (8, 4, 2 or 1) 16-bit numbers of a tile of
+// `channels` <= Tile channels x `rows` <= Rows rows, each from one of Threads threads. Words lie along channels (Channels) or along
+// rows; slots have one row of `pitch` bytes per row or per channel. A thread takes the same 16 bytes of a slot whatever the words.
+template <int Threads, int Tile, int Rows, bool Channels, typename Visit>
+RCU_OPS_DEVICE void for_row_words(int thread, int numbers, int channels, int rows, int pitch, Visit visit) {
+  constexpr int pieces = (Channels ? Tile : Rows) / 8;
+  static_assert(Tile * Rows / 8 % Threads == 0 && Threads % pieces == 0);
+  const int line0 = thread / pieces, at0 = thread % pieces * 8;
+RCU_OPS_UNROLL
+  for (int k = 0; k < Tile * Rows / 8 / Threads; ++k) {
+    const int line = line0 + k * (Threads / pieces);
+    if (line >= (Channels ? rows : channels)) continue;
+    for (int at = at0; at < at0 + 8 && at < (Channels ? channels : rows); at += numbers)
+      visit(Channels ? line : at, Channels ? at : line, line * pitch + 2 * at);
+  }
 }
 
 }  // namespace rcu_ops::cuda

@@ -1,30 +1,17 @@
-// recurrent_conv on CUDA devices: the plain kernels (any C, dtype and strides) and the choice between kernels.
+// recurrent_conv on CUDA devices: the plain scan (any C, dtype and strides) and the choice between kernels.
 #include "cuda/recurrent_conv.h"
 
-#include "common/recurrent_conv_gpu_plan.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
+#include "cuda/recurrent_conv_plain.h"
 #include "cuda/recurrent_conv_tile.h"
 #include "cuda/recurrent_conv_views.h"
 
 namespace rcu_ops::cuda {
 namespace {
-
-// ---- small parts -------------------------------------------------------------------------------------------------
-
-// plain_lanes adjacent numbers, read and written as whole 16-byte words.
-template <typename S>
-struct alignas(16) Lanes {
-  S v[plain_lanes];
-};
-
-template <typename Visit>
-__device__ __forceinline__ void for_tile(bool along_channels, int64_t channels, int columns, Visit visit) {
-  cuda::for_tile(threadIdx.x, blockDim.x, along_channels, channels, columns, visit);
-}
 
 // ---- the plain scan ----------------------------------------------------------------------------------------------
 
@@ -185,143 +172,6 @@ Error launch_plain_scan(const Scan& p, const PlainScanPlan& plan, void* scratch,
                 p, plan, static_cast<Accumulator<T>*>(scratch));
 }
 
-// ---- the weight gradient -----------------------------------------------------------------------------------------
-
-// Kahan's sum: what rounding cut off is added with the next term. Nothing here is compiled with fast-math, so it stays. An
-// infinite sum has no such rest.
-template <typename S>
-struct CompensatedSum {
-  S sum = 0, carry = 0;
-  __device__ __forceinline__ void add(S term) {
-    const S corrected = term - carry, next = sum + corrected, rest = (next - sum) - corrected;
-    carry = rest - rest == 0 ? rest : S(0);
-    sum = next;
-  }
-};
-
-// Partial sums of dW[o][i] = sum over rows of dx[row][o] * before[row][i], a row being a frame and a position, and
-// `before` the output of the frame processed before it (or the state before the first).
-//
-// Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time through
-//           shared memory; a thread adds up 4 x 4 elements.
-// Memory.   Shared: 2 x 2 tables of the rows' offsets (the stage in use and the next one), and both factors [32][68].
-// Order.    Rows in ascending order within a stage of 32, stages within a split, splits in sum_splits, the latter two with
-//           the rounding error carried along (CompensatedSum): no atomics, the same bits on every run and every GPU.
-// Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
-// Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor again,
-//           mostly from L2): arithmetic from C = 64 on.
-template <typename T>
-__global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
-    weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, Accumulator<T>* partial) {
-  using S = Accumulator<T>;
-  using Quad = Lanes<S>;
-  constexpr int L = plain_lanes, R = weight_grad_depth, B = weight_grad_tile, pitch = B + L;
-  const int thread = threadIdx.x;
-  const int64_t per_side = (p.C + B - 1) / B, split = blockIdx.y;
-  const int64_t output0 = blockIdx.x / per_side * B, input0 = blockIdx.x % per_side * B;
-  const int64_t begin = split * plan.rows_per_split;
-  const int64_t end = begin + plan.rows_per_split < plan.rows ? begin + plan.rows_per_split : plan.rows;
-
-  int64_t* dx_offset = dynamic_shared<int64_t>();  // [2][R]
-  int64_t* before_offset = dx_offset + 2 * R;      // [2][R]; -1 - offset: in p.first
-  S* dx_tile = dynamic_shared<S>(4 * R * sizeof(int64_t));
-  S* before_tile = dx_tile + R * pitch;
-
-  const auto find_rows = [&](int64_t row0, int stage) {
-    if (thread >= R || row0 + thread >= end) return;
-    const WeightGradRow row = weight_grad_row(p, row0 + thread);
-    dx_offset[stage * R + thread] = row.dx;
-    before_offset[stage * R + thread] = row.before;
-  };
-  const T* dx = static_cast<const T*>(p.dx.data);
-  const T* states = static_cast<const T*>(p.h.data);
-  CompensatedSum<S> total[L][L];
-  const int my_output = thread / (B / L) * L, my_input = thread % (B / L) * L;
-  find_rows(begin, 0);
-  block_barrier();
-  int stage = 0;
-  for (int64_t row0 = begin; row0 < end; row0 += R, stage ^= 1) {
-    const int rows = end - row0 < R ? static_cast<int>(end - row0) : R;
-    const int64_t *from_dx = dx_offset + stage * R, *from_before = before_offset + stage * R;
-    for_tile(p.dx.c == 1, B, R, [&](int64_t c, int r) {
-      dx_tile[r * pitch + c] = r < rows && output0 + c < p.C ? widen(dx[from_dx[r] + (output0 + c) * p.dx.c]) : S(0);
-    });
-    for_tile(p.h.c == 1, B, R, [&](int64_t c, int r) {
-      S value = 0;
-      if (r < rows && input0 + c < p.C) {
-        const int64_t offset = from_before[r];
-        value = offset < 0 ? load_state<T, S>(p.first, -1 - offset + (input0 + c) * p.first.c, p.dtype)
-                           : widen(states[offset + (input0 + c) * p.h.c]);
-      }
-      before_tile[r * pitch + c] = value;
-    });
-    find_rows(row0 + R, stage ^ 1);
-    block_barrier();
-    S acc[L][L] = {};
-#pragma unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Quad a = *reinterpret_cast<const Quad*>(dx_tile + r * pitch + my_output);
-      const Quad b = *reinterpret_cast<const Quad*>(before_tile + r * pitch + my_input);
-#pragma unroll
-      for (int m = 0; m < L; ++m)
-#pragma unroll
-        for (int n = 0; n < L; ++n) acc[m][n] = fma(a.v[m], b.v[n], acc[m][n]);
-    }
-#pragma unroll
-    for (int m = 0; m < L; ++m)
-#pragma unroll
-      for (int n = 0; n < L; ++n) total[m][n].add(acc[m][n]);
-    block_barrier();
-  }
-#pragma unroll
-  for (int m = 0; m < L; ++m)
-#pragma unroll
-    for (int n = 0; n < L; ++n) {
-      const int64_t output = output0 + my_output + m, input = input0 + my_input + n;
-      if (output >= p.C || input >= p.C) continue;
-      if (plan.splits > 1)
-        partial[(split * p.C + output) * p.C + input] = total[m][n].sum;
-      else
-        static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(total[m][n].sum);
-    }
-}
-
-// dweight[e] = sum of partial[s][e] over s in ascending order, one thread per element. Bound: reading `partial` once.
-template <typename T>
-__global__ void __launch_bounds__(weight_grad_threads, 2)
-    sum_splits(const Accumulator<T>* partial, int64_t splits, int64_t elements, T* dweight) {
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (e >= elements) return;
-  CompensatedSum<Accumulator<T>> total;
-#pragma unroll 4
-  for (int64_t s = 0; s < splits; ++s) total.add(partial[s * elements + e]);
-  dweight[e] = narrow<T>(total.sum);
-}
-
-template <typename T>
-Error launch_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
-  auto* partial = static_cast<Accumulator<T>*>(scratch);
-  Error error = launch("recurrent_conv weight_grad_partial", weight_grad_partial<T>,
-                       dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)), dim3(weight_grad_threads),
-                       static_cast<size_t>(plan.shared_bytes), stream, p, plan, partial);
-  if (!error.empty() || plan.splits == 1) return error;
-  const int64_t elements = p.C * p.C;
-  return launch("recurrent_conv sum_splits", sum_splits<T>,
-                dim3(static_cast<unsigned>(ceil_div(elements, weight_grad_threads))), dim3(weight_grad_threads), 0, stream,
-                partial, plan.splits, elements, static_cast<T*>(p.dweight));
-}
-
-// Calls function(T()) with the type of `dtype`.
-template <typename Function>
-auto with_type(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::f64: return function(double());
-    case DType::f32: return function(float());
-    case DType::bf16: return function(__nv_bfloat16());
-    default: return function(__half());
-  }
-}
-
 }  // namespace
 
 Scratch scan_scratch(const Scan& p, Kernel kernel) {
@@ -338,8 +188,6 @@ std::string describe_scan(const Scan& p, Kernel kernel) {
   return describe(plan_scan(p, gpu, kernel));
 }
 
-Scratch weight_grad_scratch(const WeightGrad& p) { return {plan_weight_grad(p).scratch_bytes, {}}; }
-
 std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (p.N * p.G * p.H * p.W == 0) return {};
   Gpu gpu;
@@ -349,12 +197,6 @@ std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
   if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
   return with_type(p.dtype, [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });
-}
-
-std::string weight_grad(const WeightGrad& p, void* scratch, Stream stream) {
-  const WeightGradPlan plan = plan_weight_grad(p);
-  if (plan.tiles > most_blocks) return "recurrent_conv: too many channels for one launch";
-  return with_type(p.dtype, [&](auto type) { return launch_weight_grad<decltype(type)>(p, plan, scratch, stream); });
 }
 
 }  // namespace rcu_ops::cuda

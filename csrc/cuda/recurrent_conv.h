@@ -11,14 +11,15 @@ namespace rcu_ops::cuda {
 
 // What the call of the same name needs as `scratch` on the current device.
 Scratch scan_scratch(const Scan& problem, Kernel kernel = Kernel::best);
-Scratch weight_grad_scratch(const WeightGrad& problem);
+Scratch weight_grad_scratch(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
-// How scan() would run the problem on the current device, in words.
+// How the call would run the problem on the current device, in words.
 std::string describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
+std::string describe_weight_grad(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
 // Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or
 // an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
 std::string scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
-std::string weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream);
+std::string weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
 
 }  // namespace rcu_ops::cuda

@@ -1,4 +1,4 @@
-// Cases of recurrent_conv: op scan (plain 1 or 0) and op weight_grad, with the fields of Scan and WeightGrad.
+// Cases of recurrent_conv: op scan and op weight_grad (both: plain 1 or 0), with the fields of Scan and WeightGrad.
 #include "case.h"
 #include "cuda/recurrent_conv.h"
 
@@ -58,15 +58,18 @@ std::string run_scan(const Case& c, std::string& plan) {
   });
 }
 
-std::string run_weight_grad(const Case& c, std::string&) {
+std::string run_weight_grad(const Case& c, std::string& plan) {
   rcu_ops::WeightGrad p;
   shape(c, p);
   p.dx = view(c, "dx");
   p.h = view(c, "h");
   p.first = view(c, "first");
   p.dweight = c.tensor("dweight");
-  return with_scratch(rcu_ops::cuda::weight_grad_scratch(p),
-                      [&](void* scratch) { return rcu_ops::cuda::weight_grad(p, scratch, nullptr); });
+  const auto kernel = c.integer("plain") ? rcu_ops::cuda::Kernel::plain : rcu_ops::cuda::Kernel::best;
+  plan = rcu_ops::cuda::describe_weight_grad(p, kernel);
+  return with_scratch(rcu_ops::cuda::weight_grad_scratch(p, kernel), [&](void* scratch) {
+    return rcu_ops::cuda::weight_grad(p, scratch, nullptr, kernel);
+  });
 }
 
 const cuda_host::Registration scan("scan", run_scan), weight_grad("weight_grad", run_weight_grad);

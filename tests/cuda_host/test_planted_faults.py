@@ -64,7 +64,15 @@ def tile_long(machine: Machine) -> None:
     assert torch.equal(machine.forward(x, weight)[1], torch.full((1, 32, 1, 1), 300.0))
 
 
+def weight_gradient(machine: Machine) -> None:
+    for layout in ("contiguous", "channels_last"):
+        x, weight, h0 = (v.contiguous() for v in inputs((1, 20, 5, 8, 8), torch.bfloat16))
+        check_backward(machine, None, h0.float(), LAYOUTS[layout](x), weight, h0, False, False)
+        assert machine.plan.startswith("matrix")
+
+
 TILE, WIDE = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu"
+WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 BARRIER = "    block_barrier();\n"
 FAULTS = [
     Fault("no barrier before the product", f"{BARRIER}\n    // Phase 2.", "\n    // Phase 2.", forward),
@@ -120,8 +128,9 @@ FAULTS = [
         "    block_barrier();\n  }\n#pragma unroll\n",
         "  }\n#pragma unroll\n",
         backward,
+        file=WEIGHT_GRAD,
     ),
-    Fault("the state before is taken from the frame itself", "= row.before;", "= row.dx;", backward),
+    Fault("the state before is taken from the frame itself", "= row.before;", "= row.dx;", backward, file=WEIGHT_GRAD),
     Fault(
         "a swapped fragment row",
         "const uint32_t first[2] = {b[0], b[1]}",
@@ -168,13 +177,59 @@ FAULTS = [
         file=WIDE,
     ),
     Fault("one state for both frames", "states + i % 2 * plan.slot_bytes", "states", wide, "thread", WIDE),
-    Fault("dW without the first state", "offset < 0 ? load_state", "offset < 0 ? 0 * load_state", backward),
+    Fault(
+        "dW without the first state",
+        "offset < 0 ? load_state",
+        "offset < 0 ? 0 * load_state",
+        backward,
+        file=WEIGHT_GRAD,
+    ),
+    Fault(
+        "no barrier in a stage",
+        "    block_barrier();  // stage s",
+        "    // stage s",
+        weight_gradient,
+        "thread",
+        WEIGHT_GRAD,
+    ),
+    Fault(
+        "no wait for a stage",
+        "async_wait<stages - 2>();",
+        "async_wait<stages - 1>();",
+        weight_gradient,
+        file=WEIGHT_GRAD,
+    ),
+    Fault("rows beyond the last", "e < Tile * (R - rows)", "e < 0", weight_gradient, file=WEIGHT_GRAD),
+    Fault(
+        "a and b hold the same channels", "+ 8 * n, k, true)", "+ 8 * n, k, false)", weight_gradient, file=WEIGHT_GRAD
+    ),
+    Fault(
+        "rows found too early",
+        "find_rows(s + stages);",
+        "find_rows(s + stages - 1);",
+        weight_gradient,
+        file=WEIGHT_GRAD,
+    ),
+    Fault(
+        "a range of splits is left out", "int r = 1; r < sum", "int r = 2; r < sum", weight_gradient, file=WEIGHT_GRAD
+    ),
 ]
 
 
 # The copies are compiled for the types in use alone.
+PLAIN = [
+    ("return with_type(p.dtype, [&](auto type) {", "return [&](auto run) { return run(float()); }([&](auto type) {")
+]
 FEWER = {
-    "recurrent_conv.cu": [("double()", "float()"), ("__half()", "float()"), ("__nv_bfloat16()", "float()")],
+    "recurrent_conv.cu": PLAIN,
+    WEIGHT_GRAD: [
+        (
+            "with_type(p.dtype, [&](auto type) { return launch_plain",
+            "[&](auto run) { return run(float()); }([&](auto type) { return launch_plain",
+        ),
+        ("matrix_weight_grad<T, 128,", "matrix_weight_grad<T, 64,"),
+        ("<__half>", "<__nv_bfloat16>"),
+    ],
     TILE: [
         ("launch_as<T, 2>", "launch_as<T, 4>"),
         ("launch_as<T, 8>", "launch_as<T, 4>"),
@@ -203,7 +258,9 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         assert "AddressSanitizer" in str(caught.value)
 
 
-@pytest.mark.parametrize("run", [forward, forward_in_pieces, backward, tile, tile_long, wide], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "run", [forward, forward_in_pieces, backward, tile, tile_long, wide, weight_gradient], ids=lambda f: f.__name__
+)
 def test_and_the_kernels_as_they_are_pass(machine, run) -> None:
     run(machine)
 

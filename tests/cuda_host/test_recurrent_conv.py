@@ -424,6 +424,7 @@ def test_plain_kernel_on_16_bit_data(machine, dtype, seed) -> None:
     check_forward(machine, x, weight, h0, False, False)
     assert "the plain kernel was asked for" in machine.plan
     check_backward(machine, x, h0.float(), LAYOUTS["channels_last"](x), weight, h0, True, True)
+    assert machine.plan.startswith("plain: 1 tiles of 64 x 64 x 1 splits of 96 rows (not the matrix unit: the plain")
 
 
 @pytest.mark.parametrize(("off_diagonal", "factor"), [(0.0, 1000), (0.02, 20)])
@@ -445,6 +446,43 @@ def test_weight_gradient_of_many_rows_and_channels(machine) -> None:
     check_backward(machine, torch.randn(x.shape), None, x, weight, h0, False, False)
 
 
+# On the matrix unit: full and partial tiles and stages, words of every width, several tiles, several splits.
+WEIGHT_GRADIENTS = [
+    ((2, 64, 4, 8, 8), "contiguous", "1 tiles of 64 x 64 x 2 splits of 256 rows, along columns by 16 bytes"),
+    ((1, 130, 3, 7, 7), "contiguous", "4 tiles of 128 x 128 x 1 splits of 160 rows, along columns by 2 bytes"),
+    ((1, 72, 2, 6, 6), "frame_major", "1 tiles of 128 x 128 x 1 splits of 96 rows, along columns by 8 bytes"),
+    ((2, 20, 4, 9, 7), "channels_last", "1 tiles of 64 x 64 x 2 splits of 256 rows, along channels by 8 bytes"),
+    ((3, 136, 2, 5, 5), "channels_last", "4 tiles of 128 x 128 x 1 splits of 160 rows, along channels by 16 bytes"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "plan"), WEIGHT_GRADIENTS, ids=lambda v: str(v).replace(" ", "")[:24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_gradient_on_the_matrix_unit(machine, shape, layout, plan, dtype, seed) -> None:
+    """With a state in fp32 and any layout, in x's dtype, and without one."""
+    machine.seed = seed
+    x, weight, h0 = inputs(shape, dtype)
+    x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(shape).to(dtype))
+    check_backward(machine, grad_h, None, x, weight, None, False, True)
+    assert "matrix: " in machine.plan
+    check_backward(machine, grad_h, h0.float(), x, weight, h0, True, False)
+    state = LAYOUTS["channels_last"](h0.float().unsqueeze(2)).squeeze(2)
+    check_backward(machine, grad_h, None, x, weight, state, False, False)
+    assert machine.plan == "matrix: " + plan
+
+
+def test_weight_gradient_of_the_matrix_unit_in_integers(machine) -> None:
+    """Sums of small integers, exact in fp16 up to 2048: not one bit may differ, whatever the layout."""
+    for layout in ("contiguous", "channels_last"):
+        h, dx, h0 = (LAYOUTS[layout](torch.randint(-1, 2, (2, 40, 3, 8, 8)).half()) for _ in range(3))
+        _, dweight, _ = machine.backward(dx, None, h, torch.zeros(40, 40).half(), h0[:, :, 0])
+        before = torch.cat([h0[:, :, :1], h[:, :, :-1]], 2)
+        want = torch.einsum("nothw,nithw->oi", dx.double(), before.double())
+        assert machine.plan.startswith("matrix")
+        assert want.abs().max() < 2048
+        assert torch.equal(dweight.double(), want)
+
+
 # ---- sanitizers ---------------------------------------------------------------------------------------------------
 
 SANITIZED = [
@@ -456,6 +494,7 @@ SANITIZED = [
     ((1, 256, 4, 1, 2), torch.float16, "channels_last", {}),
     ((2, 5, 3, 3, 3), torch.float32, "contiguous", {}),
     ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
+    ((2, 66, 3, 6, 8), torch.bfloat16, "contiguous", {}),
     ((1, 130, 2, 3, 7), torch.float16, "middle_channels", {"shared_bytes": 26 * 1024, "multiprocessors": 1}),
     ((1, 130, 2, 3, 3), torch.float64, "every_other_column", {"shared_bytes": 40 * 1024, "multiprocessors": 1}),
 ]

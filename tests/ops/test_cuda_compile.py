@@ -19,6 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 # Registers per thread. A block must find room: 65536 registers per multiprocessor / (threads x limit) blocks at once.
 REGISTERS = {
     "plain_scan": 128,  # 2 blocks of 256
+    "matrix_weight_grad": 128,  # 4 blocks of 128 or 2 of 256
     "weight_grad_partial": 128,  # 2 blocks of 256
     "weight_grad_partial<double>": 200,  # 1 block of 256
     "tile_scan": 255,  # 2 blocks of 128
@@ -44,7 +45,7 @@ class Usage:
 
 
 # The matrix unit's instructions in the machine code. A kernel without them would still be right, and slow.
-MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA", "wide_scan": "HMMA"}
+MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA", "wide_scan": "HMMA", "matrix_weight_grad": "HMMA"}
 
 
 def disassembler() -> str | None:
@@ -170,6 +171,7 @@ def test_all_types_are_there(usage) -> None:
     for architecture in ARCHITECTURES:
         assert sum(arch == architecture and name.startswith("tile_scan<") for arch, name in usage) == 2 * 3 * 2
         assert sum(arch == architecture and name.startswith("wide_scan<") for arch, name in usage) == 2 * 2
+        assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2 * 2
         for kernel in ("plain_scan", "weight_grad_partial", "sum_splits", "fast_gru_pass"):
             types = {
                 name.split("<")[1].split(",")[0].strip(">")

@@ -126,7 +126,7 @@ def test_rows_of_the_weight_gradient(part, seed) -> None:
         order = rng.choice([(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 2, 1, 4, 3)])
         dx, h, first = (strides(shape, order, rng.choice([0, 3])) for _ in range(3))
         given, reverse = rng.random() < 0.5, rng.random() < 0.5
-        plan = native.recurrent_conv_gpu_weight_grad_rows(
+        plan = native.recurrent_conv_gpu_weight_grad(
             shape, rng.choice(DTYPES), dx, h, first if given else None, reverse=reverse, end=2**40
         )
         frames = list(range(shape[2]))[:: -1 if reverse else 1]
@@ -142,11 +142,59 @@ def test_rows_of_the_weight_gradient(part, seed) -> None:
         assert plan["splits"] * plan["rows_per_split"] >= plan["rows"]
 
 
+@pytest.mark.parametrize("part", range(4))
+def test_blocks_of_the_weight_gradient_read_their_rows_and_channels(part, seed) -> None:
+    """A block of the matrix unit's kernel reads its rows and channels of dx and the states once, in aligned words."""
+    rng = random.Random(seed)
+    roads: set[str] = set()
+    for _ in range(40):
+        shape = (
+            *(rng.randint(1, 4), rng.choice([1, 8, 20, 33, 64, 65, 72, 128, 130, 264]), rng.randint(1, 5)),
+            *(rng.choice([1, 3, 4, 7, 8]), rng.choice([1, 2, 5, 8])),
+        )
+        order = rng.choice([(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 2, 1, 3, 4)])
+        dx, h = (strides(shape, order, rng.choice([0, 0, 8, 2])) for _ in range(2))
+        first = strides(shape, rng.choice([(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (0, 2, 1, 4, 3)]))
+        problem = {
+            **{"shape": shape, "dtype": rng.choice(DTYPES[2:]), "dx": dx, "h": h},
+            **{"first": first if rng.random() < 0.5 else None, "reverse": rng.random() < 0.5},
+            "misalignment": rng.choice([0, 0, 2, 4, 8]),
+        }
+        plan = native.recurrent_conv_gpu_weight_grad(**problem, end=2**40)
+        assert plan["shared_bytes"] <= 64 * 1024  # of every GPU from sm_80 on
+        roads.add(plan["text"].partition(":")[0])
+        if plan["text"].startswith("plain"):
+            continue
+        tile, split = rng.randrange(plan["tiles"]), rng.randrange(plan["splits"])
+        got = native.recurrent_conv_gpu_weight_grad(**problem, block=(tile, split))
+        rows = slice(split * plan["rows_per_split"], (split + 1) * plan["rows_per_split"])
+        per_side = -(-shape[1] // plan["tile"])
+        for name, side, step in (("dx", tile // per_side, dx[1]), ("before", tile % per_side, h[1])):
+            channel = torch.arange(side * plan["tile"], min((side + 1) * plan["tile"], shape[1]))
+            at = int64s(plan[name])[rows].unsqueeze(1)
+            want = torch.where(at >= 0, at + channel * step, at - channel * first[1]).flatten().sort().values
+            assert torch.equal(int64s(got[f"block_{name.replace('before', 'states')}"]).sort().values, want), problem
+    assert roads == {"matrix", "plain"}
+
+
+def test_splits_of_the_weight_gradient_fill_a_gpu_and_stay_short() -> None:
+    for c, n, t, size, text in (
+        (64, 16, 16, 56, "matrix: 1 tiles of 64 x 64 x 523 splits of 1440 rows, along channels by 16 bytes"),
+        (256, 16, 16, 14, "matrix: 4 tiles of 128 x 128 x 64 splits of 736 rows, along channels by 16 bytes"),
+        (128, 64, 64, 56, "matrix: 1 tiles of 128 x 128 x 772 splits of 16384 rows, along channels by 16 bytes"),
+    ):
+        shape = (n, c, t, size, size)
+        stride = strides(shape, (0, 2, 3, 4, 1))
+        plan = native.recurrent_conv_gpu_weight_grad(shape, "bfloat16", stride, stride)
+        assert plan["text"] == text
+        assert plan["scratch_bytes"] == 4 * c * c * plan["splits"]
+
+
 def test_the_weight_gradient_of_more_than_2_to_the_31_elements() -> None:
     shape = (9, 64, 64, 270, 270)
     stride = strides(shape, (0, 1, 2, 3, 4))
     rows = 9 * 63 * 270 * 270
-    plan = native.recurrent_conv_gpu_weight_grad_rows(shape, "bfloat16", stride, stride, begin=rows - 2, end=rows + 5)
+    plan = native.recurrent_conv_gpu_weight_grad(shape, "bfloat16", stride, stride, begin=rows - 2, end=rows + 5)
     last = 8 * stride[0] + 63 * stride[2] + 269 * stride[3] + 269
     assert last > 2**31
     assert int64s(plan["dx"]).tolist() == [last - 1, last]

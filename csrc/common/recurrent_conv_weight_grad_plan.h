@@ -1,0 +1,86 @@
+// recurrent_conv's weight gradient on a GPU: which kernel runs it and how its sum over rows is cut. Pure functions of shapes and
+// strides.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "recurrent_conv_gpu_plan.h"
+
+namespace rcu_ops::cuda {
+
+// How the sum over rows (frames that have a state before them x positions) is cut, of any kernel. A function of the shape alone:
+// the order of the additions does not depend on the GPU.
+struct WeightGradPlan {
+  int64_t rows = 0;
+  int tile = 0;  // output and input channels of a block
+  int64_t tiles = 0;
+  int64_t splits = 0;
+  int64_t rows_per_split = 0;  // a multiple of weight_grad_depth
+  int64_t scratch_bytes = 0;   // [splits][C][C] partial sums; none for a single split
+  bool small = false;          // rows can be counted in 32 bits
+  // Shared memory: two tables of rows' offsets in dx and in h, one for the stage in use and one for the next; then the stages.
+  int64_t slots_at = 0, shared_bytes = 0;
+  // The matrix unit's kernel (vector_bytes != 0): slots of 16-bit numbers, one for dx and one for the states of each stage, with
+  // one row per row of the sum (along_channels) or per channel, slot_pitch bytes apart.
+  bool along_channels = false;
+  int vector_bytes = 0;
+  int64_t slot_pitch = 0, slot_bytes = 0;
+  const char* why_not_matrix = nullptr;
+};
+
+inline constexpr int weight_grad_depth = 32;  // rows staged at a time
+inline constexpr int weight_grad_threads = 256;
+inline constexpr int plain_weight_grad_tile = 64;
+inline constexpr int matrix_weight_grad_stages = 3;
+// The matrix unit truncates when it adds: after so many rows, 1024 additions, a sum may have lost 2^-13 of its largest value, an
+// eighth of what rounding to fp16 loses.
+inline constexpr int64_t matrix_weight_grad_rows = 16384;
+
+inline constexpr int64_t most_splits = 65535;  // along y of a grid
+
+inline WeightGradPlan plan_weight_grad(const WeightGrad& p, Kernel kernel = Kernel::best) {
+  WeightGradPlan plan;
+  plan.rows = p.N * (p.first.data ? p.T : p.T - 1) * p.H * p.W;
+  plan.small = plan.rows <= 0x7fffffff;
+  const Words words = plan_words(p, {&p.dx, &p.h});
+  plan.why_not_matrix = kernel == Kernel::plain ? "the plain kernel was asked for" : words.why_not;
+  const bool matrix = !plan.why_not_matrix;
+  plan.tile = matrix && p.C > 64 ? 128 : plain_weight_grad_tile;
+  const int64_t per_side = ceil_div(p.C, plan.tile);
+  plan.tiles = per_side * per_side;
+  plan.slots_at = 4 * weight_grad_depth * 8;
+  if (matrix) {
+    plan.along_channels = words.along_channels;
+    plan.vector_bytes = words.bytes;
+    plan.slot_pitch = 2 * (plan.along_channels ? plan.tile : weight_grad_depth) + 16;  // an odd number of 16-byte words
+    plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? weight_grad_depth : plan.tile);
+    plan.shared_bytes = plan.slots_at + 2 * matrix_weight_grad_stages * plan.slot_bytes;
+  } else {
+    plan.shared_bytes =
+        plan.slots_at + 2 * weight_grad_depth * (plain_weight_grad_tile + plain_lanes) * state_size(p.dtype);
+  }
+  // As many blocks as a large GPU holds at once, but none with less than eight stages of rows.
+  int64_t splits = ceil_div(plan.tile == 128 ? 264 : 528, plan.tiles);
+  const int64_t most = ceil_div(plan.rows, 8 * weight_grad_depth);
+  if (splits > most) splits = most;
+  if (matrix && splits < ceil_div(plan.rows, matrix_weight_grad_rows)) splits = ceil_div(plan.rows, matrix_weight_grad_rows);
+  if (splits < 1) splits = 1;
+  plan.rows_per_split = round_up(ceil_div(plan.rows, splits), weight_grad_depth);
+  plan.splits = plan.rows == 0 ? 1 : ceil_div(plan.rows, plan.rows_per_split);
+  plan.scratch_bytes = plan.splits > 1 ? plan.splits * p.C * p.C * state_size(p.dtype) : 0;
+  return plan;
+}
+
+inline std::string describe(const WeightGradPlan& plan) {
+  const auto text = [](int64_t v) { return std::to_string(v); };
+  const std::string cut = text(plan.tiles) + " tiles of " + text(plan.tile) + " x " + text(plan.tile) + " x " +
+                          text(plan.splits) + " splits of " + text(plan.rows_per_split) + " rows";
+  if (plan.vector_bytes)
+    return "matrix: " + cut + (plan.along_channels ? ", along channels by " : ", along columns by ") + text(plan.vector_bytes) +
+           " bytes";
+  return "plain: " + cut + " (not the matrix unit: " + plan.why_not_matrix + ")";
+}
+
+}  // namespace rcu_ops::cuda

@@ -1,0 +1,32 @@
+// Small parts of recurrent_conv's plain kernels, the ones for any dtype and strides.
+#pragma once
+
+#include "common/recurrent_conv_gpu_plan.h"
+#include "common/recurrent_conv_index.h"
+#include "cuda/device/runtime.h"
+
+namespace rcu_ops::cuda {
+
+// plain_lanes adjacent numbers, read and written as whole 16-byte words.
+template <typename S>
+struct alignas(16) Lanes {
+  S v[plain_lanes];
+};
+
+template <typename Visit>
+__device__ __forceinline__ void for_tile(bool along_channels, int64_t channels, int columns, Visit visit) {
+  for_tile(threadIdx.x, blockDim.x, along_channels, channels, columns, visit);
+}
+
+// Calls function(T()) with the type of `dtype`.
+template <typename Function>
+auto with_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::f64: return function(double());
+    case DType::f32: return function(float());
+    case DType::bf16: return function(__nv_bfloat16());
+    default: return function(__half());
+  }
+}
+
+}  // namespace rcu_ops::cuda

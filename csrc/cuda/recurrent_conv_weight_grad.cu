@@ -1,0 +1,341 @@
+// recurrent_conv's weight gradient on CUDA devices:
+//
+//     dW[o][i] = sum over rows of dx[row][o] * before[row][i]
+//
+// a row being a frame and a position, and `before` the output of the frame processed before it (or the state before the first).
+// One kernel for 16-bit data on the matrix unit, one for everything else; both cut the rows into splits, and a third adds up the
+// splits' partial sums in a fixed order.
+#include "common/recurrent_conv_weight_grad_plan.h"
+
+#include "cuda/device/async_copy.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/convert.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/matrix_copy.h"
+#include "cuda/device/mma.h"
+#include "cuda/device/runtime.h"
+#include "cuda/device/shared_memory.h"
+#include "cuda/recurrent_conv.h"
+#include "cuda/recurrent_conv_plain.h"
+#include "cuda/recurrent_conv_views.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+// ---- the matrix unit -----------------------------------------------------------------------------------------------
+
+template <int Tile>
+constexpr int matrix_threads = 2 * Tile;
+
+// Partial sums of dW (above), T bf16 or half, any C.
+//
+// Layout.   dx and h have contiguous channels (Channels) or contiguous columns (otherwise), any other strides; the state before
+//           the first frame has any.
+// Work.     Block (x, y): Tile x Tile elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows, two steps of the
+//           matrix unit, at a time. Rows of the matrix product are output channels, its columns input channels; a warp computes
+//           Tile / 2 x 32 of them.
+// Memory.   Shared: as in WeightGradPlan. Stage s + 2 is copied by cp.async while stage s is computed (2-byte words, and the state
+//           before the first frame, by ordinary loads). Both factors become fragments by ldmatrix, transposed where channels are
+//           contiguous. The warps take turns at finding the rows of a stage, one stage before these are copied.
+// Order.    One block barrier per stage: before it every thread has waited for its part of the stage, has read the stage before
+//           it, whose slot is rewritten next, and has written the next stage's rows. Rows are added in ascending order within a
+//           split, 16 per step of the matrix unit, in fp32; splits in sum_splits. No atomics: the same bits on every run.
+// Rounding. A state before the first frame in fp32 is rounded to T, as all other states have been. For what the matrix unit's
+//           own additions lose see matrix_weight_grad_rows.
+// Padding.  Rows beyond the last are zero in both factors. Channels beyond the last are whatever the slot held: they reach only
+//           elements that are not stored.
+// Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
+// Bound.    2 C^2 FLOP per row against 4 C bytes, read once while C <= Tile, C / 128 times (mostly from L2) beyond: memory up to
+//           C = 256 (at 4.3 TB/s and C = 256: 550 TFLOP/s, what mma.sync may reach at best), then arithmetic. Floor: 4 C bytes
+//           per row at HBM's rate, or 2 C^2 FLOP at the matrix unit's. A step of 16 rows reads 6 (Tile 64: 4) fragments of 512 bytes
+//           from shared memory per warp for 16 (8) products: 24 cycles where the products take 16 to 32.
+template <typename T, int Tile, bool Channels>
+__global__ void __launch_bounds__(2 * Tile, 256 / Tile)
+    matrix_weight_grad(const WeightGrad p, const WeightGradPlan plan, float* partial) {
+  constexpr int R = weight_grad_depth, stages = matrix_weight_grad_stages, threads = 2 * Tile;
+  constexpr int warps = threads / 32, MT = Tile / 32, NT = 4;  // tiles of 16 output and of 8 input channels of a warp
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = lane / 8, tile_row = lane % 8;
+  const int pitch = static_cast<int>(plan.slot_pitch), numbers = plan.vector_bytes / 2;
+  const int64_t per_side = (p.C + Tile - 1) / Tile, split = blockIdx.y;
+  const int64_t output0 = blockIdx.x / per_side * Tile, input0 = blockIdx.x % per_side * Tile;
+  const int outputs = p.C - output0 < Tile ? static_cast<int>(p.C - output0) : Tile;
+  const int inputs = p.C - input0 < Tile ? static_cast<int>(p.C - input0) : Tile;
+  const int64_t begin = split * plan.rows_per_split;
+  const int64_t end = begin + plan.rows_per_split < plan.rows ? begin + plan.rows_per_split : plan.rows;
+  const int stage_count = static_cast<int>((end - begin + R - 1) / R);
+
+  int64_t* dx_offset = dynamic_shared<int64_t>();  // [2][R]
+  int64_t* before_offset = dx_offset + 2 * R;      // [2][R]; -1 - offset: in p.first
+  unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at);
+  const T* dx = static_cast<const T*>(p.dx.data) + output0 * p.dx.c;
+  const T* states = static_cast<const T*>(p.h.data) + input0 * p.h.c;
+
+  const auto slot_of = [&](int s) { return slots + s % stages * 2 * plan.slot_bytes; };
+  const auto find_rows = [&](int s) {
+    const int64_t row = begin + s * R + lane;
+    if (warp != s % warps || row >= end) return;
+    const WeightGradRow at = weight_grad_row(p, row, plan.small);
+    dx_offset[s % 2 * R + lane] = at.dx;
+    before_offset[s % 2 * R + lane] = at.before;
+  };
+  const auto fetch = [&](int s) {
+    if (s < stage_count) {
+      const int rows = end - begin - s * R < R ? static_cast<int>(end - begin - s * R) : R;
+      const int64_t *from_dx = dx_offset + s % 2 * R, *from_before = before_offset + s % 2 * R;
+      unsigned char *dx_slot = slot_of(s), *before_slot = dx_slot + plan.slot_bytes;
+      for_row_words<threads, Tile, R, Channels>(thread, numbers, outputs, rows, pitch, [&](int r, int c, int at) {
+        const T* from = dx + from_dx[r] + (Channels ? c : c * p.dx.c);
+        with_word(2 * numbers, [&](auto word) { copy_word(word, dx_slot + at, from); });
+      });
+      for_row_words<threads, Tile, R, Channels>(thread, numbers, inputs, rows, pitch, [&](int r, int c, int at) {
+        if (const int64_t offset = from_before[r]; offset >= 0) {
+          const T* from = states + offset + (Channels ? c : c * p.h.c);
+          return with_word(2 * numbers, [&](auto word) { copy_word(word, before_slot + at, from); });
+        }
+#pragma unroll 1
+        for (int j = 0; j < numbers; ++j) {
+          const int64_t offset = -1 - from_before[Channels ? r : r + j], channel = input0 + (Channels ? c + j : c);
+          reinterpret_cast<T*>(before_slot + at)[j] =
+              narrow<T>(load_state<T, float>(p.first, offset + channel * p.first.c, p.dtype));
+        }
+      });
+#pragma unroll 1
+      for (int e = thread; e < Tile * (R - rows); e += threads) {
+        const int r = rows + e / Tile, c = e % Tile, at = Channels ? r * pitch + 2 * c : c * pitch + 2 * r;
+        *reinterpret_cast<T*>(dx_slot + at) = *reinterpret_cast<T*>(before_slot + at) = narrow<T>(0.0f);
+      }
+    }
+    async_commit();
+  };
+  // This lane's row of a slot's four 8 x 8 tiles, 16 channels from `channel` x 16 rows from `row`: channels first (of dx, in the
+  // order of a's registers) or rows first (of the states, two b).
+  const auto tiles_at = [&](unsigned char* slot, int channel, int row, bool rows_first) {
+    const int second = tile % 2 * 8, third = tile / 2 * 8;
+    channel += rows_first ? third : second;
+    row += rows_first ? second : third;
+    return Channels ? slot + (row + tile_row) * pitch + 2 * channel : slot + (channel + tile_row) * pitch + 2 * row;
+  };
+
+  float acc[MT][NT][4] = {};
+  const int my_output = warp % 2 * (Tile / 2), my_input = warp / 2 * 32;
+  find_rows(0);
+  find_rows(1);
+  block_barrier();
+  for (int s = 0; s < stages - 1; ++s) fetch(s);
+  block_barrier();  // both tables have been read
+  find_rows(2);
+  for (int s = 0; s < stage_count; ++s) {
+    async_wait<stages - 2>();
+    block_barrier();  // stage s and the rows of stage s + 2 are here, stage s - 1 has been read
+    fetch(s + stages - 1);
+    find_rows(s + stages);
+    unsigned char *dx_slot = slot_of(s), *before_slot = dx_slot + plan.slot_bytes;
+#pragma unroll 1
+    for (int k = 0; k < R; k += 16) {
+      uint32_t a[MT][4];
+#pragma unroll
+      for (int m = 0; m < MT; ++m) load_matrix<4, Channels>(a[m], tiles_at(dx_slot, my_output + 16 * m, k, false));
+#pragma unroll
+      for (int n = 0; n < NT; n += 2) {
+        uint32_t b[4];
+        load_matrix<4, Channels>(b, tiles_at(before_slot, my_input + 8 * n, k, true));
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          mma_m16n8k16<T>(acc[m][n], a[m], left);
+          mma_m16n8k16<T>(acc[m][n + 1], a[m], right);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int64_t output = output0 + my_output + 16 * m + j / 2 * 8 + lane / 4;
+        const int64_t input = input0 + my_input + 8 * n + lane % 4 * 2 + j % 2;
+        if (output >= p.C || input >= p.C) continue;
+        if (plan.splits > 1)
+          partial[(split * p.C + output) * p.C + input] = acc[m][n][j];
+        else
+          static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(acc[m][n][j]);
+      }
+}
+
+template <typename T>
+Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
+  const auto as = [&](auto kernel) {
+    return launch("recurrent_conv matrix_weight_grad", kernel,
+                  dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)),
+                  dim3(static_cast<unsigned>(2 * plan.tile)), static_cast<size_t>(plan.shared_bytes),
+                  stream, p, plan, static_cast<float*>(scratch));
+  };
+  if (plan.tile == 64) return as(plan.along_channels ? matrix_weight_grad<T, 64, true> : matrix_weight_grad<T, 64, false>);
+  return as(plan.along_channels ? matrix_weight_grad<T, 128, true> : matrix_weight_grad<T, 128, false>);
+}
+
+// ---- any dtype and strides -----------------------------------------------------------------------------------------
+
+// Kahan's sum: what rounding cut off is added with the next term. Nothing here is compiled with fast-math, so it stays. An
+// infinite sum has no such rest.
+template <typename S>
+struct CompensatedSum {
+  S sum = 0, carry = 0;
+  __device__ __forceinline__ void add(S term) {
+    const S corrected = term - carry, next = sum + corrected, rest = (next - sum) - corrected;
+    carry = rest - rest == 0 ? rest : S(0);
+    sum = next;
+  }
+};
+
+// Partial sums of dW (above), any C, any strides, T in {double, float, bf16, half}, arithmetic in Accumulator<T>.
+//
+// Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time through
+//           shared memory; a thread adds up 4 x 4 elements.
+// Memory.   Shared: 2 x 2 tables of the rows' offsets (the stage in use and the next one), and both factors [32][68].
+// Order.    Rows in ascending order within a stage of 32, stages within a split, splits in sum_splits, the latter two with
+//           the rounding error carried along (CompensatedSum): no atomics, the same bits on every run and every GPU.
+// Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
+// Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor again,
+//           mostly from L2): arithmetic from C = 64 on.
+template <typename T>
+__global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
+    weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, Accumulator<T>* partial) {
+  using S = Accumulator<T>;
+  using Quad = Lanes<S>;
+  constexpr int L = plain_lanes, R = weight_grad_depth, B = plain_weight_grad_tile, pitch = B + L;
+  const int thread = threadIdx.x;
+  const int64_t per_side = (p.C + B - 1) / B, split = blockIdx.y;
+  const int64_t output0 = blockIdx.x / per_side * B, input0 = blockIdx.x % per_side * B;
+  const int64_t begin = split * plan.rows_per_split;
+  const int64_t end = begin + plan.rows_per_split < plan.rows ? begin + plan.rows_per_split : plan.rows;
+
+  int64_t* dx_offset = dynamic_shared<int64_t>();  // [2][R]
+  int64_t* before_offset = dx_offset + 2 * R;      // [2][R]; -1 - offset: in p.first
+  S* dx_tile = dynamic_shared<S>(plan.slots_at);
+  S* before_tile = dx_tile + R * pitch;
+
+  const auto find_rows = [&](int64_t row0, int stage) {
+    if (thread >= R || row0 + thread >= end) return;
+    const WeightGradRow row = weight_grad_row(p, row0 + thread, plan.small);
+    dx_offset[stage * R + thread] = row.dx;
+    before_offset[stage * R + thread] = row.before;
+  };
+  const T* dx = static_cast<const T*>(p.dx.data);
+  const T* states = static_cast<const T*>(p.h.data);
+  CompensatedSum<S> total[L][L];
+  const int my_output = thread / (B / L) * L, my_input = thread % (B / L) * L;
+  find_rows(begin, 0);
+  block_barrier();
+  int stage = 0;
+  for (int64_t row0 = begin; row0 < end; row0 += R, stage ^= 1) {
+    const int rows = end - row0 < R ? static_cast<int>(end - row0) : R;
+    const int64_t *from_dx = dx_offset + stage * R, *from_before = before_offset + stage * R;
+    for_tile(p.dx.c == 1, B, R, [&](int64_t c, int r) {
+      dx_tile[r * pitch + c] = r < rows && output0 + c < p.C ? widen(dx[from_dx[r] + (output0 + c) * p.dx.c]) : S(0);
+    });
+    for_tile(p.h.c == 1, B, R, [&](int64_t c, int r) {
+      S value = 0;
+      if (r < rows && input0 + c < p.C) {
+        const int64_t offset = from_before[r];
+        value = offset < 0 ? load_state<T, S>(p.first, -1 - offset + (input0 + c) * p.first.c, p.dtype)
+                           : widen(states[offset + (input0 + c) * p.h.c]);
+      }
+      before_tile[r * pitch + c] = value;
+    });
+    find_rows(row0 + R, stage ^ 1);
+    block_barrier();
+    S acc[L][L] = {};
+#pragma unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Quad a = *reinterpret_cast<const Quad*>(dx_tile + r * pitch + my_output);
+      const Quad b = *reinterpret_cast<const Quad*>(before_tile + r * pitch + my_input);
+#pragma unroll
+      for (int m = 0; m < L; ++m)
+#pragma unroll
+        for (int n = 0; n < L; ++n) acc[m][n] = fma(a.v[m], b.v[n], acc[m][n]);
+    }
+#pragma unroll
+    for (int m = 0; m < L; ++m)
+#pragma unroll
+      for (int n = 0; n < L; ++n) total[m][n].add(acc[m][n]);
+    block_barrier();
+  }
+#pragma unroll
+  for (int m = 0; m < L; ++m)
+#pragma unroll
+    for (int n = 0; n < L; ++n) {
+      const int64_t output = output0 + my_output + m, input = input0 + my_input + n;
+      if (output >= p.C || input >= p.C) continue;
+      if (plan.splits > 1)
+        partial[(split * p.C + output) * p.C + input] = total[m][n].sum;
+      else
+        static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(total[m][n].sum);
+    }
+}
+
+// ---- the sum of the splits -----------------------------------------------------------------------------------------
+
+inline constexpr int sum_elements = 32, sum_ranges = weight_grad_threads / sum_elements;
+
+// dweight[e] = sum over s of partial[s][e]: thread (e, range) of a block adds up splits range, range + 8, ... of one element, and
+// the first 32 threads add up the ranges. Neighbouring threads take neighbouring elements. Bound: reading `partial`, which has
+// just been written and mostly lies in L2, once.
+template <typename T>
+__global__ void __launch_bounds__(weight_grad_threads, 2)
+    sum_splits(const Accumulator<T>* partial, int64_t splits, int64_t elements, T* dweight) {
+  using S = Accumulator<T>;
+  S* sums = dynamic_shared<S>();
+  const int element = threadIdx.x % sum_elements, range = threadIdx.x / sum_elements;
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * sum_elements + element;
+  CompensatedSum<S> total;
+  if (e < elements) {
+#pragma unroll 8
+    for (int64_t s = range; s < splits; s += sum_ranges) total.add(partial[s * elements + e]);
+  }
+  sums[threadIdx.x] = total.sum;
+  block_barrier();
+  if (range != 0 || e >= elements) return;
+  for (int r = 1; r < sum_ranges; ++r) total.add(sums[r * sum_elements + element]);
+  dweight[e] = narrow<T>(total.sum);
+}
+
+template <typename T>
+Error launch_plain_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
+  return launch("recurrent_conv weight_grad_partial", weight_grad_partial<T>,
+                dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)), dim3(weight_grad_threads),
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan, static_cast<Accumulator<T>*>(scratch));
+}
+
+template <typename T>
+Error launch_sum_splits(const WeightGrad& p, const WeightGradPlan& plan, const void* scratch, Stream stream) {
+  const int64_t elements = p.C * p.C;
+  return launch("recurrent_conv sum_splits", sum_splits<T>,
+                dim3(static_cast<unsigned>(ceil_div(elements, sum_elements))), dim3(weight_grad_threads),
+                weight_grad_threads * sizeof(Accumulator<T>), stream, static_cast<const Accumulator<T>*>(scratch), plan.splits,
+                elements, static_cast<T*>(p.dweight));
+}
+
+}  // namespace
+
+Scratch weight_grad_scratch(const WeightGrad& p, Kernel kernel) { return {plan_weight_grad(p, kernel).scratch_bytes, {}}; }
+
+std::string weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kernel) {
+  const WeightGradPlan plan = plan_weight_grad(p, kernel);
+  if (plan.tiles > most_blocks || plan.splits > most_splits) return "recurrent_conv: too many channels or rows for one launch";
+  Error error;
+  if (!plan.vector_bytes)
+    error = with_type(p.dtype, [&](auto type) { return launch_plain_weight_grad<decltype(type)>(p, plan, scratch, stream); });
+  else if (p.dtype == DType::bf16)
+    error = launch_matrix_weight_grad<__nv_bfloat16>(p, plan, scratch, stream);
+  else
+    error = launch_matrix_weight_grad<__half>(p, plan, scratch, stream);
+  if (!error.empty() || plan.splits == 1) return error;
+  return with_type(p.dtype, [&](auto type) { return launch_sum_splits<decltype(type)>(p, plan, scratch, stream); });
+}
+
+std::string describe_weight_grad(const WeightGrad& p, Kernel kernel) { return describe(plan_weight_grad(p, kernel)); }
+
+}  // namespace rcu_ops::cuda
