@@ -264,15 +264,16 @@ void weight_grad_block(const WeightGrad& p, const cuda::WeightGradPlan& plan, in
 }
 
 py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
-                         const std::optional<Strides>& first, int64_t misalignment, bool reverse, bool plain, int64_t begin,
-                         int64_t end, const std::optional<std::tuple<int64_t, int64_t>>& block) {
+                         const std::optional<Strides>& first, int64_t misalignment, bool reverse, bool plain,
+                         int64_t shared_bytes, int64_t begin, int64_t end, const std::optional<std::tuple<int64_t, int64_t>>& block) {
   WeightGrad p;
   p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
   p.dtype = parse_dtype(dtype);
   p.dx = gpu_view(p.dtype, dx, 0), p.h = gpu_view(p.dtype, h, misalignment);
   if (first) p.first = gpu_view(p.dtype, *first, 0);
   p.reverse = reverse;
-  const cuda::WeightGradPlan plan = cuda::plan_weight_grad(p, plain ? cuda::Kernel::plain : cuda::Kernel::best);
+  const cuda::WeightGradPlan plan =
+      cuda::plan_weight_grad(p, gpu_of(80, 108, shared_bytes), plain ? cuda::Kernel::plain : cuda::Kernel::best);
   std::vector<int64_t> from_dx, before, block_dx, block_states;
   for (int64_t row = begin; row < end && row < plan.rows; ++row) {
     const cuda::WeightGradRow at = cuda::weight_grad_row(p, row, plan.small);
@@ -324,7 +325,7 @@ void bind_recurrent_conv(py::module_& m) {
         "int64s. misalignment: of x's and the residual's address, in bytes modulo 16.");
   m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("h"),
         py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false, py::arg("plain") = false,
-        py::arg("begin") = 0, py::arg("end") = 0, py::arg("block") = py::none(),
+        py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0, py::arg("block") = py::none(),
         "How the CUDA kernels cut the weight gradient's sum: text (one sentence), rows, tile, tiles, splits, rows_per_split, "
         "shared_bytes, scratch_bytes; for rows [begin, end), dx and before, the offsets of the two factors' first channels in dx "
         "and in h (below 0: -1 - offset in first), as int64s; and what block (tile, split) of the matrix unit's kernel reads, "

@@ -10,8 +10,8 @@
 
 namespace rcu_ops::cuda {
 
-// How the sum over rows (frames that have a state before them x positions) is cut, of any kernel. A function of the shape alone:
-// the order of the additions does not depend on the GPU.
+// How the sum over rows (frames that have a state before them x positions) is cut, of any kernel. Where the chosen kernel's
+// shared memory is to be had, a function of the shape alone: the order of the additions does not depend on the GPU.
 struct WeightGradPlan {
   int64_t rows = 0;
   int tile = 0;  // output and input channels of a block
@@ -40,27 +40,30 @@ inline constexpr int64_t matrix_weight_grad_rows = 16384;
 
 inline constexpr int64_t most_splits = 65535;  // along y of a grid
 
-inline WeightGradPlan plan_weight_grad(const WeightGrad& p, Kernel kernel = Kernel::best) {
+inline WeightGradPlan plan_weight_grad(const WeightGrad& p, const Gpu& gpu, Kernel kernel = Kernel::best) {
   WeightGradPlan plan;
   plan.rows = p.N * (p.first.data ? p.T : p.T - 1) * p.H * p.W;
   plan.small = plan.rows <= 0x7fffffff;
+  plan.slots_at = 4 * weight_grad_depth * 8;
   const Words words = plan_words(p, {&p.dx, &p.h});
   plan.why_not_matrix = kernel == Kernel::plain ? "the plain kernel was asked for" : words.why_not;
-  const bool matrix = !plan.why_not_matrix;
-  plan.tile = matrix && p.C > 64 ? 128 : plain_weight_grad_tile;
-  const int64_t per_side = ceil_div(p.C, plan.tile);
-  plan.tiles = per_side * per_side;
-  plan.slots_at = 4 * weight_grad_depth * 8;
-  if (matrix) {
+  if (!plan.why_not_matrix) {
+    plan.tile = p.C > 64 ? 128 : 64;
     plan.along_channels = words.along_channels;
-    plan.vector_bytes = words.bytes;
     plan.slot_pitch = 2 * (plan.along_channels ? plan.tile : weight_grad_depth) + 16;  // an odd number of 16-byte words
     plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? weight_grad_depth : plan.tile);
     plan.shared_bytes = plan.slots_at + 2 * matrix_weight_grad_stages * plan.slot_bytes;
-  } else {
-    plan.shared_bytes =
-        plan.slots_at + 2 * weight_grad_depth * (plain_weight_grad_tile + plain_lanes) * state_size(p.dtype);
+    if (plan.shared_bytes > gpu.shared_bytes) plan.why_not_matrix = "too little shared memory";
   }
+  const bool matrix = !plan.why_not_matrix;
+  if (matrix) {
+    plan.vector_bytes = words.bytes;
+  } else {
+    plan.tile = plain_weight_grad_tile;
+    plan.shared_bytes = plan.slots_at + 2 * weight_grad_depth * (plan.tile + plain_lanes) * state_size(p.dtype);
+  }
+  const int64_t per_side = ceil_div(p.C, plan.tile);
+  plan.tiles = per_side * per_side;
   // As many blocks as a large GPU holds at once, but none with less than eight stages of rows.
   int64_t splits = ceil_div(plan.tile == 128 ? 264 : 528, plan.tiles);
   const int64_t most = ceil_div(plan.rows, 8 * weight_grad_depth);

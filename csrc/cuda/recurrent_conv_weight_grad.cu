@@ -320,12 +320,26 @@ Error launch_sum_splits(const WeightGrad& p, const WeightGradPlan& plan, const v
 
 }  // namespace
 
-Scratch weight_grad_scratch(const WeightGrad& p, Kernel kernel) { return {plan_weight_grad(p, kernel).scratch_bytes, {}}; }
+Scratch weight_grad_scratch(const WeightGrad& p, Kernel kernel) {
+  Scratch scratch;
+  Gpu gpu;
+  scratch.error = current_gpu(gpu);
+  if (scratch.error.empty()) scratch.bytes = plan_weight_grad(p, gpu, kernel).scratch_bytes;
+  return scratch;
+}
+
+std::string describe_weight_grad(const WeightGrad& p, Kernel kernel) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  return describe(plan_weight_grad(p, gpu, kernel));
+}
 
 std::string weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kernel) {
-  const WeightGradPlan plan = plan_weight_grad(p, kernel);
+  Gpu gpu;
+  Error error = current_gpu(gpu);
+  if (!error.empty()) return error;
+  const WeightGradPlan plan = plan_weight_grad(p, gpu, kernel);
   if (plan.tiles > most_blocks || plan.splits > most_splits) return "recurrent_conv: too many channels or rows for one launch";
-  Error error;
   if (!plan.vector_bytes)
     error = with_type(p.dtype, [&](auto type) { return launch_plain_weight_grad<decltype(type)>(p, plan, scratch, stream); });
   else if (p.dtype == DType::bf16)
@@ -335,7 +349,5 @@ std::string weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kerne
   if (!error.empty() || plan.splits == 1) return error;
   return with_type(p.dtype, [&](auto type) { return launch_sum_splits<decltype(type)>(p, plan, scratch, stream); });
 }
-
-std::string describe_weight_grad(const WeightGrad& p, Kernel kernel) { return describe(plan_weight_grad(p, kernel)); }
 
 }  // namespace rcu_ops::cuda

@@ -188,6 +188,8 @@ def test_splits_of_the_weight_gradient_fill_a_gpu_and_stay_short() -> None:
         plan = native.recurrent_conv_gpu_weight_grad(shape, "bfloat16", stride, stride)
         assert plan["text"] == text
         assert plan["scratch_bytes"] == 4 * c * c * plan["splits"]
+        small = native.recurrent_conv_gpu_weight_grad(shape, "bfloat16", stride, stride, shared_bytes=20 * 1024)
+        assert small["text"].endswith("(not the matrix unit: too little shared memory)")
 
 
 def test_the_weight_gradient_of_more_than_2_to_the_31_elements() -> None:
