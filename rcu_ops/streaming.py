@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rcu_ops.nn.causality import carries_state, register_per_frame, streaming_obstacles
 from rcu_ops.nn.stream_state import StreamPass
 from rcu_ops.report import replacing
+from rcu_ops.stream_graph import ChunkGraphs, State
 
 __all__ = [
     "FRAMES_KEY",
@@ -38,8 +39,6 @@ __all__ = [
     "state_bytes",
     "state_to",
 ]
-
-State = dict[str, Tensor]
 
 FRAMES_KEY = "#frames"
 WINDOW_KEY = "#window"
@@ -60,12 +59,14 @@ class Streamer:
             is how networks stream whose layers look at a whole clip: temporal gates (:class:`rcu_ops.nn.SRTG`, whose
             pooling and LSTM stream as they are), 3D convolutions, temporal strides.
         graph: run every chunk as a CUDA graph, captured at the first chunk of each shape (and the start of a stream and
-            resets count as shapes of their own). No gradients then. Changes of weights in place are seen.
+            resets count as shapes of their own). No gradients then. Changes of weights in place are seen, other
+            parameters in their place are not: make a new Streamer. Where there can be no graph (on the CPU, when the
+            capture fails, when chunks come in too many shapes) the chunk runs without one and a warning says why;
+            :meth:`graph_report` keeps count.
 
     Raises:
         ValueError: a module is in training mode; modules that look at several frames at once, or that are not known to
-            treat frames alone (all listed by name; see ``register_per_frame``); ``graph=True`` for a model that is not
-            on a CUDA device.
+            treat frames alone (all listed by name; see ``register_per_frame``).
 
     Outside ``torch.no_grad`` / ``inference_mode`` the returned state carries gradients, through any number of chunks.
     For truncated backpropagation through time cut it with :func:`detach_state`.
@@ -85,21 +86,21 @@ class Streamer:
         if obstacles:
             listing = "\n  ".join(f"{name}: {reason}" for name, reason in obstacles)
             raise ValueError(f"model: cannot run frame by frame:\n  {listing}")
-        if graph:
-            device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-            if device.type != "cuda":
-                raise ValueError(f"graph: a CUDA graph needs a CUDA model, this one is on {device}")
         # Wrappers such as torch.compile's put a prefix before every name; states should not depend on it.
         self._names = {
             module: name.replace("_orig_mod.", "") for name, module in model.named_modules() if carries_state(module)
         }
         self._advance: Callable[..., tuple[Tensor, State]] = self._run
-        self._graphs: dict[Any, _GraphedChunk] = {}
+        self._graphs = ChunkGraphs(self._run, [*model.parameters(), *model.buffers()]) if graph else None
 
     def compile(self, **options: Any) -> Streamer:
         """Run chunks through ``torch.compile(**options)``; returns the streamer. One compilation per chunk shape."""
         self._advance = torch.compile(self._run, **options)
         return self
+
+    def graph_report(self) -> str:
+        """Which chunks have run as CUDA graphs, which have not, and why."""
+        return "made with graph=False" if self._graphs is None else self._graphs.report()
 
     def __call__(
         self, frames: Tensor, state: Mapping[str, Tensor] | None = None, reset: Tensor | None = None
@@ -139,7 +140,7 @@ class Streamer:
         if state is not None and (WINDOW_KEY in state) != (self.window is not None):
             raise ValueError("state: expected what this Streamer returned, got that of one with another window")
         carried = None if state is None else {key: value for key, value in state.items() if key != FRAMES_KEY}
-        scores, written = self._replay(frames, carried, fresh) if self.graph else self._advance(frames, carried, fresh)
+        scores, written = (self._graphs or self._advance)(frames, carried, fresh)
         if carried is not None and (unknown := carried.keys() - written.keys()):
             raise ValueError(f"state: has entries that this model does not: {', '.join(sorted(unknown))}")
         if scores.dim() < 3 or scores.shape[0] != n or scores.shape[2] != t:
@@ -176,15 +177,6 @@ class Streamer:
         scores = torch.stack([self.model(joined[:, :, step : step + window]) for step in steps], dim=2)
         return scores, {WINDOW_KEY: joined[:, :, -window:].contiguous()}
 
-    def _replay(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
-        layout = None
-        if carried is not None:
-            layout = tuple((name, value.shape, value.dtype, value.device) for name, value in sorted(carried.items()))
-        key = (frames.shape, frames.dtype, frames.device, layout, fresh is None)
-        if key not in self._graphs:
-            self._graphs[key] = _GraphedChunk(self._run, frames, carried, fresh)
-        return self._graphs[key](frames, carried, fresh)
-
     def _check_mode(self) -> None:
         if any(module.training for module in self._modules):
             names = [name or "the model" for name, module in self.model.named_modules() if module.training]
@@ -216,54 +208,6 @@ class Streamer:
         if reset.device.type == "cpu" and not reset.any():  # on a GPU the question would stall the stream
             return None
         return reset.to(frames.device, non_blocking=True)
-
-
-class _GraphedChunk:
-    """One chunk shape as a CUDA graph with fixed input and output buffers.
-
-    Args:
-        run: (frames, carried, fresh) -> (scores, written), without data-dependent control flow.
-        frames, carried, fresh: example arguments, which fix shapes, dtypes and which are None.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[Tensor, State | None, Tensor | None], tuple[Tensor, State]],
-        frames: Tensor,
-        carried: State | None,
-        fresh: Tensor | None,
-    ) -> None:
-        # Buffers made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._frames = frames.clone()
-            self._carried = None if carried is None else {key: value.clone() for key, value in carried.items()}
-            self._fresh = None if fresh is None else fresh.clone()
-            arguments = (self._frames, self._carried, self._fresh)
-            # Libraries choose algorithms and allocate workspaces at their first calls, which a capture cannot hold.
-            side = torch.cuda.Stream(frames.device)
-            side.wait_stream(torch.cuda.current_stream(frames.device))
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    run(*arguments)
-            torch.cuda.current_stream(frames.device).wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._scores, self._written = run(*arguments)
-
-    @torch.no_grad()
-    def __call__(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:
-        into, source = [self._frames], [frames]
-        if self._carried is not None and carried is not None:
-            into += [self._carried[key] for key in self._carried]
-            source += [carried[key] for key in self._carried]
-        if self._fresh is not None and fresh is not None:
-            into.append(self._fresh)
-            source.append(fresh)
-        for buffer, value in zip(into, source, strict=True):
-            buffer.copy_(value)
-        self._graph.replay()
-        # The buffers are overwritten at the next replay; what is handed out must not be.
-        return self._scores.clone(), {key: value.clone() for key, value in self._written.items()}
 
 
 def state_to(
