@@ -43,6 +43,7 @@ CUDA_DEFAULT_HOME = Path("/usr/local/cuda")
 ARCHITECTURE_MINIMUM = 80
 # Ampere and Hopper code, and PTX for what came later. The PTX is for 90, not 90a: 90a PTX is not forward compatible.
 DEFAULT_ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
+HOPPER = "sm_90a"  # what files named *_sm90.cu are for
 # PyTorch's names for TORCH_CUDA_ARCH_LIST, from the first generation that the kernels support.
 NAMED_ARCHITECTURES = {
     "Ampere": "8.0;8.6+PTX",
@@ -389,9 +390,23 @@ def require_torch() -> Torch:
     return torch
 
 
-def architecture_flags(architectures: Sequence[str]) -> list[str]:
-    """Return nvcc's flags for architectures as ``find_architectures`` names them."""
-    return [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures]
+def architecture_flags(source: str, architectures: Sequence[str]) -> list[str]:
+    """Return nvcc's flags for a kernel file and architectures as ``find_architectures`` names them.
+
+    Files named ``*_sm90.cu`` use instructions of sm_90a alone and are compiled for nothing else; without sm_90a among
+    the architectures they are compiled as others are and hold no kernels (``RCU_OPS_SM90A`` is not defined). All others
+    use no architecture-specific instruction: they are compiled for sm_90 where sm_90a was asked for, which shares the
+    front end, half of the work, with the PTX of compute_90.
+    """
+    specific = [HOPPER] if HOPPER in architectures else []
+    define = ["-DRCU_OPS_SM90A"] if specific else []
+    if source.endswith("_sm90.cu") and specific:
+        return [f"-gencode=arch=compute_90a,code={HOPPER}", *define]
+    codes: dict[str, dict[str, None]] = {}
+    for name in architectures:
+        kind, number = name.rstrip("af").split("_")
+        codes.setdefault(number, {})[f"{kind}_{number}"] = None
+    return [f"-gencode=arch=compute_{number},code=[{','.join(found)}]" for number, found in codes.items()] + define
 
 
 def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -> list[str]:
@@ -435,10 +450,13 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     if len(cxx) == 1 and "NVCC_CCBIN" not in environ:
         nvcc += ["-ccbin", cxx[0]]
     threads = str(min(len(plan.architectures), os.cpu_count() or 1))
-    flags = ["-std=c++20", "-O3", "-DNDEBUG", "--threads", threads, *architecture_flags(plan.architectures)]
-    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+    flags = ["-std=c++20", "-O3", "-DNDEBUG", "--threads", threads, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
     key += f" CUDA {plan.cuda.version}"
-    jobs = [*(_job(source, [*nvcc, *flags], objects, key) for source in cuda_sources()), *jobs]  # the longest first
+    kernels = [
+        _job(source, [*nvcc, *flags, *architecture_flags(source, plan.architectures)], objects, key)
+        for source in cuda_sources()
+    ]
+    jobs = [*kernels, *jobs]  # the longest first
     # The CUDA runtime is linked in: the library must load beside a torch that ships no CUDA.
     link = (*nvcc, "-shared", "-cudart", "static", "-nodlink")
     linker = [option for flag in extra for option in ("-Xcompiler", flag)]

@@ -152,8 +152,8 @@ void plain_block(const Scan& p, const cuda::PlainScanPlan& plan, int64_t block, 
 }
 
 // One tile of the kernels for 16-bit data: `Columns` columns from column0 on, copied by `threads` threads through a slot.
-template <int Bytes, int PaddedChannels, int Columns, bool Channels>
-void copied_tile(const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes, Touched& touched) {
+template <int PaddedChannels, int Columns, bool Channels, typename Word>
+void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes, Touched& touched) {
   const int64_t left = p.N * p.H * p.W - column0;
   const int here = left <= 0 ? 0 : left < Columns ? static_cast<int>(left) : Columns;
   std::vector<bool> slot(static_cast<size_t>(slot_bytes));
@@ -161,26 +161,26 @@ void copied_tile(const Scan& p, int64_t column0, int threads, int64_t slot_pitch
     int64_t offset[Columns];
     for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
     for (int thread = 0; thread < threads; ++thread)
-      cuda::for_words<Bytes, PaddedChannels, Columns, Channels>(
-          thread, threads, static_cast<int>(p.C), here, static_cast<int>(slot_pitch), *v, offset, [&](int64_t at, int to) {
-            for (int i = to; i < to + Bytes; ++i)
+      cuda::for_words<PaddedChannels, Columns, Channels>(
+          word, thread, threads, static_cast<int>(p.C), here, static_cast<int>(slot_pitch), *v, offset, [&](int64_t at, int to) {
+            for (int i = to; i < to + word.bytes; ++i)
               if (slot.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a slot is used twice");
-            std::fill_n(slot.begin() + to, Bytes, v == &p.x);
-            if (at * 2 % Bytes != 0) throw std::logic_error("a word is not aligned");
-            touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, Bytes / 2);
+            std::fill_n(slot.begin() + to, word.bytes, v == &p.x);
+            if (at * 2 % word.bytes != 0) throw std::logic_error("a word is not aligned");
+            touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, word.bytes / 2);
           });
   }
 }
 
-template <int Bytes, bool Channels>
-void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
+template <bool Channels, typename Word>
+void matrix_block(Word word, const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
   if (plan.wide)
-    return copied_tile<Bytes, cuda::wide_most_channels, cuda::wide_positions, Channels>(
-        p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes, touched);
+    return copied_tile<cuda::wide_most_channels, cuda::wide_positions, Channels>(
+        word, p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes, touched);
   const auto as = [&](auto padded) {
     constexpr int C = decltype(padded)::value, columns = cuda::tile_positions(C);
     for (int warp = 0; warp < cuda::tile_warps; ++warp)
-      copied_tile<Bytes, C, columns, Channels>(p, (block * cuda::tile_warps + warp) * columns, 32, plan.tile->slot_pitch,
+      copied_tile<C, columns, Channels>(word, p, (block * cuda::tile_warps + warp) * columns, 32, plan.tile->slot_pitch,
                                                plan.tile->slot_bytes, touched);
   };
   switch (plan.tile->padded_channels) {
@@ -190,10 +190,13 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
   }
 }
 
-template <int Bytes>
 void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
-  (plan.tile ? plan.tile->along_channels : plan.wide->along_channels) ? matrix_block<Bytes, true>(p, plan, block, touched)
-                                                                      : matrix_block<Bytes, false>(p, plan, block, touched);
+  const int bytes = plan.tile ? plan.tile->vector_bytes : plan.wide->vector_bytes;
+  const auto as = [&](auto word) {
+    (plan.tile ? plan.tile->along_channels : plan.wide->along_channels) ? matrix_block<true>(word, p, plan, block, touched)
+                                                                        : matrix_block<false>(word, p, plan, block, touched);
+  };
+  bytes == cuda::LongWord::bytes ? as(cuda::LongWord()) : as(cuda::ShortWord{bytes});
 }
 
 py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
@@ -203,17 +206,9 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
   const cuda::ScanPlan plan = cuda::plan_scan(p, gpu_of(architecture, multiprocessors, shared_bytes),
                                               plain ? cuda::Kernel::plain : cuda::Kernel::best);
   const int64_t blocks = plan.blocks();
-  const int bytes = plan.tile ? plan.tile->vector_bytes : plan.wide ? plan.wide->vector_bytes : 0;
   Touched touched;
-  for (int64_t block = begin; block < end && block < blocks; ++block) {
-    switch (bytes) {
-      case 0: plain_block(p, plan.plain, block, touched); break;
-      case 2: matrix_block<2>(p, plan, block, touched); break;
-      case 4: matrix_block<4>(p, plan, block, touched); break;
-      case 8: matrix_block<8>(p, plan, block, touched); break;
-      default: matrix_block<16>(p, plan, block, touched);
-    }
-  }
+  for (int64_t block = begin; block < end && block < blocks; ++block)
+    plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
   py::dict d;
   d["text"] = cuda::describe(plan);
   d["blocks"] = blocks;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "gpu.h"
 #include "recurrent_conv.h"
@@ -35,29 +36,36 @@ RCU_OPS_DEVICE void for_tile(int thread, int threads, bool along_channels, int64
     }
 }
 
-// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of `Bytes` of a tile of C channels
-// x `columns` <= Columns columns of 16-bit data, each from one of `threads` threads. Slots have one row of `pitch` bytes per
-// column (Channels: memory is contiguous along channels) or per channel. offset: of the tile's columns.
-template <int Bytes, int PaddedChannels, int Columns, bool Channels, typename Visit>
-RCU_OPS_DEVICE void for_words(int thread, int threads, int C, int columns, int pitch, const View& v, const int64_t* offset,
-                              Visit visit) {
-  constexpr int numbers = Bytes / 2;
+// What a thread copies at a time: 16 bytes, or what the alignment of the rows leaves, 8, 4 or 2. One loop serves all of the
+// short ones: a copy of it for each would be most of a kernel's code, and of the time it takes to compile.
+struct LongWord {
+  static constexpr int bytes = 16;
+};
+struct ShortWord {
+  int bytes = 0;
+};
+
+// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of a tile of C channels x `columns`
+// <= Columns columns of 16-bit data, each from one of `threads` threads. Slots have one row of `pitch` bytes per column
+// (Channels: memory is contiguous along channels) or per channel. offset: of the tile's columns.
+template <int PaddedChannels, int Columns, bool Channels, typename Word, typename Visit>
+RCU_OPS_DEVICE void for_words(Word word, int thread, int threads, int C, int columns, int pitch, const View& v,
+                              const int64_t* offset, Visit visit) {
+  const int numbers = word.bytes / 2;  // e: the word's first number, row after row
   if constexpr (Channels) {
-    const auto rows = [&](int words) {
+    const auto rows = [&](int channels) {
 RCU_OPS_UNROLL_2
-      for (int e = thread; e < columns * words; e += threads)
-        visit(offset[e / words] + e % words * numbers, e / words * pitch + e % words * Bytes);
+      for (int e = thread * numbers; e < columns * channels; e += threads * numbers)
+        visit(offset[e / channels] + e % channels, e / channels * pitch + e % channels * 2);
     };
-    if (C == PaddedChannels)
-      rows(PaddedChannels / numbers);  // a constant: no division is left
+    if (std::is_same_v<Word, LongWord> && C == PaddedChannels)
+      rows(PaddedChannels);  // a constant: no division is left
     else
-      rows(C / numbers);
+      rows(C);
   } else {
-    constexpr int words = Columns / numbers;
 RCU_OPS_UNROLL_2
-    for (int e = thread; e < C * words; e += threads)
-      if (e % words * numbers < columns)
-        visit(e / words * v.c + offset[e % words * numbers], e / words * pitch + e % words * Bytes);
+    for (int e = thread * numbers; e < C * Columns; e += threads * numbers)
+      if (e % Columns < columns) visit(e / Columns * v.c + offset[e % Columns], e / Columns * pitch + e % Columns * 2);
   }
 }
 

@@ -55,6 +55,9 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
   const int pitch = static_cast<int>(plan.slot_pitch);
   const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
   unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at + warp * plan.stages * stage_bytes);
+  // Before the first frame and after the last one, two slots hold the state of the tile, [columns][channels] in fp32.
+  constexpr int wide_pitch = CP + 4;
+  float* wide = reinterpret_cast<float*>(slots);
 
   const T* w = static_cast<const T*>(p.weight);
   for (int i = threadIdx.x; i < CP * CP; i += tile_threads) {
@@ -78,15 +81,13 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
     first_offset[lane] = column_offset(p, p.first, column0 + lane);
     last_offset[lane] = column_offset(p, p.last, column0 + lane);
   }
-  // Copies write what exists; the rest of a slot stays zero.
-  for (int64_t i = lane; i < plan.stages * stage_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
   block_barrier();
   if (columns == 0) return;
 
   const auto slot_of = [&](int64_t i) { return slots + i % plan.stages * stage_bytes; };
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
   const auto for_tile_words = [&](auto word, const View& v, const int64_t* offset, auto visit) {
-    for_words<word_bytes<decltype(word)>, CP, M, Channels>(lane, 32, C, columns, pitch, v, offset, visit);
+    for_words<CP, M, Channels>(word, lane, 32, C, columns, pitch, v, offset, visit);
   };
   const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
@@ -133,11 +134,22 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
           rounded[m][k][r] = pack<T>(pair[0], pair[1]);
         }
   };
-  for_state([&](float& h, int channel, int column) {
-    h = 0;
-    if (p.init != Init::none && channel < C && column < columns)
-      h = load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
-  });
+  for_state([&](float& h, int, int) { h = 0; });
+  if (p.init != Init::none) {
+    for (int i = lane; i < M * wide_pitch; i += 32) wide[i] = 0;
+    warp_barrier();
+    for_tile(lane, 32, p.first.c == 1, C, M, [&](int64_t channel, int column) {
+      if (column < columns)
+        wide[column * wide_pitch + channel] =
+            load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+    });
+    warp_barrier();
+    for_state([&](float& h, int channel, int column) { h = wide[column * wide_pitch + channel]; });
+    warp_barrier();
+  }
+  // Copies write what exists; the rest of a slot stays zero.
+  for (int64_t i = lane; i < plan.stages * stage_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
+  warp_barrier();
   round_state();
 
   // The gradient of the first state is one more product, without an input and without y.
@@ -225,18 +237,18 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
       warp_barrier();  // y is complete
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       with_word(plan.vector_bytes, [&](auto word) {
-        using Type = typename decltype(word)::Type;
-        for_tile_words(word, p.y, y_offset, [&](int64_t element, int at) {
-          *reinterpret_cast<Type*>(to + element) = *reinterpret_cast<const Type*>(slot + at);
-        });
+        for_tile_words(word, p.y, y_offset, [&](int64_t element, int at) { store_word(word, to + element, slot + at); });
       });
     }
   }
-  if (p.last_kind != Last::none)
-    for_state([&](float& h, int channel, int column) {
-      if (channel < C && column < columns)
-        store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype, h);
-    });
+  if (p.last_kind == Last::none) return;
+  warp_barrier();  // y has left the slots
+  for_state([&](float& h, int channel, int column) { wide[column * wide_pitch + channel] = h; });
+  warp_barrier();
+  for_tile(lane, 32, p.last.c == 1, C, M, [&](int64_t channel, int column) {
+    if (column < columns)
+      store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype, wide[column * wide_pitch + channel]);
+  });
 }
 
 template <typename T, int KT>

@@ -23,40 +23,14 @@ __device__ __forceinline__ void store_state(const View& v, int64_t i, DType dtyp
     static_cast<S*>(v.data)[i] = value;
 }
 
-template <int Bytes>
-struct Word;
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<4> {
-  using Type = uint32_t;
-};
-template <>
-struct Word<2> {
-  using Type = uint16_t;
-};
-
-// Calls function(Word<bytes>()).
+// Calls function(LongWord()) or function(ShortWord{bytes}).
 template <typename Function>
 __device__ __forceinline__ void with_word(int bytes, Function function) {
-  if (bytes == 16)
-    function(Word<16>());
-  else if (bytes == 8)
-    function(Word<8>());
-  else if (bytes == 4)
-    function(Word<4>());
+  if (bytes == LongWord::bytes)
+    function(LongWord());
   else
-    function(Word<2>());
+    function(ShortWord{bytes});
 }
-
-template <typename W>
-constexpr int word_bytes = sizeof(typename W::Type);
 
 // What a product with the rounded state leaves out. Nothing where the state is infinite or NaN: there the rounded one
 // already says all.
@@ -65,13 +39,34 @@ __device__ __forceinline__ float rest_of(float h, float rounded) {
   return rest - rest == 0 ? rest : 0.0f;
 }
 
-// Copies word by word, through registers only where a word is too short for an asynchronous copy.
-template <typename W, typename T>
-__device__ __forceinline__ void copy_word(W, unsigned char* slot, const T* from) {
-  if constexpr (word_bytes<W> >= 4)
-    async_copy<word_bytes<W>>(slot, from);
+// Copies a word into a slot, through registers only where it is too short for an asynchronous copy.
+template <typename T>
+__device__ __forceinline__ void copy_word(LongWord, unsigned char* slot, const T* from) {
+  async_copy<16>(slot, from);
+}
+template <typename T>
+__device__ __forceinline__ void copy_word(ShortWord word, unsigned char* slot, const T* from) {
+  if (word.bytes == 8)
+    async_copy<8>(slot, from);
+  else if (word.bytes == 4)
+    async_copy<4>(slot, from);
   else
     *reinterpret_cast<T*>(slot) = *from;
+}
+
+// Copies a word out of a slot.
+template <typename T>
+__device__ __forceinline__ void store_word(LongWord, T* to, const unsigned char* slot) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(slot);
+}
+template <typename T>
+__device__ __forceinline__ void store_word(ShortWord word, T* to, const unsigned char* slot) {
+  if (word.bytes == 8)
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(slot);
+  else if (word.bytes == 4)
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(slot);
+  else
+    *to = *reinterpret_cast<const T*>(slot);
 }
 
 }  // namespace rcu_ops::cuda

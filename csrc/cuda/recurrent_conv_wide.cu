@@ -87,9 +87,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
     with_word(plan.vector_bytes, [&](auto word) {
-      for_words<word_bytes<decltype(word)>, CP, P, Channels>(
-          thread, wide_threads, C, columns, pitch, v, offset,
-          [&](int64_t element, int at) { copy_word(word, slot + at, from + element); });
+      for_words<CP, P, Channels>(word, thread, wide_threads, C, columns, pitch, v, offset,
+                                 [&](int64_t element, int at) { copy_word(word, slot + at, from + element); });
     });
   };
   const auto prefetch = [&](int64_t i) {
@@ -224,11 +223,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
       const unsigned char* from = p.scale ? slot : after;
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       with_word(plan.vector_bytes, [&](auto word) {
-        using Type = typename decltype(word)::Type;
-        for_words<word_bytes<decltype(word)>, CP, P, Channels>(
-            thread, wide_threads, C, columns, pitch, p.y, y_offset, [&](int64_t element, int at) {
-              *reinterpret_cast<Type*>(to + element) = *reinterpret_cast<const Type*>(from + at);
-            });
+        for_words<CP, P, Channels>(word, thread, wide_threads, C, columns, pitch, p.y, y_offset,
+                                   [&](int64_t element, int at) { store_word(word, to + element, from + at); });
       });
     }
     prefetch(i + plan.stages - 1);

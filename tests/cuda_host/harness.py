@@ -22,7 +22,16 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of rcu_ops::DType
 
-FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+FLAGS = [
+    "-std=c++20",
+    "-DRCU_OPS_SM90A",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+]
 SANITIZERS: dict[str, list[str]] = {
     "none": ["-O1"],
     "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -1,20 +1,29 @@
-"""Every CUDA kernel compiles for the architectures of the build, without spilling and within one table of limits."""
+"""Every CUDA kernel in the built library keeps within one table of limits, spills nothing and uses the instructions meant for it.
+
+What is looked at is the code that ships: the library is taken apart, and nothing is compiled again.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 
 import pytest
 
+from rcu_ops import _library
 from tests.cuda_host import harness
 
-ARCHITECTURES = ("sm_80", "sm_90a")
+sys.path.insert(0, str(harness.ROOT / "build_backend"))
+import rcu_ops_build  # noqa: E402
+
+BUILT_FOR = rcu_ops_build.DEFAULT_ARCHITECTURES
+ARCHITECTURES = ("sm_80", "sm_90")  # of the kernels for every GPU; files named *_sm90.cu are for sm_90a alone
+HOPPER = "sm_90a"
 
 # Registers per thread. A block must find room: 65536 registers per multiprocessor / (threads x limit) blocks at once.
 REGISTERS = {
@@ -32,15 +41,15 @@ REGISTERS = {
     "key_gradient": 128,  # 2 blocks of 256
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
-# Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h).
-STATIC_SHARED_BYTES = 0
+# Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h). From sm_90 on the system has 1 KB.
+STATIC_SHARED_BYTES = {"sm_80": 0, "sm_90": 1024, "sm_90a": 1024}
 
 
 @dataclass(frozen=True)
 class Usage:
     registers: int
-    spilled_bytes: int
-    stack_bytes: int
+    stack_bytes: int  # where spilled registers would be
+    local_bytes: int
     shared_bytes: int
 
 
@@ -48,58 +57,33 @@ class Usage:
 MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA", "wide_scan": "HMMA", "matrix_weight_grad": "HMMA"}
 
 
-def disassembler() -> str | None:
+def disassembler() -> str:
     """The toolkit's cuobjdump, or the one that comes with Triton."""
     compiler = harness.nvcc()
     candidates = [which("cuobjdump"), str(Path(compiler).parent / "cuobjdump") if compiler else None]
     if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
         candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    return next((found for name in candidates if name and (found := which(name))), None)
+    found = next((found for name in candidates if name and (found := which(name))), None)
+    return found or pytest.skip("no cuobjdump, neither the toolkit's nor Triton's")
 
 
-def instructions(cubin: Path) -> dict[str, list[str]]:
-    """From a kernel's demangled signature to the names of its instructions."""
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("no cuobjdump, neither the toolkit's nor Triton's")
-    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
-    return {
-        function.partition("\n")[0].strip(): re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9.]*)", function)
-        for function in text.split("Function : ")[1:]
-    }
+def output(*command: str | Path) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def compile_for(source: Path, architecture: str, directory: Path) -> dict[str, Usage]:
-    """From a kernel's demangled signature to what it uses."""
-    compiler = harness.nvcc()
-    assert compiler is not None
-    target = ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}", "-cubin"]
-    output = directory / f"{source.stem}-{architecture}"
-    flags = ["-std=c++20", "-O3", "-DNDEBUG", f"-I{harness.CSRC}", "-Xptxas", "-v"]
-    result = subprocess.run(
-        [compiler, *flags, *target, "-o", str(output), str(source)], capture_output=True, text=True, check=False
+def demangled(names: list[str]) -> list[str]:
+    return subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.split(
+        "\n"
     )
-    assert result.returncode == 0, result.stderr
-    warnings = [line for line in result.stderr.splitlines() if "warning" in line]
-    assert not warnings, warnings
-    text = subprocess.run(["c++filt"], input=result.stderr, capture_output=True, text=True, check=True).stdout
-    found = {}
-    for entry in text.split("Compiling entry function ")[1:]:
-        numbers = {
-            key: int(match.group(1)) if (match := re.search(pattern, entry)) else 0
-            for key, pattern in {
-                "registers": r"Used (\d+) registers",
-                "stack_bytes": r"(\d+) bytes stack frame",
-                "shared_bytes": r"(\d+) bytes smem",
-            }.items()
-        }
-        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", entry)))
-        name = re.match(r"'(.*?)' for", entry)
-        assert name is not None
-        assert numbers["registers"] > 0
-        found[name.group(1)] = Usage(spilled_bytes=spilled, **numbers)
-    return found
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    record = _library.build_record()
+    if "cuda" not in record or record["kind"] != "cuda" or sorted(record["architectures"]) != sorted(BUILT_FOR):
+        pytest.skip(f"the library was not built with CUDA kernels for {', '.join(BUILT_FOR)}")
+    assert record["sources"] == rcu_ops_build.hash_sources(), "the library was built from other sources: install again"
+    return _library.LIBRARY
 
 
 def short_name(signature: str) -> str:
@@ -110,30 +94,34 @@ def short_name(signature: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cubin")
+def kernels(library) -> dict[tuple[str, str], tuple[str, Usage]]:
+    """From architecture and kernel to its symbol and what it uses."""
+    found = {}
+    text = output(disassembler(), "-res-usage", library)
+    for element in text.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = (\w+)", element)
+        assert architecture is not None
+        entries = re.findall(r"Function (\w+):\s+(REG:.*)", element)
+        for (symbol, line), signature in zip(entries, demangled([symbol for symbol, _ in entries]), strict=False):
+            numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            use = Usage(numbers["REG"], numbers["STACK"], numbers["LOCAL"], numbers["SHARED"])
+            found[architecture.group(1), short_name(signature)] = symbol, use
+    return found
 
 
 @pytest.fixture(scope="module")
-def usage(cubins: Path) -> dict[tuple[str, str], Usage]:
-    """From architecture and kernel to what it uses."""
-    if harness.nvcc() is None:
-        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
-    sources = sorted((harness.CSRC / "cuda").glob("*.cu"))
-    jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: compile_for(*job, cubins), jobs))
-    return {
-        (architecture, short_name(signature)): use
-        for (_, architecture), kernels in zip(jobs, results, strict=True)
-        for signature, use in kernels.items()
-    }
+def usage(kernels) -> dict[tuple[str, str], Usage]:
+    return {key: use for key, (_, use) in kernels.items()}
 
 
 def test_every_kernel_has_a_limit_and_every_limit_a_kernel(usage) -> None:
-    for architecture in ARCHITECTURES:
-        kernels = {name.partition("<")[0] for arch, name in usage if arch == architecture}
-        assert kernels == {name.partition("<")[0] for name in REGISTERS}
+    names = {
+        architecture: {name.partition("<")[0] for arch, name in usage if arch == architecture}
+        for architecture in (*ARCHITECTURES, HOPPER)
+    }
+    assert names["sm_80"] == names["sm_90"]
+    assert not names["sm_80"] & names[HOPPER]
+    assert names["sm_80"] | names[HOPPER] == {name.partition("<")[0] for name in REGISTERS}
 
 
 def test_registers(usage) -> None:
@@ -146,25 +134,32 @@ def test_registers(usage) -> None:
 
 
 def test_nothing_spills(usage) -> None:
-    assert not {key: use for key, use in usage.items() if use.spilled_bytes or use.stack_bytes}
+    assert not {key: use for key, use in usage.items() if use.stack_bytes or use.local_bytes}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_matrix_kernels_run_on_the_matrix_unit(usage, cubins, architecture) -> None:
-    found = {
-        short_name(signature): names
-        for cubin in sorted(cubins.glob(f"*-{architecture}"))
-        for signature, names in instructions(cubin).items()
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, HOPPER])
+def test_matrix_kernels_run_on_the_matrix_unit(kernels, library, architecture) -> None:
+    # One instance of each: the instruction stands in the body that all of them share, and disassembling takes its time.
+    instances = {
+        name.partition("<")[0]: (symbol, name) for (arch, name), (symbol, _) in kernels.items() if arch == architecture
     }
-    assert found.keys() == {name for arch, name in usage if arch == architecture}
-    for name, names in found.items():
-        wanted = MATRIX_INSTRUCTIONS.get(name.partition("<")[0])
-        on_matrix_unit = {n.partition(".")[0] for n in names} & {"HMMA", "HGMMA", "DMMA", "IMMA"}
-        assert on_matrix_unit == ({wanted} if wanted else set()), name
+    wanted = {
+        symbol: (name, MATRIX_INSTRUCTIONS[base])
+        for base, (symbol, name) in instances.items()
+        if base in MATRIX_INSTRUCTIONS
+    }
+    if not wanted:
+        assert architecture == HOPPER
+        return
+    text = output(disassembler(), "-sass", "-arch", architecture, "-fun", ",".join(wanted), library)
+    found = {function.partition("\n")[0].strip(): function for function in text.split("Function : ")[1:]}
+    assert found.keys() == wanted.keys()
+    for symbol, (name, instruction) in wanted.items():
+        assert re.search(rf"\*/\s+(@!?U?P\w+ )?{instruction}\b", found[symbol]), name
 
 
 def test_shared_memory(usage) -> None:
-    assert not {key: use for key, use in usage.items() if use.shared_bytes > STATIC_SHARED_BYTES}
+    assert not {key: use for key, use in usage.items() if use.shared_bytes > STATIC_SHARED_BYTES[key[0]]}
 
 
 def test_all_types_are_there(usage) -> None:
@@ -183,23 +178,20 @@ def test_all_types_are_there(usage) -> None:
 
 def test_every_wrapper_assembles(tmp_path) -> None:
     """The probes of tests/cuda_host use every instruction behind csrc/cuda/device once."""
-    if harness.nvcc() is None:
-        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
-    jobs = [(harness.HERE / "probes.cu", architecture) for architecture in ARCHITECTURES]
-    jobs.append((harness.HERE / "probes_sm90.cu", "sm_90a"))
-    with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(lambda job: compile_for(*job, tmp_path), jobs):
-            assert len(found) > 5
-
-
-def test_ptx_for_later_architectures(tmp_path) -> None:
-    """The build ships PTX of compute_90: nothing in a kernel may need an architecture-specific feature."""
     if (compiler := harness.nvcc()) is None:
-        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
-    for source in sorted((harness.CSRC / "cuda").glob("*.cu")):
-        command = [compiler, "-std=c++20", "-O3", f"-I{harness.CSRC}", "-ptx", "-arch=compute_90"]
-        result = subprocess.run(
-            [*command, "-o", str(tmp_path / "x.ptx"), str(source)], capture_output=True, text=True, check=False
-        )
+        pytest.skip("no nvcc: the probes cannot be compiled")
+    probes = harness.HERE / "probes.cu"
+    for code in ARCHITECTURES:
+        target = [f"-gencode=arch={code.replace('sm', 'compute')},code={code}", "-cubin", "-o", tmp_path / code]
+        command = [compiler, "-std=c++20", "-O3", f"-I{harness.CSRC}", *target, probes]
+        result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        assert ".target sm_90\n" in (tmp_path / "x.ptx").read_text()
+        assert "warning" not in result.stderr, result.stderr
+        assert output(disassembler(), "-res-usage", tmp_path / code).count("Function ") > 30
+
+
+def test_ptx_for_later_architectures(library) -> None:
+    """The library ships PTX of compute_90 for GPUs of later architectures, of every kernel that is not for sm_90a alone."""
+    text = output(disassembler(), "-lptx", library)
+    sources = [path for path in (harness.CSRC / "cuda").glob("*.cu") if not path.stem.endswith("_sm90")]
+    assert len(re.findall(r"sm_90\.ptx", text)) == len(sources)

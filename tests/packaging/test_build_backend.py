@@ -183,13 +183,22 @@ def test_architectures(text: str, expected: tuple[str, ...]) -> None:
     assert build.find_architectures({"TORCH_CUDA_ARCH_LIST": text}) == expected
 
 
-def test_architecture_flags() -> None:
-    flags = build.architecture_flags(build.DEFAULT_ARCHITECTURES)
-    assert flags == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
+@pytest.mark.parametrize(
+    ("source", "architectures", "expected"),
+    [
+        (
+            "csrc/cuda/op.cu",
+            build.DEFAULT_ARCHITECTURES,
+            ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90,compute_90]", "SM90A"],
+        ),
+        ("csrc/cuda/op_sm90.cu", build.DEFAULT_ARCHITECTURES, ["arch=compute_90a,code=sm_90a", "SM90A"]),
+        ("csrc/cuda/op_sm90.cu", ("sm_80", "sm_90"), ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90]"]),
+        ("csrc/cuda/op.cu", ("sm_86", "sm_100a"), ["arch=compute_86,code=[sm_86]", "arch=compute_100,code=[sm_100]"]),
+    ],
+)
+def test_architecture_flags(source: str, architectures: tuple[str, ...], expected: list[str]) -> None:
+    wanted = [f"-DRCU_OPS_{part}" if part == "SM90A" else f"-gencode={part}" for part in expected]
+    assert build.architecture_flags(source, architectures) == wanted
 
 
 @pytest.mark.parametrize("text", ["native", "all", "sm_90", "9", "8.0+ptx"])
