@@ -1,4 +1,5 @@
-"""Every CUDA kernel in the built library keeps within one table of limits, spills nothing and uses the instructions meant for it.
+"""Every CUDA kernel of the library keeps within one table of limits, spills nothing and is made of the instructions
+meant for it.
 
 What is looked at is the code that ships: the library is taken apart, and nothing is compiled again.
 """
@@ -19,7 +20,7 @@ from rcu_ops import _library
 from tests.cuda_host import harness
 
 sys.path.insert(0, str(harness.ROOT / "build_backend"))
-import rcu_ops_build  # noqa: E402
+import rcu_ops_build
 
 BUILT_FOR = rcu_ops_build.DEFAULT_ARCHITECTURES
 ARCHITECTURES = ("sm_80", "sm_90")  # of the kernels for every GPU; files named *_sm90.cu are for sm_90a alone
@@ -41,7 +42,8 @@ REGISTERS = {
     "key_gradient": 128,  # 2 blocks of 256
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
-# Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h). From sm_90 on the system has 1 KB.
+# Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h). From sm_90 on the
+# system has 1 KB.
 STATIC_SHARED_BYTES = {"sm_80": 0, "sm_90": 1024, "sm_90a": 1024}
 
 
@@ -191,7 +193,7 @@ def test_every_wrapper_assembles(tmp_path) -> None:
 
 
 def test_ptx_for_later_architectures(library) -> None:
-    """The library ships PTX of compute_90 for GPUs of later architectures, of every kernel that is not for sm_90a alone."""
+    """The library ships PTX of compute_90 for later GPUs, of every kernel that is not for sm_90a alone."""
     text = output(disassembler(), "-lptx", library)
     sources = [path for path in (harness.CSRC / "cuda").glob("*.cu") if not path.stem.endswith("_sm90")]
     assert len(re.findall(r"sm_90\.ptx", text)) == len(sources)
