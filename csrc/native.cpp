@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 
+void bind_cycle_consistency(py::module_& m);
 void bind_recurrent_conv(py::module_& m);
 
 namespace {
@@ -61,5 +62,6 @@ void bind_build_info(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Build info, planners and index maths of rcu_ops.";
   bind_build_info(m);
+  bind_cycle_consistency(m);
   bind_recurrent_conv(m);
 }

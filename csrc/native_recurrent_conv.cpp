@@ -17,20 +17,13 @@
 #include "common/recurrent_conv_index.h"
 #include "common/recurrent_conv_plan.h"
 #include "common/recurrent_conv_weight_grad_plan.h"
+#include "native.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace rcu_ops;
-
-DType parse_dtype(const std::string& name) {
-  if (name == "float64") return DType::f64;
-  if (name == "float32") return DType::f32;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
-  throw py::value_error("dtype: expected float64, float32, bfloat16 or float16, got '" + name + "'");
-}
 
 cpu::PlanInput plan_input(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
                           bool channels_last, bool with_state) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "types.h"
 
@@ -44,9 +45,40 @@ struct Alignment {
   uint8_t* gate = nullptr;                           // [N]
 };
 
-// Sequences of at most this many frames map to each other through the distances within them, sum_j z_tj |b_j - b_i|^2, which
-// differ from |soft_t - b_i|^2 by the same number for every i; longer ones through the soft neighbour itself.
-inline constexpr int64_t most_frames_through_distances = 64;
+// How the CPU kernels find distances. By shape and dtype alone: what a result is does not depend on the data's size or threads.
+enum class AlignForm : int32_t {
+  within,       // by differences, and nearest frames through the distances within a sequence, sum_j z_tj |b_j - b_i|^2, which differ
+                // from |soft_t - b_i|^2 by the same number for every i
+  differences,  // by differences, nearest frames by those to the soft neighbour
+  products,     // by products, those within the bound of their rounding by differences
+};
+
+inline constexpr int64_t most_frames_within = 64, least_keys_for_products = 96, least_channels_for_products = 16;
+
+inline AlignForm plan_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
+  if (kind == Align::cycle && T <= most_frames_within && S <= most_frames_within) return AlignForm::within;
+  const int64_t keys = kind == Align::cycle ? (T < S ? T : S) : S;
+  const bool products = dtype != DType::f64 && keys >= least_keys_for_products && C >= least_channels_for_products;
+  return products ? AlignForm::products : AlignForm::differences;
+}
+inline AlignForm plan_alignment(const Alignment& p) { return plan_alignment(p.kind, p.dtype, p.T, p.S, p.C); }
+
+// The plan and its reason, in one sentence.
+inline std::string describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
+  switch (plan_alignment(kind, dtype, T, S, C)) {
+    case AlignForm::within:
+      return "distances by differences, nearest frames through the distances within each sequence: at most " +
+             std::to_string(most_frames_within) + " frames";
+    case AlignForm::products:
+      return "distances by products on centred frames, by differences within the bound of their rounding: at least " +
+             std::to_string(least_keys_for_products) + " frames of at least " + std::to_string(least_channels_for_products) + " channels";
+    default: break;
+  }
+  return std::string("distances by differences: ") +
+         (dtype == DType::f64 ? "float64"
+                              : "fewer than " + std::to_string(least_keys_for_products) + " frames or " +
+                                    std::to_string(least_channels_for_products) + " channels");
+}
 
 namespace cpu {
 void align(const Alignment& problem, const Parallel& parallel);

@@ -1,9 +1,8 @@
 // cycle_consistency on vector units: the body of every instruction set. Included once per instruction set, inside a namespace of
 // its own and under that file's target pragma, after scalar.h and vectors.h; it instantiates nothing of the standard library.
 //
-// Distances are sums of squared differences at every length: on a CPU the subtraction runs beside the multiply-add (on other
-// units, or in the shadow of loads), so they cost what a product of matrices costs that cannot be trusted near a scene cut, and
-// half of a split-precision one.
+// Distances of short sequences are sums of squared differences; those of long ones come from products, with a bound on their
+// rounding, and by differences within the bound (cycle_consistency_products.h; the plan is plan_alignment's).
 //
 // Layout.   Frames that are there are packed, in the precision of sums, to panels [frame / L][channel][L]: a vector holds one
 //           channel of L frames, so that a block of M queries against a panel of keys is M accumulators of L keys, queries being
@@ -12,7 +11,8 @@
 // Scale.    Values are multiplied by a power of two where their squares would leave the range of fp32 (or fp64). It comes back in
 //           `sharpness`, scale^-2 / temperature, and in what is written.
 // Centre.   A soft neighbour is kept as the sum u = sum_j z_j b_j as it comes out, and the rest, sum_j z_j (b_j - u): right under
-//           offsets and scene cuts, where rounding u loses the differences between frames. Gradients are taken around u, too.
+//           offsets and scene cuts, where rounding u loses the differences between frames. Gradients are taken around u, too. Where
+//           only its place is asked for, u is the most probable frame, which saves a sum.
 // Order.    Channels and frames are added up in order, in parts which are then added: no result depends on threads, and equal
 //           frames have equal distances wherever they stand.
 // Threads.  Short sequences: a task per sample. Others: packing, then blocks of queries, then (gradients of keys) blocks of keys.
@@ -28,6 +28,7 @@ struct Frames {
   int64_t* place = nullptr;  // their places in the sequence
   S* number = nullptr;       // the same as numbers
   S *panels = nullptr, *rows = nullptr;
+  S *centred = nullptr, *sizes = nullptr;  // for products: panels minus the mean, and the squared norms of what remains
 };
 
 // What a sample is packed to, and how its numbers are to be read.
@@ -35,9 +36,11 @@ template <class S>
 struct Sample {
   Frames<S> a, b;
   S *grad = nullptr, *grad_panels = nullptr;  // grad's rows, where the problem has them; panels as those of a
-  double scale = 1;  // what was packed is scale times what was given
+  S* mean = nullptr;  // of all frames, where there are products
+  double scale = 1;   // what was packed is scale times what was given
   S sharpness = 1;
   bool finite = true;
+  bool products() const { return mean && finite; }  // infinity minus infinity would be no distance
 };
 
 struct Sizes {
@@ -112,7 +115,7 @@ static void multiply(S* data, int64_t count, S factor) {
 
 // Memory for one packed sample, taken from `at`, which moves on.
 template <class V>
-static Sample<typename V::S> lay_out(const Alignment& p, const Sizes& z, bool rows, char*& at) {
+static Sample<typename V::S> lay_out(const Alignment& p, const Sizes& z, bool rows, bool products, char*& at) {
   using S = typename V::S;
   Sample<S> sample;
   const auto take = [&](int64_t bytes) {
@@ -129,6 +132,11 @@ static Sample<typename V::S> lay_out(const Alignment& p, const Sizes& z, bool ro
   sample.b.panels = floats(z.S * p.C);
   if (rows) sample.a.rows = floats(z.T * z.C), sample.b.rows = floats(z.S * z.C);
   if (p.grad.data) sample.grad = floats(z.T * z.C), sample.grad_panels = floats(z.T * p.C);
+  if (products) {
+    sample.mean = floats(z.C);
+    sample.a.centred = floats(z.T * p.C), sample.a.sizes = floats(z.T);
+    sample.b.centred = floats(z.S * p.C), sample.b.sizes = floats(z.S);
+  }
   return sample;
 }
 
@@ -300,8 +308,12 @@ static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness,
   least = d[anchor];
   for (int64_t i = 0; i < count; i += L) {
     const R place = lanes + static_cast<S>(i);
-    R value = V::exp((least - V::load(d + i)) * sharpness);
-    value = place < static_cast<S>(count) ? value : R{};
+    const R x = (least - V::load(d + i)) * sharpness;
+    if (V::exp_is_zero(x)) {
+      V::store(d + i, R{});
+      continue;
+    }
+    const R value = place < static_cast<S>(count) ? V::exp(x) : R{};
     sums += value;
     V::store(d + i, value);
   }
@@ -310,15 +322,22 @@ static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness,
   return anchor;
 }
 
-// The frames to which any of M rows of weights gives one. All, unless all numbers are finite: 0 * inf has to be seen.
+// The frames to which any of M rows of weights gives more than `least` in magnitude. All, unless all numbers are finite: 0 * inf has
+// to be seen.
 template <class V>
-static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t count, bool finite, int64_t* list) {
+static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t count, bool finite, typename V::S least, int64_t* list) {
   int64_t used = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    bool any = !finite;
-    for (int m = 0; m < V::M; ++m) any |= w[m * pitch + i] != 0;
-    list[used] = i;
-    used += any;
+  for (int64_t i = 0; i < count; i += V::L) {
+    auto any = V::load(w + i) != V::load(w + i);  // false: there is no NaN if this is looked at
+    for (int m = 0; m < V::M; ++m) {
+      const typename V::R weight = V::load(w + m * pitch + i);
+      any |= (weight > least) | (weight < -least);
+    }
+    if (finite && !V::any(any)) continue;
+    for (int64_t l = 0; l < min_of<int64_t>(V::L, count - i); ++l) {
+      list[used] = i + l;
+      used += !finite || any[l];
+    }
   }
   return used;
 }
@@ -368,7 +387,18 @@ static void write(void* to, DType dtype, int64_t at, const S* from, int64_t coun
     for (int64_t i = 0; i < count; ++i) store_any(to, dtype, at + i, static_cast<double>(from[i]) * factor);
 }
 
+#include "cycle_consistency_products.h"
+
 // ---- tasks -------------------------------------------------------------------------------------------------------------
+
+// d[m * pitch + i] of M queries against the keys, as planned. Returns whether they come from products.
+template <class V>
+static bool block_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
+                            const Frames<typename V::S>& b, int64_t t0, typename V::S* d, int64_t* list) {
+  if (sample.products()) return settled_distances<V>(s, C, sample, a, b, t0, d, list);
+  distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
+  return false;
+}
 
 // A block's scratch: distances or weights [M][pitch], products [M][pitch], centres and rests [M][Cp], interleaved [C][2][M].
 template <class V>
@@ -392,6 +422,20 @@ struct Block {
   }
 };
 
+// How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a - b_likely|).
+template <class V>
+static double left_out(const typename V::S* z, const typename V::S* d, int64_t likely, int64_t count, typename V::S weight) {
+  using R = typename V::R;
+  R weights{}, moments{};
+  for (int64_t i = 0; i < count; i += V::L) {
+    const R here = V::load(z + i), small = here > weight ? R{} : here;
+    weights += small;
+    moments += small * (small == 0 ? R{} : V::load(d + i));  // infinite beyond the last frame
+  }
+  const double sum = static_cast<double>(V::sum(weights)), moment = static_cast<double>(V::sum(moments));
+  return 1.001 * (__builtin_sqrt(sum * moment) + sum * __builtin_sqrt(static_cast<double>(max_of<typename V::S>(d[likely], 0))));
+}
+
 // Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index alone.
 template <class V>
 static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
@@ -400,20 +444,41 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   constexpr int M = V::M;
   const Block<V> block(p, s);
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
-  distances<V>(a.panels, t0, b.panels, b.count, p.C, block.z, s.pitch);
+  const bool products = block_distances<V>(s, p.C, sample, a, b, t0, block.z, block.list);
+  const bool pruned = index && sample.products();
+  if (pruned) memcpy(block.r, block.z, static_cast<size_t>(M * s.pitch) * sizeof(S));
   S least, sum_of_exp;
-  for (int m = 0; m < M; ++m) softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
-  const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, block.list);
-  weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
-  weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
-  if (index) {
+  int64_t likely[M], nearest[M];
+  for (int m = 0; m < M; ++m) likely[m] = softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
+  const auto soft_neighbors = [&](S weight) {
+    const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, weight, block.list);
+    if (soft || !pruned) weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
+    weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
+  };
+  const Nearest<V> search{s, p.C, sample, a, b, t0, rows, products, block.r, likely, block.centre, block.rest, block.list, nearest};
+  for (int64_t& found : nearest) found = -2;
+  bool done = false;
+  if (pruned && !soft) {
+    for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, b.rows + likely[m] * s.C, static_cast<size_t>(s.C) * sizeof(S));
+    const S weight = S(0x1p-10) / static_cast<S>(b.count);
+    double slack[M];
+    for (int m = 0; m < rows; ++m) slack[m] = left_out<V>(block.z + m * s.pitch, block.r + m * s.pitch, likely[m], b.count, weight);
+    soft_neighbors(weight);
+    search.by_distances(1, slack);
+    done = search.settled();
+  }
+  if (!done) soft_neighbors(0);
+  if (pruned && !done) {
+    search.by_distances(16, nullptr);
+    done = search.settled();
+    if (!done && products) search.by_products(block.split, block.z), done = true;
+  }
+  if (index && !done) {
     interleave<V>(block.centre, block.rest, s.C, p.C, block.split);
     distances_to_soft<V>(block.split, b.panels, b.count, p.C, block.r, s.pitch);
-    for (int m = 0; m < rows; ++m) {
-      const int64_t found = first_smallest<V>(block.r + m * s.pitch, b.count);
-      index[row0 + a.place[t0 + m]] = found < 0 ? -1 : b.place[found];
-    }
+    for (int m = 0; m < rows; ++m) nearest[m] = first_smallest<V>(block.r + m * s.pitch, b.count);
   }
+  for (int m = 0; index && m < rows; ++m) index[row0 + a.place[t0 + m]] = nearest[m] < 0 ? -1 : b.place[nearest[m]];
   if (!soft) return;
   for (int m = 0; m < rows; ++m) {
     S* sum = block.rest + m * s.C;
@@ -455,7 +520,7 @@ static void cycle_of_short(const Alignment& p, const Sizes& s, int64_t n) {
   S* d = reinterpret_cast<S*>(at);
   S *back = d + matrix, *between = back + matrix, *spread = between + matrix;
   at = reinterpret_cast<char*>(spread + frames);
-  Sample<S> sample = lay_out<V>(p, s, false, at);
+  Sample<S> sample = lay_out<V>(p, s, false, false, at);
   fill_sample<V>(p, s, n, sample);
   for (int64_t t = 0; t < sample.a.count; t += M)
     distances<V>(sample.a.panels, t, sample.b.panels, sample.b.count, p.C, d + t * s.pitch, s.pitch);
@@ -489,10 +554,12 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   const Block<V> block(p, s);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
-  distances<V>(a.panels, t0, b.panels, b.count, p.C, block.z, s.pitch);
+  block_distances<V>(s, p.C, sample, a, b, t0, block.z, block.list);
   const bool back = p.kind == Align::back || p.kind == Align::back_backward;
   for (int m = 0; m < M; ++m) {
     S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
+    if (back && m < rows && sample.products())  // far or near, the loss is of this one
+      z[t0 + m] = row_distance<V>(a.rows + (t0 + m) * s.C, b.rows + (t0 + m) * s.C, s.C);
     const S own = back && m < rows ? z[t0 + m] : S(0);
     S least, sum;
     const int64_t likely = softmax<V>(z, b.count, sample.sharpness, least, sum);
@@ -526,7 +593,7 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
     w[t0 + m] += factor * g;
   }
   if (p.kind == Align::back) return;
-  int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, block.list);
+  int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, 0, block.list);
   weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
   if (!back) {
     interleave<V>(block.centre, sample.grad + t0 * s.C, s.C, p.C, block.split);
@@ -547,7 +614,7 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   }
   if (back) {  // a frame without weight in z may have one here: its own
     memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));
-    used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, block.list);
+    used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, 0, block.list);
   }
   weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   for (int m = 0; m < rows; ++m) {
@@ -620,12 +687,17 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
   if (p.kind == Align::back && p.mask_a.data)
     for (void* result : {p.log_probability, p.mean, p.variance}) memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
 
-  if (p.kind == Align::cycle && max_of(p.T, p.S) <= most_frames_through_distances) {
+  const AlignForm form = plan_alignment(p);
+  if (form == AlignForm::within) {
     run(parallel, p.N, [&](int64_t n) { cycle_of_short<V>(p, s, n); });
   } else {
     const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
     const int64_t weights = gradients ? 2 * s.T * s.pitch * sum : 0;
-    const int64_t packed = (p.T + p.S) * 8 + ((s.T + s.S) * (p.C + s.C + 1) + (p.grad.data ? s.T * (p.C + s.C) : 0)) * sum + 12 * 64;
+    const bool products = form == AlignForm::products;
+    const int64_t packed = (p.T + p.S) * 8 + 17 * 64 +
+                           ((s.T + s.S) * (p.C + s.C + 1) + (p.grad.data ? s.T * (p.C + s.C) : 0) +
+                            (products ? (s.T + s.S) * (p.C + 1) + s.C : 0)) *
+                               sum;
     const int64_t per_sample = round_up(packed + weights + static_cast<int64_t>(sizeof(Sample<S>)), 64);
     // As many samples at once as fit 64 MB, and at least one.
     const int64_t group = max_of<int64_t>(1, min_of(p.N, (int64_t(64) << 20) / per_sample));
@@ -636,8 +708,9 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
       const auto weights_at = [&](int64_t i) { return reinterpret_cast<S*>(memory + (i + 1) * per_sample - weights); };
       run(parallel, samples, [&](int64_t i) {
         char* at = memory + i * per_sample + round_up(sizeof(Sample<S>), 64);
-        Sample<S> sample = lay_out<V>(p, s, true, at);
+        Sample<S> sample = lay_out<V>(p, s, true, products, at);
         fill_sample<V>(p, s, first + i, sample);
+        if (sample.products()) centre_frames<V>(s, p.C, sample.a, sample.b, sample.mean);
         memcpy(static_cast<void*>(sample_at(i)), &sample, sizeof sample);
       });
       const int64_t blocks = (p.T + M - 1) / M, key_blocks = (p.S + M - 1) / M;

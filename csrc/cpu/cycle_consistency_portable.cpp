@@ -19,6 +19,12 @@ template <class R>
 static void store_half(f16_t* p, R v) {
   for (int l = 0; l < 4; ++l) from_double(v[l], p[l]);
 }
+template <class Mask>
+static bool any_set(Mask v) {
+  uint64_t words[2];
+  memcpy(words, &v, sizeof words);
+  return (words[0] | words[1]) != 0;
+}
 
 #include "vectors.h"
 #include "cycle_consistency_core.h"

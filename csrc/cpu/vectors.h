@@ -1,5 +1,6 @@
 // Vectors F32 and F64 in the compiler's own types, for kernels whose inner loops it turns into good code by itself. Included inside
-// the namespace of the instruction set that uses them, after scalar.h; that file defines `vector_bytes` and load_half.
+// the namespace of the instruction set that uses them, after scalar.h; that file defines `vector_bytes`, load_half, store_half and
+// any_set: whether any bit of a vector is.
 
 template <int... I>
 struct Lanes {};
@@ -26,6 +27,12 @@ struct Vectors {
     return v;
   }
   static void store(S* p, R v) { memcpy(p, &v, sizeof v); }
+
+  // Whether a comparison holds on any lane.
+  template <class Mask>
+  static bool any(Mask mask) {
+    return any_set(mask);
+  }
 
   // Sum of the lanes, in pairs of pairs.
   static S sum(R v) {
@@ -89,6 +96,7 @@ struct F32 : Vectors<float, float_vector> {
     const I exponent = (reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic) + 127) << 23;
     return x < -87.0f ? R{} : p * reinterpret_cast<R>(exponent);
   }
+  static bool exp_is_zero(R x) { return !any(!(x < -87.0f)); }
 };
 
 struct F64 : Vectors<double, double_vector> {
@@ -97,4 +105,5 @@ struct F64 : Vectors<double, double_vector> {
     for (int l = 0; l < L; ++l) x[l] = __builtin_exp(x[l]);
     return x;
   }
+  static bool exp_is_zero(R x) { return !any(!(x < -750.0)); }
 };

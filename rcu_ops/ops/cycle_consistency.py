@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcu_ops import reference
+from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _family
 from rcu_ops.ops._family import Definition, Family
 from rcu_ops.ops._registry import Operator, register
@@ -487,6 +487,23 @@ def _soft_by_reference(
     return reference.soft_nearest_neighbor(a, b, temperature=temperature, mask_b=mask_b)
 
 
+def _cpu_plan(*kinds: str) -> Any:
+    """How the CPU kernels of these kinds of alignment find distances between a and b, and why."""
+
+    def plan(a: Tensor, b: Tensor, *_: Any) -> str:
+        native = _library.native()
+        if native is None:
+            return "the planner's words need the module rcu_ops._native, which was not built for this Python"
+        (_, t, c), s = a.shape, b.shape[1]
+        dtype = str(a.dtype).removeprefix("torch.")
+        found = {kind: native.cycle_consistency_plan(kind, t, t if kind == "back" else s, c, dtype) for kind in kinds}
+        if len(set(found.values())) == 1:
+            return str(found[kinds[0]])
+        return "; ".join(f"{kind}: {text}" for kind, text in found.items())
+
+    return plan
+
+
 def _probe(device: str) -> tuple[Any, ...]:
     return torch.zeros(1, 3, 8, device=device), torch.zeros(1, 4, 8, device=device)
 
@@ -499,6 +516,7 @@ SOFT = register(
             ("soft_nearest_neighbor",),
             lambda *args: _BINARY["soft_nearest_neighbor"](*args),
             _soft_by_reference,
+            cpu_plan=_cpu_plan("soft"),
         ),
         check=_check_soft,
         probe=lambda device: (*_probe(device), None, 1.0, True),
@@ -512,6 +530,7 @@ CYCLE = register(
             ("cycle_consistency",),
             lambda *args: _BINARY["cycle_consistency"](*args),
             _reference_cycle,
+            cpu_plan=_cpu_plan("cycle"),
         ),
         check=_check_cycle,
         probe=lambda device: (*_probe(device), None, None, 1.0),
@@ -525,6 +544,7 @@ LOSS = register(
             ("soft_nearest_neighbor", "cycle_back"),
             _loss_with(_BINARY),
             _loss_by_reference,
+            cpu_plan=_cpu_plan("soft", "back"),
         ),
         check=_check_loss,
         probe=lambda device: (*_probe(device), None, None, 1.0, "regression", 0.001, 1e-6, "mean"),

@@ -19,7 +19,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["reference"] + (["cpu"] if _library.has_kernel("cycle_consistency", "CPU") else [])
 
 #: (N, T, S, C): short and long sequences, T != S, sizes that are no multiple of anything.
-SHAPES = [(2, 5, 7, 3), (3, 16, 16, 64), (1, 1, 4, 33), (2, 9, 1, 17), (1, 40, 70, 20), (1, 131, 97, 9), (1, 3, 3, 1)]
+SHAPES = [(2, 5, 7, 3), (3, 16, 16, 64), (1, 1, 4, 33), (2, 9, 1, 17), (1, 40, 70, 20), (1, 131, 97, 9), (1, 3, 3, 1), (1, 115, 131, 24)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -125,7 +125,7 @@ def test_a_sequence_is_consistent_with_itself(backend, frames) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("frames", [6, 80])
+@pytest.mark.parametrize("frames", [6, 80, 120])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_ties_go_to_the_lowest_index(backend, frames, dtype, offset) -> None:
     b = (torch.randn(2, frames, 19) + offset).to(dtype)
@@ -171,6 +171,62 @@ def test_indices_agree_with_fp64_whatever_the_magnitude(backend, case, dtype, fr
         more_rows, more = alignment.check_indices(got, x, y, temperature)
         rows, excused = rows + more_rows, excused + more
     assert excused <= 0.02 * rows, f"{excused} of {rows} rows needed the rounding bound"
+
+
+def moving(frames: int, channels: int) -> tuple[Tensor, Tensor]:
+    """A sequence that moves slowly, so that many frames have a say, and a noisy copy."""
+    a = 0.3 * torch.randn(1, frames, channels).cumsum(1)
+    return a, a + 0.05 * torch.randn(1, frames, channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["still", "flat", "offset 1e4", "offset 1e6", "cut", "three scenes", "copies"])
+def test_long_sequences_agree_with_fp64(case, dtype) -> None:
+    """Distances by products: right where they cannot be trusted, and the test's own bound is rarely needed."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("the CPU kernels are not built")
+    frames, channels, temperature = 210, 40, 1.0
+    a, b = moving(frames, channels)
+    if case == "flat":
+        temperature = 1e4
+    if case.startswith("offset"):
+        a, b = a + float(case.split()[1]), b + float(case.split()[1])
+    scenes = {"cut": 2, "three scenes": 3}.get(case)
+    if scenes:
+        far = 1e5 * torch.randn(scenes, channels)[torch.arange(frames) * scenes // frames]
+        a, b = a + far, b + far
+    if case == "copies":
+        b = b[:, torch.arange(frames) // 3 * 3]
+    a, b = a.to(dtype), b.to(dtype)
+    with rcu_ops.use_backend("cpu"):
+        soft, index = rcu_ops.soft_nearest_neighbor(a, b, temperature=temperature)
+        found = rcu_ops.cycle_consistency(a, b, temperature=temperature)
+    options = {"temperature": temperature}
+    eager, _ = reference.soft_nearest_neighbor(a, b, **options, state_dtype=torch.float32)
+    assert_close_to_reference(soft, alignment.soft_neighbors(a, b, **options), eager, "soft")
+    rows = excused = 0
+    for x, y, got in ((a, b, index), (a, b, found.index_ab), (b, a, found.index_ba)):
+        more_rows, more = alignment.check_indices(got, x, y, temperature)
+        rows, excused = rows + more_rows, excused + more
+    assert excused <= 0.02 * rows, f"{excused} of {rows} rows needed the rounding bound"
+    if case == "copies":
+        assert (found.index_ab % 3 == 0).all()
+
+
+def test_explain_names_the_form_and_its_reason() -> None:
+    if "cpu" not in BACKENDS or _library.native() is None:
+        pytest.skip("the CPU kernels or their planner are not built")
+
+    def plan(frames: int, dtype: torch.dtype = torch.float32) -> str:
+        x = torch.zeros(1, frames, 64, dtype=dtype)
+        return str(rcu_ops.explain("cycle_consistency", x, x).plan)
+
+    assert "within each sequence: at most 64 frames" in plan(16)
+    assert "differences: fewer than 96 frames" in plan(80)
+    assert "differences: float64" in plan(200, torch.float64)
+    assert "by products on centred frames" in plan(200)
+    loss = rcu_ops.explain("temporal_cycle_loss", torch.zeros(1, 100, 64), torch.zeros(1, 20, 64)).plan
+    assert loss is not None and "soft: " in loss and "back: " in loss
 
 
 def test_frames_that_are_not_there(backend) -> None:
