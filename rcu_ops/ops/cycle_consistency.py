@@ -494,7 +494,7 @@ def _cpu_plan(*kinds: str) -> Any:
         native = _library.native()
         if native is None:
             return "the planner's words need the module rcu_ops._native, which was not built for this Python"
-        (_, t, c), s = a.shape, b.shape[1]
+        t, s, c = a.shape[1], b.shape[1], a.shape[2]
         dtype = str(a.dtype).removeprefix("torch.")
         found = {kind: native.cycle_consistency_plan(kind, t, t if kind == "back" else s, c, dtype) for kind in kinds}
         if len(set(found.values())) == 1:
