@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _transforms
+from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.fast_gru import fast_gru_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
@@ -437,7 +438,17 @@ class _Operators:
         return (self._backward_function.apply if _transforms.transformed() else self._backward_operator)(*args)
 
 
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        return getattr(_triton.kernels("fast_gru"), name)(*args)
+
+    return kernel
+
+
 _BINARY = _Operators("", {})
+_TRITON = _Operators(
+    "_triton", {"fast_gru": _triton_kernel("forward"), "fast_gru_backward": _triton_kernel("backward")}
+)
 
 # ---- backends -----------------------------------------------------------------------------------------------------
 
@@ -469,6 +480,20 @@ def _plan(x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, 
     )
 
 
+def _why_not_triton(x: Tensor, *_: Any) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device}"
+    if not _triton.PRESENT:
+        return "the package triton is not installed"
+    if x.dtype == torch.float64:
+        return "x is float64, and the Triton kernels keep the state in float32"
+    return _triton.why_not_device(x.device) or _selftest.why_not("fast_gru/triton", x.device, x.dtype)
+
+
+def _triton_plan(x: Tensor, ux: Tensor, *_: Any) -> str:
+    return _triton.kernels("fast_gru").describe(x, ux)
+
+
 _BACKENDS = (
     Backend(
         "cuda",
@@ -477,8 +502,63 @@ _BACKENDS = (
         _plan,
         _evidence.experimental("fast_gru"),
     ),
+    Backend("triton", _TRITON.forward, _why_not_triton, _triton_plan),
     Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru"), _plan),
     Backend("reference", _run_reference, _predicates.why_not_reference),
 )
 OPERATOR = register(Operator("fast_gru", _BACKENDS, check=_check, probe=_probe))
 STEP = register(Operator("fast_gru_step", _BACKENDS, check=_check_step, probe=_probe_step))
+
+# ---- self-test of the Triton kernels ------------------------------------------------------------------------------
+
+
+def _selftest_inputs(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], hidden: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """x, weights and o0; gradients of o and o_n. Channel 0 of x opens or closes every ReLU beyond rounding."""
+    generator = torch.Generator("cpu").manual_seed(25)
+
+    def random(scale: float, *size: int) -> Tensor:
+        return scale * torch.randn(size, generator=generator, device="cpu")
+
+    n, _, c, *positions = shape
+    x, state = random(1, *shape), (n, c, *positions)
+    x[:, :, 0] = torch.where(x[:, :, 0] < 0, -1.0, 1.0)
+    ux, uo = random(0.5 * c**-0.5, 2 * hidden, c), random(0.5 * c**-0.5, 2 * hidden, c)
+    ux[:, 0] = torch.where(ux[:, 0] < 0, -4.0, 4.0)
+    weights = [ux, uo, random(0.5 * hidden**-0.5, 2, c, hidden), random(c**-0.5, c, c), random(c**-0.5, c, c)]
+    tensors = [value.to(device, dtype) for value in (x, *weights, random(1, *state))]
+    return tensors, [random(1, *shape).to(device, dtype), random(1, *state).to(device)]
+
+
+def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+    """Forward and backward, gates saved and recomputed: odd sizes, and sizes of whole words."""
+    for name, shape, hidden in (("odd sizes", (2, 3, 19, 1, 3, 5), 5), ("64 channels", (2, 3, 64, 1, 6, 6), 16)):
+        tensors, grads = _selftest_inputs(device, dtype, shape, hidden)
+
+        def got(tensors: list[Tensor] = tensors, grads: list[Tensor] = grads) -> list[Tensor]:
+            operators = torch.ops.rcu_ops
+            o, o_n, *saved = operators.fast_gru_triton(*tensors, True)
+            nothing = (tensors[0].new_empty(0),) * 2
+            results = [o, o_n]
+            for kept in (saved, nothing):
+                results += operators.fast_gru_backward_triton(*grads, *tensors, o, *kept, True, True)
+            return results
+
+        def want(to: torch.dtype, tensors: list[Tensor] = tensors, grads: list[Tensor] = grads) -> list[Tensor]:
+            leaves = [value.detach().cpu().to(to).requires_grad_() for value in tensors]
+            with torch.enable_grad():
+                outputs = reference.fast_gru(*leaves, state_dtype=to)
+            gradients = torch.autograd.grad(outputs, leaves, [grad.cpu().to(to) for grad in grads])
+            return [*outputs, *gradients, *gradients]
+
+        yield _selftest.Case(
+            f"forward and backward, {name}", got, functools.partial(want, torch.float64), functools.partial(want, dtype)
+        )
+
+
+_SOURCES = (
+    Path(__file__),
+    *(_triton.source_directory() / f"{name}.py" for name in ("fast_gru", "nonlocal_gates", "recurrent_conv")),
+)
+_selftest.register(_selftest.SelfTest("fast_gru/triton", _selftest_cases, _SOURCES))
