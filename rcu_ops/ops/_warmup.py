@@ -34,20 +34,21 @@ def warmup(
     backends are compiled when the package is built and need no warm-up.
 
     Args:
-        shapes: [N,C,T,H,W] of the sequences that :func:`rcu_ops.recurrent_conv` will get.
+        shapes: [N,C,T,H,W] of the sequences that :func:`rcu_ops.recurrent_conv` will get; [N,K,C,L,H,W] of the features
+            that :func:`rcu_ops.fast_gru` will get, with R = C // 4.
         dtypes: of the sequences: fp16, bf16, fp32. fp32 is compiled for the current
             ``torch.get_float32_matmul_precision()``.
         memory_formats: torch.channels_last_3d, torch.contiguous_format or both.
-        training: compile :func:`rcu_ops.recurrent_conv`, forward and backward.
-        inference: compile it forward, and :func:`rcu_ops.recurrent_conv_affine_act`.
+        training: compile :func:`rcu_ops.recurrent_conv` and :func:`rcu_ops.fast_gru`, forward and backward.
+        inference: compile them forward, and :func:`rcu_ops.recurrent_conv_affine_act`.
         device: the CUDA device to compile for; the current one by default.
 
     Returns:
         The number of different kernels compiled or found compiled.
 
     Raises:
-        RuntimeError: no CUDA device, or triton is not installed. ValueError: a shape that is not [N,C,T,H,W], a memory
-        format or device that cannot be warmed up, neither training nor inference. TypeError: another dtype.
+        RuntimeError: no CUDA device, or triton is not installed. ValueError: a shape of another number of dimensions, a
+        memory format or device that cannot be warmed up, neither training nor inference. TypeError: another dtype.
     """
     sequences = [_shape(shape) for shape in shapes]
     dtypes, memory_formats = list(dtypes), list(memory_formats)
@@ -71,7 +72,11 @@ def warmup(
     arch = kernels.architecture(target)
     launches: dict[tuple[Any, ...], Any] = {}
     for shape, dtype, memory_format in itertools.product(sequences, dtypes, memory_formats):
-        for launch in planned(kernels, shape, dtype, memory_format, arch, training, inference):
+        if len(shape) == 5:
+            found = planned(kernels, shape, dtype, memory_format, arch, training, inference)
+        else:  # the kernels read their own matrices, whatever the memory format
+            found = planned_fast_gru(_triton.kernels("fast_gru"), shape, dtype, arch, training, inference)
+        for launch in found:
             launches.setdefault(launch.key(), launch)
     with torch.cuda.device(target):
         for launch in track(list(launches.values()), label="compiling Triton kernels", unit="kernels"):
@@ -83,9 +88,11 @@ def warmup(
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) != 5 or min(shape) < 1:
-        raise ValueError(f"shapes: expected [N,C,T,H,W] of positive sizes, got {list(shape)}")
-    if shape[1] > _triton.MAX_CHANNELS:
+    if len(shape) not in (5, 6) or min(shape) < 1:
+        raise ValueError(f"shapes: expected [N,C,T,H,W] or [N,K,C,L,H,W] of positive sizes, got {list(shape)}")
+    if len(shape) == 6 and shape[2] < 4:
+        raise ValueError(f"shapes: expected at least 4 channels in [N,K,C,L,H,W], got {list(shape)}")
+    if len(shape) == 5 and shape[1] > _triton.MAX_CHANNELS:
         raise ValueError(f"shapes: the kernels take at most {_triton.MAX_CHANNELS} channels, got {list(shape)}")
     return tuple(shape)
 
@@ -118,3 +125,27 @@ def planned(
             for grad_h, grad_h_n in ((x, None), (x, state), (None, state)):
                 backward = (grad_h, grad_h_n, x, weight, h0, False, False, True, arch)
                 yield from kernels.plan_backward(*backward)[1]
+
+
+def planned_fast_gru(
+    kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, arch: int, training: bool, inference: bool
+) -> Iterator[Any]:
+    """The same for :func:`rcu_ops.fast_gru`; three clips stand for any number."""
+    n, _, c, *positions = shape
+
+    def empty(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    x, state, r = empty(n, 3, c, *positions), empty(n, c, *positions, kind=torch.float32), c // 4
+    weights = empty(2 * r, c), empty(2 * r, c), empty(2, c, r), empty(c, c), empty(c, c)
+    for o0 in (None, state, state.to(dtype)):
+        if inference:
+            yield from kernels.plan_forward(x, *weights, o0, False, arch).launches()
+        if training:
+            forward = kernels.plan_forward(x, *weights, o0, True, arch)
+            yield from forward.launches()
+            o, o_n, *saved = forward.results
+            nothing = [empty(0), empty(0)]
+            for kept, (grad_o, grad_o_n) in itertools.product((saved, nothing), ((x, None), (x, o_n), (None, o_n))):
+                arguments = (grad_o, grad_o_n, x, *weights, o0, o, *kept, True, True, arch)
+                yield from kernels.plan_backward(*arguments).launches()
