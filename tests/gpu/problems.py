@@ -21,6 +21,8 @@ from torch import Tensor
 import rcu_ops
 from rcu_ops import reference
 from rcu_ops.ops import OPERATORS
+from tests.ops.test_fast_gru import NAMES as FAST_GRU_NAMES
+from tests.ops.test_fast_gru import inputs as fast_gru_inputs
 
 Tensors = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -237,9 +239,73 @@ def _alignment_problems(name: str) -> Iterator[Problem]:
     )
 
 
+# ---- fast_gru ------------------------------------------------------------------------------------------------------
+
+# [N,K,C,L,H,W], R, channels innermost, o0 given: odd sizes, whole 16-byte words, and the paper's channels.
+RECURRENCES: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
+    "probe": ((2, 3, 19, 1, 3, 5), 5, True, True),
+    "C64 contiguous": ((2, 4, 64, 2, 7, 7), 16, False, False),
+    "C33 odd": ((3, 3, 33, 1, 5, 3), 7, False, True),
+    "C512 7x7": ((1, 3, 512, 1, 7, 7), 128, True, True),
+    "paper": ((1, 3, 2048, 1, 7, 7), 512, False, False),
+}
+
+
+def _fast_gru_problems(name: str) -> Iterator[Problem]:
+    """o and o_n with all gradients, gates saved and recomputed in turn; or one step."""
+    step = name == "fast_gru_step"
+    for index, (title, (shape, hidden, innermost, with_o0)) in enumerate(RECURRENCES.items()):
+
+        def make(
+            dtype: torch.dtype,
+            shape: Any = shape,
+            hidden: int = hidden,
+            innermost: bool = innermost,
+            o0: bool = with_o0,
+        ) -> Tensors:
+            values = fast_gru_inputs(shape, hidden, dtype, o0 or step)
+            given = {key: value for key, value in zip(FAST_GRU_NAMES, values, strict=True) if value is not None}
+            given |= {"grad_o": torch.randn(shape).to(dtype), "grad_o_n": torch.randn(shape[:1] + shape[2:])}
+            if innermost:
+                given |= {key: given[key].movedim(2, -1).contiguous().movedim(-1, 2) for key in ("x", "grad_o")}
+            return given
+
+        def whole(run: Recurrence, given: Tensors) -> Outputs:
+            leaves = [given[key].detach().requires_grad_() for key in FAST_GRU_NAMES if key in given]
+            with torch.enable_grad():
+                outputs = run(*leaves)
+            grads = [given[key].to(output.dtype) for key, output in zip(("grad_o", "grad_o_n"), outputs, strict=True)]
+            return tuple(v.detach() for v in (*outputs, *torch.autograd.grad(outputs, leaves, grads)))
+
+        def one(run: Recurrence, given: Tensors) -> Outputs:
+            return (run(given["x"][:, :1], *(given[key] for key in FAST_GRU_NAMES[1:]))[1],)
+
+        def ours_one(given: Tensors) -> Outputs:
+            arguments = (
+                given["x"][:, 0],
+                given["o0"].to(given["grad_o_n"].dtype),
+                *(given[k] for k in FAST_GRU_NAMES[1:6]),
+            )
+            return (rcu_ops.fast_gru_step(*arguments),)
+
+        def ours(given: Tensors, recompute: bool = index % 2 == 1) -> Outputs:
+            return whole(functools.partial(rcu_ops.fast_gru, recompute=recompute), given)
+
+        def exact(given: Tensors) -> Outputs:
+            return (one if step else whole)(reference.fast_gru, given)
+
+        def eager(given: Tensors) -> Outputs:
+            return (one if step else whole)(functools.partial(reference.fast_gru, state_dtype=given["x"].dtype), given)
+
+        # exp and tanh round in fp64 too, so nothing would be exact there.
+        yield Problem(name, title, make, ours_one if step else ours, exact, eager, DTYPES[:3])
+
+
 PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
     "recurrent_conv": _scan_problems,
     "recurrent_conv_affine_act": _affine_act_problems,
     "soft_nearest_neighbor": _alignment_problems,
     "temporal_cycle_loss": _alignment_problems,
+    "fast_gru": _fast_gru_problems,
+    "fast_gru_step": _fast_gru_problems,
 }
