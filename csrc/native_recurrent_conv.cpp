@@ -293,7 +293,7 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
 
 void bind_recurrent_conv(py::module_& m) {
   m.def("cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
-        "The instruction set the CPU kernels use: the best available, or the one that RCU_OPS_CPU_ISA names.");
+        "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
   m.def("cpu_isas", &available_isas, "The instruction sets this machine can run, best last.");
   m.def("recurrent_conv_plan", &plan_text, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"), py::arg("dtype"),
         py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false, py::arg("isa") = "",

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: the best one that processor and operating system offer, or a lower one
+// Which instruction set the CPU kernels use: the fastest one that processor and operating system offer, or the one
 // named by RCU_OPS_CPU_ISA (portable, avx2, avx512, avx512_bf16, amx) for testing.
 #pragma once
 
@@ -54,12 +54,27 @@ inline Isa best_isa() {
   return best;
 }
 
+// What is taken unless another one is named. Pairs of bf16 on the vector unit (VDPBF16PS) do twice the work of an fp32 multiply-add
+// in one instruction: AMD's cores start one a cycle, Intel's one every other cycle on the one of their two units that has it, half
+// the rate of fp32 arithmetic (91 against 188 GFLOP/s on a core of Emerald Rapids). There, without the matrix unit, bf16 is
+// widened to fp32 instead.
+inline Isa preferred_isa() {
+#if defined(__x86_64__)
+  static const bool slow_pairs = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
+  }();
+  if (best_isa() == Isa::avx512_bf16 && slow_pairs) return Isa::avx512;
+#endif
+  return best_isa();
+}
+
 // Read on every call, so that a test can compare instruction sets in one process. A name that this machine cannot run
 // is an error, not a silent step down.
 inline Isa current_isa() {
   const Isa best = best_isa();
   const char* forced = std::getenv("RCU_OPS_CPU_ISA");
-  if (forced == nullptr || *forced == '\0') return best;
+  if (forced == nullptr || *forced == '\0') return preferred_isa();
   std::string available;
   for (int i = 0; i <= static_cast<int>(best); ++i) {
     const Isa isa = static_cast<Isa>(i);

@@ -31,7 +31,6 @@ struct Block {
   int64_t k = 0;
   S* c = nullptr;       // the block of the new state; holds partial sums between two ranges of k
   bool resume = false;  // add what is in c
-  bool add = false;     // start from zero and add the sums to c: pairs of short sums round less than one long one
   bool last = false;    // nothing of k is left: finish
   bool relu = false;
   S alpha = 1;
@@ -106,12 +105,6 @@ static void run_block(const Block<typename V::S, T>& p) {
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[m][v] = V::mul(acc[m][v], alpha);
-  }
-  if (p.add) {
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] = V::add(V::load(p.c + m * c_row + v * c_vector), acc[m][v]);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -468,121 +461,187 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 //
 // dW = U H^T over rows r = (frame, column), U = dx at that frame and H = the state before it.
 //
-// Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K rows
-//           of its slab of U to [o][K] and of H to panels [K][NR] and adds their product to its own fp32 (fp64) slab.
-// Order.    Sums of `chain` rows are added up to sums of K, those within a range with their rounding errors kept beside them,
+// Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K rows of H
+//           to panels [K][NR] and of its slab of U to [o / A][K][A], or, where positions are adjacent, to [o][K]: either way
+//           both are read in the order in which they lie, and widened to fp32 (fp64) once for all blocks that multiply them.
+// Order.    Chains of K rows, or of fewer where a frame has few columns and a sum frame by frame would be exact too, one fma after
+//           the other, are added up to sums of `flush` rows, those within a range with their rounding errors kept beside them,
 //           and the ranges in fp64: independent of the number of threads, and as exact as short sums however many rows.
-// Scratch.  2 * parts * C * C shared; per task K * (slab + C).
-// Bound.    2 C^2 FLOP per row; packing moves 2 * C (1 + C / slab / 2) elements per row through the first-level cache.
+// Scratch.  2 * parts * C * C shared; per task K * (slab + C) and slab * C.
+// Bound.    2 C^2 FLOP per row, one load for 1.6 multiply-adds; packing moves 2 * C (1 + C / slab) elements per row, which
+//           the blocks before have asked for.
+
+static constexpr int64_t grad_rows = 128;
+
+template <class V, bool Rows>  // Rows: a[k][A], else a[m][grad_rows]
+static void grad_block(const typename V::S* a, const typename V::S* b, int64_t count, typename V::S* sum) {
+  using R = typename V::R;
+  constexpr int L = V::L, MR = V::planar_rows, NV = 2;
+  constexpr int64_t a_m = Rows ? 1 : grad_rows, a_k = !Rows ? 1 : L > MR ? L : MR;
+  R acc[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(0);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < count; ++k, a += a_k, b += NV * L) {
+    R bv[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const R av = V::set1(a[m * a_m]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) V::store(sum + (m * NV + v) * L, V::add(V::load(sum + (m * NV + v) * L), acc[m][v]));
+}
 
 template <class V, class T>
 struct WeightGradTasks {
   using S = typename V::S;
-  static constexpr int L = V::L, MR = V::planar_rows, NV = V::planar_vectors, NR = NV * L;
-  static constexpr int64_t K = 256, slab = 128, chain = 32;
+  static constexpr int L = V::L, MR = V::planar_rows, NR = 2 * L, A = L > MR ? L : MR;
+  static constexpr int64_t K = grad_rows, slab = 128, flush = 4 * K;
 
   const WeightGrad& p;
-  int64_t columns, first_frame, rows, parts, panels, slabs, slab_size;
-  S* partial;  // [part][slab of outputs][sum, its rounding errors][panel of inputs][slab + MR][NR]
+  int64_t columns, first_frame, rows, chain, parts, panels, slabs, slab_size;
+  S* partial;  // [part][slab of outputs][sum, its rounding errors][panel of inputs][padded slab][NR]
 
   explicit WeightGradTasks(const WeightGrad& problem) : p(problem) {
     columns = p.N * p.H * p.W;
     first_frame = p.first.data ? 0 : 1;
     rows = (p.T - first_frame) * columns;
+    chain = columns < 4 * K ? K / 4 : K;
     panels = (p.C + NR - 1) / NR;
     slabs = (p.C + slab - 1) / slab;
-    slab_size = 2 * panels * (min_of(slab, p.C) + MR) * NR;
-    const int64_t most = max_of<int64_t>((int64_t(64) << 20) / int64_t(slabs * slab_size * sizeof(S)), 1);
+    slab_size = panels * padded_slab() * NR;
+    const int64_t most = max_of<int64_t>((int64_t(32) << 20) / int64_t(slabs * slab_size * sizeof(S)), 1);
     parts = max_of<int64_t>(min_of(min_of<int64_t>(rows / 2048, 16), most), 1);
     partial = nullptr;
   }
+  int64_t padded_slab() const { return round_up(min_of(slab, p.C), A); }
 
-  // Offsets of rows [r0, r0 + count): U's frame, and H's frame before it (rows of the first frame: `first`).
-  void offsets(int64_t r0, int64_t count, int64_t* u, int64_t* h, bool* from_first) const {
+  // Up to K rows and where they lie: U's frame, and H's frame before it (rows of the first frame: `first`).
+  struct Chunk {
+    int64_t count = 0;
+    int64_t u[K], h[K];
+    bool from_first[K];
+  };
+  void locate(int64_t r0, int64_t end, Chunk& chunk) const {
     Scan shape;  // for column_offsets
     shape.N = p.N, shape.H = p.H, shape.W = p.W;
+    const int64_t count = chunk.count = max_of<int64_t>(min_of(K, end - r0), 0);
     for (int64_t k = 0; k < count;) {
       const int64_t i = (r0 + k) / columns + first_frame, q = (r0 + k) % columns, piece = min_of(count - k, columns - q);
       const int64_t t = p.reverse ? p.T - 1 - i : i, before = i == 0 ? 0 : p.reverse ? t + 1 : t - 1;
-      column_offsets(shape, p.dx, q, piece, u + k);
-      column_offsets(shape, i == 0 ? p.first : p.h, q, piece, h + k);
+      column_offsets(shape, p.dx, q, piece, chunk.u + k);
+      column_offsets(shape, i == 0 ? p.first : p.h, q, piece, chunk.h + k);
       for (int64_t end = k + piece; k < end; ++k) {
-        u[k] += t * p.dx.t;
-        h[k] += i == 0 ? 0 : before * p.h.t;
-        from_first[k] = i == 0;
+        chunk.u[k] += t * p.dx.t;
+        chunk.h[k] += i == 0 ? 0 : before * p.h.t;
+        chunk.from_first[k] = i == 0;
       }
+    }
+  }
+
+  // Asks for what `part` of `parts` equal parts of a chunk's rows hold of a tensor: rows of channels, or channels of rows.
+  static void prefetch(const View& v, const int64_t* at, int64_t count, int64_t c0, int64_t c1, int64_t part, int64_t parts) {
+    const bool by_row = v.c == 1;
+    const int64_t units = by_row ? count : c1 - c0, bytes = (by_row ? c1 - c0 : count) * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = units * part / parts; i < units * (part + 1) / parts; ++i) {
+      const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + (by_row ? at[i] + c0 : at[0] + (c0 + i) * v.c));
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
     }
   }
 
   static void task(void* self, int64_t index) {
     const auto& t = *static_cast<const WeightGradTasks*>(self);
-    const WeightGrad& p = t.p;
-    const int64_t part = index / t.slabs, o0 = index % t.slabs * slab, outputs = min_of(slab, p.C - o0);
-    S* c = t.partial + index * t.slab_size;
-    const int64_t c_panel = (min_of(slab, p.C) + MR) * NR;
-    alignas(64) S block[MR * NR];
-    memset(static_cast<void*>(c), 0, t.slab_size * sizeof(S));
-    const int64_t padded = round_up(outputs, MR);
+    if (t.p.dx.c == 1)
+      t.template run_task<true>(index);
+    else
+      t.template run_task<false>(index);
+  }
 
-    char* memory = static_cast<char*>(scratch(1, (padded + t.panels * NR) * K * sizeof(S) + K * 17 + 64));
-    S* u = reinterpret_cast<S*>(memory);
-    S* h = u + padded * K;
-    int64_t* u_rows = reinterpret_cast<int64_t*>(h + t.panels * NR * K);
-    int64_t* h_rows = u_rows + K;
-    bool* from_first = reinterpret_cast<bool*>(h_rows + K);
+  template <bool Rows>
+  void run_task(int64_t index) const {
+    const int64_t part = index / slabs, o0 = index % slabs * slab, outputs = min_of(slab, p.C - o0);
+    const int64_t padded = round_up(outputs, A), c_panel = padded_slab() * NR;
+    S* const sum = partial + 2 * index * slab_size;
+    S* const lost = sum + slab_size;
+    memset(static_cast<void*>(sum), 0, 2 * slab_size * sizeof(S));
 
-    const int64_t begin = t.rows * part / t.parts, end = t.rows * (part + 1) / t.parts;
-    for (int64_t r = begin; r == begin || r < end; r += K) {
-      const int64_t count = max_of<int64_t>(min_of(K, end - r), 0);
-      t.offsets(r, count, u_rows, h_rows, from_first);
-      t.pack_u(u, o0, outputs, padded, u_rows, count);
-      t.pack_h(h, h_rows, from_first, count);
-      for (int64_t panel = 0; panel < t.panels; ++panel)
-        for (int64_t m = 0; m < padded; m += MR) {
-          for (int64_t k = 0; k == 0 || k < count; k += chain) {
-            Block<S, T> b;
-            b.a = u + m * K + k;
-            b.lda = K;
-            b.b = h + panel * K * NR + k * NR;
-            b.k = min_of(chain, count - k);
-            b.c = block;
-            b.add = k > 0;
-            run_block<V, T, MR, NV, false, false>(b);
-          }
-          S* sum = c + panel * c_panel + m * NR;
-          add_exactly(block, sum, sum + t.panels * c_panel);
+    char* memory = static_cast<char*>(scratch(1, ((padded + panels * NR) * K + slab_size) * sizeof(S) + 2 * sizeof(Chunk)));
+    S* const u = reinterpret_cast<S*>(memory);
+    S* const h = u + padded * K;
+    S* const block = h + panels * NR * K;
+    Chunk* now = reinterpret_cast<Chunk*>(block + slab_size);
+    Chunk* next = now + 1;
+    memset(static_cast<void*>(u), 0, padded * K * sizeof(S));
+    memset(static_cast<void*>(block), 0, slab_size * sizeof(S));
+
+    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, blocks = panels * (padded / MR);
+    locate(begin, end, *now);
+    for (int64_t r = begin; r < end; r += K) {
+      this->template pack_u<Rows>(u, o0, outputs, now->u, now->count);
+      pack_h(h, now->h, now->from_first, now->count);
+      locate(r + K, end, *next);
+      const bool prefetch_h = next->count > 0 && !next->from_first[0];
+      for (int64_t panel = 0, i = 0; panel < panels; ++panel)
+        for (int64_t m = 0; m < padded; m += MR, ++i) {
+          prefetch(p.dx, next->u, next->count, o0, o0 + outputs, i, blocks);
+          if (prefetch_h) prefetch(p.h, next->h, next->count, 0, p.C, i, blocks);
+          const S* const a = Rows ? u + m / A * A * K + m % A : u + m * K;
+          const S* const b = h + panel * K * NR;
+          for (int64_t k = 0; k < now->count; k += chain)
+            grad_block<V, Rows>(a + k * (Rows ? A : 1), b + k * NR, min_of(chain, now->count - k), block + panel * c_panel + m * NR);
         }
-    }
-  }
-
-  // sum += block, and what the addition rounds away to `lost`.
-  static void add_exactly(const S* block, S* sum, S* lost) {
-    for (int64_t i = 0; i < MR * NR; ++i) {
-      const S a = sum[i], b = block[i], s = a + b, part = s - a;
-      lost[i] += (a - (s - part)) + (b - part);
-      sum[i] = s;
-    }
-  }
-
-  void pack_u(S* u, int64_t o0, int64_t outputs, int64_t padded, const int64_t* rows_at, int64_t count) const {
-    const T* src = static_cast<const T*>(p.dx.data) + o0 * p.dx.c;
-    for (int64_t o = outputs; o < padded; ++o) memset(static_cast<void*>(u + o * K), 0, K * sizeof(S));
-    int64_t k = 0;
-    for (; k + L <= count; k += L) {
-      if (rows_at[k + L - 1] - rows_at[k] == L - 1 && adjacent(rows_at + k)) {
-        for (int64_t o = 0; o < outputs; ++o) V::store(u + o * K + k, V::load(src + rows_at[k] + o * p.dx.c));
-      } else if (p.dx.c == 1) {
-        int64_t o = 0;
-        for (; o + L <= outputs; o += L) V::template transpose<T>(src + o, rows_at + k, u + o * K + k, K);
-        for (; o < outputs; ++o)
-          for (int l = 0; l < L; ++l) u[o * K + k + l] = V::scalar(src[rows_at[k + l] + o]);
-      } else {
-        for (int64_t o = 0; o < outputs; ++o)
-          for (int l = 0; l < L; ++l) u[o * K + k + l] = V::scalar(src[rows_at[k + l] + o * p.dx.c]);
+      Chunk* const swap = now;
+      now = next;
+      next = swap;
+      if ((r - begin) % flush == flush - K || r + K >= end) {
+        for (int64_t panel = 0; panel < panels; ++panel) add_exactly(panel * c_panel, padded * NR, block, sum, lost);
       }
     }
-    for (; k < count; ++k)
-      for (int64_t o = 0; o < outputs; ++o) u[o * K + k] = V::scalar(src[rows_at[k] + o * p.dx.c]);
+  }
+
+  // sum += block, and what the addition rounds away to `lost`; the block starts anew.
+  static void add_exactly(int64_t from, int64_t count, S* block, S* sum, S* lost) {
+    for (int64_t i = from; i < from + count; i += L) {
+      const auto a = V::load(sum + i), b = V::load(block + i), s = V::add(a, b), part = V::sub(s, a);
+      V::store(lost + i, V::add(V::load(lost + i), V::add(V::sub(a, V::sub(s, part)), V::sub(b, part))));
+      V::store(sum + i, s);
+      V::store(block + i, V::set1(0));
+    }
+  }
+
+  template <bool Rows>
+  void pack_u(S* u, int64_t o0, int64_t outputs, const int64_t* rows_at, int64_t count) const {
+    const T* src = static_cast<const T*>(p.dx.data) + o0 * p.dx.c;
+    if constexpr (Rows) {
+      const int64_t wide = outputs / A * A;
+      for (int64_t k = 0; k < count; ++k) {
+        const T* row = src + rows_at[k];
+        for (int64_t o = 0; o < wide; o += A)
+          for (int v = 0; v < A; v += L) V::store(u + o * K + k * A + v, V::load(row + o + v));
+        for (int64_t o = wide; o < outputs; ++o) u[wide * K + k * A + o - wide] = V::scalar(row[o]);
+      }
+    } else {
+      int64_t k = 0;
+      for (; k + L <= count; k += L) {
+        if (adjacent(rows_at + k)) {
+          for (int64_t o = 0; o < outputs; ++o) V::store(u + o * K + k, V::load(src + rows_at[k] + o * p.dx.c));
+        } else {
+          for (int64_t o = 0; o < outputs; ++o)
+            for (int l = 0; l < L; ++l) u[o * K + k + l] = V::scalar(src[rows_at[k + l] + o * p.dx.c]);
+        }
+      }
+      for (; k < count; ++k)
+        for (int64_t o = 0; o < outputs; ++o) u[o * K + k] = V::scalar(src[rows_at[k] + o * p.dx.c]);
+    }
   }
 
   void pack_h(S* h, const int64_t* rows_at, const bool* from_first, int64_t count) const {
@@ -625,20 +684,20 @@ struct WeightGradTasks {
 
   static void reduce(void* self, int64_t o) {
     const auto& t = *static_cast<const WeightGradTasks*>(self);
-    const int64_t C = t.p.C, c_panel = (min_of(slab, C) + MR) * NR;
+    const int64_t C = t.p.C, c_panel = t.padded_slab() * NR;
     T* out = static_cast<T*>(t.p.dweight) + o * C;
-    for (int64_t c = 0; c < C; ++c) {
-      const S* at = t.partial + o / slab * t.slab_size + c / NR * c_panel + o % slab * NR + c % NR;
-      double sum = 0;
-      for (int64_t part = 0; part < t.parts; ++part, at += t.slabs * t.slab_size)
-        sum += static_cast<double>(at[0]) + static_cast<double>(at[t.panels * c_panel]);
-      from_double(sum, out[c]);
+    for (int64_t panel = 0; panel < t.panels; ++panel) {
+      const S* at = t.partial + 2 * (o / slab) * t.slab_size + panel * c_panel + o % slab * NR;
+      double sum[NR] = {};
+      for (int64_t part = 0; part < t.parts; ++part, at += 2 * t.slabs * t.slab_size)
+        for (int i = 0; i < NR; ++i) sum[i] += static_cast<double>(at[i]) + static_cast<double>(at[t.slab_size + i]);
+      for (int i = 0; i < min_of<int64_t>(NR, C - panel * NR); ++i) from_double(sum[i], out[panel * NR + i]);
     }
   }
 
   static void run(const WeightGrad& p, const Parallel& parallel) {
     WeightGradTasks t(p);
-    t.partial = static_cast<S*>(scratch(0, t.parts * t.slabs * t.slab_size * sizeof(S)));
+    t.partial = static_cast<S*>(scratch(0, 2 * t.parts * t.slabs * t.slab_size * sizeof(S)));
     parallel.run(parallel.pool, t.parts * t.slabs, task, &t);
     parallel.run(parallel.pool, p.C, reduce, &t);
   }
