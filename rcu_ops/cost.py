@@ -354,6 +354,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--time", action="store_true", help="measure the time per frame")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure (default: %(default)s)")
     parser.add_argument("--fused", action="store_true", help="measure the time of the fused model")
+    parser.add_argument(
+        "--fold-relations",
+        action="store_true",
+        help="of Relational LSTMs folded for inference (half the weights per step)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the measurement (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of the measurement (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
@@ -368,6 +373,7 @@ def run(args: argparse.Namespace) -> int:
     from rcu_ops.cost_patterns import format_table, table
     from rcu_ops.models import Faster
     from rcu_ops.nn import fuse_for_inference
+    from rcu_ops.nn.relational_fold import fold_relations_of
     from rcu_ops.progress import Progress
     from rcu_ops.report import replacing
 
@@ -389,11 +395,17 @@ def run(args: argparse.Namespace) -> int:
         model = model.eval().to(device=device if args.time else None, dtype=getattr(torch, args.dtype))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    if args.fold_relations:
+        try:
+            model = fold_relations_of(model)
+        except ValueError as error:
+            raise UserError(f"--fold-relations: {str(error).removeprefix('fold_relations: ')}") from error
+    name = f"{args.model} (relations folded)" if args.fold_relations else args.model
     frames = args.frames or (model.frames if isinstance(model, Faster) else 16)
     size = args.size or (model.size if isinstance(model, Faster) else 112)
     shape = (args.batch, args.channels, frames, size, size)
     try:
-        cost = measure_cost(model, shape, name=args.model)
+        cost = measure_cost(model, shape, name=name)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{args.model} cannot take a clip {list(shape)}: {str(error).splitlines()[0]}") from error
     if args.time:
@@ -402,7 +414,7 @@ def run(args: argparse.Namespace) -> int:
             milliseconds, shares = measure_time(
                 timed, shape, seconds=args.seconds, on_step=lambda part: bar.update(int(100 * part) - bar.count)
             )
-        name = f"{args.model} (fused)" if args.fused else args.model
+        name = f"{name} (fused)" if args.fused else name
         cost = Cost(**{**asdict(cost), "model": name, "milliseconds_per_frame": milliseconds, "time_by_kind": shares})
     print(format_cost(cost))
     content = asdict(cost)

@@ -10,6 +10,7 @@ from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import choose_layers
 from rcu_ops.nn.nonlocal_block import NonLocalBlock
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
+from rcu_ops.nn.relational_fold import FoldedRelationalLSTM, fold_relations
 from rcu_ops.nn.relational_lstm import RelationalLSTM
 from rcu_ops.nn.residual_rnn import ResidualRNN
 from rcu_ops.nn.running_mean import RunningMean
@@ -22,6 +23,7 @@ __all__ = [
     "Aggregator",
     "FastGRU",
     "FeatureGate",
+    "FoldedRelationalLSTM",
     "FrameClassifier",
     "FrameConv3d",
     "NonLocalBlock",
@@ -33,6 +35,7 @@ __all__ = [
     "active_slot",
     "choose_layers",
     "convert_to_recurrent",
+    "fold_relations",
     "fuse_for_inference",
     "fuse_for_training",
     "make_aggregator",

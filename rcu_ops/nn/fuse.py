@@ -17,17 +17,20 @@ from rcu_ops.nn.causality import register_per_frame
 from rcu_ops.nn.frames import batch_to_frames, check_clip, frames_to_batch
 from rcu_ops.nn.packed_conv import PackedWeights, conv2d_act
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_arguments, frame_conv2d
+from rcu_ops.nn.relational_fold import fold_relations_of
 from rcu_ops.nn.stream_state import active_slot, scan_with_state
 from rcu_ops.ops import recurrent_conv_affine_act
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 
-def fuse_for_inference(model: nn.Module) -> nn.Module:
+def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.Module:
     """A new model for inference with fewer passes over memory; ``model`` is left untouched.
 
     * :class:`RecurrentConv3d` + ``BatchNorm3d`` (+ residual addition) (+ ReLU) becomes one
       :class:`FusedRecurrentConv3d`, which runs :func:`rcu_ops.recurrent_conv_affine_act`.
     * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
+    * With ``fold_relations`` every :class:`rcu_ops.nn.RelationalLSTM` takes its hidden state for the keys, with half
+      of the weights per step (:func:`rcu_ops.nn.fold_relations`); it has then to stay in its dtype.
 
     Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
     has no gradients with respect to its parameters. Modules whose ``forward`` cannot be traced stay unfused, and a
@@ -35,9 +38,11 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     Args:
         model: in evaluation mode.
+        fold_relations: fold Relational LSTMs too.
 
     Raises:
-        ValueError: a module of the model is in training mode (batch statistics cannot be folded).
+        ValueError: a module of the model is in training mode (batch statistics cannot be folded); ``fold_relations`` of
+            a layer whose rounding would break the tolerance rule, or of a model without such a layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -47,7 +52,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             f"model: expected evaluation mode (call model.eval()), but {training[0]}"
             f"{f' and {len(training) - 1} more modules are' if len(training) > 1 else ' is'} in training mode"
         )
-    return fuse_patterns(copy.deepcopy(model), _FOR_INFERENCE).eval().requires_grad_(False)
+    copied = copy.deepcopy(model)
+    if fold_relations:
+        copied = fold_relations_of(copied)
+    return fuse_patterns(copied, _FOR_INFERENCE).eval().requires_grad_(False)
 
 
 class FusedRecurrentConv3d(nn.Module):

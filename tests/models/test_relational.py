@@ -8,7 +8,7 @@ from torch.export import Dim, export
 
 from rcu_ops import Streamer
 from rcu_ops.models import RelationalTwoBranch, create_model, resnet_v2
-from rcu_ops.nn import RelationalLSTM
+from rcu_ops.nn import FoldedRelationalLSTM, RelationalLSTM, fuse_for_inference
 from tests.networks import calibrated
 
 
@@ -54,6 +54,22 @@ def test_streams() -> None:
         whole = model.frame_scores(clip)
         torch.testing.assert_close(torch.cat(parts, 2), whole)
         torch.testing.assert_close(whole[..., -1], model(clip))
+
+
+def test_fused_with_folded_relations() -> None:
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fused = fuse_for_inference(model, fold_relations=True)
+    assert isinstance(fused.lstm, FoldedRelationalLSTM)
+    assert type(fuse_for_inference(model).lstm) is RelationalLSTM
+    clip = torch.randn(2, 3, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.frame_scores(clip), model.frame_scores(clip))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="fold_relations: the model has no RelationalLSTM"):
+        fuse_for_inference(small(branches="local"), fold_relations=True)
+    with pytest.raises(ValueError, match=r"fold_relations: lstm: module: .* the bias of phi"):
+        fuse_for_inference(small(normalize="count", bias=True), fold_relations=True)
 
 
 def test_trains() -> None:

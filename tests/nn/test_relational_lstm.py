@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rcu_ops import Streamer
 from rcu_ops.models import VideoResNet, create_model
-from rcu_ops.nn import NonLocalBlock, RelationalLSTM, RunningMean
+from rcu_ops.nn import NonLocalBlock, RelationalLSTM, RunningMean, fold_relations
 from tests.networks import assert_same, calibrated
 
 
@@ -188,6 +188,79 @@ def test_relational_errors() -> None:
     wrong = torch.zeros(1, 3, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"state: expected h \[N,P,hidden_channels\] = \[1, 4, 4\], got \[1, 3, 4\]"):
         module.step(torch.zeros(1, 6, 2, 2, dtype=torch.float64), (wrong, wrong))
+
+
+# ---- folded for inference -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": "count"}, {"bias": True, "project": False}], ids=["default", "count", "bias"]
+)
+def test_folded_is_the_same(options: dict[str, object], dtype: torch.dtype) -> None:
+    module = small(dtype, **options)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    folded = fold_relations(module)
+    x = torch.randn(2, 6, 4, 4, 3).to(dtype)
+    with torch.no_grad():
+        exact = by_equation_3(copy.deepcopy(module).double(), x.double())
+        assert_same(folded(x), exact, by_equation_3(module, x))
+        streamer = Streamer(folded)
+        first, state = streamer(x[:, :, :1])
+        second, _ = streamer(x[:, :, 1:], state)
+        assert_same(torch.cat([first, second], 2), exact, by_equation_3(module, x))
+        # A stream moves between both forms: its state is the same.
+        moved, _ = streamer(x[:, :, 1:], Streamer(module)(x[:, :, :1])[1])
+        assert_same(moved, exact[:, :, 1:], by_equation_3(module, x)[:, :, 1:])
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+def test_fold_halves_the_weights_of_a_step() -> None:
+    module = RelationalLSTM(2048, norm=False, project=False, device="meta").eval()
+    folded = fold_relations(module)
+    assert 2 * folded.weight_h.numel() == module.weight_h.numel() == 8 * 1024**2
+    assert folded.weight_x.shape == module.weight_x.shape
+    counts = []
+    for each in (module, folded):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            each(torch.empty(1, 2048, 4, 7, 7, device="meta"))
+        counts.append(counter.get_total_flops() / 2 / 4)
+    assert counts[0] - counts[1] == 49 * 4 * 1024**2
+
+
+def test_fold_refuses() -> None:
+    for options, message in (
+        ({"normalize": "count", "bias": True}, "the bias of phi does not cancel"),
+        ({"key_channels": 1}, "the fold would take 160 multiplications per position and frame instead of 104"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fold_relations(RelationalLSTM(6, 4, **options).eval())
+    with pytest.raises(ValueError, match="expected evaluation mode"):
+        fold_relations(small().train())
+    folded = fold_relations(small(torch.float32))
+    with pytest.raises(ValueError, match="it is folded already"):
+        fold_relations(folded)
+    with pytest.raises(ValueError, match=r"made and checked for torch\.float32, got torch\.bfloat16"):
+        folded.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fold_refuses_what_rounds_too_much(dtype: torch.dtype) -> None:
+    """Equal channels of H, of which phi takes differences: exactly 0 by itself, large terms in the rounded product."""
+    module = RelationalLSTM(8, 8, norm=False).eval()
+    with torch.no_grad():
+        for weight, sizes, part in ((module.weight_x, module.sizes_x, 2), (module.weight_h, module.sizes_h, 1)):
+            rows = weight.split(sizes)[part].view(4, 8, 8)
+            rows.copy_(rows[:, :1].expand_as(rows).clone())
+        phi = module.weight_h.split(module.sizes_h)[0]
+        phi[:, :7] = torch.randint(-18, 19, (32, 7)).float()  # sums below 256, which 16 bits hold exactly
+        phi[:, 7] = -phi[:, :7].sum(1)
+    module = module.to(dtype)
+    with pytest.raises(ValueError, match=rf"folded in {dtype}, the \w+ error of its hidden states is .*, more than"):
+        fold_relations(module, torch.randn(1, 8, 6, 3, 3).to(dtype))
 
 
 # ---- the non-local block --------------------------------------------------------------------------------------------
