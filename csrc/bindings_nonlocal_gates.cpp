@@ -1,6 +1,9 @@
 // nonlocal_gates: its kernels as PyTorch operators (see bindings.h).
 #include "bindings.h"
 #include "common/nonlocal_gates.h"
+#ifdef RCU_OPS_WITH_CUDA
+#include "cuda/nonlocal_gates.h"
+#endif
 
 namespace rcu_ops::bindings {
 namespace {
@@ -17,12 +20,22 @@ Rows rows_of(const Tensor& tensor) {  // [B,rows,columns] or [B,gates,rows,colum
   return {.data = pointer(tensor), .batch = s[0], .gate = s[1], .row = s[2]};
 }
 
-#define RCU_OPS_LAUNCH(Problem, name) \
-  void launch(const Problem& problem, const Tensor&) { cpu::name(problem, cpu_threads()); }
-RCU_OPS_LAUNCH(Attention, attend)
-RCU_OPS_LAUNCH(AttentionGrad, attend_grad)
-RCU_OPS_LAUNCH(Step, step)
-RCU_OPS_LAUNCH(StepGrad, step_grad)
+void run_on_cpu(const Attention& problem) { cpu::attend(problem, cpu_threads()); }
+void run_on_cpu(const AttentionGrad& problem) { cpu::attend_grad(problem, cpu_threads()); }
+void run_on_cpu(const Step& problem) { cpu::step(problem, cpu_threads()); }
+void run_on_cpu(const StepGrad& problem) { cpu::step_grad(problem, cpu_threads()); }
+
+// On the device of `like`.
+template <class Problem>
+void launch(const Problem& problem, const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda())
+    return launch_on_gpu(
+        problem, like, [](const Problem& p) { return cuda::scratch_of(p); },
+        [](const Problem& p, void* scratch, CUstream_st* stream) { return cuda::relate(p, scratch, stream); });
+#endif
+  run_on_cpu(problem);
+}
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& like, const char* like_name) {
   check_dtype(name, tensor, like.scalar_type());
@@ -152,3 +165,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward
     m.impl("relational_lstm_step_backward", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_backward));    \
   }
 RCU_OPS_REGISTER(CPU)
+#ifdef RCU_OPS_WITH_CUDA
+RCU_OPS_REGISTER(CUDA)
+#endif

@@ -22,4 +22,12 @@ struct Gpu {
   int64_t shared_bytes = 163 * 1024;  // most that one block may ask for
 };
 
+namespace cuda {
+
+inline constexpr int64_t most_blocks = 0x7fffffff;  // along x of a grid
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace cuda
 }  // namespace rcu_ops

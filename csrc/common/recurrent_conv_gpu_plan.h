@@ -12,11 +12,6 @@
 
 namespace rcu_ops::cuda {
 
-inline constexpr int64_t most_blocks = 0x7fffffff;  // along x of a grid
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // ---- the plain scan ----------------------------------------------------------------------------------------------
 
 inline constexpr int plain_threads = 256;

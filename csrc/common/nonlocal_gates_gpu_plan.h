@@ -1,0 +1,89 @@
+// nonlocal_gates on a GPU: how the kernels cut their work into blocks, and what memory they need. Pure functions of shapes and
+// the device's limits, so that they are tested without one.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "gpu.h"
+#include "nonlocal_gates.h"
+
+namespace rcu_ops::cuda {
+
+// ---- the plain kernels: any sizes, dtype, strides and masks ----------------------------------------------------------
+
+inline constexpr int plain_relate_threads = 256;
+inline constexpr int plain_relate_warps = plain_relate_threads / 32;
+inline constexpr int plain_relate_rows = 32;     // that a block owns: one per lane
+inline constexpr int plain_relate_columns = 64;  // of a tile of scores
+inline constexpr int plain_relate_depth = 32;    // channels of a stage of scores, columns of a stage of results
+inline constexpr int plain_gradient_slice = 128;  // channels of a slice of results
+inline constexpr int plain_relate_slice_bytes = 256;  // the same, in bytes of sums, where gates share a block
+inline constexpr int plain_relate_pad = 4;       // numbers between the rows of a stage
+
+// A block owns `plain_relate_rows` rows (queries, or keys) of one sample and every splits-th slice of the results' channels. Maps
+// of its rows against all others stay in shared memory while it walks over the slices, or are made again, `chunk` columns at a
+// time, for every slice.
+struct PlainRelatePlan {
+  bool resident = true;
+  int64_t chunk = 0;
+  int64_t slice = 0;
+  int64_t tiles = 0, splits = 1, blocks = 0;
+  // Byte offsets into shared memory: the stages begin at 0; then the rows' statistics; then results; then the maps, map_bytes each.
+  int64_t numbers_at = 0, results_at = 0, maps_at = 0, map_bytes = 0, shared_bytes = 0;
+};
+
+struct PlainRelateSizes {
+  int64_t problems;  // samples (and gates, where a block does not take them all)
+  int64_t own, others;  // rows on either side
+  int64_t maps, most_maps;  // needed at once, and wanted
+  int64_t channels, slice, results;  // results: tiles of rows x slice kept in shared memory
+};
+
+inline PlainRelatePlan plan_plain_relate(const PlainRelateSizes& s, DType dtype, const Gpu& gpu) {
+  const int64_t size = state_size(dtype), rows = plain_relate_rows, depth = plain_relate_depth;
+  const int64_t scores_stage = depth * (rows + plain_relate_columns + 2 * plain_relate_pad), sums_stage = depth * s.slice;
+  PlainRelatePlan plan;
+  plan.slice = s.slice;
+  plan.numbers_at = (scores_stage > sums_stage ? scores_stage : sums_stage) * size;
+  plan.results_at = plan.numbers_at + (plain_relate_warps + 2 * 4) * rows * size;
+  plan.maps_at = plan.results_at + s.results * rows * s.slice * size;
+  const int64_t room = (gpu.shared_bytes - plan.maps_at) / (rows * size);  // columns of all maps together
+  plan.resident = s.others * s.most_maps <= room;
+  plan.chunk = plan.resident ? s.others : plain_relate_columns;
+  plan.map_bytes = plan.chunk * rows * size;
+  plan.shared_bytes = plan.maps_at + (plan.resident ? s.most_maps : s.maps) * plan.map_bytes;
+  plan.tiles = ceil_div(s.own, rows);
+  // Blocks that share rows make the same maps: worth it only where multiprocessors would have nothing to do.
+  const int64_t slices = ceil_div(s.channels, s.slice);
+  while (plan.splits < slices && s.problems * plan.tiles * plan.splits < gpu.multiprocessors) plan.splits *= 2;
+  plan.blocks = s.problems * plan.tiles * plan.splits;
+  return plan;
+}
+
+inline PlainRelatePlan plan_plain_attend(const Relation& r, const Gpu& gpu) {
+  return plan_plain_relate({r.B * r.G, r.N, r.M, 1, 1, r.E, plain_relate_slice_bytes / state_size(r.dtype), 1}, r.dtype, gpu);
+}
+// The four gates of a block's rows at once, so that the cell update follows.
+inline PlainRelatePlan plan_plain_step(const Relation& r, const Gpu& gpu) {
+  return plan_plain_relate({r.B, r.N, r.M, 1, r.G, r.E, plain_relate_slice_bytes / state_size(r.dtype), r.G}, r.dtype, gpu);
+}
+inline PlainRelatePlan plan_plain_query_gradient(const Relation& r, const Gpu& gpu) {
+  return plan_plain_relate({r.B * r.G, r.N, r.M, 2, 2, r.D, plain_gradient_slice, 0}, r.dtype, gpu);
+}
+inline PlainRelatePlan plan_plain_key_gradient(const Relation& r, const Gpu& gpu) {
+  return plan_plain_relate({r.B * r.G, r.M, r.N, 2, 2, r.D + r.E, plain_gradient_slice, 0}, r.dtype, gpu);
+}
+
+// Of the gradients: peak, sum and delta of every query (see Relation), in the state's dtype.
+inline int64_t gradient_scratch_bytes(const Relation& r) { return 3 * r.B * r.G * r.N * state_size(r.dtype); }
+
+inline std::string describe(const PlainRelatePlan& plan) {
+  const auto text = [](int64_t v) { return std::to_string(v); };
+  return "plain: " + text(plan.blocks) + " blocks of " + text(plain_relate_rows) + " rows, " +
+         (plan.resident ? std::string("weights in shared memory for all channels")
+                        : "weights made again for every " + text(plan.slice) + " channels") +
+         (plan.splits > 1 ? ", channels shared by " + text(plan.splits) + " blocks" : "");
+}
+
+}  // namespace rcu_ops::cuda

@@ -1,0 +1,557 @@
+// nonlocal_gates on CUDA devices: the plain kernels (any sizes, dtype, strides and masks) and the launches.
+#include "cuda/nonlocal_gates.h"
+
+#include "common/nonlocal_gates_gpu_plan.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/convert.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/runtime.h"
+#include "cuda/device/shared_memory.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+// ---- parts of the plain kernels --------------------------------------------------------------------------------------
+//
+// A map holds what a block's R rows have to do with other rows: map[column][row], a lane of every warp per row. All arithmetic
+// is in S: double for fp64, else float.
+
+constexpr int R = plain_relate_rows, threads = plain_relate_threads, warps = plain_relate_warps;
+constexpr int tile_columns = plain_relate_columns, depth = plain_relate_depth;
+constexpr int L = 4;  // a thread adds up L rows x 2 columns of scores, or L rows x J channels of results
+
+template <typename S>
+struct alignas(16) Lanes {
+  S v[L];
+};
+
+// Rows of `dtype`, which is double where S is, and float, bf16 or half where S is float. The kernels know S alone: a branch that
+// all threads take alike around a loop that copies costs nothing, a kernel per dtype costs the build.
+struct Matrix {
+  const void* data;
+  int64_t first, row;  // element (i, k) is data[first + i * row + k]
+  __device__ __forceinline__ Matrix from(int64_t i) const { return {data, first + i * row, row}; }
+};
+
+__device__ __forceinline__ Matrix rows_at(const Rows& rows, int64_t b, int64_t g) {
+  return {rows.data, b * rows.batch + g * rows.gate, rows.row};
+}
+
+// Calls function(T()).
+template <typename S, typename Function>
+__device__ __forceinline__ void with_numbers(DType dtype, Function function) {
+  if constexpr (sizeof(S) == 8)
+    function(double());
+  else if (dtype == DType::f32)
+    function(float());
+  else if (dtype == DType::bf16)
+    function(__nv_bfloat16());
+  else
+    function(__half());
+}
+
+template <typename S>
+__device__ __forceinline__ S load_number(const void* data, DType dtype, int64_t at) {
+  S value;
+  with_numbers<S>(dtype, [&](auto type) { value = widen(static_cast<const decltype(type)*>(data)[at]); });
+  return value;
+}
+template <typename S>
+__device__ __forceinline__ void store_number(void* data, DType dtype, int64_t at, S value) {
+  with_numbers<S>(dtype, [&](auto type) { static_cast<decltype(type)*>(data)[at] = narrow<decltype(type)>(value); });
+}
+
+// map[column][row] = left_row . right_column over `channels` numbers; rows beyond the last are zero. All threads; begins and
+// ends with a barrier. Sums of `depth` terms, then of these: one long sum would round more than a library's product does.
+template <typename S>
+__device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64_t columns, int64_t channels, S* stage, S* map) {
+  constexpr int left_pitch = R + plain_relate_pad, right_pitch = tile_columns + plain_relate_pad;
+  S *a = stage, *b = stage + depth * left_pitch;
+  const int my_row = threadIdx.x % (R / L) * L, my_column = threadIdx.x / (R / L) * 2;
+  for (int64_t column0 = 0; column0 < columns; column0 += tile_columns) {
+    const int here = columns - column0 < tile_columns ? static_cast<int>(columns - column0) : tile_columns;
+    S total[2][L] = {};
+    for (int64_t k0 = 0; k0 < channels; k0 += depth) {
+      block_barrier();  // the stage before this one has been read
+      const int k = threadIdx.x % depth;
+      const bool there = k0 + k < channels;
+      with_numbers<S>(dtype, [&](auto type) {
+        const auto* from_left = static_cast<const decltype(type)*>(left.data) + left.first + k0 + k;
+        const auto* from_right = static_cast<const decltype(type)*>(right.data) + right.first + column0 * right.row + k0 + k;
+#pragma unroll
+        for (int r = threadIdx.x / depth; r < R; r += threads / depth)
+          a[k * left_pitch + r] = there && r < rows ? widen(from_left[r * left.row]) : S(0);
+#pragma unroll
+        for (int c = threadIdx.x / depth; c < tile_columns; c += threads / depth)
+          b[k * right_pitch + c] = there && c < here ? widen(from_right[c * right.row]) : S(0);
+      });
+      block_barrier();
+      S sum[2][L] = {};
+#pragma unroll 4
+      for (int i = 0; i < depth; ++i) {
+        const Lanes<S> x = *reinterpret_cast<const Lanes<S>*>(a + i * left_pitch + my_row);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const S y = b[i * right_pitch + my_column + n];
+#pragma unroll
+          for (int m = 0; m < L; ++m) sum[n][m] = fma(x.v[m], y, sum[n][m]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int m = 0; m < L; ++m) total[n][m] += sum[n][m];
+    }
+    if (column0 == 0) block_barrier();  // whoever reads the map from before has done so
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      if (my_column + n >= here) break;
+      Lanes<S> out;
+#pragma unroll
+      for (int m = 0; m < L; ++m) out.v[m] = total[n][m];
+      *reinterpret_cast<Lanes<S>*>(map + (column0 + my_column + n) * R + my_row) = out;
+    }
+  }
+  block_barrier();
+}
+
+// total[i][j] += sum over c of map[c][L warp + i] * right_c[channel0 + lane + 32 j] for a slice of 32 J channels, leaving out the c that are not alive: what
+// stands in their rows is not even multiplied by zero. All threads; begins with a barrier, after which `map` may be read.
+template <typename S, int J, typename Alive>
+__device__ void sums(DType dtype, const S* map, int64_t columns, Matrix right, int64_t channel0, int64_t channels, Alive alive,
+                     S* stage, S (&total)[L][J]) {
+  constexpr int slice_width = 32 * J;
+  const int lane = threadIdx.x % 32, my_row = threadIdx.x / 32 * L;
+  const int width = channels - channel0 < slice_width ? static_cast<int>(channels - channel0) : slice_width;
+  for (int64_t c0 = 0; c0 < columns; c0 += depth) {
+    block_barrier();  // the stage before this one has been read
+    const int count = columns - c0 < depth ? static_cast<int>(columns - c0) : depth;
+    with_numbers<S>(dtype, [&](auto type) {
+      const int j = threadIdx.x % slice_width;
+      const auto* from = static_cast<const decltype(type)*>(right.data) + right.first + c0 * right.row + channel0 + j;
+#pragma unroll 4
+      for (int c = threadIdx.x / slice_width; c < count; c += threads / slice_width)
+        stage[c * slice_width + j] = j < width && alive(c0 + c) ? widen(from[c * right.row]) : S(0);
+    });
+    block_barrier();
+    S sum[L][J] = {};
+#pragma unroll 2
+    for (int c = 0; c < count; ++c) {
+      const Lanes<S> w = *reinterpret_cast<const Lanes<S>*>(map + (c0 + c) * R + my_row);
+#pragma unroll
+      for (int j = 0; j < J; ++j) {
+        const S x = stage[c * slice_width + lane + 32 * j];
+#pragma unroll
+        for (int i = 0; i < L; ++i) sum[i][j] = fma(w.v[i], x, sum[i][j]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < L; ++i)
+#pragma unroll
+      for (int j = 0; j < J; ++j) total[i][j] += sum[i][j];
+  }
+}
+
+// Calls visit(total[i][j], row, channel within the slice) for the results of this thread.
+template <typename S, int J, typename Visit>
+__device__ __forceinline__ void for_results(const S (&total)[L][J], Visit visit) {
+#pragma unroll
+  for (int i = 0; i < L; ++i)
+#pragma unroll
+    for (int j = 0; j < J; ++j) visit(total[i][j], threadIdx.x / 32 * L + i, static_cast<int>(threadIdx.x % 32) + 32 * j);
+}
+
+// Of one query, a lane's: over the keys seen so far the largest score, the sum of exp(score - peak) (under count: their
+// number), and the sum of those powers times the products of the gradient. Every warp holds the same.
+template <typename S>
+struct Query {
+  S peak = -static_cast<S>(INFINITY), sum = 0, delta = 0;
+  __device__ __forceinline__ S base() const { return peak > -static_cast<S>(INFINITY) ? peak : S(0); }
+  __device__ __forceinline__ S divisor() const { return sum == 0 ? S(1) : sum; }  // dead: zeros stay zeros
+};
+
+// Whether this lane's query sees a key: it exists and is not masked.
+struct Visible {
+  const uint8_t* mask = nullptr;  // of this lane's query
+  int64_t step = 0;
+  bool exists = false;
+  __device__ __forceinline__ bool operator()(int64_t key) const { return exists && (!mask || mask[key * step]); }
+};
+
+__device__ __forceinline__ Visible visible_from(const Relation& r, int64_t b, int64_t query) {
+  Visible v;
+  v.exists = query < r.N;
+  v.step = r.mask_key;
+  if (r.mask && v.exists) v.mask = r.mask + b * r.mask_batch + query * r.mask_row;
+  return v;
+}
+
+// The block's value of this lane's row: of all warps', in their order. `memory`: [warps][R]. All threads.
+template <typename S, typename Combine>
+__device__ S across_warps(S value, S* memory, Combine combine) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  block_barrier();
+  memory[warp * R + lane] = value;
+  block_barrier();
+  value = memory[lane];
+#pragma unroll
+  for (int w = 1; w < warps; ++w) value = combine(value, memory[w * R + lane]);
+  return value;
+}
+
+// A raw product, scaled; -inf (under count zero) where the key is not seen.
+template <typename S>
+__device__ __forceinline__ S score_of(const Relation& r, bool sees, S product) {
+  return sees ? static_cast<S>(r.scale) * product : r.count ? S(0) : -static_cast<S>(INFINITY);
+}
+
+// Takes a chunk of raw products into the statistics of this lane's query, and leaves the scores in the map. gradients: the products of the gradient with the values, or nullptr.
+template <typename S>
+__device__ void look_at(const Relation& r, const Visible& visible, int64_t key0, int64_t columns, S* map, const S* gradients,
+                        S* memory, Query<S>& query) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto add = [](S x, S y) { return x + y; };
+  S largest = -static_cast<S>(INFINITY), seen = 0;
+  for (int64_t c = warp; c < columns; c += warps) {
+    const bool sees = visible(key0 + c);
+    const S score = score_of(r, sees, map[c * R + lane]);
+    map[c * R + lane] = score;
+    if (sees) seen += 1;
+    if (score > largest) largest = score;  // NaN does not count: it reaches the sum by itself
+  }
+  if (r.count) {
+    query.peak = 0;
+    query.sum += across_warps(seen, memory, add);
+    return;
+  }
+  largest = across_warps(largest, memory, [](S x, S y) { return y > x ? y : x; });
+  Query<S> next = query;
+  if (largest > next.peak) next.peak = largest;
+  const S shrink = exp(query.peak - next.base());
+  S sum = 0, delta = 0;
+  for (int64_t c = warp; c < columns; c += warps) {
+    const S power = exp(map[c * R + lane] - next.base());
+    sum += power;
+    if (gradients) delta += power * gradients[c * R + lane];
+  }
+  next.sum = query.sum * shrink + across_warps(sum, memory, add);
+  if (gradients) next.delta = query.delta * shrink + across_warps(delta, memory, add);
+  query = next;
+}
+
+// Scores of look_at to weights; each thread changes what it alone read there.
+template <typename S>
+__device__ __forceinline__ S weight_of(const Relation& r, const Query<S>& query, S score) {
+  return (r.count ? score : exp(score - query.base())) / query.divisor();
+}
+
+// The gradient of a score from that of its weight; dead queries have none, whatever `product` is.
+template <typename S>
+__device__ __forceinline__ S score_gradient(const Relation& r, const Query<S>& query, bool sees, S weight, S product) {
+  if (query.sum == 0) return 0;
+  const S scale = static_cast<S>(r.scale);
+  return r.count ? (sees ? scale * product / query.sum : S(0)) : scale * (weight * (product - query.delta));
+}
+
+template <typename S>
+__device__ __forceinline__ S sigmoid(S x) {
+  return 1 / (1 + exp(-x));
+}
+
+// Every kernel's block: which sample and gate, which rows, which share of the slices.
+struct Place {
+  int64_t problem, row0, split;
+  int rows;
+};
+__device__ __forceinline__ Place place_of(const PlainRelatePlan& plan, int64_t own) {
+  Place at;
+  const int64_t block = blockIdx.x;
+  at.split = block % plan.splits;
+  at.row0 = block / plan.splits % plan.tiles * R;
+  at.problem = block / plan.splits / plan.tiles;
+  at.rows = own - at.row0 < R ? static_cast<int>(own - at.row0) : R;
+  return at;
+}
+
+// ---- forward, and the gates' part of the step's backward pass ----------------------------------------------------------
+
+// Whose results a kernel writes: of Attention (gates = 1: out), of Step (gates = 4: h and c), or, with dx_gates, the first part
+// of StepGrad: dx_gates and dcell.
+struct Forward {
+  Relation relation;
+  int gates = 1;
+  Rows out, x_gates, cell, h, c, grad_h, grad_c, dx_gates, dcell;
+  bool cell_is_state = false;
+};
+
+// out = w value (common/nonlocal_gates.h), any dtype.
+//
+// Work.     A block owns R queries of a sample (and gate, or all four gates) and every splits-th slice of channels. Scores:
+//           tiles of R x 64, channels staged 32 at a time; weights: lane = query, a warp takes every 8th key; results: R x 64
+//           (fp64: 32), keys staged 32 at a time, gate by gate into shared memory, where the cell update takes them.
+// Memory.   Shared memory as in PlainRelatePlan: a stage, the statistics of the rows, the results of a slice, and a map per gate
+//           (resident) or one for `chunk` keys, made again for every slice. No map ever leaves the block.
+// Order.    Scores: 32 terms, then sums of these; statistics: keys modulo 8, then the warps, then chunks; results: 32 keys, then
+//           sums of these. No atomics. All of it depends on shapes (and, beyond what fits, the size of shared memory) alone.
+// Output.   Every element has one writer; dead queries get zeros whatever the values are.
+// Bound.    Arithmetic: 2 M (D splits + E) FLOP per query and gate on the FMA units, from shared memory: 3 reads for 8 FMAs, so
+//           half of the FMA rate at best. Bytes: a sample's rows once per 32 queries.
+template <typename S>
+__global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(const Forward p, const PlainRelatePlan plan) {
+  constexpr int width = plain_relate_slice_bytes / static_cast<int>(sizeof(S)), J = width / 32;
+  const Relation& r = p.relation;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Place at = place_of(plan, r.N);
+  const int64_t problem_gates = p.gates == 1 ? r.G : 1, b = at.problem / problem_gates, gate0 = at.problem % problem_gates;
+  S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *peaks = memory + warps * R;
+  S *totals = peaks + 4 * R, *results = dynamic_shared<S>(plan.results_at);  // [gate][row][channel]
+  const Visible visible = visible_from(r, b, at.row0 + lane);
+
+  // The first round over the keys is for the statistics alone, every other one for a slice.
+  for (int64_t channel0 = -width; channel0 < r.E; channel0 += channel0 < 0 ? (at.split + 1) * width : plan.splits * width) {
+    const bool first = channel0 < 0;
+    for (int gate = 0; gate < p.gates; ++gate) {
+      S* map = dynamic_shared<S>(plan.maps_at + (plan.resident ? gate * plan.map_bytes : 0));
+      block_barrier();  // the statistics are there, and the results have been taken
+      Query<S> query;
+      if (!first) query.peak = peaks[gate * R + lane], query.sum = totals[gate * R + lane];
+      S total[L][J] = {};
+      for (int64_t key0 = 0; key0 < r.M; key0 += plan.chunk) {
+        const int64_t columns = r.M - key0 < plan.chunk ? r.M - key0 : plan.chunk;
+        const bool made_here = first || !plan.resident;
+        if (made_here)
+          products<S>(r.dtype, rows_at(r.query, b, gate0 + gate).from(at.row0), at.rows,
+                      rows_at(r.key, b, gate0 + gate).from(key0), columns, r.D, stage, map);
+        if (first) look_at<S>(r, visible, key0, columns, map, nullptr, memory, query);
+        if (made_here && first == plan.resident)
+          for (int64_t c = warp; c < columns; c += warps)
+            map[c * R + lane] = weight_of(r, query, first ? map[c * R + lane] : score_of(r, visible(key0 + c), map[c * R + lane]));
+        if (!first)
+          sums<S, J>(r.dtype, map, columns, rows_at(r.value, b, gate0 + gate).from(key0), channel0, r.E,
+                     [](int64_t) { return true; }, stage, total);
+      }
+      if (first) {
+        if (warp == 0) peaks[gate * R + lane] = query.peak, totals[gate * R + lane] = query.sum;
+      } else {
+        for_results(total, [&](S value, int row, int channel) {
+          results[(gate * R + row) * width + channel] = totals[gate * R + row] == 0 ? S(0) : value;
+        });
+      }
+    }
+    if (first) continue;
+    block_barrier();  // all results of the slice are there
+    for (int i = threadIdx.x; i < R * width; i += threads) {
+      const int64_t n = at.row0 + i / width, channel = channel0 + i % width;
+      if (i / width >= at.rows || channel >= r.E) continue;
+      const auto place = [&](const Rows& rows) { return b * rows.batch + n * rows.row + channel; };
+      if (p.gates == 1) {
+        store_number<S>(p.out.data, r.dtype, place(p.out) + gate0 * p.out.gate, results[i]);
+        continue;
+      }
+      S a[4];
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        a[gate] = load_number<S>(p.x_gates.data, r.dtype, place(p.x_gates) + gate * p.x_gates.gate);
+        a[gate] += results[gate * R * width + i];
+        a[gate] = gate < 3 ? sigmoid(a[gate]) : tanh(a[gate]);
+      }
+      const DType state = sizeof(S) == 8 ? DType::f64 : DType::f32, cell = p.cell_is_state ? state : r.dtype;
+      const S before = load_number<S>(p.cell.data, cell, place(p.cell)), after = a[1] * before + a[0] * a[3];
+      const S squashed = tanh(after);
+      if (!p.dx_gates.data) {
+        store_number<S>(p.c.data, state, place(p.c), after);
+        store_number<S>(p.h.data, r.dtype, place(p.h), a[2] * squashed);
+        continue;
+      }
+      const S dh = p.grad_h.data ? load_number<S>(p.grad_h.data, r.dtype, place(p.grad_h)) : S(0);
+      S dc = dh * a[2] * (1 - squashed * squashed);
+      if (p.grad_c.data) dc += load_number<S>(p.grad_c.data, state, place(p.grad_c));
+      const S da[4] = {dc * a[3] * a[0] * (1 - a[0]), dc * before * a[1] * (1 - a[1]), dh * squashed * a[2] * (1 - a[2]),
+                       dc * a[0] * (1 - a[3] * a[3])};
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate)
+        store_number<S>(p.dx_gates.data, r.dtype, place(p.dx_gates) + gate * p.dx_gates.gate, da[gate]);
+      store_number<S>(p.dcell.data, cell, place(p.dcell), dc * a[1]);
+    }
+  }
+}
+
+// ---- gradients ---------------------------------------------------------------------------------------------------------
+
+constexpr int gradient_width = plain_gradient_slice, gradient_lanes = gradient_width / 32;
+
+// dquery, and peak, sum and delta [3][B G N] of every query for the keys' kernel.
+//
+// Work.     As plain_relate, with a second map for the products of the gradient with the values, which becomes that of the
+//           scores' gradients; slices are of dquery's channels, results stay in registers.
+// Output.   dquery by whoever owns the rows and the slice, the numbers by the first of the blocks that share the rows.
+// Bound.    2 M ((D + E) splits + D) FLOP per query.
+template <typename S>
+__global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
+    plain_query_gradient(const AttentionGrad p, const PlainRelatePlan plan, S* queries) {
+  const Relation& r = p.relation;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Place at = place_of(plan, r.N);
+  const int64_t b = at.problem / r.G, g = at.problem % r.G;
+  S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *totals = memory + warps * R;
+  S *weights = dynamic_shared<S>(plan.maps_at), *gradients = dynamic_shared<S>(plan.maps_at + plan.map_bytes);
+  const Visible visible = visible_from(r, b, at.row0 + lane);
+  Query<S> query;
+  for (int64_t channel0 = -gradient_width; channel0 < r.D;
+       channel0 += channel0 < 0 ? (at.split + 1) * gradient_width : plan.splits * gradient_width) {
+    const bool first = channel0 < 0;
+    S total[L][gradient_lanes] = {};
+    for (int64_t key0 = 0; key0 < r.M; key0 += plan.chunk) {
+      const int64_t columns = r.M - key0 < plan.chunk ? r.M - key0 : plan.chunk;
+      if (first || !plan.resident) {
+        products<S>(r.dtype, rows_at(r.query, b, g).from(at.row0), at.rows, rows_at(r.key, b, g).from(key0), columns, r.D, stage,
+                    weights);
+        products<S>(r.dtype, rows_at(p.grad, b, g).from(at.row0), at.rows, rows_at(r.value, b, g).from(key0), columns, r.E, stage,
+                    gradients);
+        if (first) {
+          look_at<S>(r, visible, key0, columns, weights, gradients, memory, query);
+          if (key0 + columns == r.M) query.delta /= query.divisor();
+        }
+        if (first == plan.resident)
+          for (int64_t c = warp; c < columns; c += warps) {
+            const bool sees = visible(key0 + c);
+            const S score = first ? weights[c * R + lane] : score_of(r, sees, weights[c * R + lane]);
+            gradients[c * R + lane] = score_gradient(r, query, sees, weight_of(r, query, score), gradients[c * R + lane]);
+          }
+      }
+      if (!first)
+        sums<S, gradient_lanes>(r.dtype, gradients, columns, rows_at(r.key, b, g).from(key0), channel0, r.D,
+                                [](int64_t) { return true; }, stage, total);
+    }
+    if (first) {
+      if (warp == 0) totals[lane] = query.sum;
+      if (warp == 0 && lane < at.rows && at.split == 0) {
+        const int64_t all = r.B * r.G * r.N, mine = at.problem * r.N + at.row0 + lane;
+        queries[mine] = query.peak, queries[all + mine] = query.sum, queries[2 * all + mine] = query.delta;
+      }
+      block_barrier();
+      continue;
+    }
+    for_results(total, [&](S value, int row, int channel) {
+      if (row < at.rows && channel0 + channel < r.D)
+        store_number<S>(p.dquery.data, r.dtype, rows_at(p.dquery, b, g).from(at.row0 + row).first + channel0 + channel,
+                        totals[row] == 0 ? S(0) : value);
+    });
+  }
+}
+
+// dkey and dvalue, from the numbers that plain_query_gradient left.
+//
+// Work.     A block owns R keys of a sample and gate and every splits-th slice of the channels of key and then of value; maps are
+//           its keys against the queries, made again from the inputs.
+// Output.   Every element has one writer. Rows of dead queries are left out of the sums, so nothing in them reaches a key.
+// Bound.    2 N (D + E) (1 + splits) FLOP per key.
+template <typename S>
+__global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
+    plain_key_gradient(const AttentionGrad p, const PlainRelatePlan plan, const S* queries) {
+  const Relation& r = p.relation;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Place at = place_of(plan, r.M);
+  const int64_t b = at.problem / r.G, g = at.problem % r.G, all = r.B * r.G * r.N;
+  S* stage = dynamic_shared<S>();
+  S *weights = dynamic_shared<S>(plan.maps_at), *gradients = dynamic_shared<S>(plan.maps_at + plan.map_bytes);
+  const S *peaks = queries + at.problem * r.N, *totals = peaks + all, *deltas = totals + all;
+  const int64_t key_slices = (r.D + gradient_width - 1) / gradient_width;
+  const int64_t slices = key_slices + (r.E + gradient_width - 1) / gradient_width;
+  for (int64_t slice = at.split; slice < slices; slice += plan.splits) {
+    const bool of_key = slice < key_slices;
+    const int64_t channel0 = (of_key ? slice : slice - key_slices) * gradient_width, channels = of_key ? r.D : r.E;
+    const Rows &right = of_key ? r.query : p.grad, &result = of_key ? p.dkey : p.dvalue;
+    S total[L][gradient_lanes] = {};
+    for (int64_t query0 = 0; query0 < r.N; query0 += plan.chunk) {
+      const int64_t columns = r.N - query0 < plan.chunk ? r.N - query0 : plan.chunk;
+      if (slice == at.split || !plan.resident) {
+        products<S>(r.dtype, rows_at(r.key, b, g).from(at.row0), at.rows, rows_at(r.query, b, g).from(query0), columns, r.D,
+                    stage, weights);
+        products<S>(r.dtype, rows_at(r.value, b, g).from(at.row0), at.rows, rows_at(p.grad, b, g).from(query0), columns, r.E,
+                    stage, gradients);
+        for (int64_t c = warp; c < columns; c += warps) {
+          Query<S> query;
+          query.peak = peaks[query0 + c], query.sum = totals[query0 + c], query.delta = deltas[query0 + c];
+          const bool sees = lane < at.rows && visible_from(r, b, query0 + c)(at.row0 + lane);
+          const S weight = query.sum == 0 ? S(0) : weight_of(r, query, score_of(r, sees, weights[c * R + lane]));
+          gradients[c * R + lane] = score_gradient(r, query, sees, weight, gradients[c * R + lane]);
+          weights[c * R + lane] = weight;
+        }
+      }
+      sums<S, gradient_lanes>(r.dtype, of_key ? gradients : weights, columns, rows_at(right, b, g).from(query0), channel0, channels,
+                              [&](int64_t c) { return totals[query0 + c] != 0; }, stage, total);
+    }
+    for_results(total, [&](S value, int row, int channel) {
+      if (row < at.rows && channel0 + channel < channels)
+        store_number<S>(result.data, r.dtype, rows_at(result, b, g).from(at.row0 + row).first + channel0 + channel, value);
+    });
+  }
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------------
+
+template <typename Kernel, typename Problem, typename... More>
+Error launch_plain(const char* name, Kernel kernel, const Problem& p, const PlainRelatePlan& plan, Stream stream, More... more) {
+  if (plan.blocks == 0) return {};
+  if (plan.blocks > most_blocks) return std::string(name) + ": too many rows for one launch";
+  return launch(name, kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), static_cast<size_t>(plan.shared_bytes),
+                stream, p, plan, more...);
+}
+
+Error launch_forward(const Forward& p, Stream stream) {
+  const Relation& r = p.relation;
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  const PlainRelatePlan plan = p.gates == 1 ? plan_plain_attend(r, gpu) : plan_plain_step(r, gpu);
+  return launch_plain("nonlocal_gates plain_relate", r.dtype == DType::f64 ? plain_relate<double> : plain_relate<float>, p, plan,
+                      stream);
+}
+
+template <typename S>
+Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  if (Error error = launch_plain("nonlocal_gates plain_query_gradient", plain_query_gradient<S>, p,
+                                 plan_plain_query_gradient(p.relation, gpu), stream, queries);
+      !error.empty())
+    return error;
+  return launch_plain("nonlocal_gates plain_key_gradient", plain_key_gradient<S>, p, plan_plain_key_gradient(p.relation, gpu),
+                      stream, queries);
+}
+
+}  // namespace
+
+Scratch scratch_of(const Attention&) { return {}; }
+Scratch scratch_of(const Step&) { return {}; }
+Scratch scratch_of(const AttentionGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
+Scratch scratch_of(const StepGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
+
+std::string relate(const Attention& p, void*, Stream stream) {
+  Forward f;
+  f.relation = p.relation, f.out = p.out;
+  return launch_forward(f, stream);
+}
+
+std::string relate(const Step& p, void*, Stream stream) {
+  Forward f;
+  f.relation = p.relation, f.gates = 4;
+  f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state, f.h = p.h, f.c = p.c;
+  return launch_forward(f, stream);
+}
+
+std::string relate(const AttentionGrad& p, void* scratch, Stream stream) {
+  return p.relation.dtype == DType::f64 ? launch_gradients(p, static_cast<double*>(scratch), stream)
+                                        : launch_gradients(p, static_cast<float*>(scratch), stream);
+}
+
+std::string relate(const StepGrad& p, void* scratch, Stream stream) {
+  Forward f;
+  f.relation = p.relation, f.gates = 4;
+  f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state;
+  f.grad_h = p.grad_h, f.grad_c = p.grad_c, f.dx_gates = p.dx_gates, f.dcell = p.dcell;
+  if (Error error = launch_forward(f, stream); !error.empty()) return error;
+  return relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}, scratch, stream);
+}
+
+}  // namespace rcu_ops::cuda

@@ -1,0 +1,24 @@
+// nonlocal_gates on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
+#pragma once
+
+#include <string>
+
+#include "common/nonlocal_gates.h"
+#include "cuda/scratch.h"
+
+namespace rcu_ops::cuda {
+
+// What the calls below need as `scratch` on the current device.
+Scratch scratch_of(const Attention& problem);
+Scratch scratch_of(const AttentionGrad& problem);
+Scratch scratch_of(const Step& problem);
+Scratch scratch_of(const StepGrad& problem);
+
+// Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or an
+// empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph. Outputs overlap no input.
+std::string relate(const Attention& problem, void* scratch, CUstream_st* stream);
+std::string relate(const AttentionGrad& problem, void* scratch, CUstream_st* stream);
+std::string relate(const Step& problem, void* scratch, CUstream_st* stream);
+std::string relate(const StepGrad& problem, void* scratch, CUstream_st* stream);
+
+}  // namespace rcu_ops::cuda

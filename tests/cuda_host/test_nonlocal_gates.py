@@ -1,0 +1,198 @@
+"""The CUDA kernels of nonlocal_gates, unchanged, thread by thread on a CPU: numerics, layouts, masks, sanitizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_host.harness import DTYPES, LaunchError, Machine, state_dtype
+from tests.ops import exact_nonlocal as exact
+from tests.ops.test_nonlocal_gates import LAYOUTS, eager, eager_step, gradients, inputs, random_mask, step_inputs
+from tests.tolerance import assert_close_to_reference
+
+#: B, N, M, D, Dv
+SHAPES = [(2, 5, 7, 9, 12), (1, 49, 49, 33, 70), (1, 3, 131, 40, 5), (2, 36, 1, 1, 130)]
+
+
+def _rows(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """[B,rows,columns] as [B,1,rows,columns]."""
+    return {
+        name: value.unsqueeze(1) if value is not None and value.dim() == 3 and name != "mask" else value
+        for name, value in tensors.items()
+    }
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    b, g = query.shape[:2] if query.dim() == 4 else (query.shape[0], 1)
+    sizes = {"B": b, "G": g, "N": query.shape[-2], "M": key.shape[-2], "D": query.shape[-1], "E": value.shape[-1]}
+    return {**sizes, "dtype": DTYPES.index(query.dtype)}
+
+
+def attention(machine: Machine, query, key, value, *, mask=None, scale=1.0, normalize="softmax") -> Tensor:
+    out = torch.full((*query.shape[:-1], value.shape[-1]), torch.nan, dtype=query.dtype)
+    tensors = {"query": query, "key": key, "value": value, "mask": mask, "out": out}
+    count = int(normalize == "count")
+    machine.call("attend", _rows(tensors), **_sizes(query, key, value), scale=scale, count=count)
+    return out
+
+
+def attention_gradients(
+    machine: Machine, grad, query, key, value, *, mask=None, scale=1.0, normalize="softmax"
+) -> tuple[Tensor, ...]:
+    outputs = {f"d{name}": torch.full(t.shape, torch.nan, dtype=t.dtype) for name, t in
+               (("query", query), ("key", key), ("value", value))}  # fmt: skip
+    tensors = {"query": query, "key": key, "value": value, "mask": mask, "grad": grad, **outputs}
+    count = int(normalize == "count")
+    machine.call("attend_grad", _rows(tensors), **_sizes(query, key, value), scale=scale, count=count)
+    return tuple(outputs.values())
+
+
+def step(machine: Machine, x_gates, query, key, value, cell) -> tuple[Tensor, Tensor]:
+    outputs = {"h": torch.full(cell.shape, torch.nan, dtype=x_gates.dtype)}
+    outputs["c"] = torch.full(cell.shape, torch.nan, dtype=state_dtype(x_gates.dtype))
+    tensors = {"x_gates": x_gates, "query": query, "key": key, "value": value, "cell": cell, **outputs}
+    machine.call("step", _rows(tensors), **_sizes(query, key, value), scale=1.0, count=0)
+    return outputs["h"], outputs["c"]
+
+
+def step_gradients(machine: Machine, grad_h, grad_c, x_gates, query, key, value, cell) -> tuple[Tensor, ...]:
+    given = {"x_gates": x_gates, "query": query, "key": key, "value": value, "cell": cell}
+    names = {"x_gates": "dx_gates", "query": "dquery", "key": "dkey", "value": "dvalue", "cell": "dcell"}
+    outputs = {names[name]: torch.full(t.shape, torch.nan, dtype=t.dtype) for name, t in given.items()}
+    tensors = {**given, "grad_h": grad_h, "grad_c": grad_c, **outputs}
+    machine.call("step_grad", _rows(tensors), **_sizes(query, key, value), scale=1.0, count=0)
+    return tuple(outputs.values())
+
+
+def check_attention(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, layout="contiguous", **options) -> None:
+    arguments, grad = inputs(shape, dtype), torch.randn(shape[0], shape[1], shape[4]).to(dtype)
+    laid_out = [LAYOUTS[layout](a) for a in (*arguments, grad)]
+    got = attention(machine, *laid_out[:3], **options)
+    assert_close_to_reference(got, exact.attention(*arguments, **options), eager(*arguments, **options), "out")
+    if options.get("mask") is not None:
+        assert torch.equal(got[:, 0], torch.zeros_like(got[:, 0]))
+    results = attention_gradients(machine, laid_out[3], *laid_out[:3], **options)
+    precise = exact.attention_gradients(grad, *arguments, **options)
+    rough = gradients(lambda *a: eager(*a, **options), arguments, [grad])
+    for values in zip(results, precise, rough, ("dquery", "dkey", "dvalue"), strict=True):
+        assert_close_to_reference(*values)
+
+
+def check_step(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, given=(True, True), wide=True) -> None:
+    """B, P, D, Dv; which of grad_h and grad_c there are."""
+    arguments = step_inputs(shape, dtype, wide_cell=wide)
+    for values in zip(step(machine, *arguments), exact.step(*arguments), eager_step(*arguments), "hc", strict=True):
+        assert_close_to_reference(*values)
+    grads = [torch.randn(arguments[4].shape).to(t) if has else None
+             for has, t in zip(given, (dtype, state_dtype(dtype)), strict=True)]  # fmt: skip
+    results, precise = step_gradients(machine, *grads, *arguments), exact.step_gradients(*grads, *arguments)
+    rough = gradients(eager_step, arguments, grads)
+    names = ("dx_gates", "dquery", "dkey", "dvalue", "dcell")
+    for values in zip(results, precise, rough, names, strict=True):
+        assert_close_to_reference(*values)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "count"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(machine, dtype, masked, normalize, seed) -> None:
+    machine.seed = seed
+    for shape in SHAPES:
+        mask = random_mask(*shape[:3]) if masked else None
+        check_attention(machine, shape, dtype, mask=mask, scale=1.3, normalize=normalize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step(machine, dtype, seed) -> None:
+    machine.seed = seed
+    check_step(machine, (2, 9, 24, 70), dtype)
+    check_step(machine, (1, 49, 40, 36), dtype, (True, False), False)
+    check_step(machine, (1, 1, 8, 8), dtype, (False, True))
+
+
+@pytest.mark.parametrize("layout", ["channel_slice", "every_other_row"])  # of unit stride: others are copied before
+def test_layouts(machine, layout) -> None:
+    check_attention(machine, (2, 11, 18, 35, 37), torch.bfloat16, layout)
+
+
+def test_weights_that_do_not_fit_are_made_again(machine, seed) -> None:
+    machine.seed = seed
+    for shared_bytes in (42 * 1024, 163 * 1024):
+        machine.device = {"shared_bytes": shared_bytes, "multiprocessors": 1}
+        for normalize in ("softmax", "count"):
+            mask = random_mask(1, 34, 150)
+            check_attention(machine, (1, 34, 150, 20, 140), torch.float32, mask=mask, normalize=normalize)
+    machine.device = {"shared_bytes": 66 * 1024}
+    check_step(machine, (1, 70, 20, 70), torch.float32)
+
+
+def test_channels_shared_by_blocks_change_no_bit(machine) -> None:
+    arguments, grad = inputs((2, 20, 30, 300, 300)), torch.randn(2, 20, 300)
+    machine.device = {"multiprocessors": 1}
+    one = attention(machine, *arguments), *attention_gradients(machine, grad, *arguments)
+    machine.device = {"multiprocessors": 64}
+    many = attention(machine, *arguments), *attention_gradients(machine, grad, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_large_scores_and_dead_queries(machine) -> None:
+    query, key, value = inputs((1, 6, 40, 8, 9), torch.float32)
+    query *= 1e4
+    want = exact.attention(query, key, value)
+    assert_close_to_reference(attention(machine, query, key, value), want, eager(query, key, value))
+    query[0, 2], key = -torch.inf, key.abs() + 0.1  # all its scores are -inf
+    value[0, 5] = 1.0
+    grad = torch.randn(1, 6, 9)
+    grad[0, 2] = torch.nan
+    out, results = attention(machine, query, key, value), attention_gradients(machine, grad, query, key, value)
+    assert torch.equal(out[0, 2], torch.zeros(9)) and out.isfinite().all()
+    assert torch.equal(results[0][0, 2], torch.zeros(8))
+    alive = [0, 1, 3, 4, 5]
+    want = exact.attention_gradients(grad[:, alive], query[:, alive], key, value)
+    rough = gradients(eager, (query[:, alive], key, value), [grad[:, alive]])
+    for got, w, e in zip((results[0][:, alive], *results[1:]), want, rough, strict=True):
+        assert_close_to_reference(got, w, e)
+
+
+def test_not_a_number_propagates(machine) -> None:
+    query, key, value = inputs((1, 4, 6, 8, 5))
+    query[0, 1, 3] = torch.nan
+    value[0, 2, 4] = torch.inf
+    torch.testing.assert_close(attention(machine, query, key, value), eager(query, key, value), equal_nan=True)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "count"])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5, 6), (2, 0, 4, 5, 6), (2, 3, 0, 5, 6), (2, 3, 4, 0, 6), (2, 3, 4, 5, 0)], ids=str
+)
+def test_empty_sizes(machine, shape, normalize) -> None:
+    b, n, m, d, e = shape
+    arguments, grad = (torch.randn(b, n, d), torch.randn(b, m, d), torch.randn(b, m, e)), torch.randn(b, n, e)
+    got = (
+        attention(machine, *arguments, normalize=normalize),
+        *attention_gradients(machine, grad, *arguments, normalize=normalize),
+    )
+    want = (
+        exact.attention(*arguments, normalize=normalize),
+        *exact.attention_gradients(grad, *arguments, normalize=normalize),
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w.float())
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers(machine_with, sanitizer, seed) -> None:
+    machine = machine_with(sanitizer, seed=seed)
+    check_attention(machine, (1, 5, 70, 33, 36), torch.bfloat16, "every_other_row", mask=random_mask(1, 5, 70))
+    check_step(machine, (1, 35, 10, 20), torch.float32, wide=False)
+    machine.device = {"shared_bytes": 42 * 1024}
+    check_attention(machine, (1, 33, 100, 20, 40), torch.float32)
+
+
+def test_too_many_rows_are_refused(machine) -> None:
+    one = torch.zeros(1, 1, 1, 1)
+    sizes = {"B": 2**33, "G": 1, "N": 1, "M": 1, "D": 1, "E": 1, "dtype": 1}
+    tensors = {name: one for name in ("query", "key", "value")} | {"out": one.clone()}
+    with pytest.raises(LaunchError, match="too many rows"):
+        machine.call("attend", tensors, **sizes, scale=1.0, count=0)
