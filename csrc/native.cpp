@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void bind_cycle_consistency(py::module_& m);
+void bind_nonlocal_gates(py::module_& m);
 void bind_recurrent_conv(py::module_& m);
 
 namespace {
@@ -63,5 +64,6 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Build info, planners and index maths of rcu_ops.";
   bind_build_info(m);
   bind_cycle_consistency(m);
+  bind_nonlocal_gates(m);
   bind_recurrent_conv(m);
 }

@@ -1,10 +1,12 @@
-// What the planners' Python functions share.
+// What the native_<op>.cpp files share: names from Python to what the planners take.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 
+#include "common/gpu.h"
 #include "common/types.h"
 
 namespace rcu_ops {
@@ -15,6 +17,12 @@ inline DType parse_dtype(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   throw pybind11::value_error("dtype: expected float64, float32, bfloat16 or float16, got '" + name + "'");
+}
+
+inline Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes) {
+  Gpu gpu;
+  gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
+  return gpu;
 }
 
 }  // namespace rcu_ops

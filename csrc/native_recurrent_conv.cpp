@@ -108,12 +108,6 @@ Scan gpu_scan(const Strides& shape, const std::string& dtype, const Strides& x, 
   return p;
 }
 
-Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes) {
-  Gpu gpu;
-  gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
-  return gpu;
-}
-
 py::bytes as_bytes(const std::vector<int64_t>& values) {
   return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t)};
 }

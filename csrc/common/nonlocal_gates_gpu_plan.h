@@ -33,6 +33,20 @@ struct PlainRelatePlan {
   int64_t numbers_at = 0, results_at = 0, maps_at = 0, map_bytes = 0, shared_bytes = 0;
 };
 
+// What one block owns: rows [row0, row0 + rows) of a problem, and slices split, split + splits, ...
+struct PlainRelatePlace {
+  int64_t problem, row0, split;
+  int rows;
+};
+RCU_OPS_DEVICE PlainRelatePlace place_of(const PlainRelatePlan& plan, int64_t block, int64_t own) {
+  PlainRelatePlace at;
+  at.split = block % plan.splits;
+  at.row0 = block / plan.splits % plan.tiles * plain_relate_rows;
+  at.problem = block / plan.splits / plan.tiles;
+  at.rows = own - at.row0 < plain_relate_rows ? static_cast<int>(own - at.row0) : plain_relate_rows;
+  return at;
+}
+
 struct PlainRelateSizes {
   int64_t problems;  // samples (and gates, where a block does not take them all)
   int64_t own, others;  // rows on either side

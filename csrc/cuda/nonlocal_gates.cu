@@ -258,21 +258,6 @@ __device__ __forceinline__ S sigmoid(S x) {
   return 1 / (1 + exp(-x));
 }
 
-// Every kernel's block: which sample and gate, which rows, which share of the slices.
-struct Place {
-  int64_t problem, row0, split;
-  int rows;
-};
-__device__ __forceinline__ Place place_of(const PlainRelatePlan& plan, int64_t own) {
-  Place at;
-  const int64_t block = blockIdx.x;
-  at.split = block % plan.splits;
-  at.row0 = block / plan.splits % plan.tiles * R;
-  at.problem = block / plan.splits / plan.tiles;
-  at.rows = own - at.row0 < R ? static_cast<int>(own - at.row0) : R;
-  return at;
-}
-
 // ---- forward, and the gates' part of the step's backward pass ----------------------------------------------------------
 
 // Whose results a kernel writes: of Attention (gates = 1: out), of Step (gates = 4: h and c), or, with dx_gates, the first part
@@ -301,7 +286,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(
   constexpr int width = plain_relate_slice_bytes / static_cast<int>(sizeof(S)), J = width / 32;
   const Relation& r = p.relation;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Place at = place_of(plan, r.N);
+  const PlainRelatePlace at = place_of(plan, blockIdx.x, r.N);
   const int64_t problem_gates = p.gates == 1 ? r.G : 1, b = at.problem / problem_gates, gate0 = at.problem % problem_gates;
   S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *peaks = memory + warps * R;
   S *totals = peaks + 4 * R, *results = dynamic_shared<S>(plan.results_at);  // [gate][row][channel]
@@ -391,7 +376,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
     plain_query_gradient(const AttentionGrad p, const PlainRelatePlan plan, S* queries) {
   const Relation& r = p.relation;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Place at = place_of(plan, r.N);
+  const PlainRelatePlace at = place_of(plan, blockIdx.x, r.N);
   const int64_t b = at.problem / r.G, g = at.problem % r.G;
   S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *totals = memory + warps * R;
   S *weights = dynamic_shared<S>(plan.maps_at), *gradients = dynamic_shared<S>(plan.maps_at + plan.map_bytes);
@@ -451,7 +436,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
     plain_key_gradient(const AttentionGrad p, const PlainRelatePlan plan, const S* queries) {
   const Relation& r = p.relation;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Place at = place_of(plan, r.M);
+  const PlainRelatePlace at = place_of(plan, blockIdx.x, r.M);
   const int64_t b = at.problem / r.G, g = at.problem % r.G, all = r.B * r.G * r.N;
   S* stage = dynamic_shared<S>();
   S *weights = dynamic_shared<S>(plan.maps_at), *gradients = dynamic_shared<S>(plan.maps_at + plan.map_bytes);

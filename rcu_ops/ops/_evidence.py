@@ -42,6 +42,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("recurrent_conv", "plain weight gradient", "any number of channels, dtype and strides", "sm_80"),
     Variant("fast_gru", "fused passes", "everything between the library's products; any sizes and dtype", "sm_80"),
     Variant("cycle_consistency", "query rows", "any shapes, dtype, strides and masks; forward and backward", "sm_80"),
+    Variant("nonlocal_gates", "plain rows", "any sizes, dtype, strides and masks; forward and backward", "sm_80"),
     Variant("srtg", "gate pass", "any shapes, dtype and strides; forward and backward", "sm_80"),
 )
 

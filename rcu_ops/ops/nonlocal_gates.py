@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _predicates, _schema, _selftest, _transforms, _triton
+from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
@@ -466,6 +466,21 @@ def _why_not_triton(operator: str) -> Callable[..., str | None]:
     return why_not
 
 
+def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+    native = _library.native()
+    if native is None:
+        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
+    gpu = torch.cuda.get_device_properties(query.device)
+    b, *gates, n, d = query.shape
+    return native.nonlocal_gates_gpu_plan(
+        kind, b, *(gates or [1]), n, key.shape[-2], d, value.shape[-1],
+        str(query.dtype).removeprefix("torch."),
+        architecture=10 * gpu.major + gpu.minor,
+        multiprocessors=gpu.multi_processor_count,
+        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+    )["text"]  # fmt: skip
+
+
 def _triton_plan(query: Tensor, key: Tensor, *_: Any) -> str:
     return _triton.kernels("nonlocal_gates").describe(query, key)
 
@@ -490,6 +505,13 @@ ATTENTION = register(
     Operator(
         "nonlocal_attention",
         (
+            Backend(
+                "cuda",
+                _BINARY.attention,
+                _predicates.why_not_cuda("nonlocal_attention", "nonlocal_gates"),
+                lambda *a: _cuda_plan("attend", *a[:3]),
+                _evidence.experimental("nonlocal_gates"),
+            ),
             Backend("triton", _TRITON.attention, _why_not_triton("nonlocal_attention"), _triton_plan),
             Backend("cpu", _BINARY.attention, _predicates.why_not_cpu("nonlocal_attention"), _cpu_plan),
             Backend("reference", _run_reference_attention, _predicates.why_not_reference),
@@ -502,6 +524,13 @@ STEP = register(
     Operator(
         "relational_lstm_step",
         (
+            Backend(
+                "cuda",
+                _BINARY.step,
+                _predicates.why_not_cuda("relational_lstm_step", "nonlocal_gates"),
+                lambda *a: _cuda_plan("step", *a[1:4]),
+                _evidence.experimental("nonlocal_gates"),
+            ),
             Backend(
                 "triton", _TRITON.step, _why_not_triton("relational_lstm_step"), lambda *a: _triton_plan(a[1], a[2])
             ),

@@ -301,9 +301,59 @@ def _fast_gru_problems(name: str) -> Iterator[Problem]:
         yield Problem(name, title, make, ours_one if step else ours, exact, eager, DTYPES[:3])
 
 
+# ---- nonlocal_gates ------------------------------------------------------------------------------------------------
+
+# B, N, M, D, Dv: weights that stay on chip and that do not, odd sizes, the suite's 49 and 196 positions.
+RELATIONS = {
+    "probe": (2, 49, 49, 128, 96),
+    "196 positions": (1, 196, 196, 64, 80),
+    "odd": (3, 37, 21, 33, 70),
+    "many keys": (1, 40, 2100, 24, 40),
+}
+
+
+def _relation_problems(name: str) -> Iterator[Problem]:
+    """With their gradients; the step without the problem that has other keys than queries."""
+    steps = name == "relational_lstm_step"
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensors:
+        b, n, m, d, e = shape
+        lead = (b, 4) if steps else (b,)
+        size = (2.0 / d**0.5) ** 0.5
+        given = {"query": torch.randn(*lead, n, d) * size, "key": torch.randn(*lead, m, d) * size}
+        given["value"] = torch.randn(*lead, m, e)
+        given = given | {"x": torch.randn(b, 4, n, e), "cell": torch.randn(b, n, e)} if steps else given
+        return {key: value.to(dtype) for key, value in (given | {"grad": torch.randn(b, n, e)}).items()}
+
+    def with_gradients(run: Callable[..., Any], given: Tensors) -> Outputs:
+        names = ("x", "query", "key", "value", "cell") if steps else ("query", "key", "value")
+        leaves = [given[key].detach().requires_grad_() for key in names]
+        with torch.enable_grad():
+            found = run(*leaves)
+        outputs = found if isinstance(found, tuple) else (found,)
+        gradients = torch.autograd.grad(outputs, leaves, [given["grad"].to(o.dtype) for o in outputs])
+        return tuple(v.detach() for v in (*outputs, *gradients))
+
+    ours, definition = getattr(rcu_ops, name), getattr(reference, name)
+    for title, (b, n, m, d, e) in RELATIONS.items():
+        if steps and title == "many keys":
+            continue
+        yield Problem(
+            name,
+            title,
+            functools.partial(make, (b, n, n if steps else m, d, e)),
+            functools.partial(with_gradients, ours),
+            functools.partial(with_gradients, definition),
+            lambda given: with_gradients(functools.partial(definition, state_dtype=given["query"].dtype), given),
+            (torch.float32, torch.bfloat16, torch.float16),
+        )
+
+
 PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
     "recurrent_conv": _scan_problems,
     "recurrent_conv_affine_act": _affine_act_problems,
+    "nonlocal_attention": _relation_problems,
+    "relational_lstm_step": _relation_problems,
     "soft_nearest_neighbor": _alignment_problems,
     "temporal_cycle_loss": _alignment_problems,
     "fast_gru": _fast_gru_problems,

@@ -40,6 +40,12 @@ REGISTERS = {
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
     "key_gradient": 128,  # 2 blocks of 256
+    "plain_relate": 128,  # 2 blocks of 256
+    "plain_query_gradient": 128,
+    "plain_key_gradient": 128,
+    "plain_relate<double>": 255,  # 1 block of 256
+    "plain_query_gradient<double>": 255,
+    "plain_key_gradient<double>": 255,
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
 # Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h). From sm_90 on the

@@ -1,0 +1,69 @@
+"""How the CUDA kernels cut a relation, for GPUs that are not there, asked of rcu_ops._native."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from rcu_ops import _library
+
+native = _library.native()
+pytestmark = pytest.mark.skipif(native is None, reason="rcu_ops._native was not built for this Python")
+
+KINDS = ("attend", "step", "query_gradient", "key_gradient")
+GPUS = (
+    {"architecture": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024},
+    {"architecture": 86, "multiprocessors": 10, "shared_bytes": 99 * 1024},
+    {"architecture": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024},
+)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda g: str(g["architecture"]))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_and_slice_has_one_owner(kind, gpu) -> None:
+    rng = random.Random(7)
+    for _ in range(60):
+        b, g = rng.randint(0, 3), 4 if kind == "step" else rng.choice([1, 4])
+        n, m = rng.choice([0, 1, 31, 32, 33, 49, 196]), rng.choice([0, 1, 49, 64, 65, 300, 5000])
+        d, e = rng.choice([0, 1, 64, 1024]), rng.choice([0, 1, 65, 130, 1024])
+        dtype = rng.choice(["float64", "float32", "bfloat16", "float16"])
+        plan = native.nonlocal_gates_gpu_plan(kind, b, g, n, m, d, e, dtype, **gpu, end=1 << 30)
+        assert plan["shared_bytes"] <= gpu["shared_bytes"]
+        assert len(plan["places"]) == plan["blocks"]
+        problems = b if kind == "step" else b * g
+        own = m if kind == "key_gradient" else n
+        owned = {
+            (problem, row, split)
+            for problem, first, rows, split in plan["places"]
+            for row in range(first, first + rows)
+        }
+        assert owned == set(itertools.product(range(problems), range(own), range(plan["splits"])))
+        assert len(owned) == sum(rows for _, _, rows, _ in plan["places"])
+        assert plan["resident"] == (plan["chunk"] == (n if kind == "key_gradient" else m)) or not plan["resident"]
+
+
+def test_the_suite_keeps_its_weights_on_chip() -> None:
+    for positions, gpu in itertools.product((49, 196), (GPUS[0], GPUS[2])):
+        for kind in KINDS:
+            plan = native.nonlocal_gates_gpu_plan(kind, 24, 4, positions, positions, 1024, 1024, "float32", **gpu)
+            assert plan["resident"], (kind, positions)
+            assert plan["blocks"] >= gpu["multiprocessors"] or plan["splits"] * plan["slice"] >= 1024
+    assert "weights in shared memory" in plan["text"]
+    long = native.nonlocal_gates_gpu_plan("attend", 1, 1, 4096, 4096, 64, 64, "bfloat16")
+    assert not long["resident"] and "made again for every 64 channels" in long["text"]
+
+
+def test_few_rows_are_shared_by_blocks() -> None:
+    few = native.nonlocal_gates_gpu_plan("step", 1, 4, 49, 49, 1024, 1024, "float32")
+    many = native.nonlocal_gates_gpu_plan("step", 64, 4, 49, 49, 1024, 1024, "float32")
+    assert few["splits"] == 16 and many["splits"] == 1
+    assert "channels shared by 16 blocks" in few["text"]
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ValueError, match="kind: expected attend, step"):
+        native.nonlocal_gates_gpu_plan("other", 1, 1, 1, 1, 1, 1, "float32")
+    with pytest.raises(ValueError, match="dtype: expected float64"):
+        native.nonlocal_gates_gpu_plan("attend", 1, 1, 1, 1, 1, 1, "int8")
