@@ -195,6 +195,6 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
 def test_too_many_rows_are_refused(machine) -> None:
     one = torch.zeros(1, 1, 1, 1)
     sizes = {"B": 2**33, "G": 1, "N": 1, "M": 1, "D": 1, "E": 1, "dtype": 1}
-    tensors = {name: one for name in ("query", "key", "value")} | {"out": one.clone()}
+    tensors = dict.fromkeys(("query", "key", "value"), one) | {"out": one.clone()}
     with pytest.raises(LaunchError, match="too many rows"):
         machine.call("attend", tensors, **sizes, scale=1.0, count=0)
