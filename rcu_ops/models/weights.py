@@ -48,6 +48,9 @@ def load_weights(
     1xdxd in RCN and 2D networks, whose recurrent weights keep their initialisation, and is inflated (repeated n times
     in time, divided by n) in I3D networks. (2+1)D networks have other numbers of planes and cannot take them.
 
+    With ``skip_head`` files of ``tsn_`` networks initialise a ``relational_two_branch``: its trunk and local branch.
+    The Relational LSTM, the other branch and the classifier keep their initialisation.
+
     Args:
         model: any module; for 2D weights a VideoResNet.
         source: a path or an http(s), file or ftp URL of a ``.safetensors`` file or a ``torch.save``d state dict (read
@@ -75,6 +78,8 @@ def load_weights(
             for name in expected
             if name not in weights and (name.endswith((".weight_hh", ".num_batches_tracked")) or ".relation." in name)
         ]
+    elif skip_head and "bn.weight" in weights and any(name.startswith(("local.", "relational.")) for name in expected):
+        weights, kept = _from_segment_network(weights, expected)
     kept += [
         name
         for name in expected
@@ -82,12 +87,12 @@ def load_weights(
         and name not in kept
         and any(name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in allow_missing)
     ]
-    skipped: list[str] = []
+    skipped: list[str] = [name for name in weights if name.startswith(_UNUSED)]
     if skip_head:
         head = [name for name in weights if name.startswith("head.")]
         if not head and not any(name.startswith("head.") for name in expected):
             raise ValueError("skip_head: neither the model nor the file has a head (names that start with 'head.')")
-        skipped = head
+        skipped += head
         kept += [name for name in expected if name.startswith("head.") and name not in kept]
     fits = {name: tensor for name, tensor in weights.items() if name not in skipped}
     if cross_modality:
@@ -108,7 +113,31 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in fits.items():
             expected[name].copy_(tensor)
-    return LoadReport(loaded=sorted(fits), kept=sorted(kept), skipped=sorted(skipped))
+    skipped = sorted(name.removeprefix(_UNUSED) for name in skipped)
+    return LoadReport(loaded=sorted(fits), kept=sorted(kept), skipped=skipped)
+
+
+def _from_segment_network(
+    weights: dict[str, Tensor], expected: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of a ``tsn_`` network by the names of a two-branch one, and the names that stay as they are.
+
+    The shared trunk and the local branch are the segment network's; the Relational LSTM and the other branch are new.
+    """
+    shared = {name.split(".")[2] for name in expected if name.startswith("trunk.layer4.")}
+    local = any(name.startswith("local.") for name in expected)
+    renamed: dict[str, Tensor] = {}
+    for given, tensor in weights.items():
+        name, parts = given, given.split(".")
+        if parts[:2] == ["trunk", "layer4"] and parts[2] not in shared:
+            name = ".".join(["local", "units", str(int(parts[2]) - len(shared)), *parts[3:]])
+        elif parts[0] == "bn":
+            name = f"local.{name}"
+        renamed[name if local or not name.startswith("local.") else _UNUSED + given] = tensor
+    return renamed, [name for name in expected if name.startswith(("lstm.", "relational."))]
+
+
+_UNUSED = "unused."
 
 
 def _other_channels(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:

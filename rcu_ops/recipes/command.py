@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.recipes.config import RECIPES, STARTING_WEIGHTS, Recipe, assumptions, get_recipe
+from rcu_ops.recipes.config import (
+    LATE_FUSION,
+    MODEL_OPTIONS,
+    RECIPES,
+    STARTING_WEIGHTS,
+    Recipe,
+    assumptions,
+    get_recipe,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +29,8 @@ if TYPE_CHECKING:
 
 _LISTS = """\
 Lists of videos are CSV files: path,label (one label per video), or path,start,end,label with seconds (dense labels, for
-recipes with the loss bce). Paths are relative to the list; labels are class indices, or names with --labels.
+recipes with the loss bce). Paths are relative to the list; labels are class indices, or names with --labels. With
+--input flow the paths are .npy files of `rcu-ops flow` in place of videos.
 """
 
 _TRAIN = f"""\
@@ -60,6 +69,8 @@ _EVALUATION_SETTINGS = (
     "eval_clips",
     "eval_crops",
     "sampling",
+    "input",
+    "flow_length",
 )
 
 
@@ -260,7 +271,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     model = model.eval().to(device)
     causal = not streaming_obstacles(model)
     if args.modes is None:
-        modes = ["sliding" if recipe.dense else "clips", *(["unrolled"] if causal else [])]
+        unrolled = causal and recipe.input == "rgb"
+        modes = ["sliding" if recipe.dense else "clips", *(["unrolled"] if unrolled else [])]
     else:
         modes = list(dict.fromkeys(mode.strip() for mode in args.modes.split(",")))
     # Fused layers compute in the precision of their weights, which autocast would not change.
@@ -309,7 +321,13 @@ def _show(recipe: Recipe) -> int:
         else:
             note = f"not in the paper: {assumed[item.name]}" if item.name in assumed else ""
         print(f"{item.name.replace('_', '-'):<13} {text:<16} {note}".rstrip())
+    for name, value in MODEL_OPTIONS.get(recipe.name, {}).items():
+        print(f"{'model-option':<13} {name}={value}")
     print(f"the paper starts from {STARTING_WEIGHTS[recipe.name]} (--weights)")
+    fusion = LATE_FUSION.get(recipe.name.split("_")[0])
+    if fusion is not None:
+        weights = ",".join(map(str, fusion))
+        print(f"streams are fused by `rcu-ops fuse RGB FLOW --how weighted --weights {weights}`")
     return 0
 
 
@@ -353,7 +371,11 @@ def _names(args: argparse.Namespace) -> tuple[str, ...] | None:
 def _new_settings(args: argparse.Namespace) -> RunSettings:
     from rcu_ops.recipes.checkpoint import RunSettings
 
-    return RunSettings(_recipe(args), _model_options(args), _names(args))
+    recipe = _recipe(args)
+    options = {**MODEL_OPTIONS.get(recipe.name, {}), **_model_options(args)}
+    if recipe.input == "flow":
+        options.setdefault("in_channels", 2 * recipe.flow_length)
+    return RunSettings(recipe, options, _names(args))
 
 
 def _resumed_settings(args: argparse.Namespace, checkpoint: dict[str, Any]) -> RunSettings:

@@ -15,6 +15,7 @@ from typing import Any
 
 LOSSES = ("cross_entropy", "bce")
 SAMPLINGS = ("clip", "segments")
+INPUTS = ("rgb", "flow")
 BATCH_NORMS = ("batch", "moving", "frozen")
 SCHEDULES = ("steps", "cosine")
 
@@ -56,23 +57,32 @@ class Recipe:
     eval_clips: int = _setting("regularly spaced clips (or positions in the segments) per video in evaluation", 10)
     eval_crops: int = _setting("crops of every clip in evaluation, averaged: 1, 5 or 10", 1)
     sampling: str = _setting("clip (neighbouring frames) or segments (one frame of each of `frames` segments)", "clip")
+    input: str = _setting("rgb (videos) or flow (.npy files of rcu-ops flow, with sampling=segments)", "rgb")
+    flow_length: int = _setting("neighbouring flow fields of a snippet", 10)
     multi_scale: bool = _setting("crop windows of random size at corners and centre instead of random places", False)
     batch_norm: str = _setting("batch, moving (normalise by moving statistics, updated slowly) or frozen", "batch")
     batch_norm_momentum: float = _setting("how fast batch-norm=moving updates the statistics", 0.001)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("sampling", SAMPLINGS), ("batch_norm", BATCH_NORMS), ("eval_crops", (1, 5, 10))):
+        for name, allowed in (
+            ("sampling", SAMPLINGS),
+            ("input", INPUTS),
+            ("batch_norm", BATCH_NORMS),
+            ("eval_crops", (1, 5, 10)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if self.sampling == "segments" and self.loss == "bce":
             raise ValueError("sampling: dense labels need neighbouring frames (clip), got 'segments'")
+        if self.input == "flow" and self.sampling != "segments":
+            raise ValueError(f"input: flow comes in snippets of segments (sampling=segments), got {self.sampling!r}")
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"batch_norm_momentum: expected a number above 0, to 1, got {self.batch_norm_momentum}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected {' or '.join(LOSSES)}, got {self.loss!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected {' or '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("classes", "frames", "batch", "iterations", "period", "crop", "eval_clips"):
+        for name in ("classes", "frames", "batch", "iterations", "period", "crop", "eval_clips", "flow_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("lr", "lr_factor"):
@@ -94,6 +104,11 @@ class Recipe:
     def dense(self) -> bool:
         """Whether labels belong to frames instead of videos."""
         return self.loss == "bce"
+
+    @property
+    def snippet(self) -> int:
+        """Neighbouring frames (or fields) that a segment gives."""
+        return self.flow_length if self.input == "flow" else 1
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0.
@@ -136,15 +151,12 @@ _KINETICS: dict[str, Any] = {
     "iterations": 400_000,
 }
 
-# Relational Long Short-Term Memory, §5.2, spatial stream: epochs of the 9,537 training videos of UCF-101, split 1.
-_UCF101: dict[str, Any] = {
-    "classes": 101,
+# Relational Long Short-Term Memory, §5.2.
+_RELATIONAL: dict[str, Any] = {
     "loss": "cross_entropy",
     "frames": 8,
     "batch": 24,
     "lr": 0.0005,
-    "milestones": (13_908, 17_882),
-    "iterations": 19_869,
     "weight_decay": 5e-4,
     "crop": 224,
     "scales": (256, 256),
@@ -155,6 +167,20 @@ _UCF101: dict[str, Any] = {
     "multi_scale": True,
     "batch_norm": "moving",
 }
+
+
+def _relational(classes: int, videos: int, stream: str) -> dict[str, Any]:
+    """A stream's settings on a data set with that many training videos in its first split."""
+    drops, epochs = ((35, 45), 50) if stream == "rgb" else ((45, 55), 60)
+    steps = [round(epoch * videos / _RELATIONAL["batch"]) for epoch in (*drops, epochs)]
+    return {
+        **_RELATIONAL,
+        "classes": classes,
+        "input": stream,
+        "milestones": tuple(steps[:2]),
+        "iterations": steps[2],
+    }
+
 
 # FASTER, section 4: the clip-level networks, trained from scratch by themselves.
 _FASTER: dict[str, Any] = {
@@ -192,8 +218,12 @@ RECIPES: Mapping[str, Recipe] = {
             milestones=(14_000,),
             iterations=20_000,
         ),
-        Recipe(name="ucf101_relational_rgb", model="relational_two_branch", **_UCF101),
-        Recipe(name="ucf101_tsn_rgb", model="tsn_resnet101v2", **_UCF101),
+        *(
+            Recipe(name=f"{data}_{name}_{stream}", model=model, **_relational(classes, videos, stream))
+            for data, classes, videos in (("ucf101", 101, 9537), ("hmdb51", 51, 3570))
+            for name, model in (("relational", "relational_two_branch"), ("tsn", "tsn_resnet101v2"))
+            for stream in INPUTS
+        ),
         Recipe(name="faster_r2plus1d_resnet50", model="r2plus1d_resnet50", **_FASTER),
         Recipe(name="faster_r2d_resnet26", model="r2d_resnet26", **_FASTER),
     )
@@ -216,6 +246,18 @@ _FASTER_ASSUMED: dict[str, str] = {
     "flip": "usual in training on Kinetics",
     "eval_scale": "the lower of the training scales",
 }
+_SEGMENTS_ASSUMED: dict[str, str] = {"scales": "the short side of the segment networks' training pictures"}
+
+_TSN_ASSUMED: dict[str, str] = {
+    **_SEGMENTS_ASSUMED,
+    **dict.fromkeys(("lr", "milestones", "iterations", "batch"), "those of the two-branch network"),
+}
+
+
+def _segment_recipes(network: str, *streams: str) -> list[str]:
+    return [f"{data}_{network}_{stream}" for data in ("ucf101", "hmdb51") for stream in streams or INPUTS]
+
+
 _ASSUMED: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("faster_r2plus1d_resnet50", "faster_r2d_resnet26"), _FASTER_ASSUMED),
     "kinetics_resnet18": _KINETICS_ASSUMED,
@@ -225,11 +267,8 @@ _ASSUMED: Mapping[str, Mapping[str, str]] = {
         **_KINETICS_ASSUMED,
         "lr": "proportional to the batch, as 0.01 is for 64 and 0.005 for 32",
     },
-    "ucf101_relational_rgb": {"scales": "the short side of the segment networks' training pictures"},
-    "ucf101_tsn_rgb": {
-        "scales": "the short side of the segment networks' training pictures",
-        **dict.fromkeys(("lr", "milestones", "iterations", "batch"), "those of the two-branch network"),
-    },
+    **dict.fromkeys(_segment_recipes("relational"), _SEGMENTS_ASSUMED),
+    **dict.fromkeys(_segment_recipes("tsn"), _TSN_ASSUMED),
     "multithumos_resnet50": {**_RCN_ASSUMED, "lr_factor": "the paper says that the rate is dropped, not how far"},
 }
 
@@ -238,11 +277,28 @@ STARTING_WEIGHTS: Mapping[str, str] = {
         ("kinetics_resnet18", "kinetics_resnet34", "kinetics_resnet50", "kinetics_resnet50_32frames"),
         "ImageNet weights of a 2D ResNet of the same depth",
     ),
-    **dict.fromkeys(("ucf101_relational_rgb", "ucf101_tsn_rgb"), "ImageNet weights of a ResNet-101-v2"),
+    **dict.fromkeys(
+        [name for network in ("relational", "tsn") for name in _segment_recipes(network, "rgb")],
+        "ImageNet weights of a ResNet-101-v2",
+    ),
+    **dict.fromkeys(
+        [name for network in ("relational", "tsn") for name in _segment_recipes(network, "flow")],
+        "the network trained on RGB (--cross-modality), or TSN's flow network",
+    ),
     "multithumos_resnet50": "the network trained on Kinetics",
     **dict.fromkeys(("faster_r2plus1d_resnet50", "faster_r2d_resnet26"), "random weights"),
 }
 """What the paper starts each recipe from (``--weights``)."""
+
+MODEL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    name: {"in_channels": 20, "dropout": 0.7}
+    for network in ("relational", "tsn")
+    for name in _segment_recipes(network, "flow")
+}
+"""Arguments of a recipe's network that are not its defaults."""
+
+LATE_FUSION: Mapping[str, tuple[float, float]] = {"ucf101": (0.45, 0.55), "hmdb51": (0.33, 0.67)}
+"""Weights of the spatial and the temporal stream, before the softmax, by data set (Table 7 of the Relational LSTM)."""
 
 
 def get_recipe(name: str) -> Recipe:

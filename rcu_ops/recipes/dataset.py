@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.recipes.lists import LabelledVideo
 from rcu_ops.video import BrokenVideoError, VideoError, VideoReader, open_video
+from rcu_ops.video.flow import flow_pictures, mirror_pictures, open_flow, scale_pictures
 from rcu_ops.video.sample import jittered_clip, regular_clips, segment_positions
 from rcu_ops.video.transform import (
     center_crop,
@@ -126,7 +127,7 @@ class Clip(NamedTuple):
     """One training example.
 
     Attributes:
-        frames: uint8 [T, crop, crop, 3]; None when no video of the list can be used.
+        frames: uint8 [T, crop, crop, 3], or 2 flow_length channels of flow; None when no video of the list can be used.
         target: int64 [] (one label) or float32 [K, T] (classes present in each frame).
         problems: (place in the list, reason) of the files that were found unusable, or broken in part, on the way.
     """
@@ -185,20 +186,27 @@ class ClipDataset(Dataset[Clip]):
             generator.manual_seed(mix_seed(self._seed, key.epoch, key.place))
             if recipe.sampling == "segments":
                 drawn = generator if recipe.jitter else None
-                clip = segment_positions(frame_count, recipe.frames, generator=drawn)[0]
+                clip = segment_positions(frame_count, recipe.frames, snippet=recipe.snippet, generator=drawn)[0]
             elif recipe.jitter:
                 clip = jittered_clip(frame_count, recipe.frames, stride=recipe.period, generator=generator)
             else:
                 clip = regular_clips(frame_count, recipe.frames, 1, stride=recipe.period)[0]
             return [int(frame) for frame in clip]
 
-        images, times, fault = read_clip(str(video.path), choose)
+        if recipe.input == "flow":
+            fields = open_flow(video.path)
+            frames = flow_pictures(fields, torch.tensor(choose(len(fields))), recipe.flow_length)
+            times, fault = np.arange(len(frames)), None
+        else:
+            images, times, fault = read_clip(str(video.path), choose)
+            frames = torch.from_numpy(images)
         low, high = recipe.scales
         scale = low + int(torch.randint(high - low + 1, (), generator=generator))
-        frames = resize_short_side(torch.from_numpy(images), scale)
+        frames = resize_short_side(frames, scale)
         cut = multi_scale_crop if recipe.multi_scale else random_crop
         frames = cut(frames, recipe.crop, generator=generator)
-        frames = flip(frames, probability=recipe.flip, generator=generator).contiguous()
+        mirrored = mirror_pictures if recipe.input == "flow" else None
+        frames = flip(frames, probability=recipe.flip, generator=generator, mirrored=mirrored).contiguous()
         if recipe.dense:
             target = torch.from_numpy(video.present(times, recipe.classes)).float()
         else:
@@ -309,10 +317,18 @@ def evaluation_crops(image: np.ndarray, recipe: Recipe) -> torch.Tensor:
     if recipe.eval_crops == 1:
         return evaluation_picture(image, recipe)[None]
     frames = resize_short_side(torch.from_numpy(image)[None], recipe.eval_scale)
-    return corner_crops(frames, recipe.crop, mirror=recipe.eval_crops == 10)[:, 0]
+    crops = corner_crops(frames, recipe.crop, mirror=recipe.eval_crops == 10 and recipe.input == "rgb")[:, 0]
+    if recipe.eval_crops == 10 and recipe.input == "flow":
+        crops = torch.cat([crops, mirror_pictures(crops)])
+    return crops
 
 
 def network_input(frames: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 [N, T, H, W, 3] normalised to [N, 3, T, H, W], a view of the same memory order (channels last)."""
+    """uint8 [N, T, H, W, C] normalised to [N, C, T, H, W], a view of the same memory order (channels last).
+
+    Three channels are RGB, others stacks of flow.
+    """
+    if frames.shape[-1] != 3:
+        return scale_pictures(frames, dtype).permute(0, 4, 1, 2, 3)
     count = frames.shape[:2]
     return normalize(frames.flatten(0, 1), dtype=dtype).unflatten(1, count).transpose(0, 1)

@@ -26,6 +26,7 @@ from rcu_ops.recipes.config import Recipe
 from rcu_ops.recipes.dataset import evaluation_crops, evaluation_picture, network_input, read_clip
 from rcu_ops.streaming import State, Streamer
 from rcu_ops.video import BrokenVideoError, open_video
+from rcu_ops.video.flow import flow_pictures, open_flow
 from rcu_ops.video.sample import regular_clips, segment_positions
 
 __all__ = ["MODES", "VideoResult", "VideoScorer"]
@@ -78,6 +79,8 @@ class VideoScorer:
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {', '.join(modes) or 'none'}")
         if "unrolled" in modes and not hasattr(model, "frame_scores"):
             raise ValueError(f"modes: unrolled needs per-frame scores, which {type(model).__name__} does not give")
+        if recipe.input == "flow" and tuple(modes) != ("clips",):
+            raise ValueError(f"modes: flow has snippets of segments only (clips), got {', '.join(modes)}")
         self.causal = not streaming_obstacles(model)
         self._model: Any = model
         self._recipe = recipe
@@ -95,6 +98,8 @@ class VideoScorer:
         Raises:
             VideoError: it cannot be opened, or not one frame of it decodes.
         """
+        if self._recipe.input == "flow":
+            return self._score_flow(source)
         collectors: dict[str, Any] = {}
         announced: int | None = None
         times: list[float] = []
@@ -142,8 +147,19 @@ class VideoScorer:
     def _clip_indices(self, frame_count: int) -> Tensor:
         recipe = self._recipe
         if recipe.sampling == "segments":
-            return segment_positions(frame_count, recipe.frames, positions=recipe.eval_clips)
+            return segment_positions(frame_count, recipe.frames, snippet=recipe.snippet, positions=recipe.eval_clips)
         return regular_clips(frame_count, recipe.frames, recipe.eval_clips, stride=recipe.period)
+
+    def _score_flow(self, source: str) -> VideoResult:
+        fields = open_flow(source)
+        indices = self._clip_indices(len(fields))
+        wanted = indices.unique()
+        pictures = flow_pictures(fields, wanted, self._recipe.flow_length).numpy()
+        kept = {
+            int(start): evaluation_crops(picture, self._recipe) for start, picture in zip(wanted, pictures, strict=True)
+        }
+        scores = self._score_clips(indices, kept)
+        return VideoResult({"clips": scores.float().cpu().numpy()}, np.arange(len(fields), dtype=np.float64), None)
 
     def _read_again(self, source: str, indices: Tensor) -> dict[int, Tensor]:
         """The pictures of the clips, when the container was wrong about how many frames there are."""

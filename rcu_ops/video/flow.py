@@ -18,7 +18,19 @@ import torch
 from rcu_ops.video.decode import VideoError, open_video
 from rcu_ops.video.transform import resize_short_side
 
-__all__ = ["FlowPart", "compute_flow", "dequantize", "flow_stacks", "mirror", "quantize", "require_cv2"]
+__all__ = [
+    "FlowPart",
+    "compute_flow",
+    "dequantize",
+    "flow_pictures",
+    "flow_stacks",
+    "mirror",
+    "mirror_pictures",
+    "open_flow",
+    "quantize",
+    "require_cv2",
+    "scale_pictures",
+]
 
 BOUND = 20.0
 
@@ -67,9 +79,44 @@ def flow_stacks(fields: np.ndarray, starts: torch.Tensor, length: int = 10) -> t
         raise ValueError(f"fields: expected [F,2,H,W] with nothing empty, got {list(fields.shape)}")
     if starts.dim() != 1 or int(starts.min()) < 0 or int(starts.max()) >= len(fields):
         raise ValueError(f"starts: expected numbers from 0 to {len(fields) - 1}, got {starts.tolist()}")
+    return scale_pictures(flow_pictures(fields, starts, length)).permute(3, 0, 1, 2)
+
+
+def flow_pictures(fields: np.ndarray, starts: torch.Tensor, length: int = 10) -> torch.Tensor:
+    """The snippets of :func:`flow_stacks` as they are stored, in the order of pictures: uint8 [T, H, W, 2 length]."""
     indices = (starts[:, None] + torch.arange(length)).clamp(max=len(fields) - 1)
     taken = torch.from_numpy(np.ascontiguousarray(fields[indices.numpy()]))  # [T,L,2,H,W]
-    return (taken.float() * (2 / 255) - 1).flatten(1, 2).transpose(0, 1)
+    return taken.flatten(1, 2).permute(0, 2, 3, 1).contiguous()
+
+
+def scale_pictures(pictures: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 of any shape to [-1, 1], the largest displacement either way."""
+    return (pictures.float() * (2 / 255) - 1).to(dtype)
+
+
+def mirror_pictures(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures [..., H, W, 2 L] of :func:`flow_pictures` mirrored left to right: x displacements change their sign."""
+    mirrored = pictures.flip(-2)
+    mirrored[..., ::2] = 255 - mirrored[..., ::2]
+    return mirrored
+
+
+def open_flow(source: str | os.PathLike[str]) -> np.ndarray:
+    """The fields uint8 [F, 2, H, W] of a file of ``rcu-ops flow``, read from the disk as they are used.
+
+    Raises:
+        VideoError: there is no such file, or it holds anything else.
+    """
+    try:
+        fields = np.load(source, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npy file of rcu-ops flow"
+        raise VideoError(f"{source}: {reason}") from error
+    if not isinstance(fields, np.ndarray) or fields.dtype != np.uint8 or fields.ndim != 4 or fields.shape[1] != 2:
+        raise VideoError(f"{source}: expected uint8 [F,2,H,W] of rcu-ops flow, got another array")
+    if 0 in fields.shape:
+        raise VideoError(f"{source}: holds no flow")
+    return fields
 
 
 class FlowPart:

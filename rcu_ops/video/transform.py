@@ -6,7 +6,7 @@ view: its memory stays frame by frame with the channels innermost, which is ``ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FLOW_CHANNELS = 2
 TSN_SCALES = (1000, 875, 750, 660)
 """Sides of training crops of temporal segment networks, in thousandths of the short side."""
 
@@ -116,11 +117,24 @@ def multi_scale_crop(
     return scaled.permute(0, 2, 3, 1)
 
 
-def flip(frames: torch.Tensor, *, probability: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Mirror frames [T, H, W, 3] left to right, all or none of them, with the given probability."""
+def flip(
+    frames: torch.Tensor,
+    *,
+    probability: float = 0.5,
+    generator: torch.Generator | None = None,
+    mirrored: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Mirror frames [T, H, W, 3] left to right, all or none of them, with the given probability.
+
+    Args:
+        frames: pictures. probability: of mirroring. generator: the source of randomness.
+        mirrored: how; by default columns in the opposite order, which is not enough for flow.
+    """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability: expected a number in [0, 1], got {probability}")
-    return frames.flip(2) if float(torch.rand((), generator=generator)) < probability else frames
+    if float(torch.rand((), generator=generator)) >= probability:
+        return frames
+    return frames.flip(2) if mirrored is None else mirrored(frames)
 
 
 def normalize(
@@ -141,6 +155,8 @@ def normalize(
         [3, T, H, W]: a view of [T, H, W, 3] memory.
     """
     _check_frames(frames)
+    if frames.shape[3] != len(mean):
+        raise ValueError(f"frames: expected [T, H, W, {len(mean)}], got {list(frames.shape)}")
     # One multiplication and one addition per value: x * 1/(255 std) - mean/std.
     scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=frames.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=frames.device)
@@ -199,5 +215,8 @@ def _room(frames: torch.Tensor, size: int) -> tuple[int, int]:
 def _check_frames(frames: torch.Tensor) -> None:
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames: expected uint8, got {frames.dtype}")
-    if frames.dim() != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames: expected [T, H, W, 3] with nothing empty, got {list(frames.shape)}")
+    if frames.dim() != 4 or (frames.shape[3] != 3 and frames.shape[3] % FLOW_CHANNELS) or 0 in frames.shape:
+        raise ValueError(
+            f"frames: expected [T, H, W, 3] (or stacks of {FLOW_CHANNELS} channels) with nothing empty, "
+            f"got {list(frames.shape)}"
+        )

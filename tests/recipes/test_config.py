@@ -66,7 +66,7 @@ def test_assumptions_name_fields_with_reasons_and_models_exist(name):
     assert all(assumptions(name).values())
     assert ("scales" in assumptions(name)) == (not name.startswith("faster"))
     # The RCN paper gives neither; that of the Relational LSTM does.
-    assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (not name.startswith("ucf101_"))
+    assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (not name.startswith(("ucf101_", "hmdb51_")))
     assert get_recipe(name).model in list_models()
     assert STARTING_WEIGHTS[name]
 
@@ -162,6 +162,8 @@ OVERRIDES = {
     "eval_clips": ("4", 4),
     "eval_crops": ("5", 5),
     "sampling": ("segments", "segments"),
+    "input": ("flow", "flow"),
+    "flow_length": ("5", 5),
     "multi_scale": (None, True),
     "batch_norm": ("moving", "moving"),
     "batch_norm_momentum": ("0.0005", 0.0005),
@@ -175,9 +177,11 @@ def test_every_field_is_an_option(field):
     text, expected = OVERRIDES[field]
     flag = f"--{field.replace('_', '-')}"
     given = [flag, text] if text is not None else [flag if expected else flag.replace("--", "--no-", 1)]
-    args = parser.parse_args(["train", "--recipe", "kinetics_resnet18", *given])
+    recipe = "ucf101_tsn_rgb" if field == "input" else "kinetics_resnet18"  # flow comes in segments only
+    args = parser.parse_args(["train", "--recipe", recipe, *given])
     changed = command._recipe(args)
-    assert changed == dataclasses.replace(get_recipe("kinetics_resnet18"), **{field: expected})
+    assert changed == dataclasses.replace(get_recipe(recipe), **{field: expected})
+    assert changed != get_recipe(recipe)
 
 
 def test_show_marks_what_the_paper_does_not_give(capsys):

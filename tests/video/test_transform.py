@@ -111,7 +111,7 @@ def test_frame_transform_takes_any_size(height):
 def test_errors():
     with pytest.raises(TypeError, match=r"frames: expected uint8, got torch\.float32"):
         resize_short_side(frames().float(), 8)
-    for bad in (frames()[0], frames()[..., :2], frames()[:0]):
+    for bad in (frames()[0], frames()[..., :1], frames()[:0]):
         with pytest.raises(ValueError, match=r"frames: expected \[T, H, W, 3\]"):
             resize_short_side(bad, 8)
     with pytest.raises(ValueError, match="size: expected 1 to 20 for frames of 30x20, got 21"):
