@@ -120,8 +120,15 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
     plan.channel_tile = ceil_div(ceil_div(in.C, ceil_div(threads, tiles)), least) * least;
     plan.channel_tasks = ceil_div(in.C, plan.channel_tile);
   } else {
-    const int64_t tasks = ceil_div(tiles, threads) * threads;
-    plan.tile = ceil_div(ceil_div(in.columns, tasks), vector) * vector;
+    // The same number of blocks for every thread, as far as that goes: of a few numbers of tasks the one whose busiest thread has
+    // the least to do, and the largest tiles. A single product's states are read once each: twice the budget does no harm.
+    const int64_t rounds = ceil_div(tiles, threads);
+    int64_t least = 0;
+    for (int64_t j = in.single_product ? ceil_div(rounds, 2) : rounds; j <= rounds + 3; ++j) {
+      const int64_t even = ceil_div(ceil_div(in.columns, j * threads), vector) * vector;
+      const int64_t busiest = even ? ceil_div(ceil_div(in.columns, even), threads) * even : 0;
+      if (plan.tile == 0 || busiest < least) plan.tile = even, least = busiest;
+    }
   }
   if (plan.tile < vector) plan.tile = vector;
   // Long runs of adjacent elements where traffic is the bound; panel by panel, W's operand in the first-level cache, where

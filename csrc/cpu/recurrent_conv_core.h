@@ -10,7 +10,8 @@
 //             channels  [panel of MR columns][channel / L][MR][L]   vectors along channels, the state broadcast,
 //                                                                   W packed to [panel][k][NV * L output channels]
 //           so both read their operands with unit stride and write the next state where the next frame reads it.
-//           x, y and the residual pass through stages of [MR rows][a group of panels], see recurrent_conv_transport.h.
+//           x, y and the residual are read and written where they lie if their lanes are adjacent there; else, and at the
+//           edges, they pass through stages of [MR rows][a group of panels], see recurrent_conv_transport.h.
 // Aliasing. y must not overlap any input. The caller owns every tensor; scratch belongs to the thread.
 // Scratch.  2 * C * columns of state per task, and W once per call in the form above (none for fp32 rows as they are).
 // Order.    For every 128 k: acc = -0, acc = fma(W[o][k], v[k], acc) one k after the other; then the sum of these parts, in
@@ -34,11 +35,31 @@ struct Block {
   bool last = false;    // nothing of k is left: finish
   bool relu = false;
   S alpha = 1;
-  const T *x = nullptr, *residual = nullptr;  // [MR] rows, `stage` apart; absent: zero
+  const T *x = nullptr, *residual = nullptr;  // [MR] rows, where they lie in the tensor or in a stage; absent: zero
   T* y = nullptr;
-  int64_t stage = 0;
+  const int64_t *x_at = nullptr, *residual_at = nullptr, *y_at = nullptr;  // of each row
+  S* state = nullptr;  // where the last state belongs in its tensor, instead of c
+  const int64_t* state_at = nullptr;
+  bool around = false, around_state = false;  // y, or the state, goes past the caches; its rows are aligned to lines
   const S *scale = nullptr, *shift = nullptr;  // of this block's channels
 };
+
+// Whether the instruction set writes past the caches from a register.
+template <class V, class T>
+constexpr bool streams = requires(T* p, typename V::R v) { V::stream(p, v); };
+
+template <class V, int NV, class T>
+[[gnu::always_inline]] static inline void store_row(T* to, const typename V::R* row, bool around) {
+  if constexpr (streams<V, T>) {
+    if (around) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) V::stream(to + v * V::L, row[v]);
+      return;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) V::store(to + v * V::L, row[v]);
+}
 
 template <class V, class T, int MR, int NV, bool Channels, bool Affine>
 static void run_block(const Block<typename V::S, T>& p) {
@@ -95,7 +116,7 @@ static void run_block(const Block<typename V::S, T>& p) {
     if (p.x) {
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const T* x = p.x + m * p.stage;
+        const T* x = p.x + p.x_at[m];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[m][v] = V::add(acc[m][v], V::load(x + v * L));
       }
@@ -106,10 +127,15 @@ static void run_block(const Block<typename V::S, T>& p) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[m][v] = V::mul(acc[m][v], alpha);
   }
+  if (p.state) {
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < MR; ++m) store_row<V, NV>(p.state + p.state_at[m], acc[m], p.around_state);
+  } else {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) V::store(p.c + m * c_row + v * c_vector, acc[m][v]);
+      for (int v = 0; v < NV; ++v) V::store(p.c + m * c_row + v * c_vector, acc[m][v]);
+  }
   if (!p.last || !p.y) return;
   if constexpr (Affine) {
 #pragma GCC unroll 16
@@ -119,17 +145,13 @@ static void run_block(const Block<typename V::S, T>& p) {
         const R scale = Channels ? V::load(p.scale + v * L) : V::set1(p.scale[m]);
         const R shift = Channels ? V::load(p.shift + v * L) : V::set1(p.shift[m]);
         R y = V::fma(scale, acc[m][v], shift);
-        if (p.residual) y = V::add(y, V::load(p.residual + m * p.stage + v * L));
+        if (p.residual) y = V::add(y, V::load(p.residual + p.residual_at[m] + v * L));
         if (p.relu) y = V::relu(y);
         acc[m][v] = y;
       }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-    T* y = p.y + m * p.stage;
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) V::store(y + v * L, acc[m][v]);
-  }
+  for (int m = 0; m < MR; ++m) store_row<V, NV>(p.y + p.y_at[m], acc[m], p.around);
 }
 
 // ---- a task: one tile of columns, all frames -------------------------------------------------------------------
@@ -146,7 +168,7 @@ struct Tile {
   int64_t ldw;
   const S *scale, *shift;  // padded to a multiple of lanes and rows
   int64_t k_block;
-  int64_t group;  // vectors per stage
+  int64_t plan_group;  // vectors per stage
   bool around, around_state;  // y and the last state go past the caches
 
   // Lanes are cut into panels of NV vectors; the rest goes to narrower ones.
@@ -173,15 +195,40 @@ struct Tile {
       call<3>(b, affine);
   }
 
-  void make_stream(const View& view, Stream<T>& s, int64_t q0, int64_t columns, int64_t* table) const {
+  template <class E>
+  void make_stream(const View& view, Stream<E>& s, int64_t q0, int64_t columns, int64_t* table) const {
     if (!view.data) return;
-    s.base = static_cast<T*>(view.data) + (p.reverse ? (p.T - 1) * view.t : 0);
+    s.base = static_cast<E*>(view.data) + (p.reverse ? (p.T - 1) * view.t : 0);
     s.t = p.reverse ? -view.t : view.t;
     int64_t* channels = table + columns;
     column_offsets(p, view, q0, columns, table);
     for (int64_t c = 0; c < p.C; ++c) channels[c] = c * view.c;
     s.rows = Channels ? table : channels;
     s.lanes = Channels ? channels : table;
+    int64_t* ends = channels + p.C;
+    for (int64_t l = 0, lanes = Channels ? p.C : columns; l < lanes;) {
+      const int64_t end = run_end(s.lanes, l, lanes);
+      while (l < end) ends[l++] = end;
+    }
+    s.ends = ends;
+  }
+
+  // Whether a stream's tensor holds vectors [v0, v1) as the block does: nothing is missing and all lanes are adjacent.
+  template <class E>
+  static bool dense(const Stream<E>& s, int64_t v0, int64_t v1, int64_t lanes) {
+    return v1 * L <= lanes && s.ends[v0 * L] >= v1 * L;
+  }
+
+  // Past the caches only whole lines are worth writing: panels of them, and rows that all begin one.
+  template <class E>
+  static bool whole_lines(const View& v) {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
+    return streams<V, E> && NV * L % line == 0 && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 &&
+           (v.t | v.n | v.g | (Channels ? v.h | v.w : v.c)) % line == 0;
+  }
+  template <class E>
+  static bool starts_line(const Stream<E>& s, int64_t v) {
+    return s.lanes[v * L] * static_cast<int64_t>(sizeof(E)) % 64 == 0;
   }
 
   // Columns [q0, q1), all frames. Output channels [c0, c1) (multiples of the block) only when there is a single product
@@ -193,8 +240,8 @@ struct Tile {
     const int64_t lanes = Channels ? C : columns, rows = Channels ? columns : C;
     const int64_t lane_vectors = (Channels ? padded_channels : padded_columns) / L;
     const int64_t state_size = padded_columns * (Channels ? padded_channels : C + MR);  // planar: a row tail may spill
-    const int64_t table = columns + C;
-    const int64_t stage_width = min_of<int64_t>(group, lane_vectors) * L, stage_size = MR * stage_width;
+    const int64_t table = columns + C + lanes;
+    const int64_t stage_width = min_of<int64_t>(plan_group, lane_vectors) * L, stage_size = MR * stage_width;
 
     size_t bytes = 0;
     const auto reserve = [&](size_t size) {
@@ -202,12 +249,13 @@ struct Tile {
       bytes += (size + 63) / 64 * 64;
       return at;
     };
-    const size_t at_state = reserve(2 * state_size * sizeof(S)), at_table = reserve((3 * table + 2 * columns) * sizeof(int64_t));
+    const size_t at_state = reserve(2 * state_size * sizeof(S)), at_table = reserve((4 * table + 2 * columns) * sizeof(int64_t));
     const size_t at_stage = reserve(3 * stage_size * sizeof(T));
     char* memory = static_cast<char*>(scratch(1, bytes));
     S* old_state = reinterpret_cast<S*>(memory + at_state);
     S* new_state = old_state + state_size;
     int64_t* tables = reinterpret_cast<int64_t*>(memory + at_table);
+    int64_t* const state_table = tables + 3 * table;
     T* stage = reinterpret_cast<T*>(memory + at_stage);
     memset(static_cast<void*>(stage), 0, 3 * stage_size * sizeof(T));  // rows and lanes that do not exist compute on zeros
 
@@ -215,12 +263,36 @@ struct Tile {
     make_stream(p.x, x, q0, columns, tables);
     make_stream(p.y, y, q0, columns, tables + table);
     make_stream(p.residual, residual, q0, columns, tables + 2 * table);
+    int64_t stage_rows[MR];
+    for (int m = 0; m < MR; ++m) stage_rows[m] = m * stage_width;
+    const bool y_lines = whole_lines<T>(p.y);
+    int64_t group = plan_group;
+    if (!Channels && group > NV && x.base && y.base) {
+      // Long rows are for stages. What is read and written where it lies goes panel by panel, its states in the nearest cache.
+      int64_t staged = 0;
+      for (int64_t v = 0; v < lane_vectors;) {
+        const int64_t end = v + vectors_at(v, lane_vectors);
+        if (!dense(x, v, end, lanes) || !dense(y, v, end, lanes) || (around && !(y_lines && starts_line(y, v))))
+          staged += end - v;
+        v = end;
+      }
+      if (2 * staged < lane_vectors) group = NV;
+    }
 
-    if (p.init != Init::none) load_state(p.init == Init::state ? old_state : new_state, q0, columns, state_size, tables + 3 * table);
+    if (p.init != Init::none) load_state(p.init == Init::state ? old_state : new_state, q0, columns, state_size, state_table);
 
     const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
     const int64_t row_begin = Channels ? 0 : c0, row_end = Channels ? rows : min_of(c1, rows);
+    // The last frame writes whole blocks of the last state where it belongs; what is left over is copied at the end.
+    Stream<S> last_state;
+    if (p.last_kind != Last::none && p.last.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32)) {
+      make_stream(p.last, last_state, q0, columns, state_table + 2 * columns);
+      for (int64_t v = 0; v < lane_vectors && last_state.base; v += vectors_at(v, lane_vectors))
+        if (!dense(last_state, v, v + vectors_at(v, lane_vectors), lanes)) last_state.base = nullptr;
+    }
+    const bool state_lines = around_state && last_state.base && whole_lines<S>(p.last);
     for (int64_t i = 0; i < frames; ++i) {
+      const bool to_last = i + 1 == frames && last_state.base;
       const bool extra = i == p.T, resume_first = i == 0 && p.init == Init::added;
       const int64_t K = i > 0 || p.init == Init::state ? C : 0;
       const double alpha = extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha;
@@ -232,9 +304,13 @@ struct Tile {
           const int64_t group_lanes = min_of(g1 * L, lanes) - g0 * L;
           for (int64_t m0 = row_begin; m0 < row_end; m0 += MR) {
             const int64_t group_rows = min_of<int64_t>(MR, row_end - m0);
-            if (transport && x.base)
+            const bool whole = group_rows == MR;
+            const bool x_here = x.base && whole && dense(x, g0, g1, lanes);
+            const bool residual_here = residual.base && whole && dense(residual, g0, g1, lanes);
+            const bool y_here = y.base && whole && dense(y, g0, g1, lanes) && (!around || (y_lines && starts_line(y, g0)));
+            if (transport && x.base && !x_here)
               copy_in<T>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * L, group_lanes, stage, stage_width);
-            if (transport && residual.base)
+            if (transport && residual.base && !residual_here)
               copy_in<T>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * L, group_lanes,
                          stage + stage_size, stage_width);
             if (transport && x.base) {
@@ -242,9 +318,13 @@ struct Tile {
               const bool same_group = m0 + MR < row_end, same_frame = same_group || g1 < lane_vectors;
               const int64_t m = same_group ? m0 + MR : row_begin;
               const int64_t g = same_group ? g0 : same_frame ? g1 : 0, f = same_frame ? i : i + 1;
-              if (f < p.T)
-                prefetch_rows<T>(x.base + f * x.t, x.rows + m, min_of<int64_t>(MR, row_end - m), x.lanes[g * L],
-                                 min_of(group_lanes, lanes - g * L));
+              if (f < p.T) {
+                const int64_t next_rows = min_of<int64_t>(MR, row_end - m), next_lanes = min_of(group_lanes, lanes - g * L);
+                prefetch_rows<T>(x.base + f * x.t, x.rows + m, next_rows, x.lanes[g * L], next_lanes);
+                if (residual.base)
+                  prefetch_rows<T>(residual.base + f * residual.t, residual.rows + m, next_rows, residual.lanes[g * L],
+                                   next_lanes);
+              }
             }
             for (int64_t v = g0; v < g1;) {
               const int nv = vectors_at(v, lane_vectors), NR = nv * L;
@@ -266,12 +346,21 @@ struct Tile {
               b.last = last;
               b.alpha = static_cast<S>(alpha);
               b.relu = p.relu;
-              b.stage = stage_width;
+              if (to_last && last && whole) {
+                b.state = last_state.base + last_state.lanes[l0];
+                b.state_at = last_state.rows + m0;
+                b.around_state = state_lines && starts_line(last_state, l0 / L);
+              }
               if (transport) {
                 T* at = stage + (l0 - g0 * L);
-                if (x.base) b.x = at;
-                if (residual.base) b.residual = at + stage_size;
-                if (y.base) b.y = at + 2 * stage_size;
+                b.x_at = x_here ? x.rows + m0 : stage_rows;
+                b.residual_at = residual_here ? residual.rows + m0 : stage_rows;
+                b.y_at = y_here ? y.rows + m0 : stage_rows;
+                if (x.base) b.x = x_here ? x.base + i * x.t + x.lanes[l0] : at;
+                if (residual.base)
+                  b.residual = residual_here ? residual.base + i * residual.t + residual.lanes[l0] : at + stage_size;
+                if (y.base) b.y = y_here ? y.base + i * y.t + y.lanes[l0] : at + 2 * stage_size;
+                b.around = y_here && around;
               }
               if (p.scale) {
                 b.scale = scale + (Channels ? l0 : m0);
@@ -279,7 +368,7 @@ struct Tile {
               }
               dispatch(b, nv, p.scale != nullptr);
             }
-            if (transport && y.base)
+            if (transport && y.base && !y_here)
               copy_out<T>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes, stage + 2 * stage_size,
                           stage_width, around);
           }
@@ -290,19 +379,27 @@ struct Tile {
       old_state = new_state;
       new_state = swap;
     }
-    if (p.last_kind != Last::none) store_state(old_state, q0, columns, c0, c1, tables + 3 * table);
+    if (p.last_kind != Last::none) {
+      const int64_t stored = last_state.base ? row_begin + (row_end - row_begin) / MR * MR : row_begin;
+      if (Channels)
+        store_state(old_state, q0, columns, stored, c0, c1, state_table);
+      else
+        store_state(old_state, q0, columns, 0, stored, c1, state_table);
+    }
     if (around || around_state) end_around();
   }
 
   // Calls visit(state index, offset in v, offsets, count, adjacent) for every piece of a state that is adjacent in scratch:
-  // columns of one channel (planar; unless adjacent in v too, column i lies offsets[i] further) or channels of one column.
+  // columns of one channel (planar, all of them; unless adjacent in v too, column i lies offsets[i] further) or channels of one
+  // column.
   template <class Visit>
-  void for_each_piece(const View& v, int64_t q0, int64_t columns, int64_t c0, int64_t c1, int64_t* column_at,
-                      Visit&& visit) const {
+  void for_each_piece(const View& v, int64_t q0, int64_t columns, int64_t first_column, int64_t c0, int64_t c1,
+                      int64_t* column_at, Visit&& visit) const {
+    if (first_column >= columns || c0 >= c1) return;
     column_offsets(p, v, q0, columns, column_at);
     if (Channels) {
       const int64_t padded_channels = round_up(p.C, L);
-      for (int64_t q = 0; q < columns; ++q) {
+      for (int64_t q = first_column; q < columns; ++q) {
         const int64_t offset = column_at[q], at = q / MR * MR * padded_channels + q % MR * L;
         for (int64_t c = c0; c < c1; c += L) visit(at + c * MR, offset + c * v.c, nullptr, min_of<int64_t>(L, c1 - c), v.c == 1);
       }
@@ -327,7 +424,7 @@ struct Tile {
     if (columns % (Channels ? MR : L)) memset(static_cast<void*>(state), 0, sizeof(S) * state_size);
     const View& v = p.first;
     const bool same = v.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
-    for_each_piece(v, q0, columns, 0, p.C, column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
+    for_each_piece(v, q0, columns, 0, 0, p.C, column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
       if (same && adjacent)
         copy_row(state + at, static_cast<const S*>(v.data) + offset, count * sizeof(S));
       else
@@ -336,10 +433,11 @@ struct Tile {
     });
   }
 
-  void store_state(const S* state, int64_t q0, int64_t columns, int64_t c0, int64_t c1, int64_t* column_at) const {
+  void store_state(const S* state, int64_t q0, int64_t columns, int64_t first_column, int64_t c0, int64_t c1,
+                   int64_t* column_at) const {
     const View& v = p.last;
     const bool same = v.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
-    for_each_piece(v, q0, columns, c0, min_of(c1, p.C), column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
+    for_each_piece(v, q0, columns, first_column, c0, min_of(c1, p.C), column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
       if (same && adjacent && around_state)
         copy_around(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
       else if (same && adjacent)
@@ -386,6 +484,9 @@ struct ScanTasks {
           for (; k < p.C; ++k)
             for (int64_t l = 0; l < L; ++l) out[k * NR + n0 + l] = V::scalar(src[rows[l] + k]);
         }
+      } else if (p.weight_out == 1) {  // backwards
+        for (; n0 + L <= valid; n0 += L)
+          for (int64_t k = 0; k < p.C; ++k) V::store(out + k * NR + n0, V::load(src + k * p.weight_in + n0));
       }
       for (int64_t k = 0; k < p.C; ++k)
         for (int64_t n = n0; n < NR; ++n)
@@ -464,8 +565,8 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 // Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K rows of H
 //           to panels [K][NR] and of its slab of U to [o / A][K][A], or, where positions are adjacent, to [o][K]: either way
 //           both are read in the order in which they lie, and widened to fp32 (fp64) once for all blocks that multiply them.
-// Order.    Chains of K rows, or of fewer where a frame has few columns and a sum frame by frame would be exact too, one fma after
-//           the other, are added up to sums of `flush` rows, those within a range with their rounding errors kept beside them,
+// Order.    Chains of K rows (of a quarter where a frame has few columns: sums frame by frame would be as exact as that), one fma
+//           after the other, are added up to sums of `flush` rows, those within a range with their rounding errors kept beside them,
 //           and the ranges in fp64: independent of the number of threads, and as exact as short sums however many rows.
 // Scratch.  2 * parts * C * C shared; per task K * (slab + C) and slab * C.
 // Bound.    2 C^2 FLOP per row, one load for 1.6 multiply-adds; packing moves 2 * C (1 + C / slab) elements per row, which
@@ -553,7 +654,8 @@ struct WeightGradTasks {
     const bool by_row = v.c == 1;
     const int64_t units = by_row ? count : c1 - c0, bytes = (by_row ? c1 - c0 : count) * static_cast<int64_t>(sizeof(T));
     for (int64_t i = units * part / parts; i < units * (part + 1) / parts; ++i) {
-      const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + (by_row ? at[i] + c0 : at[0] + (c0 + i) * v.c));
+      const int64_t offset = by_row ? at[i] + c0 : at[0] + (c0 + i) * v.c;
+      const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + offset);
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
     }
   }
@@ -597,7 +699,8 @@ struct WeightGradTasks {
           const S* const a = Rows ? u + m / A * A * K + m % A : u + m * K;
           const S* const b = h + panel * K * NR;
           for (int64_t k = 0; k < now->count; k += chain)
-            grad_block<V, Rows>(a + k * (Rows ? A : 1), b + k * NR, min_of(chain, now->count - k), block + panel * c_panel + m * NR);
+            grad_block<V, Rows>(a + k * (Rows ? A : 1), b + k * NR, min_of(chain, now->count - k),
+                                block + panel * c_panel + m * NR);
         }
       Chunk* const swap = now;
       now = next;

@@ -25,6 +25,7 @@ struct Stream {
   T* base = nullptr;
   int64_t t = 0;
   const int64_t *rows = nullptr, *lanes = nullptr;
+  const int64_t* ends = nullptr;  // of each lane's run of adjacent lanes
 };
 
 // The end of the run of adjacent lanes that begins at `lane`.

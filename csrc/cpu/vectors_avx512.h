@@ -15,19 +15,22 @@ struct Floats {
   }
   static R load(const f16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store(float* p, R v) { _mm512_storeu_ps(p, v); }
-  static void store(bf16_t* p, R v) {
+  static __m256i rounded_bf16(R v) {
     const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i r = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+    return _mm512_cvtepi32_epi16(r);
   }
-  static void store(f16_t* p, R v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
+  static __m256i rounded_f16(R v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static void store(bf16_t* p, R v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(v)); }
+  static void store(f16_t* p, R v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_f16(v)); }
+  // Past the caches; p is aligned to what is written.
+  static void stream(float* p, R v) { _mm512_stream_ps(p, v); }
+  static void stream(bf16_t* p, R v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(v)); }
+  static void stream(f16_t* p, R v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_f16(v)); }
   template <class T>
   static S scalar(T v) {
     return static_cast<S>(to_double(v));
@@ -97,6 +100,7 @@ struct Doubles {
   static R set1(S v) { return _mm512_set1_pd(v); }
   static R load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, R v) { _mm512_storeu_pd(p, v); }
+  static void stream(double* p, R v) { _mm512_stream_pd(p, v); }
   static S scalar(double v) { return v; }
   // out[i * step + l] = src[at[l] + i] for L x L values.
   template <class T>

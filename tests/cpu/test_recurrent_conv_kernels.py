@@ -218,6 +218,18 @@ def test_backward(isa: str, dtype: torch.dtype, layout: str) -> None:
             assert only_x[1].shape == only_x[2].shape == (0,)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_grad_of_many_rows(isa: str, dtype: torch.dtype, layout: str) -> None:
+    """Enough columns for long chains, several flushes of them, and several ranges of rows."""
+    x, weight, state = inputs((1, 20, 4, 40, 41), dtype)
+    grad_h, h = (LAYOUTS[layout](torch.randn_like(x)) for _ in range(2))
+    want = exact_backward(grad_h, None, h, weight, state, False, False)[1]
+    rough = eager_backward(grad_h, None, h, weight, state, False, False)[1]
+    got = kernels.recurrent_conv_backward(grad_h, None, h, weight, state, False, False, True)[1]
+    assert_close_to_reference(got, want, rough, "dweight")
+
+
 def exact_backward(
     grad_h: Tensor | None, grad_h_n: Tensor | None, h: Tensor, weight: Tensor, h0: Tensor, mean: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,6 +281,27 @@ def test_frame_by_frame_is_bitwise_one_call(isa: str, dtype: torch.dtype, layout
                 frames[t], now = kernels.recurrent_conv(x[:, :, t : t + 1], weight, now, mean, reverse)
             assert torch.equal(torch.cat([frames[t] for t in range(shape[2])], 2), h)
             assert torch.equal(now, h_n)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clips_written_past_the_caches_are_the_same(isa: str, dtype: torch.dtype, layout: str) -> None:
+    """From 4 MiB on; single frames of the same clip are below that."""
+    x, weight, state = inputs((1, 64, 11, 56, 56), dtype)
+    x, residual = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn_like(x))
+    assert x[:, :, :1].nbytes < 4 * 2**20 <= x.nbytes
+    scale, shift = torch.randn(64), torch.randn(64)
+    h, _ = kernels.recurrent_conv(x, weight, state, False, False)
+    y, y_n = kernels.recurrent_conv_affine_act(x, weight, scale, shift, state, residual, False, True)
+    for t in range(x.shape[2]):
+        now = x[:, :, t : t + 1]
+        out, _ = kernels.recurrent_conv_affine_act(
+            now, weight, scale, shift, state, residual[:, :, t : t + 1], False, True
+        )
+        frame, state = kernels.recurrent_conv(now, weight, state, False, False)
+        assert torch.equal(frame, h[:, :, t : t + 1])
+        assert torch.equal(out, y[:, :, t : t + 1])
+    assert torch.equal(state, y_n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
