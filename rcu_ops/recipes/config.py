@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 LOSSES = ("cross_entropy", "bce")
 SAMPLINGS = ("clip", "segments")
@@ -22,6 +23,23 @@ SCHEDULES = ("steps", "cosine")
 
 def _setting(text: str, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+LONG_CYCLE = ((4, 2), (2, 2), (2, 1), (1, 1))
+"""By how much a clip of multigrid training is shorter, and its area smaller, between two milestones."""
+
+SHORT_CYCLE = (4, 2, 1)
+"""By how much its area is smaller at one step after the other, if the long cycle does not make it smaller already."""
+
+
+class Grid(NamedTuple):
+    """What a step trains on: clips, their frames and the distance of these, the side of the crop, the scales before."""
+
+    batch: int
+    frames: int
+    period: int
+    crop: int
+    scales: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +77,10 @@ class Recipe:
     sampling: str = _setting("clip (neighbouring frames) or segments (one frame of each of `frames` segments)", "clip")
     input: str = _setting("rgb (videos) or flow (.npy files of rcu-ops flow, with sampling=segments)", "rgb")
     flow_length: int = _setting("neighbouring flow fields of a snippet", 10)
+    multigrid: bool = _setting(
+        "smaller clips in larger batches: shapes change with every step and milestone, the work of a step does not",
+        False,
+    )
     multi_scale: bool = _setting("crop windows of random size at corners and centre instead of random places", False)
     batch_norm: str = _setting("batch, moving (normalise by moving statistics, updated slowly) or frozen", "batch")
     batch_norm_momentum: float = _setting("how fast batch-norm=moving updates the statistics", 0.001)
@@ -76,6 +98,10 @@ class Recipe:
             raise ValueError("sampling: dense labels need neighbouring frames (clip), got 'segments'")
         if self.input == "flow" and self.sampling != "segments":
             raise ValueError(f"input: flow comes in snippets of segments (sampling=segments), got {self.sampling!r}")
+        if self.multigrid and (self.sampling != "clip" or self.frames % LONG_CYCLE[0][0]):
+            raise ValueError(
+                f"multigrid: expected sampling=clip and frames in fours, got {self.sampling!r} and {self.frames}"
+            )
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"batch_norm_momentum: expected a number above 0, to 1, got {self.batch_norm_momentum}")
         if self.loss not in LOSSES:
@@ -104,6 +130,36 @@ class Recipe:
     def dense(self) -> bool:
         """Whether labels belong to frames instead of videos."""
         return self.loss == "bce"
+
+    def grid(self, step: int) -> Grid:
+        """What a step, counted from 0, trains on.
+
+        With ``multigrid`` (Wu et al., "A Multigrid Method for Efficiently Training Video Models") clips are shorter and
+        smaller by :data:`LONG_CYCLE`, whose next entry begins at every milestone, and smaller by :data:`SHORT_CYCLE`,
+        whose next entry begins at every step. The batch grows by as much. Frames are further apart and scales smaller
+        in the same proportion, so that a clip shows as much of the video.
+        """
+        if not self.multigrid:
+            return Grid(self.batch, self.frames, self.period, self.crop, self.scales)
+        shorter, smaller = LONG_CYCLE[sum(milestone <= step for milestone in self.milestones) % len(LONG_CYCLE)]
+        smaller = max(smaller, SHORT_CYCLE[step % len(SHORT_CYCLE)])
+        crop, low, high = (max(1, round(side / math.sqrt(smaller))) for side in (self.crop, *self.scales))
+        scales = (max(crop, low), max(crop, high))
+        return Grid(self.batch * shorter * smaller, self.frames // shorter, self.period * shorter, crop, scales)
+
+    def clips_before(self, step: int) -> int:
+        """Clips that the steps before ``step`` take, over all processes."""
+        if not self.multigrid:
+            return step * self.batch
+        bounds = [0, *(milestone for milestone in self.milestones if milestone < step), step]
+        period = len(SHORT_CYCLE)
+        clips = 0
+        for first, last in itertools.pairwise(bounds):
+            # From `first` on batches repeat after `period` steps.
+            batches = [self.grid(first + phase).batch for phase in range(min(period, last - first))]
+            whole, rest = divmod(last - first, period)
+            clips += whole * sum(batches) + sum(batches[:rest])
+        return clips
 
     @property
     def snippet(self) -> int:
@@ -182,6 +238,36 @@ def _relational(classes: int, videos: int, stream: str) -> dict[str, Any]:
     }
 
 
+# Learn to Cycle, §4.2: 16 frames, multigrid training, from HACS to all other data sets. One long cycle of equal parts.
+_SRTG: dict[str, Any] = {
+    "loss": "cross_entropy",
+    "frames": 16,
+    "batch": 32,
+    "lr": 0.1,
+    "lr_factor": 0.5,
+    "weight_decay": 1e-6,
+    "crop": 224,
+    "scales": (256, 320),
+    "eval_scale": 256,
+    "multigrid": True,
+}
+
+
+_SRTG_DATA = (
+    ("hacs", 200, 120_000),
+    ("kinetics700", 700, 120_000),
+    ("moments", 339, 120_000),
+    ("ucf101", 101, 12_000),
+    ("hmdb51", 51, 6_000),
+)
+
+
+def _srtg(classes: int, iterations: int) -> dict[str, Any]:
+    parts = len(LONG_CYCLE)
+    milestones = tuple(iterations * part // parts for part in range(1, parts))
+    return {**_SRTG, "classes": classes, "iterations": iterations, "milestones": milestones}
+
+
 # FASTER, section 4: the clip-level networks, trained from scratch by themselves.
 _FASTER: dict[str, Any] = {
     "classes": 400,
@@ -224,6 +310,10 @@ RECIPES: Mapping[str, Recipe] = {
             for name, model in (("relational", "relational_two_branch"), ("tsn", "tsn_resnet101v2"))
             for stream in INPUTS
         ),
+        *(
+            Recipe(name=f"{data}_srtg", model="srtg_r3d_resnet50", **_srtg(classes, iterations))
+            for data, classes, iterations in _SRTG_DATA
+        ),
         Recipe(name="faster_r2plus1d_resnet50", model="r2plus1d_resnet50", **_FASTER),
         Recipe(name="faster_r2d_resnet26", model="r2d_resnet26", **_FASTER),
     )
@@ -253,6 +343,16 @@ _TSN_ASSUMED: dict[str, str] = {
     **dict.fromkeys(("lr", "milestones", "iterations", "batch"), "those of the two-branch network"),
 }
 
+_SRTG_ASSUMED: dict[str, str] = {
+    "iterations": "the paper gives none",
+    "milestones": "one long cycle of four equal parts, at which the rate is halved as the batch is",
+    "momentum": "the usual SGD momentum",
+    "scales": "the usual short sides for crops of 224",
+    "eval_scale": "the lower of the training scales",
+    "period": "neighbouring frames where clips have all 16",
+    "flip": "usual in training on these data sets",
+}
+
 
 def _segment_recipes(network: str, *streams: str) -> list[str]:
     return [f"{data}_{network}_{stream}" for data in ("ucf101", "hmdb51") for stream in streams or INPUTS]
@@ -269,6 +369,7 @@ _ASSUMED: Mapping[str, Mapping[str, str]] = {
     },
     **dict.fromkeys(_segment_recipes("relational"), _SEGMENTS_ASSUMED),
     **dict.fromkeys(_segment_recipes("tsn"), _TSN_ASSUMED),
+    **dict.fromkeys([f"{data}_srtg" for data, *_ in _SRTG_DATA], _SRTG_ASSUMED),
     "multithumos_resnet50": {**_RCN_ASSUMED, "lr_factor": "the paper says that the rate is dropped, not how far"},
 }
 
@@ -286,6 +387,8 @@ STARTING_WEIGHTS: Mapping[str, str] = {
         "the network trained on RGB (--cross-modality), or TSN's flow network",
     ),
     "multithumos_resnet50": "the network trained on Kinetics",
+    "hacs_srtg": "random weights",
+    **dict.fromkeys([f"{data}_srtg" for data, *_ in _SRTG_DATA[1:]], "the network trained on HACS (with --skip-head)"),
     **dict.fromkeys(("faster_r2plus1d_resnet50", "faster_r2d_resnet26"), "random weights"),
 }
 """What the paper starts each recipe from (``--weights``)."""

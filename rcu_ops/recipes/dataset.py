@@ -117,10 +117,11 @@ def _excerpt(name: str, found: Found, indices: Sequence[int], fault: str | None)
 
 
 class ClipKey(NamedTuple):
-    """Which clip: the pass over the list, and the place in the list."""
+    """Which clip: the pass over the list, the place in the list, and the step, which may decide on the clip's shape."""
 
     epoch: int
     place: int
+    step: int = 0
 
 
 class Clip(NamedTuple):
@@ -180,6 +181,7 @@ class ClipDataset(Dataset[Clip]):
 
     def _load(self, index: int, key: ClipKey) -> tuple[torch.Tensor, torch.Tensor, str | None]:
         recipe, video = self._recipe, self._videos[index]
+        grid = recipe.grid(key.step)
         generator = torch.Generator()
 
         def choose(frame_count: int) -> list[int]:
@@ -188,9 +190,9 @@ class ClipDataset(Dataset[Clip]):
                 drawn = generator if recipe.jitter else None
                 clip = segment_positions(frame_count, recipe.frames, snippet=recipe.snippet, generator=drawn)[0]
             elif recipe.jitter:
-                clip = jittered_clip(frame_count, recipe.frames, stride=recipe.period, generator=generator)
+                clip = jittered_clip(frame_count, grid.frames, stride=grid.period, generator=generator)
             else:
-                clip = regular_clips(frame_count, recipe.frames, 1, stride=recipe.period)[0]
+                clip = regular_clips(frame_count, grid.frames, 1, stride=grid.period)[0]
             return [int(frame) for frame in clip]
 
         if recipe.input == "flow":
@@ -200,11 +202,11 @@ class ClipDataset(Dataset[Clip]):
         else:
             images, times, fault = read_clip(str(video.path), choose)
             frames = torch.from_numpy(images)
-        low, high = recipe.scales
+        low, high = grid.scales
         scale = low + int(torch.randint(high - low + 1, (), generator=generator))
         frames = resize_short_side(frames, scale)
         cut = multi_scale_crop if recipe.multi_scale else random_crop
-        frames = cut(frames, recipe.crop, generator=generator)
+        frames = cut(frames, grid.crop, generator=generator)
         mirrored = mirror_pictures if recipe.input == "flow" else None
         frames = flip(frames, probability=recipe.flip, generator=generator, mirrored=mirrored).contiguous()
         if recipe.dense:
@@ -233,6 +235,7 @@ class ClipSampler(Sampler[list[ClipKey]]):
         start, stop: steps, the last one not included.
         rank, processes: this process among how many.
         parts: parts in which a process takes its share of a step (gradient accumulation).
+        multigrid: the recipe whose batches replace ``batch``, multiples of it; None: all have ``batch`` clips.
 
     Raises:
         ValueError: the batch cannot be divided equally.
@@ -249,6 +252,7 @@ class ClipSampler(Sampler[list[ClipKey]]):
         rank: int = 0,
         processes: int = 1,
         parts: int = 1,
+        multigrid: Recipe | None = None,
     ) -> None:
         if batch % (processes * parts):
             raise ValueError(
@@ -261,6 +265,7 @@ class ClipSampler(Sampler[list[ClipKey]]):
         self._rank = rank
         self._parts = parts
         self.part_size = batch // (processes * parts)
+        self._multigrid = multigrid
         self._order: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -268,16 +273,20 @@ class ClipSampler(Sampler[list[ClipKey]]):
 
     def __iter__(self) -> Iterator[list[ClipKey]]:
         for step in self._steps:
+            before, size = step * self._batch, self.part_size
+            if self._multigrid is not None:
+                before = self._multigrid.clips_before(step)
+                size *= self._multigrid.grid(step).batch // self._batch
             for part in range(self._parts):
-                first = step * self._batch + (self._rank * self._parts + part) * self.part_size
-                yield [self._key(position) for position in range(first, first + self.part_size)]
+                first = before + (self._rank * self._parts + part) * size
+                yield [self._key(position, step) for position in range(first, first + size)]
 
-    def _key(self, position: int) -> ClipKey:
+    def _key(self, position: int, step: int) -> ClipKey:
         epoch, place = divmod(position, self._videos)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix_seed(self._seed, epoch))
             self._order = epoch, torch.randperm(self._videos, generator=generator).tolist()
-        return ClipKey(epoch, self._order[1][place])
+        return ClipKey(epoch, self._order[1][place], 0 if self._multigrid is None else step)
 
 
 def load_clips(

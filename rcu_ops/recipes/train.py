@@ -275,6 +275,7 @@ class Training:
             rank=self._processes.rank,
             processes=self._processes.count,
             parts=self._options.accumulate,
+            multigrid=self._recipe if self._recipe.multigrid else None,
         )
 
     def _batches(self) -> Generator[ClipBatch, None, None]:
@@ -364,13 +365,16 @@ class Training:
         loss, correct, steps = self._running
         self._running = [0.0, 0.0, 0.0]
         now = time.monotonic()
-        clips = steps * self._recipe.batch
+        clips = self._clips_since(self.step - round(steps))
         row = [self.step, self._recipe.learning_rate(self.step - 1), loss / steps, clips / (now - self._row_began)]
         self._rows.append(row if self._recipe.dense else [*row, correct / clips])
         self._row_began = now
         if self._processes.first:
             header = ["step", "lr", "loss", "clips_per_second", *([] if self._recipe.dense else ["top1"])]
             write_csv(self._options.out / "metrics.csv", header, self._rows)
+
+    def _clips_since(self, step: int) -> int:
+        return self._recipe.clips_before(self.step) - self._recipe.clips_before(step)
 
     def _validate(self, videos: VideoList) -> None:
         dense = self._recipe.dense
@@ -469,7 +473,7 @@ class Training:
             prefix = "error: " if code == EXIT_NOT_FINITE else ""
             print(f"rcu-ops: {prefix}{problem}", file=sys.stderr)
         else:
-            rate = f", {steps * self._recipe.batch / seconds:.1f} clips/s" if steps else ""
+            rate = f", {self._clips_since(self.step - steps) / seconds:.1f} clips/s" if steps else ""
             loss = f"; loss {self._rows[-1][2]:.4f}" if self._rows else ""
             print(f"{self.step} steps done, {steps} of them now in {format_duration(seconds)}{rate}{loss}")
             print(f"wrote {WEIGHTS}, {CHECKPOINT}, metrics.csv to {out}")

@@ -65,8 +65,10 @@ def test_assumptions_name_fields_with_reasons_and_models_exist(name):
     assert set(assumptions(name)) <= fields
     assert all(assumptions(name).values())
     assert ("scales" in assumptions(name)) == (not name.startswith("faster"))
-    # The RCN paper gives neither; that of the Relational LSTM does.
-    assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (not name.startswith(("ucf101_", "hmdb51_")))
+    # The RCN paper gives neither; that of the Relational LSTM does, and SRTG's gives the weight decay.
+    assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (
+        not name.startswith(("ucf101_", "hmdb51_")) and not name.endswith("_srtg")
+    )
     assert get_recipe(name).model in list_models()
     assert STARTING_WEIGHTS[name]
 
@@ -164,6 +166,7 @@ OVERRIDES = {
     "sampling": ("segments", "segments"),
     "input": ("flow", "flow"),
     "flow_length": ("5", 5),
+    "multigrid": (None, True),
     "multi_scale": (None, True),
     "batch_norm": ("moving", "moving"),
     "batch_norm_momentum": ("0.0005", 0.0005),
