@@ -10,6 +10,7 @@
 :mod:`.spectrum`        entries, diagonal and eigenvalues of every layer's hidden-to-hidden matrix
 :mod:`.confusion`       confusion matrices ordered by category, their difference, change per class
 :mod:`.fusion`          fusion of streams, of features or scores
+:mod:`.comparison`      means over the splits of a data set, accuracy against cost
 :mod:`.top5`            the best classes of single videos beside their pictures
 :mod:`.scores_io`       reading scores and labels from files
 ======================  ====================================================================================

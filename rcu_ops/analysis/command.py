@@ -65,6 +65,12 @@ def add_parser(subparsers: Any) -> None:
     _add_scores(best)
     best.add_argument("--videos", type=Path, metavar="DIR", help="folder of the videos, for their pictures")
     best.add_argument("--show", nargs="+", metavar="VIDEO", help="which videos (default: the first six)")
+    splits = _add(kinds, "splits", _run_splits, "mean accuracy and mAP over a data set's splits", files=False)
+    splits.add_argument("evaluations", nargs="+", type=Path, metavar="DIR", help="a folder of `rcu-ops evaluate` each")
+    cost = _add(kinds, "cost", _run_cost, "accuracy against multiply-accumulates", files=False)
+    cost.add_argument(
+        "table", type=Path, metavar="CSV", help="name,gmac,accuracy (percent) and group (a line of the picture each)"
+    )
     spectrum = _add(kinds, "spectrum", _run_spectrum, "entries, diagonal and eigenvalues of every w_hh", files=False)
     spectrum.add_argument("weights", type=Path, help="state dict of a recurrent network: .pth, .pt or .safetensors")
 
@@ -458,3 +464,28 @@ def _run_spectrum(args: argparse.Namespace) -> list[Path]:
 
 def _spread(mean: float, std: float) -> str:
     return f"{mean:.3f} ± {std:.3f}"
+
+
+def _run_splits(args: argparse.Namespace) -> Sequence[Path]:
+    from rcu_ops.analysis.comparison import split_means
+    from rcu_ops.report import write_csv
+
+    means = split_means(args.evaluations)
+    for row in means:
+        values = ", ".join(f"{100 * value:.2f}" for value in row.values)
+        print(f"{row.mode:<9} {row.measure:<11} {100 * row.mean:6.2f} % +- {100 * row.deviation:.2f}  ({values})")
+    table = args.out / "splits.csv"
+    header = ("mode", "measure", "mean", "deviation", *(f"split{index + 1}" for index in range(len(args.evaluations))))
+    write_csv(table, header, ((row.mode, row.measure, row.mean, row.deviation, *row.values) for row in means))
+    return [table]
+
+
+def _run_cost(args: argparse.Namespace) -> Sequence[Path]:
+    from rcu_ops.analysis.comparison import plot_priced, read_priced
+
+    points = read_priced(args.table)
+    for point in sorted(points, key=lambda point: point.gmac):
+        print(f"{point.name:<28} {point.gmac:10.2f} GMAC {point.accuracy:7.2f} %  {point.group}".rstrip())
+    picture = args.out / "accuracy_cost.png"
+    _picture(lambda: plot_priced(picture, points), args.table)
+    return [picture]
