@@ -130,7 +130,13 @@ def plot_priced(path: Path, points: Sequence[Priced]) -> None:
         axes.plot([p.gmac for p in taken], [p.accuracy for p in taken], label=label, **series(index))
     for point in points:
         axes.annotate(
-            point.name, (point.gmac, point.accuracy), xytext=(5, -9), textcoords="offset points", size=8, color=INK
+            point.name,
+            (point.gmac, point.accuracy),
+            xytext=(0, 6),
+            textcoords="offset points",
+            size=8,
+            color=INK,
+            ha="center",
         )
     axes.margins(x=0.15, y=0.12)
     axes.set_xlabel("GMAC per clip")
