@@ -29,7 +29,7 @@ struct PlainRelatePlan {
   int64_t chunk = 0;
   int64_t slice = 0;
   int64_t tiles = 0, splits = 1, blocks = 0;
-  // Byte offsets into shared memory: the stages begin at 0; then the rows' statistics; then results; then the maps, map_bytes each.
+  // Byte offsets into shared memory: the stages begin at 0; then the rows' statistics, results, and the maps, map_bytes each.
   int64_t numbers_at = 0, results_at = 0, maps_at = 0, map_bytes = 0, shared_bytes = 0;
 };
 
@@ -98,6 +98,79 @@ inline std::string describe(const PlainRelatePlan& plan) {
          (plan.resident ? std::string("weights in shared memory for all channels")
                         : "weights made again for every " + text(plan.slice) + " channels") +
          (plan.splits > 1 ? ", channels shared by " + text(plan.splits) + " blocks" : "");
+}
+
+// ---- the matrix-unit kernels: 16-bit data, up to 256 keys ---------------------------------------------------------------
+
+inline constexpr int tile_relate_threads = 256;
+inline constexpr int tile_relate_keys = 64;       // of a tile of scores
+inline constexpr int tile_relate_slice = 64;      // channels of a slice of results
+inline constexpr int tile_relate_most_keys = 256;
+
+// A block owns `rows` queries of four relations: the gates of a sample, or four problems of an attention. `shares` blocks have
+// the same queries: in a cluster they share the channels of the scores, too.
+struct TileRelatePlan {
+  const char* why_not = nullptr;  // nullptr: the kernel can run
+  bool cluster = false;
+  int rows = 0, padded = 0;  // 16 or 32; keys in whole tiles
+  int shares = 1;
+  int64_t tiles = 0, blocks = 0;
+  // Byte offsets into shared memory: scores and later results in fp32 [4][rows][padded + 8] begin at 0; weights of 16 bits, the
+  // same pitch; one number per query; two stages.
+  int64_t weights_at = 0, sums_at = 0, stages_at = 0, stage_bytes = 0, shared_bytes = 0;
+};
+
+inline bool in_words(const Rows& v, const Relation& r, int64_t rows) {  // whether 16-byte words can be copied
+  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && (r.B < 2 || v.batch % 8 == 0) && (r.G < 2 || v.gate % 8 == 0) &&
+         (rows < 2 || v.row % 8 == 0);
+}
+
+// step: the four gates of a sample are the block's relations. clusters: the build holds the kernels of sm_90a.
+inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& gpu, bool clusters = true) {
+  TileRelatePlan plan;
+  const auto refuse = [&](const char* why) {
+    plan.why_not = why;
+    return plan;
+  };
+  if (r.dtype != DType::bf16 && r.dtype != DType::f16) return refuse("the matrix unit is used for 16-bit data");
+  if (r.N == 0 || r.M == 0 || r.B * r.G == 0 || r.E == 0) return refuse("there is nothing to multiply");
+  if (r.M > tile_relate_most_keys) return refuse("more than 256 keys");
+  if (r.D % 8 || r.E % 8) return refuse("channels are no multiple of 8");
+  if (!in_words(r.query, r, r.N) || !in_words(r.key, r, r.M) || !in_words(r.value, r, r.M))
+    return refuse("rows are not aligned to 16 bytes");
+  plan.padded = static_cast<int>(round_up(r.M, tile_relate_keys));
+  plan.rows = plan.padded == tile_relate_keys && r.N > 16 ? 32 : 16;
+  const int64_t pitch = plan.padded + 8, rows = 4 * plan.rows;
+  plan.weights_at = rows * pitch * 4;
+  plan.sums_at = plan.weights_at + rows * pitch * 2;
+  plan.stages_at = plan.sums_at + rows * 4;
+  plan.stage_bytes = (rows + 4 * tile_relate_keys) * 64;  // 32 channels; more than 4 x 32 values of 64 channels
+  plan.shared_bytes = plan.stages_at + 2 * plan.stage_bytes;
+  if (plan.shared_bytes > gpu.shared_bytes) return refuse("shared memory is too small for so many keys");
+  plan.tiles = ceil_div(r.N, plan.rows);
+  const int64_t groups = step ? r.B : ceil_div(r.B * r.G, 4), slices = ceil_div(r.E, tile_relate_slice);
+  clusters = clusters && gpu.architecture == 90;
+  const int most = clusters ? 8 : 1 << 20;  // blocks that every device has room for in a cluster
+  while (plan.shares < slices && plan.shares < most && groups * plan.tiles * plan.shares < gpu.multiprocessors) plan.shares *= 2;
+  plan.cluster = clusters && plan.shares > 1;
+  plan.blocks = groups * plan.tiles * plan.shares;
+  return plan;
+}
+
+inline std::string describe(const TileRelatePlan& plan) {
+  const auto text = [](int64_t v) { return std::to_string(v); };
+  return (plan.cluster ? "clusters of " + text(plan.shares) : std::string("tiles")) + ": " + text(plan.blocks) + " blocks of " +
+         text(plan.rows) + " rows of four relations on the matrix unit" +
+         (plan.cluster ? ", scores and channels shared in a cluster"
+          : plan.shares > 1 ? ", channels shared by " + text(plan.shares) + " blocks"
+                            : "");
+}
+
+// The forward pass of Attention or Step, in words: the kernel that runs it and, where that is the plain one, why.
+inline std::string describe_forward(const Relation& r, bool step, const Gpu& gpu, bool clusters = true) {
+  const TileRelatePlan tile = plan_tile_relate(r, step, gpu, clusters);
+  if (!tile.why_not) return describe(tile);
+  return describe(step ? plan_plain_step(r, gpu) : plan_plain_attend(r, gpu)) + " (" + tile.why_not + ")";
 }
 
 }  // namespace rcu_ops::cuda

@@ -7,6 +7,8 @@
 #include "cuda/device/launch.h"
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
+#include "cuda/nonlocal_gates_forward.h"
+#include "cuda/nonlocal_gates_tile.h"
 
 namespace rcu_ops::cuda {
 namespace {
@@ -35,30 +37,6 @@ struct Matrix {
 
 __device__ __forceinline__ Matrix rows_at(const Rows& rows, int64_t b, int64_t g) {
   return {rows.data, b * rows.batch + g * rows.gate, rows.row};
-}
-
-// Calls function(T()).
-template <typename S, typename Function>
-__device__ __forceinline__ void with_numbers(DType dtype, Function function) {
-  if constexpr (sizeof(S) == 8)
-    function(double());
-  else if (dtype == DType::f32)
-    function(float());
-  else if (dtype == DType::bf16)
-    function(__nv_bfloat16());
-  else
-    function(__half());
-}
-
-template <typename S>
-__device__ __forceinline__ S load_number(const void* data, DType dtype, int64_t at) {
-  S value;
-  with_numbers<S>(dtype, [&](auto type) { value = widen(static_cast<const decltype(type)*>(data)[at]); });
-  return value;
-}
-template <typename S>
-__device__ __forceinline__ void store_number(void* data, DType dtype, int64_t at, S value) {
-  with_numbers<S>(dtype, [&](auto type) { static_cast<decltype(type)*>(data)[at] = narrow<decltype(type)>(value); });
 }
 
 // map[column][row] = left_row . right_column over `channels` numbers; rows beyond the last are zero. All threads; begins and
@@ -115,8 +93,9 @@ __device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64
   block_barrier();
 }
 
-// total[i][j] += sum over c of map[c][L warp + i] * right_c[channel0 + lane + 32 j] for a slice of 32 J channels, leaving out the c that are not alive: what
-// stands in their rows is not even multiplied by zero. All threads; begins with a barrier, after which `map` may be read.
+// total[i][j] += sum over c of map[c][L warp + i] * right_c[channel0 + lane + 32 j] for a slice of 32 J channels, leaving out the
+// c that are not alive: what stands in their rows is not even multiplied by zero. All threads; begins with a barrier, after which
+// `map` may be read.
 template <typename S, int J, typename Alive>
 __device__ void sums(DType dtype, const S* map, int64_t columns, Matrix right, int64_t channel0, int64_t channels, Alive alive,
                      S* stage, S (&total)[L][J]) {
@@ -205,7 +184,8 @@ __device__ __forceinline__ S score_of(const Relation& r, bool sees, S product) {
   return sees ? static_cast<S>(r.scale) * product : r.count ? S(0) : -static_cast<S>(INFINITY);
 }
 
-// Takes a chunk of raw products into the statistics of this lane's query, and leaves the scores in the map. gradients: the products of the gradient with the values, or nullptr.
+// Takes a chunk of raw products into the statistics of this lane's query, and leaves the scores in the map. gradients: the
+// products of the gradient with the values, or nullptr.
 template <typename S>
 __device__ void look_at(const Relation& r, const Visible& visible, int64_t key0, int64_t columns, S* map, const S* gradients,
                         S* memory, Query<S>& query) {
@@ -253,21 +233,7 @@ __device__ __forceinline__ S score_gradient(const Relation& r, const Query<S>& q
   return r.count ? (sees ? scale * product / query.sum : S(0)) : scale * (weight * (product - query.delta));
 }
 
-template <typename S>
-__device__ __forceinline__ S sigmoid(S x) {
-  return 1 / (1 + exp(-x));
-}
-
 // ---- forward, and the gates' part of the step's backward pass ----------------------------------------------------------
-
-// Whose results a kernel writes: of Attention (gates = 1: out), of Step (gates = 4: h and c), or, with dx_gates, the first part
-// of StepGrad: dx_gates and dcell.
-struct Forward {
-  Relation relation;
-  int gates = 1;
-  Rows out, x_gates, cell, h, c, grad_h, grad_c, dx_gates, dcell;
-  bool cell_is_state = false;
-};
 
 // out = w value (common/nonlocal_gates.h), any dtype.
 //
@@ -309,8 +275,10 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(
                       rows_at(r.key, b, gate0 + gate).from(key0), columns, r.D, stage, map);
         if (first) look_at<S>(r, visible, key0, columns, map, nullptr, memory, query);
         if (made_here && first == plan.resident)
-          for (int64_t c = warp; c < columns; c += warps)
-            map[c * R + lane] = weight_of(r, query, first ? map[c * R + lane] : score_of(r, visible(key0 + c), map[c * R + lane]));
+          for (int64_t c = warp; c < columns; c += warps) {
+            const S made = map[c * R + lane];
+            map[c * R + lane] = weight_of(r, query, first ? made : score_of(r, visible(key0 + c), made));
+          }
         if (!first)
           sums<S, J>(r.dtype, map, columns, rows_at(r.value, b, gate0 + gate).from(key0), channel0, r.E,
                      [](int64_t) { return true; }, stage, total);
@@ -328,35 +296,12 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(
     for (int i = threadIdx.x; i < R * width; i += threads) {
       const int64_t n = at.row0 + i / width, channel = channel0 + i % width;
       if (i / width >= at.rows || channel >= r.E) continue;
-      const auto place = [&](const Rows& rows) { return b * rows.batch + n * rows.row + channel; };
       if (p.gates == 1) {
-        store_number<S>(p.out.data, r.dtype, place(p.out) + gate0 * p.out.gate, results[i]);
+        store_number<S>(p.out.data, r.dtype, rows_at(p.out, b, gate0).from(n).first + channel, results[i]);
         continue;
       }
-      S a[4];
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        a[gate] = load_number<S>(p.x_gates.data, r.dtype, place(p.x_gates) + gate * p.x_gates.gate);
-        a[gate] += results[gate * R * width + i];
-        a[gate] = gate < 3 ? sigmoid(a[gate]) : tanh(a[gate]);
-      }
-      const DType state = sizeof(S) == 8 ? DType::f64 : DType::f32, cell = p.cell_is_state ? state : r.dtype;
-      const S before = load_number<S>(p.cell.data, cell, place(p.cell)), after = a[1] * before + a[0] * a[3];
-      const S squashed = tanh(after);
-      if (!p.dx_gates.data) {
-        store_number<S>(p.c.data, state, place(p.c), after);
-        store_number<S>(p.h.data, r.dtype, place(p.h), a[2] * squashed);
-        continue;
-      }
-      const S dh = p.grad_h.data ? load_number<S>(p.grad_h.data, r.dtype, place(p.grad_h)) : S(0);
-      S dc = dh * a[2] * (1 - squashed * squashed);
-      if (p.grad_c.data) dc += load_number<S>(p.grad_c.data, state, place(p.grad_c));
-      const S da[4] = {dc * a[3] * a[0] * (1 - a[0]), dc * before * a[1] * (1 - a[1]), dh * squashed * a[2] * (1 - a[2]),
-                       dc * a[0] * (1 - a[3] * a[3])};
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate)
-        store_number<S>(p.dx_gates.data, r.dtype, place(p.dx_gates) + gate * p.dx_gates.gate, da[gate]);
-      store_number<S>(p.dcell.data, cell, place(p.dcell), dc * a[1]);
+      const S relation[4] = {results[i], results[R * width + i], results[2 * R * width + i], results[3 * R * width + i]};
+      update_cell(p, b, n, channel, relation);
     }
   }
 }
@@ -464,8 +409,8 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
           weights[c * R + lane] = weight;
         }
       }
-      sums<S, gradient_lanes>(r.dtype, of_key ? gradients : weights, columns, rows_at(right, b, g).from(query0), channel0, channels,
-                              [&](int64_t c) { return totals[query0 + c] != 0; }, stage, total);
+      sums<S, gradient_lanes>(r.dtype, of_key ? gradients : weights, columns, rows_at(right, b, g).from(query0), channel0,
+                              channels, [&](int64_t c) { return totals[query0 + c] != 0; }, stage, total);
     }
     for_results(total, [&](S value, int row, int channel) {
       if (row < at.rows && channel0 + channel < channels)
@@ -473,6 +418,12 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
     });
   }
 }
+
+#ifdef RCU_OPS_SM90A
+constexpr bool with_clusters = true;
+#else
+constexpr bool with_clusters = false;
+#endif
 
 // ---- launches ------------------------------------------------------------------------------------------------------------
 
@@ -484,10 +435,17 @@ Error launch_plain(const char* name, Kernel kernel, const Problem& p, const Plai
                 stream, p, plan, more...);
 }
 
-Error launch_forward(const Forward& p, Stream stream) {
+Error launch_forward(const Forward& p, Stream stream, RelateKernel kernel) {
   const Relation& r = p.relation;
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
+  if (kernel == RelateKernel::best) {
+    const TileRelatePlan tile = plan_tile_relate(r, p.gates == 4, gpu, with_clusters);
+    if (!tile.why_not) {
+      if (tile.blocks > most_blocks) return "nonlocal_gates: too many rows for one launch";
+      return tile.cluster ? launch_cluster_relate(p, tile, stream) : launch_tile_relate(p, tile, stream);
+    }
+  }
   const PlainRelatePlan plan = p.gates == 1 ? plan_plain_attend(r, gpu) : plan_plain_step(r, gpu);
   return launch_plain("nonlocal_gates plain_relate", r.dtype == DType::f64 ? plain_relate<double> : plain_relate<float>, p, plan,
                       stream);
@@ -507,36 +465,42 @@ Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream) {
 
 }  // namespace
 
+std::string describe_relate(const Relation& r, bool step) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  return describe_forward(r, step, gpu, with_clusters);
+}
+
 Scratch scratch_of(const Attention&) { return {}; }
 Scratch scratch_of(const Step&) { return {}; }
 Scratch scratch_of(const AttentionGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 Scratch scratch_of(const StepGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 
-std::string relate(const Attention& p, void*, Stream stream) {
+std::string relate(const Attention& p, void*, Stream stream, RelateKernel kernel) {
   Forward f;
   f.relation = p.relation, f.out = p.out;
-  return launch_forward(f, stream);
+  return launch_forward(f, stream, kernel);
 }
 
-std::string relate(const Step& p, void*, Stream stream) {
+std::string relate(const Step& p, void*, Stream stream, RelateKernel kernel) {
   Forward f;
   f.relation = p.relation, f.gates = 4;
   f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state, f.h = p.h, f.c = p.c;
-  return launch_forward(f, stream);
+  return launch_forward(f, stream, kernel);
 }
 
-std::string relate(const AttentionGrad& p, void* scratch, Stream stream) {
+std::string relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel) {
   return p.relation.dtype == DType::f64 ? launch_gradients(p, static_cast<double*>(scratch), stream)
                                         : launch_gradients(p, static_cast<float*>(scratch), stream);
 }
 
-std::string relate(const StepGrad& p, void* scratch, Stream stream) {
+std::string relate(const StepGrad& p, void* scratch, Stream stream, RelateKernel kernel) {
   Forward f;
   f.relation = p.relation, f.gates = 4;
   f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state;
   f.grad_h = p.grad_h, f.grad_c = p.grad_c, f.dx_gates = p.dx_gates, f.dcell = p.dcell;
-  if (Error error = launch_forward(f, stream); !error.empty()) return error;
-  return relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}, scratch, stream);
+  if (Error error = launch_forward(f, stream, kernel); !error.empty()) return error;
+  return relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}, scratch, stream, kernel);
 }
 
 }  // namespace rcu_ops::cuda

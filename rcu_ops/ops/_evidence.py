@@ -43,6 +43,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("fast_gru", "fused passes", "everything between the library's products; any sizes and dtype", "sm_80"),
     Variant("cycle_consistency", "query rows", "any shapes, dtype, strides and masks; forward and backward", "sm_80"),
     Variant("nonlocal_gates", "plain rows", "any sizes, dtype, strides and masks; forward and backward", "sm_80"),
+    Variant("nonlocal_gates", "tile", "bf16 and fp16, forward, up to 256 keys, on the matrix unit", "sm_80"),
+    Variant("nonlocal_gates", "cluster", "the same where few samples leave multiprocessors idle", "sm_90a"),
     Variant("srtg", "gate pass", "any shapes, dtype and strides; forward and backward", "sm_80"),
 )
 

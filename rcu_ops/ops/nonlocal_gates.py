@@ -472,12 +472,18 @@ def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
         return "the planner's words need the module rcu_ops._native, which was not built for this Python"
     gpu = torch.cuda.get_device_properties(query.device)
     b, *gates, n, d = query.shape
+    misalignment = 0
+    for tensor in (query, key, value):
+        misalignment |= tensor.data_ptr() % 16
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            misalignment |= (stride * tensor.element_size()) % 16 if size > 1 else 0
     return native.nonlocal_gates_gpu_plan(
         kind, b, *(gates or [1]), n, key.shape[-2], d, value.shape[-1],
         str(query.dtype).removeprefix("torch."),
         architecture=10 * gpu.major + gpu.minor,
         multiprocessors=gpu.multi_processor_count,
         shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+        misalignment=misalignment,
     )["text"]  # fmt: skip
 
 

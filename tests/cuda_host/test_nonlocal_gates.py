@@ -23,17 +23,17 @@ def _rows(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     }
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+def _sizes(machine: Machine, query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
     b, g = query.shape[:2] if query.dim() == 4 else (query.shape[0], 1)
     sizes = {"B": b, "G": g, "N": query.shape[-2], "M": key.shape[-2], "D": query.shape[-1], "E": value.shape[-1]}
-    return {**sizes, "dtype": DTYPES.index(query.dtype)}
+    return {**sizes, "dtype": DTYPES.index(query.dtype), "plain": int(machine.plain)}
 
 
 def attention(machine: Machine, query, key, value, *, mask=None, scale=1.0, normalize="softmax") -> Tensor:
     out = torch.full((*query.shape[:-1], value.shape[-1]), torch.nan, dtype=query.dtype)
     tensors = {"query": query, "key": key, "value": value, "mask": mask, "out": out}
     count = int(normalize == "count")
-    machine.call("attend", _rows(tensors), **_sizes(query, key, value), scale=scale, count=count)
+    machine.call("attend", _rows(tensors), **_sizes(machine, query, key, value), scale=scale, count=count)
     return out
 
 
@@ -44,7 +44,7 @@ def attention_gradients(
                (("query", query), ("key", key), ("value", value))}  # fmt: skip
     tensors = {"query": query, "key": key, "value": value, "mask": mask, "grad": grad, **outputs}
     count = int(normalize == "count")
-    machine.call("attend_grad", _rows(tensors), **_sizes(query, key, value), scale=scale, count=count)
+    machine.call("attend_grad", _rows(tensors), **_sizes(machine, query, key, value), scale=scale, count=count)
     return tuple(outputs.values())
 
 
@@ -52,7 +52,7 @@ def step(machine: Machine, x_gates, query, key, value, cell) -> tuple[Tensor, Te
     outputs = {"h": torch.full(cell.shape, torch.nan, dtype=x_gates.dtype)}
     outputs["c"] = torch.full(cell.shape, torch.nan, dtype=state_dtype(x_gates.dtype))
     tensors = {"x_gates": x_gates, "query": query, "key": key, "value": value, "cell": cell, **outputs}
-    machine.call("step", _rows(tensors), **_sizes(query, key, value), scale=1.0, count=0)
+    machine.call("step", _rows(tensors), **_sizes(machine, query, key, value), scale=1.0, count=0)
     return outputs["h"], outputs["c"]
 
 
@@ -61,7 +61,7 @@ def step_gradients(machine: Machine, grad_h, grad_c, x_gates, query, key, value,
     names = {"x_gates": "dx_gates", "query": "dquery", "key": "dkey", "value": "dvalue", "cell": "dcell"}
     outputs = {names[name]: torch.full(t.shape, torch.nan, dtype=t.dtype) for name, t in given.items()}
     tensors = {**given, "grad_h": grad_h, "grad_c": grad_c, **outputs}
-    machine.call("step_grad", _rows(tensors), **_sizes(query, key, value), scale=1.0, count=0)
+    machine.call("step_grad", _rows(tensors), **_sizes(machine, query, key, value), scale=1.0, count=0)
     return tuple(outputs.values())
 
 
@@ -99,7 +99,7 @@ def check_step(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, giv
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(machine, dtype, masked, normalize, seed) -> None:
-    machine.seed = seed
+    machine.seed, machine.plain = seed, True
     for shape in SHAPES:
         mask = random_mask(*shape[:3]) if masked else None
         check_attention(machine, shape, dtype, mask=mask, scale=1.3, normalize=normalize)
@@ -107,10 +107,64 @@ def test_attention(machine, dtype, masked, normalize, seed) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step(machine, dtype, seed) -> None:
-    machine.seed = seed
+    machine.seed, machine.plain = seed, True
     check_step(machine, (2, 9, 24, 70), dtype)
     check_step(machine, (1, 49, 40, 36), dtype, (True, False), False)
     check_step(machine, (1, 1, 8, 8), dtype, (False, True))
+
+
+# Of each matrix-unit kernel: the device, and how it says it ran.
+TILES = {
+    "alone": ({"multiprocessors": 1}, "tiles: "),
+    "shares": ({"multiprocessors": 16}, "channels shared by"),
+    "cluster": ({"architecture": 90, "multiprocessors": 16, "shared_bytes": 227 * 1024, "resident": 8}, "clusters of"),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [*((torch.bfloat16, k) for k in TILES), (torch.float16, "shares")], ids=str
+)
+def test_on_the_matrix_unit(machine, dtype, kernel, seed) -> None:
+    machine.seed = seed
+    machine.device, words = TILES[kernel]
+    # groups of four that are not full; two blocks of rows; several tiles of keys and slices of channels
+    for shape, masked, normalize in (
+        ((6, 5, 7, 16, 16), False, "softmax"),
+        ((6, 5, 7, 16, 16), True, "count"),
+        ((1, 49, 49, 72, 136), True, "softmax"),
+        ((1, 20, 130, 40, 72), False, "softmax"),
+        ((1, 20, 196, 32, 8), True, "count"),
+    ):
+        arguments, options = inputs(shape, dtype), {"normalize": normalize, "scale": 1.3}
+        options["mask"] = random_mask(*shape[:3]) if masked else None
+        got = attention(machine, *arguments, **options)
+        assert not machine.plan.startswith("plain")
+        assert_close_to_reference(got, exact.attention(*arguments, **options), eager(*arguments, **options))
+    check_step(machine, (1, 35, 72, 136), dtype)
+    assert words in machine.plan
+    check_step(machine, (2, 9, 24, 72), dtype, (True, False), False)
+
+
+def test_one_bit_pattern_whatever_the_schedule(machine) -> None:
+    arguments = step_inputs((1, 20, 40, 72), torch.bfloat16)
+    machine.device, _ = TILES["cluster"]
+    found = []
+    for machine.seed in range(4):
+        found.append(step(machine, *arguments))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["alone", "cluster"])
+def test_dead_and_infinite_on_the_matrix_unit(machine, kernel) -> None:
+    machine.device, _ = TILES[kernel]
+    query, key, value = (t.bfloat16() for t in inputs((1, 6, 40, 8, 16)))
+    query[0, 1] *= 1e4
+    query[0, 2], key = -torch.inf, key.abs() + 0.1
+    value[0, 5, 3] = torch.inf
+    query[0, 4, 0] = torch.nan
+    got, want = attention(machine, query, key, value), eager(query.float(), key.float(), value.float())
+    assert torch.equal(got[0, 2], torch.zeros(16).bfloat16())
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
 @pytest.mark.parametrize("layout", ["channel_slice", "every_other_row"])  # of unit stride: others are copied before
@@ -190,11 +244,16 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     check_step(machine, (2, 35, 24, 40), torch.float32, wide=False)
     machine.device = {"shared_bytes": 42 * 1024}
     check_attention(machine, (1, 33, 100, 20, 40), torch.float32)
+    for kernel in ("shares", "cluster"):
+        machine.device, words = TILES[kernel]
+        check_attention(machine, (1, 20, 70, 72, 136), torch.bfloat16, mask=random_mask(1, 20, 70))
+        check_step(machine, (1, 20, 72, 136), torch.float16)
+        assert words in machine.plan
 
 
 def test_too_many_rows_are_refused(machine) -> None:
     one = torch.zeros(1, 1, 1, 1)
-    sizes = {"B": 2**33, "G": 1, "N": 1, "M": 1, "D": 1, "E": 1, "dtype": 1}
+    sizes = {"B": 2**33, "G": 1, "N": 1, "M": 1, "D": 1, "E": 1, "dtype": 1, "plain": 0}
     tensors = dict.fromkeys(("query", "key", "value"), one) | {"out": one.clone()}
     with pytest.raises(LaunchError, match="too many rows"):
         machine.call("attend", tensors, **sizes, scale=1.0, count=0)

@@ -40,6 +40,8 @@ REGISTERS = {
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
     "key_gradient": 128,  # 2 blocks of 256
+    "tile_relate": 128,  # 2 blocks of 256
+    "cluster_relate": 128,  # 2 blocks of 256
     "plain_relate": 128,  # 2 blocks of 256
     "plain_query_gradient": 128,
     "plain_key_gradient": 128,
@@ -62,7 +64,13 @@ class Usage:
 
 
 # The matrix unit's instructions in the machine code. A kernel without them would still be right, and slow.
-MATRIX_INSTRUCTIONS = {"tile_scan": "HMMA", "wide_scan": "HMMA", "matrix_weight_grad": "HMMA"}
+MATRIX_INSTRUCTIONS = {
+    "tile_scan": "HMMA",
+    "wide_scan": "HMMA",
+    "tile_relate": "HMMA",
+    "cluster_relate": "HMMA",
+    "matrix_weight_grad": "HMMA",
+}
 
 
 def disassembler() -> str:

@@ -51,7 +51,7 @@ def test_the_suite_keeps_its_weights_on_chip() -> None:
             assert plan["resident"], (kind, positions)
             assert plan["blocks"] >= gpu["multiprocessors"] or plan["splits"] * plan["slice"] >= 1024
     assert "weights in shared memory" in plan["text"]
-    long = native.nonlocal_gates_gpu_plan("attend", 1, 1, 4096, 4096, 64, 64, "bfloat16")
+    long = native.nonlocal_gates_gpu_plan("attend", 1, 1, 4096, 4096, 64, 64, "float32")
     assert not long["resident"] and "made again for every 64 channels" in long["text"]
 
 
@@ -60,6 +60,32 @@ def test_few_rows_are_shared_by_blocks() -> None:
     many = native.nonlocal_gates_gpu_plan("step", 64, 4, 49, 49, 1024, 1024, "float32")
     assert few["splits"] == 16 and many["splits"] == 1
     assert "channels shared by 16 blocks" in few["text"]
+
+
+def test_when_the_matrix_unit_is_used() -> None:
+    plan = native.nonlocal_gates_gpu_tile_plan
+    for positions, rows in ((49, 32), (196, 16), (5, 16)):
+        for gpu in GPUS[0], GPUS[2]:
+            found = plan(True, 24, 4, positions, positions, 1024, 1024, "bfloat16", **gpu)
+            assert found["why_not"] is None and found["rows"] == rows and found["shared_bytes"] <= gpu["shared_bytes"]
+            assert found["blocks"] == 24 * found["tiles"] * found["shares"]
+            assert found["tiles"] == -(-positions // rows)
+            assert found["cluster"] == (gpu["architecture"] == 90 and found["shares"] > 1)
+    suite = plan(True, 24, 4, 49, 49, 1024, 1024, "bfloat16", **GPUS[2])
+    assert suite["cluster"] and suite["shares"] == 4 and 2 * (suite["shared_bytes"] + 1024) <= 228 * 1024
+    assert plan(False, 5, 1, 20, 30, 64, 64, "float16")["tiles"] == 1
+    for changed, why in (
+        ({"dtype": "float32"}, "16-bit"),
+        ({"m": 300}, "more than 256 keys"),
+        ({"d": 36}, "multiple of 8"),
+        ({"misalignment": 2}, "aligned to 16 bytes"),
+        ({"m": 256, "shared_bytes": 99 * 1024}, "shared memory"),
+        ({"b": 0}, "nothing"),
+    ):
+        sizes = {"b": 2, "g": 1, "n": 40, "m": 40, "d": 64, "e": 64, "dtype": "bfloat16"} | changed
+        assert why in plan(False, **sizes)["why_not"]
+        text = native.nonlocal_gates_gpu_plan("attend", **sizes)["text"]
+        assert text.startswith("plain: ") and why in text
 
 
 def test_names_are_checked() -> None:
