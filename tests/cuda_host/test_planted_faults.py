@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.cuda_host import harness
+from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
 from tests.cuda_host.test_recurrent_conv import LAYOUTS, check_backward, check_forward, inputs
 
@@ -49,6 +50,24 @@ def wide(machine: Machine) -> None:
         assert machine.plan.startswith("wide")
 
 
+def relate(machine: Machine) -> None:
+    machine.plain, machine.device = True, {"shared_bytes": 42 * 1024}
+    relations.check_attention(machine, (1, 20, 150, 24, 70), torch.float32)
+    relations.check_step(machine, (1, 34, 10, 40), torch.float32)
+
+
+def relate_tiles(machine: Machine) -> None:
+    machine.device, words = relations.TILES["alone"]
+    relations.check_attention(machine, (1, 20, 70, 72, 72), torch.bfloat16)
+    assert words in machine.plan
+
+
+def relate_clusters(machine: Machine) -> None:
+    machine.device, words = relations.TILES["cluster"]
+    relations.check_step(machine, (1, 20, 72, 136), torch.bfloat16)
+    assert words in machine.plan
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
@@ -73,6 +92,7 @@ def weight_gradient(machine: Machine) -> None:
 
 TILE, WIDE = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu"
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
+RELATE, RELATE_BODY = "nonlocal_gates.cu", "nonlocal_gates_tile.h"
 BARRIER = "    block_barrier();\n"
 FAULTS = [
     Fault("no barrier before the product", f"{BARRIER}\n    // Phase 2.", "\n    // Phase 2.", forward),
@@ -199,6 +219,30 @@ FAULTS = [
         weight_gradient,
         file=WEIGHT_GRAD,
     ),
+    Fault(
+        "no barrier before the statistics are read",
+        "      block_barrier();  // the statistics are there, and the results have been taken\n",
+        "",
+        relate,
+        "thread",
+        RELATE,
+    ),
+    Fault("a sum that keeps its old peak", "= exp(query.peak - next.base());", "= 1;", relate, file=RELATE),
+    Fault(
+        "no wait for a stage of scores",
+        "async_wait<0>();\n      block_barrier();  // stage i",
+        "block_barrier();  // stage i",
+        relate_tiles,
+        file="nonlocal_gates_tile.cu",
+    ),
+    Fault(
+        "no cluster barrier before the scores are added",
+        "barrier_of_shares();  // all scores are there",
+        "block_barrier();",
+        relate_clusters,
+        "thread",
+        "nonlocal_gates_sm90.cu",
+    ),
     Fault("rows beyond the last", "e < Tile * (R - rows)", "e < 0", weight_gradient, file=WEIGHT_GRAD),
     Fault(
         "a and b hold the same channels", "+ 8 * n, k, true)", "+ 8 * n, k, false)", weight_gradient, file=WEIGHT_GRAD
@@ -236,13 +280,25 @@ FEWER = {
         ("<__half>", "<__nv_bfloat16>"),
     ],
     WIDE: [("<__half>", "<__nv_bfloat16>")],
+    RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
+    "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
+    "nonlocal_gates_sm90.cu": [("<__half, ", "<__nv_bfloat16, ")],
 }
+
+
+def text_of(source: Path) -> str:
+    """A kernel file, with the body that two of them include in the include's place: faults are planted there, too."""
+    text = source.read_text()
+    if source.name in ("nonlocal_gates_tile.cu", "nonlocal_gates_sm90.cu"):
+        body = (source.parent / RELATE_BODY).read_text().replace("#pragma once\n", "")
+        text = text.replace(f'#include "cuda/{RELATE_BODY}"\n', body)
+    return text
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "_"))
 def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
     source = next(path for path in harness.kernel_sources() if path.name == fault.file)
-    text = source.read_text()
+    text = text_of(source)
     assert text.count(fault.old) == 1, "the fault no longer fits the kernel"
     mutant = tmp_path / fault.file
     for old, new in [*FEWER[fault.file], (fault.old, fault.new)]:
@@ -259,7 +315,20 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [forward, forward_in_pieces, backward, tile, tile_long, wide, weight_gradient], ids=lambda f: f.__name__
+    "run",
+    [
+        forward,
+        forward_in_pieces,
+        backward,
+        tile,
+        tile_long,
+        wide,
+        weight_gradient,
+        relate,
+        relate_tiles,
+        relate_clusters,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_and_the_kernels_as_they_are_pass(machine, run) -> None:
     run(machine)
