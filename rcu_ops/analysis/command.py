@@ -53,6 +53,14 @@ def add_parser(subparsers: Any) -> None:
     detection.add_argument(
         "--fps", type=float, help="frames per second, for labels in seconds and scores without times"
     )
+    multilabel = _add(kinds, "video-map", _run_video_map, "mean average precision of videos with several labels each")
+    _add_scores(multilabel, labels="CSV file with the header video,label; a video has a row for each of its labels")
+    multilabel.add_argument(
+        "--pool",
+        choices=("max", "mean"),
+        default="max",
+        help="how a video's outputs become one score per class (default: %(default)s, the protocol of Charades)",
+    )
     confusion = _add(
         kinds, "confusion", _run_confusion, "confusion matrices by category, their difference, change per class"
     )
@@ -320,6 +328,44 @@ def _run_map(args: argparse.Namespace) -> list[Path]:
                 file=sys.stderr,
             )
     return [table, picture]
+
+
+def _run_video_map(args: argparse.Namespace) -> list[Path]:
+    import numpy as np
+
+    from rcu_ops.analysis import detection, scores_io
+    from rcu_ops.report import write_csv
+
+    models, classes = _load(args)
+    first = next(iter(models.values()))
+    labels = scores_io.read_label_sets(args.labels, first.num_classes, classes)
+    results: dict[str, detection.DetectionResult] = {}
+    for name, scores in models.items():
+        scores_io.check_labelled(scores, labels)
+        present = [np.isin(np.arange(first.num_classes), [*labels[video]])[:, None] for video in scores.videos]
+        pooled = [
+            (v.scores.max(1) if args.pool == "max" else v.scores.mean(1))[:, None] for v in scores.videos.values()
+        ]
+        try:
+            results[name] = detection.frame_map(pooled, present)
+        except ValueError as error:
+            raise UserError(f"{scores.source}: {error}") from error
+    _note_unscored(first, labels)
+    table = args.out / "video_map.csv"
+    rows = (
+        (name, classes[k] if classes else k, float(result.average_precision[k]), int(result.positives[k]))
+        for name, result in results.items()
+        for k in range(first.num_classes)
+    )
+    write_csv(table, ("model", "class", "average_precision", "videos"), rows)
+    print_table(
+        ("model", "pool", "mAP %", "classes", "videos"),
+        [
+            (name, args.pool, f"{100 * r.mean:.2f}", str(len(r.positives) - len(r.excluded)), str(r.num_videos))
+            for name, r in results.items()
+        ],
+    )
+    return [table]
 
 
 def _run_confusion(args: argparse.Namespace) -> list[Path]:

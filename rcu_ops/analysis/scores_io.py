@@ -265,6 +265,16 @@ def read_video_labels(path: str | Path, num_classes: int, classes: Sequence[str]
     return labels
 
 
+def read_label_sets(path: str | Path, num_classes: int, classes: Sequence[str] | None = None) -> dict[str, set[int]]:
+    """Class indices per video from a ``video,label`` table with a row for each of its labels."""
+    path = Path(path)
+    labels: dict[str, set[int]] = {}
+    for line, row in _read_table(path, [("video", "label")])[1]:
+        index = _class_index(f"{path}, line {line}", row["label"], num_classes, classes)
+        labels.setdefault(row["video"], set()).add(index)
+    return labels
+
+
 def read_categories(path: str | Path, classes: Sequence[str]) -> list[str]:
     """The coarse category of every class, in class order, from a ``class,category`` table."""
     path = Path(path)

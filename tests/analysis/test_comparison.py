@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rcu_ops.cli import main
@@ -50,3 +51,25 @@ def test_accuracy_against_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["analyze", "cost", str(table), "--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_map_of_videos_with_several_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Class 0: by the maximum a, c, b; by the mean c, b, a. It is in a and b.
+    scores = {
+        "a": [[9.0, -9.0, -9.0], [0.0, 0.0, 0.0]], "b": [[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]],
+        "c": [[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]],
+    }  # fmt: skip
+    np.savez(tmp_path / "scores.npz", **{name: np.asarray(values) for name, values in scores.items()})
+    (tmp_path / "labels.csv").write_text("video,label\na,0\nb,0\nb,1\nc,1\n")
+    command = ["analyze", "video-map", str(tmp_path / "scores.npz"), "--labels", str(tmp_path / "labels.csv")]
+    for pool, precision in (("max", (1 + 2 / 3) / 2), ("mean", (1 / 2 + 2 / 3) / 2)):
+        assert main([*command, "--out", str(tmp_path), "--pool", pool]) == 0
+        with (tmp_path / "video_map.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert float(rows[0]["average_precision"]) == pytest.approx(precision)
+        assert [row["videos"] for row in rows] == ["2", "2"]
+        assert float(rows[1]["average_precision"]) == 1
+        assert f"{100 * (precision + 1) / 2:.2f}" in capsys.readouterr().out
+    (tmp_path / "labels.csv").write_text("video,label\na,2\n")
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "from 0 to 1, got 2" in capsys.readouterr().err
