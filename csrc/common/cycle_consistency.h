@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "gpu.h"
 #include "types.h"
 
 namespace rcu_ops {
@@ -79,6 +80,45 @@ inline std::string describe_alignment(Align kind, DType dtype, int64_t T, int64_
                               : "fewer than " + std::to_string(least_keys_for_products) + " frames or " +
                                     std::to_string(least_channels_for_products) + " channels");
 }
+
+// ---- cycles of short sequences on CUDA devices ------------------------------------------------------------------------
+
+// Frames of a, then of b, are one list; a block finds the distances between all of them over a range of channels.
+struct ShortCycle {
+  static constexpr int most_frames = 32, threads = 288, channels = 128;  // of each sequence; of a block; of a stage
+  static constexpr int tile = 4;  // a thread owns tile x tile pairs
+
+  int64_t splits = 1, channels_per_split = 0;  // whole stages, but for the last split
+
+  static constexpr bool takes(const Alignment& p) {
+    return p.kind == Align::cycle && p.dtype != DType::f64 && p.T <= most_frames && p.S <= most_frames;
+  }
+
+  // Blocks for every multiprocessor where samples are few, unless a block would have less than two stages: one to compute on while
+  // the other arrives.
+  ShortCycle(int64_t N, int64_t C, int multiprocessors) {
+    const int64_t stages = (C + channels - 1) / channels, wanted = N > 0 ? multiprocessors / N : 1, most = stages / 2;
+    splits = wanted < most ? wanted : most;
+    if (splits < 1) splits = 1;
+    const int64_t per_split = (stages + splits - 1) / splits;
+    channels_per_split = per_split * channels;
+    splits = (stages + per_split - 1) / per_split;
+  }
+
+  // Tiles on or above the diagonal of the frames' matrix, and how many groups of threads share a stage's channels.
+  static RCU_OPS_DEVICE constexpr int tiles(int frames) {
+    const int side = (frames + tile - 1) / tile;
+    return side * (side + 1) / 2;
+  }
+  static RCU_OPS_DEVICE constexpr int groups(int frames) { return threads / tiles(frames); }
+
+  // Row and column of a tile: row by row, from the diagonal on.
+  static RCU_OPS_DEVICE constexpr void place(int number, int side, int& row, int& column) {
+    row = 0;
+    while (number >= side - row) number -= side - row, ++row;
+    column = row + number;
+  }
+};
 
 namespace cpu {
 void align(const Alignment& problem, const Parallel& parallel);

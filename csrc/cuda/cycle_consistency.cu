@@ -1,6 +1,7 @@
 // Soft nearest neighbours, cycle consistency, and their gradients on CUDA devices.
 #include "cuda/cycle_consistency.h"
 
+#include "cuda/cycle_consistency_short.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
@@ -329,7 +330,13 @@ Scratch align_scratch(const Alignment& p) {
   Scratch scratch;
   Gpu gpu;
   scratch.error = current_gpu(gpu);
-  if (scratch.error.empty()) scratch.bytes = plan_rows(p, gpu).scratch_numbers * state_size(p.dtype);
+  if (!scratch.error.empty()) return scratch;
+  if (ShortCycle::takes(p)) {
+    const int64_t splits = ShortCycle(p.N, p.C, gpu.multiprocessors).splits;
+    scratch.bytes = splits > 1 ? p.N * splits * (p.T + p.S) * (p.T + p.S) * 4 : 0;
+    return scratch;
+  }
+  scratch.bytes = plan_rows(p, gpu).scratch_numbers * state_size(p.dtype);
   return scratch;
 }
 
@@ -337,6 +344,7 @@ std::string align(const Alignment& p, void* scratch, Stream stream) {
   if (p.N == 0) return {};
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
+  if (ShortCycle::takes(p)) return align_short(p, gpu, scratch, stream);
   const RowPlan plan = plan_rows(p, gpu);
   if (plan.rows > INT32_MAX || p.N * p.S > INT32_MAX) return "cycle_consistency: too many frames for one launch";
   switch (p.dtype) {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _family
+from rcu_ops.ops import _checks, _family, _selftest, _triton
 from rcu_ops.ops._family import Definition, Family
 from rcu_ops.ops._registry import Operator, register
 from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present
@@ -430,6 +433,9 @@ _DEFINITIONS = {
 }
 
 _BINARY = Family(_DEFINITIONS)
+_TRITON = Family(
+    _DEFINITIONS, "_triton", _family.kernels_of("cycle_consistency", {name: name for name in _DEFINITIONS})
+)
 
 
 def _loss_with(family: Family) -> Any:
@@ -516,6 +522,7 @@ SOFT = register(
             ("soft_nearest_neighbor",),
             lambda *args: _BINARY["soft_nearest_neighbor"](*args),
             _soft_by_reference,
+            triton=lambda *args: _TRITON["soft_nearest_neighbor"](*args),
             cpu_plan=_cpu_plan("soft"),
         ),
         check=_check_soft,
@@ -530,6 +537,7 @@ CYCLE = register(
             ("cycle_consistency",),
             lambda *args: _BINARY["cycle_consistency"](*args),
             _reference_cycle,
+            triton=lambda *args: _TRITON["cycle_consistency"](*args),
             cpu_plan=_cpu_plan("cycle"),
         ),
         check=_check_cycle,
@@ -544,9 +552,63 @@ LOSS = register(
             ("soft_nearest_neighbor", "cycle_back"),
             _loss_with(_BINARY),
             _loss_by_reference,
+            triton=_loss_with(_TRITON),
             cpu_plan=_cpu_plan("soft", "back"),
         ),
         check=_check_loss,
         probe=lambda device: (*_probe(device), None, None, 1.0, "regression", 0.001, 1e-6, "mean"),
+    )
+)
+
+
+# ---- self-test of the Triton kernels ------------------------------------------------------------------------------
+
+
+def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+    """Soft neighbours, landings and their gradients; index maps and gates of a short and of a longer pair."""
+    generator = torch.Generator("cpu").manual_seed(30)
+
+    def sequence(frames: int) -> Tensor:
+        return (torch.randn(2, frames, 40, generator=generator, device="cpu") / 80**0.5).to(device, dtype)
+
+    a, b, grad = sequence(13), sequence(19), sequence(13)
+
+    def outputs(kind: str, state: torch.dtype | None, leaves: list[Tensor]) -> Any:
+        if state is None:
+            operator = getattr(torch.ops.rcu_ops, f"{kind}_triton")
+            return operator(*leaves, None, 1.0, *((False,) if kind == "soft_nearest_neighbor" else ()))
+        return getattr(reference, kind)(*leaves, state_dtype=state)
+
+    def run(kind: str, state: torch.dtype | None) -> list[Tensor]:
+        pair = (a, b) if kind == "soft_nearest_neighbor" else (a, grad)
+        leaves = [(v.detach() if state is None else v.detach().cpu().to(state)).requires_grad_() for v in pair]
+        with torch.enable_grad():
+            found = [v for v in outputs(kind, state, leaves) if v.is_floating_point()]
+        weights = [grad if v.dim() == 3 else grad[..., 0] for v in found]
+        gradients = torch.autograd.grad(found, leaves, [w.to(v) for w, v in zip(weights, found, strict=True)])
+        return [*found, *gradients]
+
+    for kind in ("soft_nearest_neighbor", "cycle_back"):
+        exact, eager = (functools.partial(run, kind, state) for state in (torch.float64, dtype))
+        yield _selftest.Case(kind, functools.partial(run, kind, None), exact, eager)
+    for frames in (16, 40):
+        first = sequence(frames)
+        near = (first.float() + 0.01 * sequence(frames).float()).to(dtype)
+
+        def got(first: Tensor = first, near: Tensor = near) -> list[Tensor]:
+            return [v.double() for v in torch.ops.rcu_ops.cycle_consistency_triton(first, near, None, None, 0.01)]
+
+        def want(first: Tensor = first, near: Tensor = near) -> list[Tensor]:
+            found = reference.cycle_consistency(first.cpu(), near.cpu(), temperature=0.01)
+            return [v.double() for v in found]
+
+        yield _selftest.Case(f"cycle of {frames} frames", got, want, want)
+
+
+_selftest.register(
+    _selftest.SelfTest(
+        "cycle_consistency/triton",
+        _selftest_cases,
+        (Path(__file__), _triton.source_directory() / "cycle_consistency.py"),
     )
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcu_ops import reference
-from rcu_ops.ops import _checks, _family
+from rcu_ops.ops import _checks, _family, _selftest, _triton
 from rcu_ops.ops._family import Definition, Family
 from rcu_ops.ops._registry import Operator, register
 from rcu_ops.reference.recurrent_conv import state_dtype_of
@@ -182,6 +184,9 @@ _DEFINITIONS = {
 }
 
 _BINARY = Family(_DEFINITIONS)
+_TRITON = Family(
+    _DEFINITIONS, "_triton", _family.kernels_of("srtg", {n: n.removeprefix("srtg_") for n in _DEFINITIONS})
+)
 
 
 def _fuse_by_reference(x: Tensor, h: Tensor, gate: Tensor | None, add: bool) -> Tensor:
@@ -191,7 +196,13 @@ def _fuse_by_reference(x: Tensor, h: Tensor, gate: Tensor | None, add: bool) -> 
 SQUEEZE = register(
     Operator(
         "srtg_squeeze",
-        _family.backends("srtg", ("srtg_squeeze",), lambda *args: _BINARY["srtg_squeeze"](*args), _reference_squeeze),
+        _family.backends(
+            "srtg",
+            ("srtg_squeeze",),
+            lambda *args: _BINARY["srtg_squeeze"](*args),
+            _reference_squeeze,
+            triton=lambda *args: _TRITON["srtg_squeeze"](*args),
+        ),
         check=_check_squeeze,
         probe=lambda device: (torch.zeros(1, 8, 2, 3, 3, device=device),),
     )
@@ -199,7 +210,13 @@ SQUEEZE = register(
 FUSE = register(
     Operator(
         "srtg_fuse",
-        _family.backends("srtg", ("srtg_fuse",), lambda *args: _BINARY["srtg_fuse"](*args), _fuse_by_reference),
+        _family.backends(
+            "srtg",
+            ("srtg_fuse",),
+            lambda *args: _BINARY["srtg_fuse"](*args),
+            _fuse_by_reference,
+            triton=lambda *args: _TRITON["srtg_fuse"](*args),
+        ),
         check=_check_fuse,
         probe=lambda device: (
             torch.zeros(1, 8, 2, 3, 3, device=device),
@@ -208,4 +225,41 @@ FUSE = register(
             False,
         ),
     )
+)
+
+
+# ---- self-test of the Triton kernels ------------------------------------------------------------------------------
+
+
+def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+    """Means, both fusions and the product's gradients, in both memory layouts."""
+    generator = torch.Generator("cpu").manual_seed(30)
+    gate = torch.tensor([True, False])
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        x, grad = (
+            torch.randn(2, 35, 3, 5, 7, generator=generator).to(device, dtype).contiguous(memory_format=layout)
+            for _ in range(2)
+        )
+        h = torch.randn(2, 3, 35, generator=generator).to(device)
+
+        def got(x: Tensor = x, grad: Tensor = grad, h: Tensor = h) -> list[Tensor]:
+            ops, opened = torch.ops.rcu_ops, gate.to(x.device)
+            fused = [ops.srtg_fuse_triton(x, h, opened, add) for add in (False, True)]
+            return [ops.srtg_squeeze_triton(x), *fused, *ops.srtg_fuse_backward_triton(grad, x, h, opened)]
+
+        def want(state: torch.dtype, x: Tensor = x, grad: Tensor = grad, h: Tensor = h) -> list[Tensor]:
+            x, grad, h = x.cpu().to(state), grad.cpu().to(state), h.cpu().to(state_dtype_of(state))
+            fused = [reference.srtg_fuse(x, h, gate, fusion=fusion) for fusion in FUSIONS]
+            return [reference.srtg_squeeze(x), *fused, *reference.srtg_fuse_backward(grad, x, h, gate)]
+
+        yield _selftest.Case(
+            "frames" if layout == torch.contiguous_format else "channels last",
+            got,
+            lambda want=want: want(torch.float64),  # type: ignore[misc]
+            lambda want=want, dtype=dtype: want(dtype),  # type: ignore[misc]
+        )
+
+
+_selftest.register(
+    _selftest.SelfTest("srtg/triton", _selftest_cases, (Path(__file__), _triton.source_directory() / "srtg.py"))
 )

@@ -16,7 +16,7 @@ from tests.tolerance import assert_close_to_reference
 
 KINDS = ("soft", "cycle", "back", "soft_backward", "back_backward")
 PASSES = ("squeeze", "mul", "add", "backward")
-SHAPES = [(2, 5, 7, 3), (1, 9, 9, 64), (1, 4, 11, 270)]
+SHAPES = [(2, 5, 7, 3), (1, 9, 9, 64), (1, 4, 11, 270), (1, 2, 34, 10)]
 
 
 def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -141,6 +141,44 @@ def test_indices_whatever_the_magnitude(machine, case, dtype) -> None:
     alignment.check_indices(index_ba, b, a, temperature)
 
 
+@pytest.mark.parametrize("view", ["rows", "odd rows", "channels apart"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_short_cycles_in_splits(machine, view, dtype, seed) -> None:
+    """Channels over several blocks; rows copied by 16 bytes, by 4 or fewer, or number by number: the same numbers."""
+    n, t, s, c = 2, 9, 21, 530
+    a, b = (x.to(dtype) for x in inputs((n, t, s, c), torch.float32))
+    mask_a, mask_b = masks(n, t), masks(n, s)
+    b[~mask_b] = torch.inf
+    layouts = {
+        "rows": lambda x: torch.cat([x, x[..., :6]], 2)[..., :c],  # 536 numbers apart
+        "odd rows": lambda x: torch.cat([x, x[..., :1]], 2)[..., :c],
+        "channels apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    machine.seed, machine.device = seed, {"multiprocessors": 4}
+    got = align(machine, "cycle", layouts[view](a), layouts[view](b), mask_a=mask_a, mask_b=mask_b, temperature=0.3)
+    for x, y, index, mask_x, mask_y in ((a, b, got[1], mask_a, mask_b), (b, a, got[2], mask_b, mask_a)):
+        assert torch.equal(index >= 0, mask_x)
+        for sample in range(n):
+            rows = mask_x[sample]
+            alignment.check_indices(
+                index[sample][rows][None], x[sample][rows][None], y[sample][None], 0.3, mask_y[sample][None]
+            )
+    machine.device = {"multiprocessors": 1}
+    whole = align(machine, "cycle", a, b, mask_a=mask_a, mask_b=mask_b, temperature=0.3)
+    assert all(torch.equal(x, y) for x, y in zip(got, whole, strict=True))
+
+
+def test_equal_frames_of_short_cycles_tie(machine) -> None:
+    b = torch.randn(1, 6, 40)[:, [3, 0, 3, 1, 0, 5, 1, 2, 3, 4]]
+    _, index_ab, index_ba = align(machine, "cycle", b, b, temperature=1e-3)
+    lowest = (b[0][:, None] == b[0][None]).all(-1).int().argmax(1)
+    assert torch.equal(index_ab[0], lowest) and torch.equal(index_ba[0], lowest)
+    gate, *_ = align(machine, "cycle", b[:, :4], b[:, :4] + 1e-4, temperature=1e-3)
+    assert not gate.any()
+    gate, *_ = align(machine, "cycle", b[:, 1:4], b[:, 1:4] + 1e-4, temperature=1e-3)
+    assert gate.all()
+
+
 def test_nothing_to_map_to_and_not_a_number(machine) -> None:
     a, b = inputs((3, 4, 4, 6), torch.float32)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
@@ -223,6 +261,10 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     run = functools.partial(align, machine)
     for tensors in ({}, {"mask_a": mask_a, "mask_b": mask_b}):
         run("cycle", a, b, **tensors)
+    machine.device = {"multiprocessors": 4}
+    run("cycle", a[..., :1].expand(2, 5, 520), b[..., :1].expand(2, 9, 520))
+    wide = [torch.randn(1, frames, 520) for frames in (30, 7)]
+    run("cycle", *wide)
     run("soft", a, b, mask_b=mask_b)
     run("soft_backward", a, b, grad=torch.randn_like(a))
     run("back", a, a, mask_a=mask_a, mask_b=mask_a)

@@ -1,0 +1,230 @@
+"""Runs the Triton kernels of cycle_consistency and srtg in Triton's interpreter against the reference, in a process of
+its own.
+
+Prints one line per case, "ok NAME" or "FAILED NAME: why". bf16 is not run here: the interpreter computes it wrongly.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rcu_ops import reference
+from rcu_ops.ops import _selftest, _triton
+from tests.ops import alignment
+from tests.ops.test_cycle_consistency import inputs, masks
+from tests.ops.test_srtg import LAYOUTS
+from tests.tolerance import assert_close_to_reference
+
+kernels, srtg = _triton.kernels("cycle_consistency"), _triton.kernels("srtg")
+
+
+def gradients(function: Callable[..., object], leaves: list[Tensor], grads: list[Tensor], dtype: torch.dtype):
+    """Of the reference in one precision."""
+    wide = [v.detach().to(dtype).requires_grad_() for v in leaves]
+    outputs = function(*wide, state_dtype=dtype)
+    outputs = [o for o in outputs if o.is_floating_point()]
+    return torch.autograd.grad(outputs, wide, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+
+
+def soft(shape: tuple[int, int, int, int], dtype: torch.dtype, masked: bool) -> None:
+    n, t, s, _ = shape
+    a, b = inputs(shape, dtype)
+    grad, mask = torch.randn(a.shape).to(dtype), masks(n, s) if masked else None
+    if mask is not None:
+        b[~mask] = torch.nan
+    options = {"temperature": 0.5, "mask_b": mask}
+    got, index = kernels.soft_nearest_neighbor(a, b, mask, 0.5, True)
+    eager, _ = reference.soft_nearest_neighbor(a, b, **options, state_dtype=dtype)
+    assert_close_to_reference(got, alignment.soft_neighbors(a, b, **options), eager, "soft")
+    alignment.check_indices(index, a, b, 0.5, mask)
+    assert kernels.soft_nearest_neighbor(a, b, mask, 0.5, False)[1].shape == (n, 0)
+    found = kernels.soft_nearest_neighbor_backward(grad, a, b, mask, 0.5)
+    if t < 10:
+        again = kernels.soft_nearest_neighbor_backward(grad, a, b, mask, 0.5)
+        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True)), "not repeatable"
+
+    def definition(x: Tensor, y: Tensor, state_dtype: torch.dtype) -> object:
+        return reference.soft_nearest_neighbor(x, y, **options, state_dtype=state_dtype)
+
+    wanted = [gradients(definition, [a, b], [grad], to) for to in (torch.float64, dtype)]
+    for name, *values in zip(("da", "db"), found, *wanted, strict=True):
+        assert_close_to_reference(*values, name)
+
+
+def landing(shape: tuple[int, int, int], dtype: torch.dtype, masked: bool) -> None:
+    n, t, c = shape
+    a, near = inputs((n, t, t, c), dtype)
+    mask = masks(n, t) if masked else None
+    given = [torch.randn(n, t) for _ in range(3)]
+
+    def definition(x: Tensor, y: Tensor, state_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return reference.cycle_back(x, y, mask_a=mask, state_dtype=state_dtype)
+
+    found = kernels.cycle_back(near, a, mask, 1.0)
+    for values in zip(
+        found, definition(near.double(), a.double(), torch.float64), definition(near, a, dtype), strict=True
+    ):
+        assert_close_to_reference(*values)
+    found = kernels.cycle_back_backward(*given, near, a, mask, 1.0)
+    wanted = [gradients(definition, [near, a], given, to) for to in (torch.float64, dtype)]
+    for name, *values in zip(("d_soft", "da"), found, *wanted, strict=True):
+        assert_close_to_reference(*values, name)
+
+
+def cycle(shape: tuple[int, int, int, int], dtype: torch.dtype, masked: bool) -> None:
+    n, t, s, _ = shape
+    a, b = inputs(shape, dtype)
+    mask_a, mask_b = (masks(n, t), masks(n, s)) if masked else (None, None)
+    if mask_a is not None and mask_b is not None:
+        a[~mask_a], b[~mask_b] = torch.nan, torch.inf
+    gate, *found = kernels.cycle_consistency(a, b, mask_a, mask_b, 0.3)
+    stays = []
+    for x, y, index, own, other in ((a, b, found[0], mask_a, mask_b), (b, a, found[1], mask_b, mask_a)):
+        there = torch.ones_like(index, dtype=torch.bool) if own is None else own
+        assert torch.equal(index >= 0, there)
+        stays.append(((index == torch.arange(index.shape[1])) | ~there).all(1))
+        for sample in range(n):
+            rows, mask = there[sample], None if other is None else other[sample][None]
+            alignment.check_indices(index[sample][rows][None], x[sample][rows][None], y[sample][None], 0.3, mask)
+    assert torch.equal(gate, stays[0] & stays[1] & (t == s))
+
+
+def magnitudes(case: str, frames: int, dtype: torch.dtype) -> None:
+    a, temperature = torch.randn(1, frames, 20), 1.0
+    b = a + 0.3 * torch.randn(1, frames, 20)
+    if case == "offset":
+        a, b = a + 1e3, b + 1e3
+    if case == "cut":
+        far = torch.where(torch.arange(frames) < frames // 2, -3e4, 3e4)[:, None]
+        a, b = a + far, b + far
+    if case == "huge":
+        a, b, temperature = a * 1e31, b * 1e31, 1e38
+    if case == "tiny":
+        a, b, temperature = a * 1e-31, b * 1e-31, 1e-30
+    if case == "copies":
+        b[:, 1::2] = b[:, ::2]
+    a, b = a.to(dtype), b.to(dtype)
+    _, index_ab, index_ba = kernels.cycle_consistency(a, b, None, None, temperature)
+    excused = [alignment.check_indices(i, x, y, temperature)[1] for i, x, y in ((index_ab, a, b), (index_ba, b, a))]
+    assert sum(excused) == 0
+
+
+def nothing_there() -> None:
+    for frames in (4, 36):
+        a, b = inputs((3, frames, frames, 6))
+        mask = torch.ones(3, frames, dtype=torch.bool)
+        mask[1] = False
+        a[2, 1, 3] = torch.nan
+        got = kernels.cycle_consistency(a, b, mask, mask, 1.0)
+        want = reference.cycle_consistency(a, b, mask_a=mask, mask_b=mask)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    soft_b, index = kernels.soft_nearest_neighbor(a, b, mask, 1.0, True)
+    want_soft, want_index = reference.soft_nearest_neighbor(a, b, mask_b=mask)
+    torch.testing.assert_close(soft_b, want_soft, equal_nan=True)
+    assert torch.equal(index, want_index)
+    assert kernels.cycle_consistency(a[:0], b[:0], None, None, 1.0)[1].shape == (0, 36)
+
+
+def strides() -> None:
+    a, b = inputs((2, 9, 35, 24))
+    mask = masks(2, 70)
+    want = kernels.soft_nearest_neighbor(a, b, mask[:, ::2].contiguous(), 1.0, True)
+    views = a.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([b, b], -1)[..., 0]
+    got = kernels.soft_nearest_neighbor(*views, mask[:, ::2], 1.0, True)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def data_path(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    n, c, t, height, width = shape
+    x, grad = (torch.randint(-4, 5, shape).to(dtype) for _ in range(2))
+    h, gate = torch.randint(-4, 5, (n, t, c)).float(), torch.arange(n) % 2 == 0
+    laid_out = LAYOUTS[layout](x)
+    assert torch.equal(srtg.squeeze(laid_out), x.float().sum((3, 4)).transpose(1, 2) / (height * width))
+    for given in (gate, None):
+        for add in (False, True):
+            y = srtg.fuse(laid_out, h, given, add)
+            assert torch.equal(y, reference.srtg_fuse(x, h, given, fusion=("mul", "add")[add]))
+            assert y.stride() == torch.empty_like(laid_out).stride()
+        found = srtg.fuse_backward(grad, laid_out, h, given)
+        assert all(
+            torch.equal(x, y) for x, y in zip(found, reference.srtg_fuse_backward(grad, x, h, given), strict=True)
+        )
+
+
+def means() -> None:
+    x = torch.randn(1, 5, 2, 19, 21)
+    assert_close_to_reference(srtg.squeeze(x), x.double().mean((3, 4)).mT, x.mean((3, 4)).mT)
+    assert (
+        srtg.squeeze(x[:, :, :0]).shape == (1, 0, 5) and srtg.fuse(x[:0], torch.zeros(0, 2, 5), None, True).numel() == 0
+    )
+
+
+def self_tests_pass() -> None:
+    """The cases with which users' GPUs are tested agree with the kernels here, and the operators differentiate."""
+    library = torch.library.Library("rcu_ops", "IMPL")
+    names = ("soft_nearest_neighbor", "cycle_back")
+    names = (*names, *(f"{name}_backward" for name in names), "cycle_consistency")
+    found = {name: getattr(kernels, name) for name in names}
+    found |= {f"srtg_{name}": getattr(srtg, name) for name in ("squeeze", "fuse", "fuse_backward")}
+    for name, kernel in found.items():
+        library.impl(f"{name}_triton", kernel, "CPU", allow_override=True)
+    for name, count in (("cycle_consistency/triton", 4), ("srtg/triton", 2)):
+        for dtype in (torch.float32, torch.float16):
+            cases = list(_selftest._tests[name].cases(torch.device("cpu"), dtype))
+            assert len(cases) == count
+            for case in cases:
+                assert _selftest._compare(case) is None, _selftest._compare(case)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    fp32, fp16 = torch.float32, torch.float16
+    for index, shape in enumerate([(2, 5, 7, 3), (1, 17, 34, 12)]):
+        for masked in (False, True):
+            arguments = (shape, (fp32, fp16)[(index + masked) % 2], masked)
+            yield f"soft {arguments}", lambda a=arguments: soft(*a)
+            arguments = ((shape[0], shape[1], shape[3]), *arguments[1:])
+            yield f"landing {arguments}", lambda a=arguments: landing(*a)
+    for index, shape in enumerate([(2, 5, 7, 3), (1, 16, 16, 33), (1, 20, 32, 24), (1, 34, 6, 9)]):
+        for masked in (False, True):
+            arguments = (shape, (fp32, fp16)[(index + masked) % 2], masked)
+            yield f"cycle {arguments}", lambda a=arguments: cycle(*a)
+    for frames, names in ((16, ("offset", "cut", "huge", "tiny", "copies")), (34, ("cut", "tiny"))):
+        for case in names:
+            dtype = fp16 if case == "offset" else fp32
+            yield f"magnitudes {case} {frames}", lambda a=(case, frames, dtype): magnitudes(*a)
+    yield "nothing", nothing_there
+    yield "strides", strides
+    for index, layout in enumerate(LAYOUTS):
+        arguments = ((2, 70, 1, 3, 7), (fp32, fp16)[index % 2], layout)
+        yield f"data {arguments}", lambda a=arguments: data_path(*a)
+    yield "means", means
+    yield "self-tests", self_tests_pass
+
+
+def main() -> int:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    failed = False
+    for index, (name, case) in enumerate(cases()):
+        torch.manual_seed(int(os.environ.get("RCU_OPS_TEST_SEED", "0")) * 1000 + index)
+        try:
+            case()
+            print(f"ok {name}", flush=True)
+        except Exception as error:  # every case is reported
+            failed = True
+            print(f"FAILED {name}: {' '.join(str(error).split())}", flush=True)
+            traceback.print_exc()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The Triton kernels of cycle_consistency and srtg: numerics in the interpreter, registration, resources."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rcu_ops
+from rcu_ops.ops import _selftest, _triton
+from tests.triton import resources
+
+
+@pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
+def test_numerics_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "tests.triton.interpreted_alignment"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0, "\n".join([*(line for line in lines if not line.startswith("ok")), run.stderr[-3000:]])
+    kinds = [line.split()[1] for line in lines if line.startswith("ok ")]
+    assert len(kinds) == len(lines) >= 25
+    assert {"soft", "landing", "cycle", "magnitudes", "nothing", "strides", "data", "means", "self-tests"} <= set(kinds)
+
+
+def test_cpu_tensors_are_refused_with_the_reason() -> None:
+    a, x = torch.zeros(1, 3, 5), torch.zeros(1, 2, 3, 4, 4)
+    assert _selftest.known("cycle_consistency/triton") and _selftest.known("srtg/triton")
+    calls = {
+        "soft_nearest_neighbor": (a, a),
+        "cycle_consistency": (a, a),
+        "temporal_cycle_loss": (a, a),
+        "srtg_squeeze": (x,),
+        "srtg_fuse": (x, torch.zeros(1, 3, 2)),
+    }
+    for name, arguments in calls.items():
+        with rcu_ops.use_backend("triton"), pytest.raises(ValueError, match=f"'triton' cannot run {name}: x is on cpu"):
+            getattr(rcu_ops, name)(*arguments)
+
+
+def test_opcheck() -> None:
+    """The registration: schemas, fakes and autograd are those of the main operators."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    a, b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
+    ops = torch.ops.rcu_ops
+    torch.library.opcheck(ops.soft_nearest_neighbor_triton.default, (a, b, None, 1.0, True), test_utils=tests)
+    torch.library.opcheck(ops.cycle_back_triton.default, (a, a, None, 1.0), test_utils=tests)
+    x, h = torch.randn(2, 3, 2, 4, 4, requires_grad=True), torch.randn(2, 2, 3)
+    torch.library.opcheck(ops.srtg_fuse_triton.default, (x, h, None, False), test_utils=tests)
+
+
+def launches(kind: str, dtype: torch.dtype) -> list:
+    a = torch.empty(8, 16 if kind == "short" else 200, 512, dtype=dtype, device="meta")
+    if kind in ("channels_last_3d", "contiguous_format"):
+        srtg, x = _triton.kernels("srtg"), torch.empty(8, 256, 8, 28, 28, dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=getattr(torch, kind))
+        h, gate = torch.empty(8, 8, 256, device="meta"), torch.empty(8, dtype=torch.bool, device="meta")
+        return [srtg.plan(*given)[1][0] for given in ((srtg.SQUEEZE, x), (srtg.BACKWARD, x, h, gate, x))]
+    kernels = _triton.kernels("cycle_consistency")
+    if kind == "short":
+        return kernels.plan_short_cycle(a, a, None, None, 1.0)[1]
+    mask = torch.empty(8, 200, dtype=torch.bool, device="meta")
+    problem = kernels._Problem(a, a, mask, mask, 1.0, torch.empty(8, device="meta"))
+    if kind == "soft":
+        problem.soft(True, True)
+        return problem.launches
+    grads = tuple(torch.empty(8, 200, device="meta") for _ in range(3))
+    z, (w,) = problem.softmax(problem.pairs(a), kernels.LANDING_GRADIENT, grads)
+    problem.pairs(problem.vectors(), a, product=True)
+    problem.key_sums(z, w, a, a)
+    return problem.launches
+
+
+@pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "arch"),
+    [
+        ("short", torch.bfloat16, 90),
+        ("short", torch.float32, 80),
+        ("soft", torch.bfloat16, 80),
+        ("gradients", torch.float32, 90),
+        ("channels_last_3d", torch.bfloat16, 80),
+        ("contiguous_format", torch.bfloat16, 90),
+    ],
+    ids=str,
+)
+def test_compiles_without_spills_and_fits(kind, dtype, arch, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    for launch in launches(kind, dtype):
+        usage = resources.compile_launch(launch, arch)
+        name = launch.kernel.__name__
+        assert usage.local == 0 and usage.shared <= resources.SHARED_LIMIT[arch], f"{name}: {usage}"
