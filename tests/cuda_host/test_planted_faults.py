@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcu_ops import reference
 from tests.cuda_host import harness
+from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
 from tests.cuda_host.test_recurrent_conv import LAYOUTS, check_backward, check_forward, inputs
+from tests.ops import alignment
 
 
 def forward(machine: Machine) -> None:
@@ -90,6 +93,31 @@ def weight_gradient(machine: Machine) -> None:
         assert machine.plan.startswith("matrix")
 
 
+def short_cycle(machine: Machine) -> None:
+    for magnitude in (1.0, 1e31):
+        a = magnitude * torch.randn(1, 12, 256)
+        b = a + magnitude * 0.3 * torch.randn(a.shape)
+        _, *found = cycles.align(machine, "cycle", a, b, temperature=10 * magnitude**2)
+        for index, x, y in zip(found, (a, b), (b, a), strict=True):
+            assert alignment.check_indices(index, x, y, 10 * magnitude**2)[1] == 0
+
+
+def soft_of_the_huge(machine: Machine) -> None:
+    a = 1e31 * torch.randn(1, 9, 24)
+    b = a + 0.3e31 * torch.randn(a.shape)
+    index = cycles.align(machine, "soft", a, b, temperature=1e63)[1]
+    assert alignment.check_indices(index, a, b, 1e63)[1] == 0
+
+
+def closed_gate(machine: Machine) -> None:
+    x, h = torch.randint(-4, 5, (2, 3, 2, 3, 3)).float(), torch.randint(-4, 5, (2, 2, 3)).float()
+    gate = torch.tensor([False, True])
+    y, dh = cycles.gate_data(machine, "backward", x, h, gate, x)
+    want = reference.srtg_fuse_backward(x, x, h, gate)
+    assert torch.equal(y, want[0]) and torch.equal(dh, want[1])
+
+
+SHORT = "cycle_consistency_short.cu"
 TILE, WIDE = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu"
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 RELATE, RELATE_BODY = "nonlocal_gates.cu", "nonlocal_gates_tile.h"
@@ -257,6 +285,36 @@ FAULTS = [
     Fault(
         "a range of splits is left out", "int r = 1; r < sum", "int r = 2; r < sum", weight_gradient, file=WEIGHT_GRAD
     ),
+    Fault(
+        "no barrier before a stage is read",
+        "    block_barrier();  // the stage is complete\n",
+        "",
+        short_cycle,
+        file=SHORT,
+    ),
+    Fault(
+        "the last stage has not arrived",
+        "      async_wait<0>();\n",
+        "      async_wait<1>();\n",
+        short_cycle,
+        file=SHORT,
+    ),
+    Fault("one triangle is not written", "= d[to * pitch + from] = sum", "= sum", short_cycle, file=SHORT),
+    Fault("squares overflow", "if (factor != 1) find", "if (factor < 0) find", short_cycle, file=SHORT),
+    Fault(
+        "half of the scale is undone",
+        "const double sharp = 1 / static_cast<double>(factor) /",
+        "const double sharp = 1 /",
+        soft_of_the_huge,
+        file="cycle_consistency.cu",
+    ),
+    Fault(
+        "a closed gate lets sums pass",
+        "static_cast<S>(positions) : open ?",
+        "static_cast<S>(positions) : mine ?",
+        closed_gate,
+        file="srtg.cu",
+    ),
 ]
 
 
@@ -283,6 +341,11 @@ FEWER = {
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
     "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
     "nonlocal_gates_sm90.cu": [("<__half, ", "<__nv_bfloat16, ")],
+    SHORT: [("<__half>", "<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
+    "cycle_consistency.cu": [
+        (f"align_as<{kind}>", "align_as<float>") for kind in ("double", "__half", "__nv_bfloat16")
+    ],
+    "srtg.cu": [(f"launch_as<{kind}>", "launch_as<float>") for kind in ("double", "__half", "__nv_bfloat16")],
 }
 
 
@@ -327,6 +390,9 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         relate,
         relate_tiles,
         relate_clusters,
+        short_cycle,
+        soft_of_the_huge,
+        closed_gate,
     ],
     ids=lambda f: f.__name__,
 )

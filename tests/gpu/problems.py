@@ -349,6 +349,48 @@ def _relation_problems(name: str) -> Iterator[Problem]:
         )
 
 
+# ---- the gate of SRTG and its data path ----------------------------------------------------------------------------
+
+
+def _cycle_problems(name: str) -> Iterator[Problem]:
+    """Index maps and gates of a sequence and a noisy copy, as one kernel takes them and longer."""
+    for title, frames in (("probe", 16), ("33 frames", 33)):
+
+        def make(dtype: torch.dtype, frames: int = frames) -> Tensors:
+            a = torch.randn(3, frames, 40)
+            return {"a": a.to(dtype), "b": (a + 0.05 * torch.randn(a.shape)).to(dtype)}
+
+        def call(given: Tensors) -> Outputs:
+            return tuple(rcu_ops.cycle_consistency(given["a"], given["b"]))
+
+        def exact(given: Tensors) -> Outputs:
+            return tuple(reference.cycle_consistency(given["a"], given["b"]))
+
+        yield Problem(name, title, make, call, exact, exact, DTYPES[:3])
+
+
+def _gate_data_problems(name: str) -> Iterator[Problem]:
+    """Spatial means, or the gated product, in both memory layouts."""
+    for title, layout in (("probe", torch.contiguous_format), ("channels_last", torch.channels_last_3d)):
+
+        def make(dtype: torch.dtype, layout: torch.memory_format = layout) -> Tensors:
+            x = torch.randn(2, 35, 3, 5, 7).to(dtype).contiguous(memory_format=layout)
+            return {"x": x, "h": torch.randn(2, 3, 35), "gate": torch.tensor([True, False])}
+
+        def call(given: Tensors, module: Any = rcu_ops) -> Outputs:
+            if name == "srtg_squeeze":
+                return (module.srtg_squeeze(given["x"]),)
+            return (module.srtg_fuse(given["x"], given["h"], given["gate"]),)
+
+        def eager(given: Tensors) -> Outputs:
+            if name == "srtg_squeeze":
+                return (given["x"].mean((3, 4), dtype=torch.float32).mT,)
+            factor = given["h"].mT[..., None, None].to(given["x"].dtype)
+            return (torch.where(given["gate"][:, None, None, None, None], given["x"] * factor, given["x"]),)
+
+        yield Problem(name, title, make, call, functools.partial(call, module=reference), eager, DTYPES[:3])
+
+
 PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
     "recurrent_conv": _scan_problems,
     "recurrent_conv_affine_act": _affine_act_problems,
@@ -356,6 +398,9 @@ PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
     "relational_lstm_step": _relation_problems,
     "soft_nearest_neighbor": _alignment_problems,
     "temporal_cycle_loss": _alignment_problems,
+    "cycle_consistency": _cycle_problems,
+    "srtg_squeeze": _gate_data_problems,
+    "srtg_fuse": _gate_data_problems,
     "fast_gru": _fast_gru_problems,
     "fast_gru_step": _fast_gru_problems,
 }
