@@ -40,7 +40,7 @@ REGISTERS = {
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
     "align_short_kernel": 176,  # 1 block of 288
-    "finish_short": 176,
+    "finish_short": 112,  # 2 blocks of 288
     "key_gradient": 128,  # 2 blocks of 256
     "tile_relate": 128,  # 2 blocks of 256
     "cluster_relate": 128,  # 2 blocks of 256
