@@ -299,7 +299,6 @@ FAULTS = [
         short_cycle,
         file=SHORT,
     ),
-    Fault("one triangle is not written", "= d[to * pitch + from] = sum", "= sum", short_cycle, file=SHORT),
     Fault("squares overflow", "if (factor != 1) find", "if (factor < 0) find", short_cycle, file=SHORT),
     Fault(
         "half of the scale is undone",
