@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -150,7 +151,7 @@ struct Copy {
   size_t bytes;
 };
 
-enum class Wait { none, block, warp, cluster, poll, exited };
+enum class Wait { none, block, warp, group, cluster, poll, exited };
 
 struct Block;
 struct Warp;
@@ -166,8 +167,13 @@ struct Fiber {
   Location where;
   std::vector<Copy> open;                // not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
+  std::map<float*, Accumulators> accumulators;
+  std::vector<std::function<void(const Location&)>> open_products;
+  std::deque<std::vector<std::function<void(const Location&)>>> product_groups;
+  bool product_fenced = false;
   uint64_t exchanges = 0, block_barriers = 0, warp_barriers = 0, cluster_barriers = 0;
   bool arrived_at_cluster = false, first_poll = false;
+  int group = 0;  // the barrier at which it waits
 };
 
 // Tokens name what orders memory. Barriers take turns with two of them: a thread may leave for the next barrier before
@@ -187,6 +193,12 @@ struct Cluster {
   char barrier[2] = {};
 };
 
+struct GroupBarrier {
+  int waiting = 0;
+  uint64_t completed = 0;
+  char token[2] = {};
+};
+
 struct Block {
   uint3 index{};
   Cluster* cluster = nullptr;
@@ -198,6 +210,7 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t waiting = 0, exited = 0;
   char begin = 0, end = 0, barrier[2] = {};
+  GroupBarrier groups[16];
 };
 
 struct Launch {
@@ -274,6 +287,7 @@ void fiber_main() {
   const bool landed = std::all_of(running->groups.begin(), running->groups.end(), [](const auto& g) { return g.empty(); });
   if (!running->open.empty() || !landed)
     fail("a thread exits with asynchronous copies in flight", Location::current());
+  if (!running->accumulators.empty()) fail("a thread exits with products in flight", Location::current());
   if (running->arrived_at_cluster) fail("a thread arrives at a cluster barrier and exits without waiting", Location::current());
   if (Block& mine = *running->block; mine.exited + 1 == mine.fibers.size()) close_shared(mine);
   release(&running->block->end);
@@ -327,7 +341,10 @@ std::unique_ptr<Block> start_block(Cluster& cluster, uint64_t number) {
     f->number = i;
     f->index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
     f->exchanges = f->block_barriers = f->warp_barriers = f->cluster_barriers = 0;
-    f->arrived_at_cluster = false;
+    f->arrived_at_cluster = f->product_fenced = false;
+    f->accumulators.clear();
+    f->open_products.clear();
+    f->product_groups.clear();
     f->open.clear();
     f->groups.clear();
     f->context.prepare(fiber_main);
@@ -477,6 +494,8 @@ std::string run(const char* name, const Shape& shape, const std::function<void()
   for (uint64_t i = 0; i < order.size(); ++i) order[i] = i * static_cast<uint64_t>(shape.cluster);
   std::shuffle(order.begin(), order.end(), random_source);
   const size_t together = shape.cooperative ? order.size() : static_cast<size_t>(std::max(1, options.resident / shape.cluster));
+  // Fibers add to the first: were it to grow there, ThreadSanitizer would see the machine's own memory move.
+  for (auto* list : {&runnable, &polling}) list->reserve(together * static_cast<size_t>(shape.cluster) * threads);
   size_t started = 0, unchanged = 0;  // unchanged: threads in a row that found memory as they had left it
   while (current.error.empty() && (started < order.size() || !resident.empty())) {
     while (started < order.size() && resident.size() < together) resident.push_back(start_cluster(order[started++]));
@@ -600,6 +619,59 @@ void warp_barrier(const Location& where) {
   release(token);
   meet_warp("warp_barrier", where);
   acquire(token);
+}
+
+void group_barrier(int id, int threads, const Location& where) {
+  if (id < 1 || id > 15 || threads <= 0 || threads % 32 != 0)
+    fail("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads", where);
+  GroupBarrier& barrier = running->block->groups[id];
+  char* token = &barrier.token[barrier.completed % 2];
+  release(token);
+  running->group = id;
+  if (++barrier.waiting == threads) {
+    for (Fiber* f : running->block->fibers)
+      if (f->wait == Wait::group && f->group == id) make_runnable(f);
+    barrier.waiting = 0;
+    ++barrier.completed;
+  } else {
+    sleep(Wait::group, "group_barrier", where);
+  }
+  acquire(token);
+}
+
+void product_fence() { running->product_fenced = true; }
+
+Accumulators& begin_product(float* accumulators, size_t count, const Location& where) {
+  if (!running->product_fenced) fail("wgmma without a wgmma_fence since the last wait", where);
+  Accumulators& held = running->accumulators[accumulators];
+  if (held.products++ == 0) {
+    held.values.assign(accumulators, accumulators + count);
+    std::memset(accumulators, 0xff, count * sizeof(float));
+  }
+  return held;
+}
+
+void issue_product(std::function<void(const Location&)> complete) { running->open_products.push_back(std::move(complete)); }
+
+void end_product(float* accumulators) {
+  const auto held = running->accumulators.find(accumulators);
+  if (--held->second.products > 0) return;
+  std::copy(held->second.values.begin(), held->second.values.end(), accumulators);
+  running->accumulators.erase(held);
+}
+
+void product_commit() {
+  running->product_groups.push_back(std::move(running->open_products));
+  running->open_products.clear();
+}
+
+void product_wait(size_t groups, const Location& where) {
+  running->product_fenced = false;
+  while (running->product_groups.size() > groups) {
+    const auto due = std::move(running->product_groups.front());
+    running->product_groups.pop_front();
+    for (const auto& complete : due) complete(where);
+  }
 }
 
 void copy_quietly(void* to, const void* from, size_t size) {

@@ -15,11 +15,14 @@
 //              without a barrier after such a mapping is reported, and what is read from its memory later is 0xff bytes, a
 //              race to ThreadSanitizer and poisoned to AddressSanitizer.
 // Warps.       Warp-wide operations meet at exchange(): all 32 lanes, the same operation, the same source line.
+// Products.    wgmma computes when its thread waits for it and not before, from what its operands hold then; until then the
+//              accumulators hold NaN. One that is issued without a fence after the last wait, or that is still in flight when
+//              its thread exits, is reported.
 // Copies.      An asynchronous copy lands when its thread waits for it and not before, in random order within what the wait
 //              covers; until then its destination holds 0xff bytes. Copies still in flight when a thread exits are reported.
 //
 // What this does not show: timing, bank conflicts, coalescing, registers, the rounding of the matrix unit (a product sum is
-// computed exactly and truncated to fp32), and races between blocks that were not in flight together.
+// computed exactly and truncated to fp32), a missing async_proxy_fence, and races between blocks that were not in flight together.
 #pragma once
 
 #include <vector_types.h>
@@ -29,6 +32,7 @@
 #include <functional>
 #include <source_location>
 #include <string>
+#include <vector>
 
 namespace cuda_host {
 
@@ -83,6 +87,8 @@ void* map_shared(const void* own, int rank, const Location& where);
 
 void block_barrier(const Location& where);
 void warp_barrier(const Location& where);
+// Of `threads` threads of the block that name the same barrier, 1 to 15.
+void group_barrier(int id, int threads, const Location& where);
 
 // The most that one lane contributes to an exchange.
 inline constexpr size_t contribution_bytes = 64;
@@ -113,5 +119,19 @@ inline int lane() { return static_cast<int>(thread_index().x % 32); }
 void async_copy(void* shared, const void* global, size_t bytes, const Location& where);
 void async_commit();
 void async_wait(size_t groups);
+
+// Work of the matrix unit that runs beside the thread which issues it. It is done when the thread waits and not before: then
+// `complete` is called, with the place of the wait. Until then the accumulators, at `accumulators`, hold NaN; begin_product()
+// says what they held before.
+struct Accumulators {
+  std::vector<float> values;
+  int products = 0;  // in flight
+};
+void product_fence();
+Accumulators& begin_product(float* accumulators, size_t count, const Location& where);
+void issue_product(std::function<void(const Location&)> complete);
+void end_product(float* accumulators);
+void product_commit();
+void product_wait(size_t groups, const Location& where);
 
 }  // namespace cuda_host

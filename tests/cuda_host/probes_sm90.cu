@@ -4,6 +4,7 @@
 #include "cuda/device/launch.h"
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
+#include "cuda/device/wgmma.h"
 #include "probes.h"
 
 namespace rcu_ops::cuda {
@@ -32,6 +33,33 @@ __global__ void cluster_probe(int* out) {
   if (sum == 1) out[0] = 0;
 }
 
+// a [128 threads][4], shared memory [bytes] in; d [128][N / 2] in and out. b, and a unless it is in registers, begin at the
+// bytes that `at` names: a, b, and how far the next 8 rows and (without a swizzle) the next 8 numbers along k are.
+enum class Missing { nothing, fence, wait };
+template <typename T, int N, Swizzle Mode, bool SharedA, Missing Left = Missing::nothing>
+__global__ void wgmma_probe(const uint32_t* a, const uint32_t* shared, const int* at, float* d, int words) {
+  auto* memory = dynamic_shared<uint32_t>();
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < words; i += 128) memory[i] = shared[i];
+  float sum[N / 2];
+  uint32_t x[4];
+  for (int i = 0; i < N / 2; ++i) sum[i] = d[N / 2 * thread + i];
+  for (int i = 0; i < 4; ++i) x[i] = a[4 * thread + i];
+  async_proxy_fence();
+  group_barrier(3, 128);
+  const SharedMatrix left(dynamic_shared<char>(at[0]), Mode, static_cast<unsigned>(at[2]), static_cast<unsigned>(at[3]));
+  const SharedMatrix right(dynamic_shared<char>(at[1]), Mode, static_cast<unsigned>(at[2]), static_cast<unsigned>(at[3]));
+  if constexpr (Left != Missing::fence) wgmma_fence(sum);
+  if constexpr (SharedA)
+    wgmma<T>(sum, left, right);
+  else
+    wgmma<T>(sum, x, right);
+  wgmma_commit();
+  if constexpr (Left != Missing::wait) wgmma_wait<0>(sum);
+  for (int i = 0; i < N / 2; ++i) d[N / 2 * thread + i] = sum[i];
+  if constexpr (Left == Missing::wait) wgmma_wait<0>(sum);
+}
+
 // ---- faults ----------------------------------------------------------------------------------------------------------
 
 __global__ void mapping_too_early(int* out) { out[threadIdx.x] = *cluster_shared(dynamic_shared<int>(), 1 - cluster_rank()); }
@@ -58,6 +86,15 @@ __global__ void read_after_exit(int* out) {
   if (blockIdx.x == 0) out[threadIdx.x] = other[threadIdx.x];
 }
 
+__global__ void group_barrier_of_too_many(int* out) {
+  if (threadIdx.x < 32) group_barrier(2, 64);
+  out[threadIdx.x] = 1;
+}
+
+template <void (*Kernel)(int*)>
+Error fault(const std::vector<void*>& s) {
+  return launch("fault", Kernel, dim3(1), dim3(64), 0, Stream(), static_cast<int*>(s[0]));
+}
 template <void (*Kernel)(int*), size_t SharedBytes>
 Error cluster_fault(const std::vector<void*>& s) {
   return launch_clusters("cluster fault", Kernel, 2, dim3(2), dim3(64), SharedBytes, Stream(), static_cast<int*>(s[0]));
@@ -67,11 +104,25 @@ Error clusters(const std::vector<void*>& s) {
   return launch_clusters("cluster_probe", cluster_probe<Missing>, Cluster, dim3(6), dim3(64), 64, Stream(),
                          static_cast<int*>(s[0]));
 }
+template <typename T, int N, Swizzle Mode, bool SharedA, Missing Left = Missing::nothing>
+Error products(const std::vector<void*>& s) {
+  const int* at = static_cast<const int*>(s[2]);
+  return launch("wgmma_probe", wgmma_probe<T, N, Mode, SharedA, Left>, dim3(1), dim3(128), static_cast<size_t>(at[4]), Stream(),
+                static_cast<const uint32_t*>(s[0]), static_cast<const uint32_t*>(s[1]), at, static_cast<float*>(s[3]), at[4] / 4);
+}
 
 }  // namespace
 
 const Probes& probes_sm90() {
+  using bf16 = __nv_bfloat16;
   static const Probes all = {
+      {"wgmma_256_bf16_registers_128", products<bf16, 256, Swizzle::row128, false>},
+      {"wgmma_64_f16_registers_64", products<__half, 64, Swizzle::row64, false>},
+      {"wgmma_128_bf16_shared_32", products<bf16, 128, Swizzle::row32, true>},
+      {"wgmma_64_f16_shared_16", products<__half, 64, Swizzle::none, true>},
+      {"wgmma_without_fence", products<bf16, 64, Swizzle::row128, false, Missing::fence>},
+      {"wgmma_without_wait", products<bf16, 64, Swizzle::row128, false, Missing::wait>},
+      {"group_barrier_of_too_many", fault<group_barrier_of_too_many>},
       {"cluster_of_3", clusters<0, 3>},
       {"cluster_of_1", clusters<0, 1>},
       {"cluster_of_4", clusters<0, 4>},

@@ -140,6 +140,84 @@ def test_indices_and_sizes(machine) -> None:
             assert out[block, thread].tolist() == want
 
 
+def swizzled(address: int, row_bytes: int) -> int:
+    """The manual's swizzling modes: 16-byte words XORed within rows of 128, 64 or 32 bytes; 16: none."""
+    if row_bytes == 128:  # bits 4-6 with bits 7-9
+        return address ^ ((address >> 3) & 0x70)
+    if row_bytes == 64:  # bits 4-5 with bits 7-8
+        return address ^ ((address >> 3) & 0x30)
+    return address ^ ((address >> 3) & 0x10) if row_bytes == 32 else address
+
+
+def k_major(matrix: Tensor, memory: Tensor, start: int, row_bytes: int, next_rows: int, next_k: int) -> None:
+    """Puts ``matrix`` [rows, 16] where a descriptor finds it: 8 rows follow each other, then the next 8."""
+    for row in range(matrix.shape[0]):
+        for k in range(16):
+            address = start + row // 8 * next_rows + row % 8 * row_bytes
+            address += k // 8 * next_k + k % 8 * 2 if row_bytes == 16 else 2 * k
+            memory[swizzled(address, row_bytes) // 2] = matrix[row, k]
+
+
+def wgmma_case(columns: int, dtype: torch.dtype, row_bytes: int) -> tuple[Tensor, ...]:
+    """a in registers, shared memory, its layout, d in registers; and what d shall be, row by row."""
+    a, b, c = torch.randn(64, 16).to(dtype), torch.randn(columns, 16).to(dtype), torch.randn(64, columns)
+    next_k = 144 * 8
+    next_rows = 8 * row_bytes if row_bytes > 16 else 144  # the next 8 numbers along k behind all rows, in turns
+    if row_bytes == 16:
+        next_k = 144 * (columns // 8 + 1)
+    offset = 32 if row_bytes >= 64 else 0  # a k further on within the swizzle's row
+    begin_b, total = 16384, 16384 + max(columns * row_bytes, 2 * next_k + 4096) + 1024
+    memory = torch.full((total // 2,), torch.nan, dtype=dtype)
+    k_major(a, memory, offset, row_bytes, next_rows, next_k)
+    k_major(b, memory, begin_b + offset, row_bytes, next_rows, next_k)
+    a_registers, d = torch.zeros(128, 4, 2, dtype=dtype), torch.zeros(128, columns // 2)
+    for thread in range(128):
+        warp, group, in_group = thread // 32, thread % 32 >> 2, thread % 4
+        for i in range(8):
+            row = 16 * warp + (group if i in (0, 1, 4, 5) else group + 8)
+            a_registers[thread, i // 2, i % 2] = a[row, in_group * 2 + (i & 1) + (8 if i >= 4 else 0)]
+        for i in range(columns // 2):
+            d[thread, i] = c[wgmma_row(thread, i), wgmma_column(thread, i)]
+    layout = torch.tensor([offset, begin_b + offset, next_rows, next_k, total], dtype=torch.int32)
+    return words(a_registers), memory.view(torch.int32), layout, d, c.double() + a.double() @ b.double().T
+
+
+def wgmma_row(thread: int, i: int) -> int:
+    return 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+
+
+def wgmma_column(thread: int, i: int) -> int:
+    return 8 * (i // 4) + 2 * (thread % 4) + i % 2
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "dtype", "row_bytes"),
+    [
+        ("wgmma_256_bf16_registers_128", 256, torch.bfloat16, 128),
+        ("wgmma_64_f16_registers_64", 64, torch.float16, 64),
+        ("wgmma_128_bf16_shared_32", 128, torch.bfloat16, 32),
+        ("wgmma_64_f16_shared_16", 64, torch.float16, 16),
+    ],
+)
+def test_wgmma(machine, name, columns, dtype, row_bytes) -> None:
+    *arguments, d, want = wgmma_case(columns, dtype, row_bytes)
+    machine.device = {"architecture": 90}
+    machine.probe(name, *arguments, d)
+    for thread in range(128):
+        for i in range(columns // 2):
+            expected = want[wgmma_row(thread, i), wgmma_column(thread, i)].item()
+            assert abs(d[thread, i].item() - expected) <= 2**-23 * abs(expected)
+
+
+def test_wgmma_is_not_done_before_the_wait(machine) -> None:
+    *arguments, d, _ = wgmma_case(64, torch.bfloat16, 128)
+    machine.device = {"architecture": 90}
+    machine.probe("wgmma_without_wait", *arguments, d)
+    assert d.isnan().all()
+    with pytest.raises(LaunchError, match="wgmma without a wgmma_fence since the last wait"):
+        machine.probe("wgmma_without_fence", *arguments, d)
+
+
 @pytest.mark.parametrize("name", ["grid_barrier", "grid_barrier_split"])
 @pytest.mark.parametrize("sanitizer", ["none", "thread"])
 def test_grid_barrier(machine_with, name, sanitizer) -> None:
@@ -239,6 +317,7 @@ def test_sanitizers_see_an_access_to_an_exited_block(machine_with) -> None:
     ("name", "report"),
     [
         ("grid_barrier_in_a_plain_launch", "a barrier of the whole grid in a launch that is not cooperative"),
+        ("group_barrier_of_too_many", "different places: .*32 at group_barrier .*32 exited"),
         ("wait_for_nobody", "different places: .* 1 at wait_until .*thread 5;"),
         ("divergent_barrier", "wait for each other in different places: 40 at block_barrier .* 24 at block_barrier"),
         ("barrier_after_exit", "different places: .*1 exited, the first is thread 7"),
