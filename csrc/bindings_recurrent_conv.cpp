@@ -1,17 +1,19 @@
 // recurrent_conv: its kernels as PyTorch operators (see bindings.h).
+#include "bindings_recurrent_conv.h"
+
 #include "bindings.h"
-#include "common/recurrent_conv.h"
 #ifdef RCU_OPS_WITH_CUDA
 #include "cuda/recurrent_conv.h"
 #endif
 
 namespace rcu_ops::bindings {
-namespace {
 
 View sequence_view(const Tensor& tensor) {  // [N,C,T,H,W]
   const Sizes s = tensor.strides();
   return {.data = pointer(tensor), .dtype = dtype_of("tensor", tensor), .n = s[0], .c = s[1], .t = s[2], .h = s[3], .w = s[4]};
 }
+
+namespace {
 
 View state_view(const Tensor& tensor) {  // [N,C,H,W]
   const Sizes s = tensor.strides();
@@ -80,6 +82,8 @@ Scan forward_problem(const Tensor& x, const Tensor& weight, const std::optional<
   return p;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional<Tensor> h0, bool mean, bool reverse) {
   Scan p = forward_problem(x, weight, h0, mean);
   Tensor h = torch::stable::empty_like(x), h_n = empty_state(x);
@@ -89,6 +93,8 @@ std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional
   launch(p, x);
   return {h, h_n};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift,
                                                      std::optional<Tensor> h0, std::optional<Tensor> residual, bool mean,
@@ -119,6 +125,8 @@ std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Te
   launch(p, x);
   return {y, h_n};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_h_n,
                                                            Tensor h, Tensor weight, std::optional<Tensor> h0, bool mean,
@@ -171,7 +179,6 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor>
   return {dx, dweight, dh0};
 }
 
-}  // namespace
 }  // namespace rcu_ops::bindings
 
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {

@@ -40,6 +40,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("recurrent_conv", "wide scan", "bf16 and fp16 with 129 to 256 channels, on the matrix unit", "sm_80"),
     Variant("recurrent_conv", "matrix weight gradient", "bf16 and fp16 with any number of channels", "sm_80"),
     Variant("recurrent_conv", "plain weight gradient", "any number of channels, dtype and strides", "sm_80"),
+    Variant("recurrent_conv_batch_norm", "norm passes", "any shapes, dtype and strides; forward and backward", "sm_80"),
     Variant("fast_gru", "fused passes", "everything between the library's products; any sizes and dtype", "sm_80"),
     Variant("cycle_consistency", "query rows", "any shapes, dtype, strides and masks; forward and backward", "sm_80"),
     Variant("nonlocal_gates", "plain rows", "any sizes, dtype, strides and masks; forward and backward", "sm_80"),

@@ -6,7 +6,7 @@ Four operators do the work, and between them the statistics are in the open, so 
     recurrent_conv_moments             x, W, h0 -> h, h_n, moments    the scan, and each channel's statistics
     recurrent_conv_normalize           h, moments -> y                normalisation, residual and ReLU in one pass
     recurrent_conv_normalize_sums      grad_y, h -> sums              gradients of gamma and beta
-    recurrent_conv_normalize_backward  grad_y, h, sums -> dx, dW, dh0 the reversed scan; its input is made as it is read
+    recurrent_conv_normalize_backward  grad_y, h, sums -> dx, dW, dh0 the gradient of h, and the reversed scan over it
 
 ``recurrent_conv_batch_norm`` and ``recurrent_conv_batch_norm_backward`` call them, with the exchange in between. Saved
 for backward are h and the moments, and y where a residual makes it impossible to tell from h what ReLU let through.
@@ -53,8 +53,9 @@ def recurrent_conv_batch_norm(
     """Training form: ``y = act(gamma (h - mean) / sqrt(var + eps) + beta (+ residual))`` with the batch's statistics.
 
     h is that of :func:`recurrent_conv`, mean and var (biased) are its statistics over N, T, H and W: the RCU, the
-    batch normalisation, the residual addition and the ReLU of a video ResNet in training. The scan sums up the
-    statistics while it has h, and the normalisation's gradient is applied while the reversed scan reads it.
+    batch normalisation, the residual addition and the ReLU of a video ResNet in training. Beside the scans that is one
+    pass for the statistics and one for everything after them, and two in backward, which needs h and, where there are
+    both a residual and a ReLU, y.
 
     Args:
         x, weight, h0, update: as in :func:`recurrent_conv`.
@@ -305,9 +306,10 @@ def _backward(
 def _gathered(value: Tensor, group: str) -> Tensor:
     """``value`` of every process, in the order of their ranks: [P, ...], the same bits everywhere."""
     found = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-    parts = value.new_empty((torch.distributed.get_world_size(found), *value.shape))
+    processes = torch.distributed.get_world_size(found)
+    parts = value.new_empty((processes * value.shape[0], *value.shape[1:]))  # gloo takes no [P, ...]
     torch.distributed.all_gather_into_tensor(parts, value.contiguous(), group=found)
-    return parts
+    return parts.unflatten(0, (processes, value.shape[0]))
 
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
@@ -534,6 +536,9 @@ def _run_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, h_n, moments.detach()
 
 
+_KERNEL_FILES = ("recurrent_conv", "recurrent_conv_batch_norm")  # the scans, and the passes around them
+
+
 def _has_kernels(device: str) -> bool:
     return all(_library.has_kernel(name, device.upper()) for name in PARTS)
 
@@ -551,7 +556,7 @@ def _why_not_cuda(x: Tensor, *_: Any) -> str | None:
         return f"x is on {x.device}"
     if not _has_kernels("cuda"):
         return _library.load_error() or "the library was built without these CUDA kernels"
-    return _evidence.why_not("recurrent_conv")
+    return next((reason for family in _KERNEL_FILES if (reason := _evidence.why_not(family))), None)
 
 
 def _why_not_triton(*_: Any) -> str | None:
@@ -568,7 +573,7 @@ OPERATOR = register(
     Operator(
         "recurrent_conv_batch_norm",
         (
-            Backend("cuda", _run, _why_not_cuda, experimental=_evidence.experimental("recurrent_conv")),
+            Backend("cuda", _run, _why_not_cuda, experimental=sum(map(_evidence.experimental, _KERNEL_FILES), ())),
             Backend("triton", _run, _why_not_triton),
             Backend("cpu", _run, _why_not_cpu),
             Backend("reference", _run_reference, lambda *_: None),

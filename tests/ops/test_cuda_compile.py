@@ -36,6 +36,8 @@ REGISTERS = {
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
     "wide_scan": 255,  # 1 block of 256
     "gate_pass": 64,  # bound by memory: 4 blocks of 256
+    "norm_pass": 64,  # the same
+    "norm_finish": 64,
     "measure": 64,  # the same
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
