@@ -2,7 +2,8 @@
 //
 // The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current stream and graph
 // capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of the tensors'
-// device. Nothing depends on values, and nothing is read back from a device.
+// device. Where a GPU can hold the weights in its shared memory (common/fast_gru_gpu_plan.h) one launch makes all steps of a
+// forward pass from the products of x on. Nothing depends on values, and nothing is read back from a device.
 #include <vector>
 
 #include "bindings.h"
@@ -46,6 +47,9 @@ struct Problem {
   int64_t first = 0, steps = 0;                // the first clip that is a step, and how many are
   bool innermost = false;                      // channels are innermost in x, and in what is returned
   bool by_column = false;                      // matrices lie [columns][features]
+#ifdef RCU_OPS_WITH_CUDA
+  std::optional<fast_gru::PersistentPlan> persistent;  // one launch makes all steps of a forward pass
+#endif
   bool copied() const { return innermost != by_column; }  // sequences lie in another order than matrices
   int64_t step_columns() const { return N * P; }
   int64_t columns() const { return steps * N * P; }
@@ -291,6 +295,15 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   // Where a product reads more weights than states, CPU libraries are 5 to 18 % faster on [columns][features]: more than it costs
   // to reorder the sequences.
   p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= 256);
+#ifdef RCU_OPS_WITH_CUDA
+  if (x.is_cuda() && p.columns() > 0) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    fast_gru::PersistentPlan plan;
+    const std::string error = cuda::plan_steps(p.step_columns(), p.C, p.R, p.dtype, plan);
+    check(error.empty(), error);
+    if (plan.why_not.empty()) p.persistent = plan, p.by_column = true;  // for both passes: gates are saved as matrices lie
+  }
+#endif
   return p;
 }
 
@@ -325,6 +338,32 @@ void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& s
       low.memory);
 }
 
+#ifdef RCU_OPS_WITH_CUDA
+// All steps in one launch: hidden and candidate hold the products of x, state (fp32) the first state and then the last.
+void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save, const Matrix& state,
+                         const Tensor& o, Temporaries& temporaries) {
+  const Tensor uo = torch::stable::contiguous(w.uo), both = torch::stable::contiguous(w_both), vo = torch::stable::contiguous(w.vo);
+  fast_gru::Steps steps;
+  steps.dtype = p.dtype;
+  steps.rows = p.step_columns(), steps.C = p.C, steps.R = p.R, steps.steps = p.steps, steps.positions = p.P;
+  steps.uo = pointer(uo), steps.w = pointer(both), steps.vo = pointer(vo);
+  steps.hidden = s.hidden.data, steps.candidate = s.candidate.data, steps.r = s.r.data, steps.z = s.z.data;
+  steps.save = save;
+  steps.state = reinterpret_cast<float*>(state.data);
+  const Tensor now = clips(o, p.first, p.steps);
+  const Matrix out = p.copied() ? temporaries.take(p.C, p.columns(), p.scalar) : Matrix{};
+  steps.out = p.copied() ? out.data : pointer(now);
+  steps.out_sample = p.copied() ? p.P * p.C : now.stride(0);
+  steps.out_step = p.copied() ? p.step_columns() * p.C : now.stride(1);
+  launch_on_gpu(
+      steps, o, [&](const fast_gru::Steps&) { return cuda::Scratch{p.persistent->scratch_bytes, {}}; },
+      [&](const fast_gru::Steps& all, void* scratch, CUstream_st* stream) {
+        return cuda::steps(all, *p.persistent, scratch, stream);
+      });
+  if (p.copied()) copy(now, out.sequence(p));
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
                                                    std::optional<Tensor> o0, bool save) {
   const Problem p = checked(x, ux, uo, w, vx, vo, o0);
@@ -348,6 +387,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   const bool in_place = !p.copied() && (p.by_column || p.N == 1);  // the last state's memory is a matrix
   const Matrix state = in_place ? matrix_in(p, o_n, p.C, M) : temporaries.take(p.C, M, p.state);
   copy(state.sequence(p), as_sequence(start));
+#ifdef RCU_OPS_WITH_CUDA
+  if (p.persistent) {
+    const Saved s = save ? saved_in(p, hidden, gates)
+                         : Saved{temporaries.take(2 * p.R, p.columns(), p.scalar), {}, {}, temporaries.take(p.C, p.columns(), p.scalar)};
+    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
+    product(s.hidden, ux, inputs);
+    product(s.candidate, vx, inputs);
+    steps_in_one_launch(p, weight, w, s, save, state, o, temporaries);
+    if (!in_place) copy(as_sequence(o_n), state.sequence(p));
+    return {o, o_n, hidden, gates};
+  }
+#endif
   const bool one_type = p.state == p.scalar;
   const Matrix low = one_type ? state : temporaries.take(p.C, M, p.scalar);
   if (!one_type) copy(low.sequence(p), as_sequence(start));

@@ -11,6 +11,7 @@
 namespace py = pybind11;
 
 void bind_cycle_consistency(py::module_& m);
+void bind_fast_gru(py::module_& m);
 void bind_nonlocal_gates(py::module_& m);
 void bind_recurrent_conv(py::module_& m);
 
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Build info, planners and index maths of rcu_ops.";
   bind_build_info(m);
   bind_cycle_consistency(m);
+  bind_fast_gru(m);
   bind_nonlocal_gates(m);
   bind_recurrent_conv(m);
 }

@@ -66,6 +66,20 @@ inline void merge(Elementwise& p) {
   p.rows = 1;
 }
 
+// All steps from the products of x on, in one launch. Matrices are [rows][features] without gaps; a row is a position of a sample,
+// and matrices of all steps have their rows one step after the other. T: the data's type.
+struct Steps {
+  DType dtype = DType::bf16;
+  int64_t rows = 0, C = 0, R = 0, steps = 0, positions = 0;  // positions of a sample
+  const void *uo = nullptr, *w = nullptr, *vo = nullptr;     // T: [2R,C], [2,C,R], [C,C]
+  // T, of all steps: [2R] U_x x and [C] V_x x; with `save` they become r' and z', and the candidates, and r and z [C] are written.
+  void *hidden = nullptr, *candidate = nullptr, *r = nullptr, *z = nullptr;
+  bool save = false;
+  float* state = nullptr;  // [C], the state before the first step and after the last
+  void* out = nullptr;     // T: the state after step k of position i of sample n, at n out_sample + k out_step + i C
+  int64_t out_sample = 0, out_step = 0;
+};
+
 }  // namespace rcu_ops::fast_gru
 
 namespace rcu_ops::cpu {

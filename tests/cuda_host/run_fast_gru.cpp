@@ -1,4 +1,5 @@
-// Cases of fast_gru: op fast_gru_pass, with the fields of Elementwise; operand i is the tensor p<i> [rows,segments,length].
+// Cases of fast_gru: op fast_gru_pass, with the fields of Elementwise; operand i is the tensor p<i> [rows,segments,length]. Op
+// fast_gru_steps, with the fields of Steps as integers and tensors.
 #include "case.h"
 #include "cuda/fast_gru.h"
 
@@ -21,6 +22,24 @@ std::string run_pass(const Case& c, std::string&) {
   return rcu_ops::cuda::elementwise(p, nullptr);
 }
 
+std::string run_steps(const Case& c, std::string& plan_text) {
+  rcu_ops::fast_gru::Steps p;
+  p.dtype = c.dtype("hidden");
+  p.rows = c.integer("rows"), p.C = c.integer("C"), p.R = c.integer("R"), p.steps = c.integer("steps");
+  p.positions = c.integer("positions");
+  p.uo = c.tensor("uo"), p.w = c.tensor("w"), p.vo = c.tensor("vo");
+  p.hidden = c.tensor("hidden"), p.candidate = c.tensor("candidate"), p.r = c.tensor("r"), p.z = c.tensor("z");
+  p.save = c.has("r");
+  p.state = static_cast<float*>(c.tensor("state"));
+  p.out = c.tensor("out"), p.out_sample = c.stride("out", 0), p.out_step = c.stride("out", 1);
+  rcu_ops::fast_gru::PersistentPlan plan;
+  if (std::string error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, plan); !error.empty()) return error;
+  plan_text = rcu_ops::fast_gru::describe(plan);
+  return cuda_host::with_scratch({plan.scratch_bytes, {}},
+                                 [&](void* scratch) { return rcu_ops::cuda::steps(p, plan, scratch, nullptr); });
+}
+
 const cuda_host::Registration pass("fast_gru_pass", run_pass);
+const cuda_host::Registration steps("fast_gru_steps", run_steps);
 
 }  // namespace

@@ -17,6 +17,7 @@ from tests.cuda_host import harness
 from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
+from tests.cuda_host.test_fast_gru_persistent import check as check_steps
 from tests.cuda_host.test_recurrent_conv import LAYOUTS, check_backward, check_forward, inputs
 from tests.ops import alignment
 
@@ -69,6 +70,11 @@ def relate_clusters(machine: Machine) -> None:
     machine.device, words = relations.TILES["cluster"]
     relations.check_step(machine, (1, 20, 72, 136), torch.bfloat16)
     assert words in machine.plan
+
+
+def steps_in_one_launch(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 3}
+    check_steps(machine, (1, 3, 20, 1, 1, 3), 5, torch.bfloat16, save=True)
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,29 @@ FAULTS = [
         closed_gate,
         file="srtg.cu",
     ),
+    Fault(
+        "hidden is read before all blocks have written it",
+        "barrier.arrive_and_wait();",
+        "block_barrier();",
+        steps_in_one_launch,
+        "thread",
+        file="fast_gru_persistent.cu",
+    ),
+    Fault(
+        "a step begins on stale states",
+        "    low[row * depth + feature] = narrow<T>(state[i]);\n      if",
+        "    if (step == 0) low[row * depth + feature] = narrow<T>(state[i]);\n      if",
+        steps_in_one_launch,
+        file="fast_gru_persistent.cu",
+    ),
+    Fault(
+        "partial sums are overwritten while others read them",
+        "block_barrier();  // the sums before these have been read",
+        "",
+        steps_in_one_launch,
+        "thread",
+        file="fast_gru_persistent.cu",
+    ),
 ]
 
 
@@ -392,6 +421,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         short_cycle,
         soft_of_the_huge,
         closed_gate,
+        steps_in_one_launch,
     ],
     ids=lambda f: f.__name__,
 )

@@ -34,6 +34,7 @@ REGISTERS = {
     "weight_grad_partial<double>": 200,  # 1 block of 256
     "tile_scan": 255,  # 2 blocks of 128
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
+    "fast_gru_steps": 255,  # 1 block of 256
     "wide_scan": 255,  # 1 block of 256
     "gate_pass": 64,  # bound by memory: 4 blocks of 256
     "norm_pass": 64,  # the same
@@ -73,6 +74,7 @@ MATRIX_INSTRUCTIONS = {
     "wide_scan": "HMMA",
     "tile_relate": "HMMA",
     "cluster_relate": "HMMA",
+    "fast_gru_steps": "HMMA",
     "matrix_weight_grad": "HMMA",
 }
 

@@ -1,0 +1,104 @@
+"""fast_gru's persistent kernel, unchanged, thread by thread on a CPU: numerics, schedules, sanitizers, refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_host.harness import LaunchError, Machine
+from tests.ops.test_fast_gru import inputs
+from tests.tolerance import assert_close_to_reference
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def rows(sequence: Tensor) -> Tensor:
+    """[K, rows, features] of [N,K,features,L,H,W]."""
+    return sequence.permute(1, 0, 3, 4, 5, 2).reshape(sequence.shape[1], -1, sequence.shape[2]).contiguous()
+
+
+def check(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, save: bool) -> None:
+    """o, the last state and what is saved against the reference; the library's products are made here."""
+    tensors = inputs(shape, hidden, dtype)
+    x, ux, uo, w, vx, vo, o0 = tensors
+    n, k, c, *positions = shape
+    low = [rows(x).float() @ weight.float().T for weight in (ux, vx)]
+    given = {"hidden": low[0].to(dtype), "candidate": low[1].to(dtype)}
+    state = rows(o0.unsqueeze(1))[0].float()
+    # Clips of a longer sequence: neighbours in time and sample must not be written.
+    around = torch.full((n, k + 1, *positions, c), 7.0, dtype=dtype)
+    out = around[:, :k]
+    out.fill_(torch.nan)
+    saved = {name: torch.full((k, state.shape[0], c), torch.nan, dtype=dtype) for name in "rz"} if save else {}
+    tensors = {"uo": uo, "w": w, "vo": vo, **given, **saved, "state": state, "out": out}
+    machine.call("fast_gru_steps", tensors, rows=state.shape[0], C=c, R=hidden, steps=k, positions=state.shape[0] // n)
+    assert (around[:, k] == 7).all()
+
+    # Both start from the rounded products with x, which are the library's business.
+    def run(to: torch.dtype) -> dict[str, Tensor]:
+        o, results = rows(o0.unsqueeze(1))[0].to(to), []
+        hx, cx = (given_.to(to) for given_ in (low[0].to(dtype), low[1].to(dtype)))
+        for step in range(k):
+            h = torch.relu(hx[step] + o @ uo.to(to).T)
+            r, z = (torch.sigmoid(half @ gate.to(to).T) for half, gate in zip(h.chunk(2, 1), w, strict=True))
+            candidate = torch.tanh(cx[step] + (r * o) @ vo.to(to).T)
+            o = (1 - z) * o + z * candidate
+            results.append((h, candidate, r, z, o))
+        stacked = [torch.stack(values) for values in zip(*results, strict=True)]
+        return dict(zip(("hidden", "candidate", "r", "z", "out"), stacked, strict=True)) | {"state": o}
+
+    exact, eager = run(torch.float64), run(dtype)
+    got = {**given, **saved, "state": state, "out": rows(out.movedim(-1, 2))}
+    for name in ("out", "state", *(("hidden", "candidate", "r", "z") if save else ())):
+        assert_close_to_reference(got[name], exact[name], eager[name], name)
+    if not save:
+        assert torch.equal(given["hidden"], low[0].to(dtype)) and torch.equal(given["candidate"], low[1].to(dtype))
+
+
+# Two units per block; odd sizes with a partly empty last block; more hidden units than gate units; fewer rows than a tile.
+PROBLEMS = [
+    ((2, 3, 40, 1, 3, 5), 10, 3),
+    ((1, 2, 35, 2, 3, 7), 19, 4),
+    ((1, 2, 9, 1, 1, 3), 20, 4),
+]
+
+
+@pytest.mark.parametrize(("shape", "hidden", "multiprocessors"), PROBLEMS, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_numerics(machine, shape, hidden, multiprocessors, dtype, seed) -> None:
+    machine.seed, machine.device = seed, {"multiprocessors": multiprocessors}
+    check(machine, shape, hidden, dtype, save=dtype == BF16)
+    assert "one launch" in machine.plan
+
+
+def test_many_runs_of_inputs_for_every_warp(machine) -> None:
+    machine.device = {"multiprocessors": 20}
+    check(machine, (1, 2, 300, 1, 1, 3), 33, BF16, save=True)
+
+
+def test_schedules_do_not_matter(machine, seed) -> None:
+    results = []
+    for index, multiprocessors in itertools.product(range(3), (2, 3)):
+        torch.manual_seed(seed)
+        machine.seed, machine.device = seed + index, {"multiprocessors": multiprocessors}
+        check(machine, (1, 2, 24, 1, 2, 3), 6, BF16, save=False)
+        results.append(machine.plan)
+    assert len(set(results)) == 2
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, seed) -> None:
+    machine = machine_with(sanitizer, seed=seed, device={"multiprocessors": 3})
+    check(machine, (1, 2, 20, 1, 1, 3), 5, BF16, save=True)
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(machine) -> None:
+    machine.device = {"multiprocessors": 2}
+    with pytest.raises(LaunchError, match="5 and 4 units of 8 outputs for 2 multiprocessors"):
+        check(machine, (2, 2, 40, 1, 1, 3), 10, BF16, save=False)
+    machine.device = {"multiprocessors": 4, "shared_bytes": 48 * 1024}
+    with pytest.raises(LaunchError, match="bytes of shared memory, of 49152"):
+        check(machine, (1, 2, 40, 1, 1, 3), 10, BF16, save=False)
