@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -480,6 +481,26 @@ def _plan(x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, 
     )
 
 
+def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
+    native = _library.native()
+    if native is None or x.numel() == 0:
+        return _plan(x, ux, *rest)
+    gpu = torch.cuda.get_device_properties(x.device)
+    n, _, c, *positions = x.shape
+    found = native.fast_gru_gpu_plan(
+        n * math.prod(positions),
+        c,
+        ux.shape[0] // 2,
+        str(x.dtype).removeprefix("torch."),
+        architecture=10 * gpu.major + gpu.minor,
+        multiprocessors=gpu.multi_processor_count,
+        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+    )
+    if found["why_not"] is None:
+        return f"U_x and V_x for all steps at once, then {found['text']}"
+    return f"{_plan(x, ux, *rest)}; {found['text']}"
+
+
 def _why_not_triton(x: Tensor, *_: Any) -> str | None:
     if x.device.type != "cuda":
         return f"x is on {x.device}"
@@ -499,7 +520,7 @@ _BACKENDS = (
         "cuda",
         _BINARY.forward,
         _predicates.why_not_cuda("fast_gru", "fast_gru"),
-        _plan,
+        _cuda_plan,
         _evidence.experimental("fast_gru"),
     ),
     Backend("triton", _TRITON.forward, _why_not_triton, _triton_plan),

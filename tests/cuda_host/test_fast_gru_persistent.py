@@ -58,7 +58,7 @@ def check(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dt
         assert torch.equal(given["hidden"], low[0].to(dtype)) and torch.equal(given["candidate"], low[1].to(dtype))
 
 
-# Two units per block; odd sizes with a partly empty last block; more hidden units than gate units; fewer rows than a tile.
+# Two units per block; odd sizes and a partly empty last block; more hidden units than others, fewer rows than a tile.
 PROBLEMS = [
     ((2, 3, 40, 1, 3, 5), 10, 3),
     ((1, 2, 35, 2, 3, 7), 19, 4),
@@ -80,13 +80,12 @@ def test_many_runs_of_inputs_for_every_warp(machine) -> None:
 
 
 def test_schedules_do_not_matter(machine, seed) -> None:
-    results = []
-    for index, multiprocessors in itertools.product(range(3), (2, 3)):
-        torch.manual_seed(seed)
+    plans = set()
+    for index, multiprocessors in itertools.product(range(2), (2, 3)):
         machine.seed, machine.device = seed + index, {"multiprocessors": multiprocessors}
         check(machine, (1, 2, 24, 1, 2, 3), 6, BF16, save=False)
-        results.append(machine.plan)
-    assert len(set(results)) == 2
+        plans.add(machine.plan)
+    assert len(plans) == 2
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])

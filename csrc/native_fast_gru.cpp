@@ -1,0 +1,51 @@
+// fast_gru in rcu_ops._native: for any GPU, there or not, whether one launch would run all steps, and how it would cut them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "common/fast_gru_gpu_plan.h"
+#include "native.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace rcu_ops;
+
+py::dict gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture, int multiprocessors,
+                  int64_t shared_bytes) {
+  if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1) throw py::value_error("expected rows, c, r, multiprocessors >= 1");
+  Gpu gpu;
+  gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
+  const fast_gru::PersistentPlan plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu);
+  py::dict d;
+  d["text"] = fast_gru::describe(plan);
+  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not));
+  d["blocks"] = plan.blocks;
+  d["units"] = plan.units;
+  d["hidden_units"] = plan.hidden_units;
+  d["half_units"] = plan.half_units;
+  d["depth"] = plan.depth;
+  d["hidden_depth"] = plan.hidden_depth;
+  d["weight_pitch"] = plan.weight_pitch;
+  d["hidden_pitch"] = plan.hidden_pitch;
+  d["gate_at"] = plan.gate_at;
+  d["hidden_at"] = plan.hidden_at;
+  d["partial_at"] = plan.partial_at;
+  d["shared_bytes"] = plan.shared_bytes;
+  d["low_at"] = plan.low_at;
+  d["gated_at"] = plan.gated_at;
+  d["exchange_at"] = plan.exchange_at;
+  d["scratch_bytes"] = plan.scratch_bytes;
+  return d;
+}
+
+}  // namespace
+
+void bind_fast_gru(py::module_& m) {
+  m.def("fast_gru_gpu_plan", &gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
+        py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
+        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), why not, and its cut: features "
+        "per block, and byte offsets in shared and scratch memory.");
+}

@@ -1,0 +1,80 @@
+"""The planner of fast_gru's persistent kernel: what fits on which GPU, that blocks cover every weight once, memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from rcu_ops import _library
+
+native = _library.native()
+pytestmark = pytest.mark.skipif(native is None, reason="rcu_ops._native is not built")
+
+A100 = {"architecture": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024}
+H200 = {"architecture": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
+
+
+def plan(rows: int, c: int, r: int, dtype: str = "bfloat16", **gpu: int) -> dict:
+    return native.fast_gru_gpu_plan(rows, c, r, dtype, **gpu)
+
+
+def test_the_paper_s_sizes() -> None:
+    """C = 2048, R = 512: 131 KB of weights and 40 KB of partial sums per block fit an H200, not 108 x 163 KB."""
+    found = plan(49, 2048, 512, **H200)
+    assert found["why_not"] is None
+    assert (found["blocks"], found["units"], found["hidden_units"]) == (128, 2, 1)
+    assert found["shared_bytes"] == 16 * 4160 + 2 * 16 * 1088 + 8 * 4160 + 8 * 64 * 20 * 4 <= 227 * 1024
+    refused = plan(49, 2048, 512, **A100)
+    assert refused["why_not"] == "256 and 128 units of 8 outputs for 108 multiprocessors, of at most 2 each"
+    assert refused["shared_bytes"] > 163 * 1024  # three units of outputs would not have fitted either
+    assert "one launch of 128 blocks" in found["text"] and "not in one launch" in refused["text"]
+    assert plan(49, 1024, 256, **A100)["why_not"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((65, 64, 16, "bfloat16"), "65 columns per step, of at most 64"),
+        ((49, 64, 16, "float32"), "the matrix unit is used for 16-bit data"),
+        ((49, 2304, 8, "float16"), "288 and 2 units"),
+    ],
+)
+def test_reasons(arguments, reason) -> None:
+    assert reason in plan(*arguments, **H200)["why_not"]
+    assert "needs sm_80" in plan(1, 64, 16, **{**H200, "architecture": 75})["why_not"]
+    assert "bytes of shared memory, of 65536" in plan(1, 1024, 64, **{**H200, "shared_bytes": 65536})["why_not"]
+
+
+@pytest.mark.parametrize("c", [1, 7, 8, 40, 100, 1000, 2048])
+@pytest.mark.parametrize("r", [1, 8, 19, 512])
+@pytest.mark.parametrize("multiprocessors", [4, 33, 132])
+def test_blocks_cover_every_output_once_and_areas_do_not_overlap(c, r, multiprocessors) -> None:
+    p = plan(49, c, r, architecture=90, multiprocessors=multiprocessors, shared_bytes=1 << 30)
+    if p["why_not"] is not None:
+        assert max(p["units"], p["hidden_units"]) > 2
+        return
+    assert p["blocks"] <= multiprocessors
+    features = [b * 8 * p["units"] + i for b in range(p["blocks"]) for i in range(8 * p["units"])]
+    assert sorted(f for f in features if f < c) == list(range(c))
+    hidden = []
+    for block in range(p["blocks"]):
+        for i in range(8 * p["hidden_units"]):
+            unit = block * p["hidden_units"] + i // 8
+            half, within = divmod(unit, p["half_units"])
+            feature = 8 * within + i % 8
+            if half < 2 and feature < r:
+                hidden.append(half * r + feature)
+    assert sorted(hidden) == list(range(2 * r))
+    assert p["depth"] % 32 == p["hidden_depth"] % 32 == 0 and p["depth"] >= c and p["hidden_depth"] >= r
+    # Rows of 16-byte words, 64 bytes apart in the banks; areas one after the other.
+    for pitch, depth in ((p["weight_pitch"], p["depth"]), (p["hidden_pitch"], p["hidden_depth"])):
+        assert pitch % 128 == 64 and pitch >= 2 * depth
+    assert p["gate_at"] == 8 * p["units"] * p["weight_pitch"]
+    assert p["hidden_at"] == p["gate_at"] + 16 * p["units"] * p["hidden_pitch"]
+    assert p["partial_at"] == p["hidden_at"] + 8 * p["hidden_units"] * p["weight_pitch"]
+    assert p["shared_bytes"] == p["partial_at"] + 8 * 64 * 20 * 4
+    areas = [p["low_at"], p["gated_at"], p["exchange_at"], p["scratch_bytes"]]
+    assert areas == sorted(areas) and all(at % 16 == 0 for at in areas) and p["low_at"] >= 8
+    sizes = [b - a for a, b in itertools.pairwise(areas)]
+    assert sizes == [2 * 49 * p["depth"]] * 2 + [4 * 49 * p["hidden_depth"]]
