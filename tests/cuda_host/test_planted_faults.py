@@ -351,6 +351,7 @@ PLAIN = [
     ("return with_type(p.dtype, [&](auto type) {", "return [&](auto run) { return run(float()); }([&](auto type) {")
 ]
 FEWER = {
+    "fast_gru_persistent.cu": [("launch_steps<__half>(", "launch_steps<__nv_bfloat16>(")],
     "recurrent_conv.cu": PLAIN,
     WEIGHT_GRAD: [
         (
