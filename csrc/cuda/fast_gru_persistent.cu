@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(threads, 1) fast_gru_steps(const Steps p, cons
         }
       }
     }
-    block_barrier();  // the sums before these have been read
+    // Between any two products the whole block meets at a grid barrier's arrival or end: the sums before these have been read.
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m)
 #pragma unroll

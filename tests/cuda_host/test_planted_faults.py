@@ -336,9 +336,9 @@ FAULTS = [
         file="fast_gru_persistent.cu",
     ),
     Fault(
-        "partial sums are overwritten while others read them",
-        "block_barrier();  // the sums before these have been read",
-        "",
+        "partial sums are read before all warps have written them",
+        "acc[m][n][j];\n    block_barrier();",
+        "acc[m][n][j];",
         steps_in_one_launch,
         "thread",
         file="fast_gru_persistent.cu",
