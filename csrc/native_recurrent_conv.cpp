@@ -138,6 +138,28 @@ void plain_block(const Scan& p, const cuda::PlainScanPlan& plan, int64_t block, 
     }
 }
 
+template <int Outputs, int Columns>
+void step_block(const Scan& p, const cuda::StepScanPlan& plan, int64_t block, Touched& touched) {
+  const int64_t channel0 = block % plan.channel_blocks * Outputs, column0 = block / plan.channel_blocks * Columns;
+  const int outputs = static_cast<int>(std::min<int64_t>(p.C - channel0, Outputs));
+  const int columns = static_cast<int>(std::min<int64_t>(p.N * p.H * p.W - column0, Columns));
+  for (int64_t i = 0; i < plan.launches; ++i) {
+    const Scan step = cuda::step_of(p, i, nullptr);
+    const auto first_of = [](const View& v, const View& whole) {
+      return (static_cast<char*>(v.data) - static_cast<char*>(whole.data)) / element_size(v.dtype);
+    };
+    for (int thread = 0; thread < cuda::step_threads; ++thread)
+      for (const bool reading : {true, false}) {
+        const View &v = reading ? step.x : step.y, &whole = reading ? p.x : p.y;
+        cuda::for_elements<Outputs, Columns>(
+            thread, cuda::step_threads, v.c == 1, outputs, columns, [&](int c, int j) {
+              (reading ? touched.read : touched.written)
+                  .push_back(first_of(v, whole) + cuda::column_offset(step, v, column0 + j) + (channel0 + c) * v.c);
+            });
+      }
+  }
+}
+
 // One tile of the kernels for 16-bit data: `Columns` columns from column0 on, copied by `threads` threads through a slot.
 template <int PaddedChannels, int Columns, bool Channels, typename Word>
 void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes, Touched& touched) {
@@ -194,13 +216,18 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
                                               plain ? cuda::Kernel::plain : cuda::Kernel::best);
   const int64_t blocks = plan.blocks();
   Touched touched;
-  for (int64_t block = begin; block < end && block < blocks; ++block)
-    plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
+  for (int64_t block = begin; block < end && block < blocks; ++block) {
+    if (plan.step)
+      plan.step->outputs == 64 ? step_block<64, 64>(p, *plan.step, block, touched)
+                               : step_block<32, 16>(p, *plan.step, block, touched);
+    else
+      plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
+  }
   py::dict d;
   d["text"] = cuda::describe(plan);
   d["blocks"] = blocks;
   d["shared_bytes"] = plan.shared_bytes();
-  d["scratch_bytes"] = plan.plain.scratch_bytes;
+  d["scratch_bytes"] = plan.scratch_bytes();
   d["read"] = as_bytes(touched.read);
   d["written"] = as_bytes(touched.written);
   return d;

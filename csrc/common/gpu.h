@@ -8,10 +8,12 @@
 #define RCU_OPS_DEVICE __device__ __forceinline__
 #define RCU_OPS_UNROLL _Pragma("unroll")
 #define RCU_OPS_UNROLL_2 _Pragma("unroll 2")
+#define RCU_OPS_UNROLL_4 _Pragma("unroll 4")
 #else
 #define RCU_OPS_DEVICE inline
 #define RCU_OPS_UNROLL
 #define RCU_OPS_UNROLL_2
+#define RCU_OPS_UNROLL_4
 #endif
 
 namespace rcu_ops {

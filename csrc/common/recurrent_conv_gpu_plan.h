@@ -9,6 +9,7 @@
 
 #include "gpu.h"
 #include "recurrent_conv.h"
+#include "recurrent_conv_step_plan.h"
 
 namespace rcu_ops::cuda {
 
@@ -232,18 +233,23 @@ inline std::string describe(const WideScanPlan& plan) {
 enum class Kernel : int { best, plain };
 
 struct ScanPlan {
+  std::optional<StepScanPlan> step;
   std::optional<TileScanPlan> tile;
   std::optional<WideScanPlan> wide;
   std::string why_not_matrix;
-  PlainScanPlan plain;  // when there is neither of them
+  PlainScanPlan plain;  // when there is none of them
 
-  bool is_plain() const { return !tile && !wide; }
-  int64_t blocks() const { return tile ? tile->blocks : wide ? wide->blocks : plain.blocks; }
-  int64_t shared_bytes() const { return tile ? tile->shared_bytes : wide ? wide->shared_bytes : plain.shared_bytes; }
+  bool is_plain() const { return !step && !tile && !wide; }
+  int64_t blocks() const { return step ? step->blocks : tile ? tile->blocks : wide ? wide->blocks : plain.blocks; }
+  int64_t shared_bytes() const {
+    return step ? step->shared_bytes : tile ? tile->shared_bytes : wide ? wide->shared_bytes : plain.shared_bytes;
+  }
+  int64_t scratch_bytes() const { return step ? step->scratch_bytes : is_plain() ? plain.scratch_bytes : 0; }
 };
 
 inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   ScanPlan plan;
+  const bool many_channels = p.C > wide_most_channels;
   if (kernel == Kernel::plain)
     plan.why_not_matrix = "the plain kernel was asked for";
   else if (p.C <= tile_most_channels)
@@ -251,10 +257,19 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   else
     plan.wide = plan_wide_scan(p, gpu, plan.why_not_matrix);
   if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
+  if (kernel == Kernel::plain) return plan;
+  // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks would leave
+  // multiprocessors idle; frame after frame where only the plain scan, which knows no matrix unit, can hold the channels.
+  const StepScanPlan step = plan_step_scan(p, gpu);
+  const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
+  if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&
+      ((single && plan.blocks() < gpu.multiprocessors) || (step.matrix && many_channels)))
+    plan.step = step, plan.tile.reset(), plan.wide.reset();
   return plan;
 }
 
 inline std::string describe(const ScanPlan& plan) {
+  if (plan.step) return describe(*plan.step);
   if (plan.tile) return describe(*plan.tile);
   if (plan.wide) return describe(*plan.wide);
   return describe(plan.plain) + " (not the matrix unit: " + plan.why_not_matrix + ")";

@@ -36,6 +36,17 @@ RCU_OPS_DEVICE void for_tile(int thread, int threads, bool along_channels, int64
     }
 }
 
+// Calls visit(row, column) once for each of rows <= Rows x columns <= Columns, each from one of `threads` threads, neighbours of which
+// take neighbouring rows (along_rows) or columns.
+template <int Rows, int Columns, typename Visit>
+RCU_OPS_DEVICE void for_elements(int thread, int threads, bool along_rows, int rows, int columns, Visit visit) {
+RCU_OPS_UNROLL_4
+  for (int e = thread; e < Rows * Columns; e += threads) {
+    const int row = along_rows ? e % Rows : e / Columns, column = along_rows ? e / Rows : e % Columns;
+    if (row < rows && column < columns) visit(row, column);
+  }
+}
+
 // What a thread copies at a time: 16 bytes, or what the alignment of the rows leaves, 8, 4 or 2. One loop serves all of the
 // short ones: a copy of it for each would be most of a kernel's code, and of the time it takes to compile.
 struct LongWord {

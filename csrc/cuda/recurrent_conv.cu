@@ -178,7 +178,7 @@ Scratch scan_scratch(const Scan& p, Kernel kernel) {
   Scratch scratch;
   Gpu gpu;
   scratch.error = current_gpu(gpu);
-  if (scratch.error.empty() && plan_scan(p, gpu, kernel).is_plain()) scratch.bytes = plan_plain_scan(p, gpu).scratch_bytes;
+  if (scratch.error.empty()) scratch.bytes = plan_scan(p, gpu, kernel).scratch_bytes();
   return scratch;
 }
 
@@ -194,6 +194,7 @@ std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   const ScanPlan plan = plan_scan(p, gpu, kernel);
   if (plan.blocks() > most_blocks) return "recurrent_conv: too many positions for one launch";
+  if (plan.step) return launch_step_scan(p, *plan.step, scratch, stream);
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
   if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
   return with_type(p.dtype, [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });

@@ -1,4 +1,4 @@
-// The matrix-unit scans, for the launcher in recurrent_conv.cu.
+// The scans that have files of their own, for the launcher in recurrent_conv.cu.
 #pragma once
 
 #include "common/recurrent_conv_gpu_plan.h"
@@ -8,6 +8,8 @@
 namespace rcu_ops::cuda {
 
 Error launch_tile_scan(const Scan& problem, const TileScanPlan& plan, Stream stream);
+// A launch per frame; scratch: plan.scratch_bytes.
+Error launch_step_scan(const Scan& problem, const StepScanPlan& plan, void* scratch, Stream stream);
 Error launch_wide_scan(const Scan& problem, const WideScanPlan& plan, Stream stream);
 
 }  // namespace rcu_ops::cuda

@@ -99,6 +99,15 @@ def weight_gradient(machine: Machine) -> None:
         assert machine.plan.startswith("matrix")
 
 
+def step(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 8}
+    for shape, layout in (((1, 530, 1, 3, 3), "contiguous"), ((1, 36, 1, 5, 5), "channels_last")):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight, h0 = (v.contiguous() for v in inputs(shape, dtype))
+            check_forward(machine, LAYOUTS[layout](x), weight, h0.float(), False, False)
+            assert machine.plan.startswith("step")
+
+
 def short_cycle(machine: Machine) -> None:
     for magnitude in (1.0, 1e31):
         a = magnitude * torch.randn(1, 12, 256)
@@ -124,7 +133,7 @@ def closed_gate(machine: Machine) -> None:
 
 
 SHORT = "cycle_consistency_short.cu"
-TILE, WIDE = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu"
+TILE, WIDE, STEP = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu", "recurrent_conv_step.cu"
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 RELATE, RELATE_BODY = "nonlocal_gates.cu", "nonlocal_gates_tile.h"
 BARRIER = "    block_barrier();\n"
@@ -204,7 +213,9 @@ FAULTS = [
     Fault("no warp barrier after the wait", "warp_barrier();  // frame i", "// frame i", tile, "thread", file=TILE),
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
-    Fault("a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE),
+    Fault(
+        "a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE
+    ),
     Fault("words beyond the last column", "lane, 32, C, columns, pitch", "lane, 32, C, M, pitch", tile, file=TILE),
     Fault("a swapped half of b", "left[2] = {b[0], b[1]}", "left[2] = {b[0], b[3]}", wide, file=WIDE),
     Fault(
@@ -289,6 +300,16 @@ FAULTS = [
         file=WEIGHT_GRAD,
     ),
     Fault(
+        "a piece is overwritten while it is read",
+        "      block_barrier();  // the piece before",
+        "      // the piece before",
+        step,
+        "thread",
+        STEP,
+    ),
+    Fault("a piece is not waited for", "async_wait<1>();", "async_wait<2>();", step, file=STEP),
+    Fault("one half for both pieces", "k0 / D % 2);\n      for", "0);\n      for", step, file=STEP),
+    Fault(
         "a range of splits is left out", "int r = 1; r < sum", "int r = 2; r < sum", weight_gradient, file=WEIGHT_GRAD
     ),
     Fault(
@@ -366,6 +387,7 @@ FEWER = {
         ("launch_as<T, 8>", "launch_as<T, 4>"),
         ("<__half>", "<__nv_bfloat16>"),
     ],
+    STEP: [("<__half>", "<__nv_bfloat16>"), ("<double>", "<float>")],
     WIDE: [("<__half>", "<__nv_bfloat16>")],
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
     "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
@@ -416,6 +438,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         tile_long,
         wide,
         weight_gradient,
+        step,
         relate,
         relate_tiles,
         relate_clusters,

@@ -446,6 +446,82 @@ def test_weight_gradient_of_many_rows_and_channels(machine) -> None:
     check_backward(machine, torch.randn(x.shape), None, x, weight, h0, False, False)
 
 
+# ---- one frame per launch -------------------------------------------------------------------------------------------
+
+STEPS = [  # with 4 multiprocessors; the larger tile when it fills them
+    ((1, 64, 1, 7, 7), "contiguous", {"multiprocessors": 8}, "8 blocks of 32 channels x 16 columns"),
+    ((3, 20, 1, 3, 5), "channels_last", {}, "3 blocks of 32 channels x 16 columns"),
+    ((1, 130, 1, 4, 4), "width_major", {"multiprocessors": 64}, "5 blocks of 32 channels x 16 columns"),
+    ((2, 264, 1, 6, 6), "channels_last", {"multiprocessors": 8}, "10 blocks of 64 channels x 64 columns"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "device", "plan"), STEPS, ids=lambda v: str(v).replace(" ", "")[:24])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_single_frames(machine, shape, layout, device, plan, dtype, seed) -> None:
+    """A frame after a given state, with and without the epilogue; h0 in x's dtype and in the state's."""
+    machine.seed, machine.device = seed, device
+    x, weight, h0 = inputs(shape, dtype)
+    x = LAYOUTS[layout](x)
+    check_forward(machine, x, weight, h0, True, False)
+    # fp32 and fp64 have the small tile alone, and are cut otherwise where the scan fills the device.
+    on_matrix_unit = dtype in (torch.bfloat16, torch.float16)
+    assert not on_matrix_unit or machine.plan.startswith(f"step: {plan} on the matrix unit")
+    state = LAYOUTS[layout](h0.to(state_dtype(dtype)).unsqueeze(2)).squeeze(2)
+    channels = torch.randn(shape[1], dtype=state_dtype(dtype))
+    options: dict[str, Any] = {"scale": channels, "shift": -channels, "residual": x, "relu": True}
+    y, h_n = machine.forward(x, weight.t().contiguous().t(), state, **options)
+    machine.plain = True
+    want, want_n = machine.forward(x, weight, state, **options)
+    if not on_matrix_unit:  # the same order of additions
+        assert torch.equal(y, want)
+        assert torch.equal(h_n, want_n)
+    exact_h, exact_n = exact_forward(x, weight, state, False, False)
+    shaped = channels.double()[:, None, None, None]
+    eager = reference.recurrent_conv_affine_act(
+        x, weight, channels.to(dtype), -channels.to(dtype), state.to(dtype), x, state_dtype=dtype
+    )
+    assert_close_to_reference(y, torch.relu(shaped * exact_h - shaped + x.double()), eager[0])
+    assert_close_to_reference(h_n, exact_n, eager[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("channels", "layout"), [(24, "contiguous"), (128, "channels_last"), (160, "contiguous")])
+def test_single_frames_continue_a_sequence_exactly(machine, channels, layout, dtype) -> None:
+    """A stream of single frames, split over output channels, has the bits of the scan over all of them."""
+    x, weight, h0 = inputs((1, channels, 3, 3, 4), dtype)
+    x, state = LAYOUTS[layout](x), h0.to(state_dtype(dtype))
+    whole, whole_n = machine.forward(x, weight, state)
+    assert not machine.plan.startswith("step")
+    frames = []
+    for frame in x.split(1, dim=2):
+        h, state = machine.forward(frame, weight, state)
+        assert machine.plan.startswith("step")
+        frames.append(h)
+    assert torch.equal(torch.cat(frames, 2), whole)
+    assert torch.equal(state, whole_n)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_more_channels_than_a_scan_holds(machine, layout, dtype, seed) -> None:
+    """Frame after frame on the matrix unit, forward and backward; cut in two, the same bits."""
+    machine.seed = seed
+    x, weight, h0 = inputs((1, 280, 4, 3, 3), dtype)
+    x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(x.shape).to(dtype))
+    check_forward(machine, x, weight, h0.float(), True, True)
+    assert machine.plan.startswith("step: 4 launches of ")
+    check_backward(machine, grad_h, h0.float(), x, weight, h0, False, False)
+    check_backward(machine, None, h0.float(), x, weight, None, True, True)
+    whole, whole_n = machine.forward(x, weight)
+    head, state = machine.forward(x[:, :, :1], weight)
+    tail, state = machine.forward(x[:, :, 1:], weight, state)
+    assert torch.equal(torch.cat([head, tail], 2), whole)
+    assert torch.equal(state, whole_n)
+
+
+# ---- the weight gradient ---------------------------------------------------------------------------------------------
+
 # On the matrix unit: full and partial tiles and stages, words of every width, several tiles, several splits.
 WEIGHT_GRADIENTS = [
     ((2, 64, 4, 8, 8), "contiguous", "1 tiles of 64 x 64 x 2 splits of 256 rows, along columns by 16 bytes"),
@@ -495,6 +571,9 @@ SANITIZED = [
     ((2, 5, 3, 3, 3), torch.float32, "contiguous", {}),
     ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
     ((2, 66, 3, 6, 8), torch.bfloat16, "contiguous", {}),
+    ((1, 530, 2, 1, 5), torch.bfloat16, "contiguous", {}),
+    ((1, 264, 2, 6, 6), torch.float16, "channels_last", {"multiprocessors": 8}),
+    ((1, 136, 1, 3, 5), torch.float32, "channels_last", {}),
     ((1, 130, 2, 3, 7), torch.float16, "middle_channels", {"shared_bytes": 26 * 1024, "multiprocessors": 1}),
     ((1, 130, 2, 3, 3), torch.float64, "every_other_column", {"shared_bytes": 40 * 1024, "multiprocessors": 1}),
 ]

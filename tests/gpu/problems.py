@@ -105,7 +105,7 @@ def _probed(name: str) -> Iterator[Problem]:
 # ---- recurrent_conv ------------------------------------------------------------------------------------------------
 
 # Every kernel and most of its edges: padded channels and columns, words of 16 to 2 bytes, W in shared memory and in
-# pieces, several blocks, one frame, many frames of few positions.
+# pieces, several blocks, one frame alone and frame after frame, many frames of few positions, many splits.
 SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "C64 contiguous": ((3, 64, 5, 16, 16), torch.contiguous_format),
     "C64 channels_last": ((3, 64, 5, 14, 14), torch.channels_last_3d),
@@ -117,6 +117,10 @@ SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "C33 odd": ((2, 33, 3, 7, 3), torch.contiguous_format),
     "C130 odd": ((1, 130, 3, 5, 3), torch.contiguous_format),
     "one frame": ((2, 256, 1, 7, 7), torch.channels_last_3d),
+    "one frame C64": ((1, 64, 1, 28, 28), torch.contiguous_format),
+    "one frame C1030": ((1, 1030, 1, 7, 7), torch.contiguous_format),
+    "C512 many columns": ((6, 512, 3, 24, 24), torch.channels_last_3d),
+    "many splits": ((4, 128, 6, 20, 20), torch.contiguous_format),
     "many frames": ((1, 64, 70, 3, 3), torch.contiguous_format),
 }
 

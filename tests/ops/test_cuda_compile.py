@@ -33,6 +33,8 @@ REGISTERS = {
     "weight_grad_partial": 128,  # 2 blocks of 256
     "weight_grad_partial<double>": 200,  # 1 block of 256
     "tile_scan": 255,  # 2 blocks of 128
+    "step_scan": 128,  # 4 blocks of 128
+    "plain_step_scan": 128,  # the same
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
     "fast_gru_steps": 255,  # 1 block of 256
     "wide_scan": 255,  # 1 block of 256
@@ -72,6 +74,7 @@ class Usage:
 MATRIX_INSTRUCTIONS = {
     "tile_scan": "HMMA",
     "wide_scan": "HMMA",
+    "step_scan": "HMMA",
     "tile_relate": "HMMA",
     "cluster_relate": "HMMA",
     "fast_gru_steps": "HMMA",
@@ -188,6 +191,8 @@ def test_all_types_are_there(usage) -> None:
     for architecture in ARCHITECTURES:
         assert sum(arch == architecture and name.startswith("tile_scan<") for arch, name in usage) == 2 * 3 * 2
         assert sum(arch == architecture and name.startswith("wide_scan<") for arch, name in usage) == 2 * 2
+        assert sum(arch == architecture and name.startswith("step_scan<") for arch, name in usage) == 2 * 2
+        assert sum(arch == architecture and name.startswith("plain_step_scan<") for arch, name in usage) == 2
         assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2 * 2
         for kernel in ("plain_scan", "weight_grad_partial", "sum_splits", "fast_gru_pass"):
             types = {

@@ -1,0 +1,104 @@
+// recurrent_conv one frame at a time on a GPU: a single frame after a given state, and scans of 16-bit data with more channels than
+// the other kernels hold. Pure functions of shapes, strides and the device's limits.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "gpu.h"
+#include "recurrent_conv.h"
+
+namespace rcu_ops::cuda {
+
+inline constexpr int step_threads = 128;
+
+// A launch per frame; a block owns `outputs` output channels at `columns` columns.
+struct StepScanPlan {
+  bool matrix = false;  // 16-bit data on the matrix unit, else FMAs
+  int outputs = 0, columns = 0;
+  int depth = 0;  // input channels in shared memory at a time
+  int64_t channel_blocks = 0, column_blocks = 0, blocks = 0;
+  int64_t launches = 0;
+  bool weight_vectors = false;  // rows of W can be copied in words of 16 bytes
+  // Shared memory: the columns' offsets in x, y, residual, first, last; W and the state, of 16-bit numbers one row per output
+  // channel and per column, pitch bytes apart, else two pieces of each with one row per input channel; the block's values.
+  int64_t weight_at = 0, state_at = 0, values_at = 0, shared_bytes = 0;
+  int64_t pitch = 0;
+  int64_t scratch_bytes = 0;  // states between launches
+};
+
+inline constexpr int plain_step_depth = 128;  // of one piece
+inline constexpr int plain_step_outputs = 32, plain_step_columns = 16;
+
+// The launches of a scan: the gradient of the first state is one more product.
+inline int64_t step_launches(const Scan& p) { return p.T + (p.last_kind == Last::projected ? 1 : 0); }
+
+inline StepScanPlan plan_step_scan(const Scan& p, const Gpu& gpu) {
+  const auto blocks_of = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
+  const int64_t columns = p.N * p.G * p.H * p.W, size = state_size(p.dtype);
+  StepScanPlan plan;
+  plan.matrix = p.dtype == DType::bf16 || p.dtype == DType::f16;
+  // The larger tile reads a third of the bytes per product from L2, once it fills the GPU.
+  const bool large = plan.matrix && blocks_of(columns, 64) * blocks_of(p.C, 64) >= gpu.multiprocessors;
+  plan.outputs = large ? 64 : plain_step_outputs;
+  plan.columns = large ? 64 : plain_step_columns;
+  plan.channel_blocks = blocks_of(p.C, plan.outputs);
+  plan.column_blocks = blocks_of(columns, plan.columns);
+  plan.blocks = plan.channel_blocks * plan.column_blocks;
+  plan.launches = step_launches(p);
+  plan.weight_at = 5 * plan.columns * 8;
+  if (plan.matrix) {
+    const int most = large ? 256 : 512;
+    plan.depth = p.C < most ? static_cast<int>((p.C + 15) / 16 * 16) : most;
+    plan.pitch = 2 * plan.depth + 16;  // an odd number of 16-byte words: eight rows are spread over all banks
+    plan.weight_vectors =
+        p.weight_in == 1 && p.weight_out % 8 == 0 && p.C % 8 == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+    plan.state_at = plan.weight_at + plan.outputs * plan.pitch;
+    plan.values_at = plan.state_at + plan.columns * plan.pitch;
+  } else {
+    plan.depth = plain_step_depth;
+    plan.state_at = plan.weight_at + 2 * plan.depth * (plan.outputs + 2) * size;
+    plan.values_at = plan.state_at + 2 * plan.depth * plan.columns * size;
+  }
+  plan.shared_bytes = plan.values_at + plan.outputs * (plan.columns + 1) * size;
+  plan.scratch_bytes = (plan.launches < 3 ? plan.launches - 1 : 2) * columns * p.C * size;
+  return plan;
+}
+
+// Launch i of a scan, in the order of processing, as a scan of one frame. Its Last is state or none.
+inline Scan step_of(const Scan& p, int64_t i, void* scratch) {
+  const int64_t frames = step_launches(p), t = p.reverse ? p.T - 1 - i : i, states = p.N * p.G * p.C * p.H * p.W;
+  const bool extra = i == p.T;
+  Scan s = p;
+  s.T = 1;
+  const auto frame_of = [&](View& v) {
+    v.data = !v.data || extra ? nullptr : static_cast<char*>(v.data) + t * v.t * element_size(v.dtype);
+  };
+  frame_of(s.x), frame_of(s.y), frame_of(s.residual);
+  s.alpha = s.alpha_first = s.alpha_final = extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha;
+  // States between launches lie as x does.
+  const auto between = [&](int64_t index) {
+    View v;
+    v.dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+    v.data = static_cast<char*>(scratch) + index % 2 * states * state_size(p.dtype);
+    const bool channels = (p.x.data ? p.x : p.y).c == 1;
+    v.c = channels ? 1 : p.H * p.W, v.w = channels ? p.C : 1, v.h = p.W * v.w, v.g = p.C * p.H * p.W, v.n = p.G * v.g;
+    return v;
+  };
+  if (i > 0) {
+    s.init = Init::state;
+    s.first = between(i - 1);
+  }
+  s.last_kind = i < frames - 1 || p.last_kind != Last::none ? Last::state : Last::none;
+  if (i < frames - 1) s.last = between(i);
+  return s;
+}
+
+inline std::string describe(const StepScanPlan& plan) {
+  const auto text = [](int64_t v) { return std::to_string(v); };
+  return "step: " + (plan.launches > 1 ? text(plan.launches) + " launches of " : std::string()) + text(plan.blocks) +
+         " blocks of " + text(plan.outputs) + " channels x " + text(plan.columns) + " columns" +
+         (plan.matrix ? " on the matrix unit" : "") + ", " + text(plan.depth) + " input channels at a time";
+}
+
+}  // namespace rcu_ops::cuda

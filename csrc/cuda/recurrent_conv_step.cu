@@ -1,0 +1,290 @@
+// recurrent_conv one frame per launch: the step of a stream, and scans of 16-bit data with more than 256 channels.
+//
+// A scan's kernel gives a block all output channels of its columns, because the next frame needs them all. A single frame does not,
+// so here output channels are split as well: 49 positions of 512 channels are 64 blocks instead of one or two.
+#include "cuda/device/async_copy.h"
+#include "cuda/device/barrier.h"
+#include "cuda/device/convert.h"
+#include "cuda/device/matrix_copy.h"
+#include "cuda/device/mma.h"
+#include "cuda/device/shared_memory.h"
+#include "cuda/recurrent_conv_tile.h"
+#include "cuda/recurrent_conv_views.h"
+
+namespace rcu_ops::cuda {
+namespace {
+
+// What a block works on: `outputs` channels from channel0 on, `columns` columns, and their offsets in the tensors.
+struct Block {
+  int64_t channel0, column0;
+  int outputs, columns;
+  int64_t *x, *y, *residual, *first, *last;
+};
+
+template <int O, int P>
+__device__ __forceinline__ Block block_of(const Scan& p, const StepScanPlan& plan) {
+  Block b;
+  b.channel0 = blockIdx.x % plan.channel_blocks * O;
+  b.column0 = blockIdx.x / plan.channel_blocks * P;
+  const int64_t channels_left = p.C - b.channel0, columns_left = p.N * p.G * p.H * p.W - b.column0;
+  b.outputs = channels_left < O ? static_cast<int>(channels_left) : O;
+  b.columns = columns_left < P ? static_cast<int>(columns_left) : P;
+  b.x = dynamic_shared<int64_t>();
+  b.y = b.x + P, b.residual = b.y + P, b.first = b.residual + P, b.last = b.first + P;
+  for (int i = threadIdx.x; i < b.columns; i += step_threads) {
+    b.x[i] = column_offset(p, p.x, b.column0 + i);
+    b.y[i] = column_offset(p, p.y, b.column0 + i);
+    b.residual[i] = column_offset(p, p.residual, b.column0 + i);
+    b.first[i] = column_offset(p, p.first, b.column0 + i);
+    b.last[i] = column_offset(p, p.last, b.column0 + i);
+  }
+  return b;
+}
+
+// Calls visit(channel, column, the block's value there), within the block's part of the tensors, once for each.
+template <int O, int P, typename S, typename Visit>
+__device__ __forceinline__ void for_values(const Block& b, const View& v, S* values, Visit visit) {
+  for_elements<O, P>(threadIdx.x, step_threads, v.c == 1, b.outputs, b.columns,
+                     [&](int c, int j) { visit(b.channel0 + c, j, values[c * (P + 1) + j]); });
+}
+
+// The block's new state, in `values`, to y and last.
+template <typename T, typename S, int O, int P>
+__device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* values) {
+  if (p.y.data) {
+    T* y = static_cast<T*>(p.y.data);
+    const T* residual = static_cast<const T*>(p.residual.data);
+    const S *scale = static_cast<const S*>(p.scale), *shift = static_cast<const S*>(p.shift);
+    for_values<O, P>(b, p.y, values, [&](int64_t c, int j, S value) {
+      if (scale) {
+        value = fma(scale[c], value, shift[c]);
+        if (residual) value += widen(residual[b.residual[j] + c * p.residual.c]);
+        if (p.relu) value = value < 0 ? S(0) : value;  // NaN stays
+      }
+      y[b.y[j] + c * p.y.c] = narrow<T>(value);
+    });
+  }
+  if (p.last_kind != Last::none)
+    for_values<O, P>(b, p.last, values, [&](int64_t c, int j, S value) {
+      store_state<T, S>(p.last, b.last[j] + c * p.last.c, p.dtype, value);
+    });
+}
+
+// ---- the matrix unit -------------------------------------------------------------------------------------------------
+
+// One frame (a Scan with T = 1), T bf16 or half, any C, any strides.
+//
+// Work.     A block of 4 warps computes O = 32 M output channels at P = 16 N columns; a warp 16 M x 8 N of them. Rows of the matrix
+//           product are output channels, its columns columns of the problem.
+// State.    As in tile_scan: v = alpha * (W round(v) + diag(W) * (v - round(v)) + x), added up in the order of tile_scan and wide_scan,
+//           16 input channels per step: on the host machine, which contracts nothing, the bits are those of the sequence. On a GPU
+//           the compiler may contract the second term in one kernel and not in another: then they agree to an ulp of the fp32
+//           state. Frame after frame (more than 256 channels) and one by one it is this kernel both times, and the same bits.
+// Memory.   Shared memory as in StepScanPlan. W comes by cp.async where its rows allow, the state through registers, where it is
+//           rounded; depth input channels of both at a time. x and the state's share are laid down as `values`, from where they
+//           become accumulators, and the new state goes back there, so that every tensor is read and written along its own
+//           contiguous dimension.
+// Padding.  Input channels beyond the last are zero in both factors, columns and output channels beyond the last are not stored.
+// Aliasing. y and last overlap no input. Every output element has one writer.
+// Bound.    A few hundred positions: latency, of one round trip to L2 (W has been there since the last frame, or comes from HBM:
+//           2 C^2 bytes), C / 16 dependent products, and the launch. Floor: bytes of W, x, y and both states at HBM's rate, plus a
+//           launch. With many positions the blocks read 0.25 bytes per multiply-add from L2, 0.09 with the larger tile.
+template <typename T, int M, int N>
+__global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const StepScanPlan plan) {
+  constexpr int O = 32 * M, P = 16 * N;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = lane / 8, tile_row = lane % 8;
+  const int pitch = static_cast<int>(plan.pitch);
+  unsigned char *weight = dynamic_shared<unsigned char>(plan.weight_at), *state = dynamic_shared<unsigned char>(plan.state_at);
+  float* values = dynamic_shared<float>(plan.values_at);
+  const Block b = block_of<O, P>(p, plan);
+  block_barrier();
+
+  const T* w = static_cast<const T*>(p.weight);
+  const bool product = p.init == Init::state, keep = p.init == Init::added;
+  const auto stage = [&](int64_t k0, int depth) {  // depth: a multiple of 16
+    const T* from = w + b.channel0 * p.weight_out + k0 * p.weight_in;
+    const int inputs = p.C - k0 < depth ? static_cast<int>(p.C - k0) : depth;
+    if (plan.weight_vectors) {
+      for (int e = thread; e < O * depth / 8; e += step_threads) {
+        const int o = e / (depth / 8), k = e % (depth / 8) * 8;
+        unsigned char* to = weight + o * pitch + 2 * k;
+        if (o < b.outputs && k < inputs)
+          async_copy<16>(to, from + o * p.weight_out + k);
+        else
+          *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+      }
+      async_commit();
+    } else {
+      const bool along_inputs = p.weight_in == 1;
+      for (int e = thread; e < O * depth; e += step_threads) {
+        const int o = along_inputs ? e / depth : e % O, k = along_inputs ? e % depth : e / O;
+        *reinterpret_cast<T*>(weight + o * pitch + 2 * k) =
+            o < b.outputs && k < inputs ? from[o * p.weight_out + k * p.weight_in] : narrow<T>(0.0f);
+      }
+    }
+    const bool along_channels = p.first.c == 1;
+#pragma unroll 4
+    for (int e = thread; e < P * depth / 2; e += step_threads) {
+      const int j = along_channels ? e / (depth / 2) : e % P, k = (along_channels ? e % (depth / 2) : e / P) * 2;
+      float pair[2] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (j < b.columns && k + i < inputs)
+          pair[i] = load_state<T, float>(p.first, b.first[j] + (k0 + k + i) * p.first.c, p.dtype);
+      *reinterpret_cast<uint32_t*>(state + j * pitch + 2 * k) = pack<T>(pair[0], pair[1]);
+    }
+    if (plan.weight_vectors) async_wait<0>();
+  };
+
+  const T* x = static_cast<const T*>(p.x.data);
+  for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, float& value) {
+    const float h = p.init == Init::none ? 0.0f : load_state<T, float>(p.first, b.first[j] + c * p.first.c, p.dtype);
+    const float added = x ? widen(x[b.x[j] + c * p.x.c]) : 0.0f;
+    const float diagonal = widen(w[c * (p.weight_out + p.weight_in)]);
+    value = added + (product ? diagonal * rest_of(h, widen(narrow<T>(h))) : keep ? h : 0.0f);
+  });
+  if (product) stage(0, plan.depth);
+  block_barrier();
+  float acc[M][N][4];
+  const int my_channel = warp % 2 * 16 * M, my_column = warp / 2 * 8 * N;
+  // Calls visit(accumulator, the value it stands for).
+  const auto for_accumulators = [&](auto visit) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          visit(acc[m][n][i], values[(my_channel + 16 * m + i / 2 * 8 + lane / 4) * (P + 1) + my_column + 8 * n + lane % 4 * 2 + i % 2]);
+  };
+  for_accumulators([](float& a, float value) { a = value; });
+  for (int64_t k0 = 0; product && k0 < p.C; k0 += plan.depth) {
+    const int depth = p.C - k0 < plan.depth ? static_cast<int>((p.C - k0 + 15) / 16 * 16) : plan.depth;
+    if (k0 > 0) {
+      block_barrier();  // the piece before this one has been read
+      stage(k0, depth);
+      block_barrier();
+    }
+#pragma unroll 2
+    for (int k = 0; k < depth; k += 16) {
+      uint32_t a[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+        load_matrix<4, false>(a[m], weight + (my_channel + 16 * m + tile % 2 * 8 + tile_row) * pitch + 2 * (k + tile / 2 * 8));
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        uint32_t h[2];
+        load_matrix<2, false>(h, state + (my_column + 8 * n + tile_row) * pitch + 2 * (k + tile % 2 * 8));
+#pragma unroll
+        for (int m = 0; m < M; ++m) mma_m16n8k16<T>(acc[m][n], a[m], h);
+      }
+    }
+  }
+  const float alpha = static_cast<float>(p.alpha_final);
+  for_accumulators([&](float a, float& value) { value = alpha * a; });
+  block_barrier();
+  write_values<T, float, O, P>(p, b, values);
+}
+
+// ---- FMAs ------------------------------------------------------------------------------------------------------------
+
+// One frame (a Scan with T = 1), T float or double, any C, any strides.
+//
+// Work.     A block computes 32 output channels at 16 columns, a thread 2 x 2 of them.
+// Memory.   Shared memory as in StepScanPlan: W and the state come by cp.async, number by number, W transposed on its way; one
+//           piece of 128 input channels is computed while the next one comes.
+// Order.    That of plain_scan, bit for bit: acc = -0; for k: acc = fma(W[c][k], v[k], acc); v' = alpha * (acc + x).
+// Padding.  What lies in shared memory beyond the last output channel or column reaches only values that are not stored.
+// Bound.    As step_scan: latency, here of C dependent FMAs (4 cycles each) and a round trip to L2; each FMA needs two numbers of
+//           shared memory per thread, so many positions are better off with the scans.
+template <typename T>
+__global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p, const StepScanPlan plan) {
+  constexpr int O = plain_step_outputs, P = plain_step_columns, D = plain_step_depth, pitch = O + 2;
+  struct alignas(2 * sizeof(T)) Pair {
+    T v[2];
+  };
+  const int thread = threadIdx.x;
+  T *weight = dynamic_shared<T>(plan.weight_at), *state = dynamic_shared<T>(plan.state_at);
+  T* values = dynamic_shared<T>(plan.values_at);
+  const Block b = block_of<O, P>(p, plan);
+  block_barrier();
+
+  const T *w = static_cast<const T*>(p.weight) + b.channel0 * p.weight_out, *first = static_cast<const T*>(p.first.data);
+  const bool product = p.init == Init::state;
+  const auto fetch = [&](int64_t k0) {
+    if (k0 < p.C) {
+      const int inputs = p.C - k0 < D ? static_cast<int>(p.C - k0) : D, half = static_cast<int>(k0 / D % 2);
+      for_elements<O, D>(thread, step_threads, p.weight_out == 1, b.outputs, inputs, [&](int o, int k) {
+        async_copy<sizeof(T)>(weight + (half * D + k) * pitch + o, w + o * p.weight_out + (k0 + k) * p.weight_in);
+      });
+      for_elements<D, P>(thread, step_threads, p.first.c == 1, inputs, b.columns, [&](int k, int j) {
+        async_copy<sizeof(T)>(state + (half * D + k) * P + j, first + b.first[j] + (k0 + k) * p.first.c);
+      });
+    }
+    async_commit();
+  };
+  T acc[2][2] = {{T(-0.0), T(-0.0)}, {T(-0.0), T(-0.0)}};
+  const int my_channel = thread / (P / 2) * 2, my_column = thread % (P / 2) * 2;
+  if (product) fetch(0);
+  for (int64_t k0 = 0; product && k0 < p.C; k0 += D) {
+    fetch(k0 + D);
+    async_wait<1>();
+    block_barrier();  // this piece is here
+    const int inputs = p.C - k0 < D ? static_cast<int>(p.C - k0) : D, half = static_cast<int>(k0 / D % 2);
+    const T *a = weight + half * D * pitch + my_channel, *v = state + half * D * P + my_column;
+#pragma unroll 8
+    for (int k = 0; k < inputs; ++k, a += pitch, v += P) {
+      const Pair row = *reinterpret_cast<const Pair*>(a), column = *reinterpret_cast<const Pair*>(v);
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) acc[m][n] = fma(row.v[m], column.v[n], acc[m][n]);
+    }
+    block_barrier();  // and may be overwritten
+  }
+  async_wait<0>();
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) values[(my_channel + m) * (P + 1) + my_column + n] = acc[m][n];
+  block_barrier();
+  const T alpha = static_cast<T>(p.alpha_final), *x = static_cast<const T*>(p.x.data);
+  for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, T& value) {
+    T added = x ? x[b.x[j] + c * p.x.c] : T(0);
+    if (p.init == Init::added) added += first[b.first[j] + c * p.first.c];
+    value = alpha * (value + added);
+  });
+  block_barrier();
+  write_values<T, T, O, P>(p, b, values);
+}
+
+template <typename T>
+Error launch_matrix_step(const Scan& p, const StepScanPlan& plan, Stream stream) {
+  return launch("recurrent_conv step_scan", plan.outputs == 64 ? step_scan<T, 2, 4> : step_scan<T, 1, 1>,
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(step_threads), static_cast<size_t>(plan.shared_bytes), stream, p,
+                plan);
+}
+
+template <typename T>
+Error launch_plain_step(const Scan& p, const StepScanPlan& plan, Stream stream) {
+  return launch("recurrent_conv plain_step_scan", plain_step_scan<T>, dim3(static_cast<unsigned>(plan.blocks)),
+                dim3(step_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan);
+}
+
+}  // namespace
+
+Error launch_step_scan(const Scan& p, const StepScanPlan& plan, void* scratch, Stream stream) {
+  Error error;
+  for (int64_t i = 0; error.empty() && i < plan.launches; ++i) {
+    const Scan step = step_of(p, i, scratch);
+    switch (p.dtype) {
+      case DType::bf16: error = launch_matrix_step<__nv_bfloat16>(step, plan, stream); break;
+      case DType::f16: error = launch_matrix_step<__half>(step, plan, stream); break;
+      case DType::f32: error = launch_plain_step<float>(step, plan, stream); break;
+      default: error = launch_plain_step<double>(step, plan, stream);
+    }
+  }
+  return error;
+}
+
+}  // namespace rcu_ops::cuda
