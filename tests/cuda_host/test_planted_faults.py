@@ -213,9 +213,7 @@ FAULTS = [
     Fault("no warp barrier after the wait", "warp_barrier();  // frame i", "// frame i", tile, "thread", file=TILE),
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
-    Fault(
-        "a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE
-    ),
+    Fault("a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE),
     Fault("words beyond the last column", "lane, 32, C, columns, pitch", "lane, 32, C, M, pitch", tile, file=TILE),
     Fault("a swapped half of b", "left[2] = {b[0], b[1]}", "left[2] = {b[0], b[3]}", wide, file=WIDE),
     Fault(
