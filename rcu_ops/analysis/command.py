@@ -54,7 +54,10 @@ def add_parser(subparsers: Any) -> None:
         "--fps", type=float, help="frames per second, for labels in seconds and scores without times"
     )
     multilabel = _add(kinds, "video-map", _run_video_map, "mean average precision of videos with several labels each")
-    _add_scores(multilabel, labels="CSV file with the header video,label; a video has a row for each of its labels")
+    _add_scores(
+        multilabel,
+        labels="CSV file with the header video,label; a row for each label of a video, an empty one for none",
+    )
     multilabel.add_argument(
         "--pool",
         choices=("max", "mean"),

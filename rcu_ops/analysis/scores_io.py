@@ -266,12 +266,13 @@ def read_video_labels(path: str | Path, num_classes: int, classes: Sequence[str]
 
 
 def read_label_sets(path: str | Path, num_classes: int, classes: Sequence[str] | None = None) -> dict[str, set[int]]:
-    """Class indices per video from a ``video,label`` table with a row for each of its labels."""
+    """Class indices per video from a ``video,label`` table with a row for each label, an empty one for none at all."""
     path = Path(path)
     labels: dict[str, set[int]] = {}
     for line, row in _read_table(path, [("video", "label")])[1]:
-        index = _class_index(f"{path}, line {line}", row["label"], num_classes, classes)
-        labels.setdefault(row["video"], set()).add(index)
+        found = labels.setdefault(row["video"], set())
+        if row["label"]:
+            found.add(_class_index(f"{path}, line {line}", row["label"], num_classes, classes))
     return labels
 
 

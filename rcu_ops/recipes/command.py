@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 _LISTS = """\
 Lists of videos are CSV files: path,label (one label per video), or path,start,end,label with seconds (dense labels, for
-recipes with the loss bce). Paths are relative to the list; labels are class indices, or names with --labels. With
---input flow the paths are .npy files of `rcu-ops flow` in place of videos.
+recipes with the loss bce; with --trimmed actions, each a training clip and together the labels of their video). Paths
+are relative to the list; labels are class indices, or names with --labels. With --input flow the paths are .npy files
+of `rcu-ops flow` in place of videos.
 """
 
 _TRAIN = f"""\
@@ -49,7 +50,7 @@ labels) and one scores_MODE.npz per mode, all ready for `rcu-ops analyze`. An in
 same command.
 
 modes: clips (regularly spaced clips, averaged), sliding (the training length as a window over the whole video),
-unrolled (the whole video; frame by frame for causal networks).
+unrolled (the whole video; frame by frame for causal networks). With --trimmed the greatest score in place of the mean.
 
 {_LISTS}
 Exit codes: 0 done; 2 bad arguments; 3 done, but some videos could not be used (listed in summary.json); 130
@@ -61,12 +62,14 @@ _RESUMABLE = ("iterations", "milestones")
 # What scores depend on, beside the weights.
 _EVALUATION_SETTINGS = (
     "loss",
+    "trimmed",
     "classes",
     "frames",
     "period",
     "crop",
     "eval_scale",
     "eval_clips",
+    "eval_windows",
     "eval_crops",
     "sampling",
     "input",
@@ -197,10 +200,12 @@ def _train(args: argparse.Namespace, processes: Any) -> int:
         raise UserError(f"--out: {args.out} holds a run; --resume goes on with it, --overwrite replaces it")
     settings = _new_settings(args) if checkpoint is None else _resumed_settings(args, checkpoint)
     recipe = settings.recipe
-    videos = read_list(args.train, recipe.classes, settings.names, dense=recipe.dense)
+    videos = read_list(args.train, recipe.classes, settings.names, dense=recipe.intervals)
+    if recipe.trimmed:
+        videos = videos.actions()
     validation = None
     if args.val is not None:
-        validation = read_list(args.val, recipe.classes, settings.names, dense=recipe.dense)
+        validation = read_list(args.val, recipe.classes, settings.names, dense=recipe.intervals)
     torch.manual_seed(mix_seed(args.seed))
     model = _model(settings)
     if checkpoint is None and args.weights is not None:
@@ -264,14 +269,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
         options = {**stored.model_options, **_model_options(args)}
         settings = RunSettings(_override(stored.recipe, args, names), options, names)
     recipe = settings.recipe
-    videos = read_list(args.videos, recipe.classes, settings.names, dense=recipe.dense)
+    videos = read_list(args.videos, recipe.classes, settings.names, dense=recipe.intervals)
     model = _model(settings)
     _load_weights(model, args.weights, None, False)
     device = pick_device(args.device)
     model = model.eval().to(device)
     causal = not streaming_obstacles(model)
     if args.modes is None:
-        unrolled = causal and recipe.input == "rgb"
+        unrolled = causal and recipe.input == "rgb" and not recipe.trimmed
         modes = ["sliding" if recipe.dense else "clips", *(["unrolled"] if unrolled else [])]
     else:
         modes = list(dict.fromkeys(mode.strip() for mode in args.modes.split(",")))

@@ -49,6 +49,10 @@ class Recipe:
     ``loss="cross_entropy"`` compares the mean score of a clip with the one label of its video; ``"bce"`` (binary cross
     entropy) compares the scores of every frame with the classes present in it, averaged over frames and classes.
 
+    With ``trimmed`` every labelled interval is a training clip of its own: ``"cross_entropy"`` compares its mean score
+    with the interval's label, ``"bce"`` with all classes present in its frames. In evaluation a video has all its
+    labels, and every class the greatest score of its outputs.
+
     Raises:
         ValueError: a value out of its range, naming the field.
     """
@@ -56,7 +60,7 @@ class Recipe:
     name: str
     model: str = _setting("network, one of rcu_ops.list_models()")
     classes: int = _setting("number of classes")
-    loss: str = _setting("cross_entropy (one label per video) or bce (dense labels per frame)")
+    loss: str = _setting("cross_entropy (one label per clip) or bce (dense labels per frame)")
     frames: int = _setting("frames in a clip")
     batch: int = _setting("clips in one step, over all processes and accumulated parts")
     lr: float = _setting("initial learning rate; it does not follow --batch")
@@ -73,10 +77,16 @@ class Recipe:
     jitter: bool = _setting("start training clips at a random frame (otherwise they are centred)", True)
     eval_scale: int = _setting("short side in pixels before the centre crop of evaluation", 128)
     eval_clips: int = _setting("regularly spaced clips (or positions in the segments) per video in evaluation", 10)
+    eval_windows: tuple[int, int] = _setting(
+        "with sampling=segments: regularly spaced windows of a video that are scored one by one, and frames of each "
+        "(0: the whole video)",
+        (1, 0),
+    )
     eval_crops: int = _setting("crops of every clip in evaluation, averaged: 1, 5 or 10", 1)
     sampling: str = _setting("clip (neighbouring frames) or segments (one frame of each of `frames` segments)", "clip")
     input: str = _setting("rgb (videos) or flow (.npy files of rcu-ops flow, with sampling=segments)", "rgb")
     flow_length: int = _setting("neighbouring flow fields of a snippet", 10)
+    trimmed: bool = _setting("train on every labelled interval by itself; evaluate videos with several labels", False)
     multigrid: bool = _setting(
         "smaller clips in larger batches: shapes change with every step and milestone, the work of a step does not",
         False,
@@ -94,10 +104,17 @@ class Recipe:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        if self.sampling == "segments" and self.loss == "bce":
+        if self.sampling == "segments" and self.dense:
             raise ValueError("sampling: dense labels need neighbouring frames (clip), got 'segments'")
         if self.input == "flow" and self.sampling != "segments":
             raise ValueError(f"input: flow comes in snippets of segments (sampling=segments), got {self.sampling!r}")
+        if self.trimmed and self.input == "flow":
+            raise ValueError("trimmed: intervals in seconds need videos (input=rgb), got 'flow'")
+        windows, length = self.eval_windows if len(self.eval_windows) == 2 else (0, 0)
+        if windows < 1 or length < 0 or (length == 0 and windows > 1):
+            raise ValueError(f"eval_windows: expected a number from 1 and frames of each, got {self.eval_windows}")
+        if length and self.sampling != "segments":
+            raise ValueError(f"eval_windows: expected 1,0 with sampling={self.sampling}, got {self.eval_windows}")
         if self.multigrid and (self.sampling != "clip" or self.frames % LONG_CYCLE[0][0]):
             raise ValueError(
                 f"multigrid: expected sampling=clip and frames in fours, got {self.sampling!r} and {self.frames}"
@@ -129,7 +146,12 @@ class Recipe:
     @property
     def dense(self) -> bool:
         """Whether labels belong to frames instead of videos."""
-        return self.loss == "bce"
+        return self.loss == "bce" and not self.trimmed
+
+    @property
+    def intervals(self) -> bool:
+        """Whether lists of videos have labelled intervals."""
+        return self.dense or self.trimmed
 
     def grid(self, step: int) -> Grid:
         """What a step, counted from 0, trains on.
@@ -238,6 +260,13 @@ def _relational(classes: int, videos: int, stream: str) -> dict[str, Any]:
     }
 
 
+# Relational Long Short-Term Memory, §5.6: 7,985 of the 9,848 videos, which have 66,500 actions together.
+_CHARADES: dict[str, Any] = {
+    **_relational(157, round(66_500 * 7_985 / 9_848), "rgb"),
+    "trimmed": True,
+    "eval_windows": (10, 256),
+}
+
 # Learn to Cycle, §4.2: 16 frames, multigrid training, from HACS to all other data sets. One long cycle of equal parts.
 _SRTG: dict[str, Any] = {
     "loss": "cross_entropy",
@@ -310,6 +339,8 @@ RECIPES: Mapping[str, Recipe] = {
             for name, model in (("relational", "relational_two_branch"), ("tsn", "tsn_resnet101v2"))
             for stream in INPUTS
         ),
+        Recipe(name="charades_relational_rgb", model="relational_two_branch", **_CHARADES),
+        Recipe(name="charades_tsn_rgb", model="tsn_resnet101v2", **_CHARADES),
         *(
             Recipe(name=f"{data}_srtg", model="srtg_r3d_resnet50", **_srtg(classes, iterations))
             for data, classes, iterations in _SRTG_DATA
@@ -343,6 +374,14 @@ _TSN_ASSUMED: dict[str, str] = {
     **dict.fromkeys(("lr", "milestones", "iterations", "batch"), "those of the two-branch network"),
 }
 
+_CHARADES_ASSUMED: dict[str, str] = {
+    "loss": "the paper names none; a trimmed clip has one label",
+    **dict.fromkeys(
+        ("milestones", "iterations"),
+        "the paper's epochs of spatial streams, over the training videos' share of actions",
+    ),
+}
+
 _SRTG_ASSUMED: dict[str, str] = {
     "iterations": "the paper gives none",
     "milestones": "one long cycle of four equal parts, at which the rate is halved as the batch is",
@@ -369,6 +408,8 @@ _ASSUMED: Mapping[str, Mapping[str, str]] = {
     },
     **dict.fromkeys(_segment_recipes("relational"), _SEGMENTS_ASSUMED),
     **dict.fromkeys(_segment_recipes("tsn"), _TSN_ASSUMED),
+    "charades_relational_rgb": {**_SEGMENTS_ASSUMED, **_CHARADES_ASSUMED},
+    "charades_tsn_rgb": {**_TSN_ASSUMED, **_CHARADES_ASSUMED},
     **dict.fromkeys([f"{data}_srtg" for data, *_ in _SRTG_DATA], _SRTG_ASSUMED),
     "multithumos_resnet50": {**_RCN_ASSUMED, "lr_factor": "the paper says that the rate is dropped, not how far"},
 }
@@ -379,7 +420,11 @@ STARTING_WEIGHTS: Mapping[str, str] = {
         "ImageNet weights of a 2D ResNet of the same depth",
     ),
     **dict.fromkeys(
-        [name for network in ("relational", "tsn") for name in _segment_recipes(network, "rgb")],
+        [
+            *(name for network in ("relational", "tsn") for name in _segment_recipes(network, "rgb")),
+            "charades_relational_rgb",
+            "charades_tsn_rgb",
+        ],
         "ImageNet weights of a ResNet-101-v2",
     ),
     **dict.fromkeys(

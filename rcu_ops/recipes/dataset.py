@@ -8,6 +8,7 @@ the next one of the list that can, which depends on the files alone.
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
@@ -64,29 +65,49 @@ class Excerpt(NamedTuple):
     fault: str | None
 
 
-def read_clip(source: str, choose: Callable[[int], Sequence[int]]) -> Excerpt:
+def read_clip(source: str, choose: Callable[[int], Sequence[int]], span: tuple[float, float] | None = None) -> Excerpt:
     """The frames that ``choose(frame_count)`` asks for, decoded from the start of the video.
 
     Containers announce a number of frames that can be wrong. When the video ends (or breaks) before a chosen frame,
     ``choose`` is asked again with the number of frames that there are.
 
+    With a ``span`` (start and end in seconds, the end not included) ``choose`` chooses among the frames within it, by
+    the average frame rate, and numbers them from 0.
+
     Raises:
-        VideoError: the video cannot be opened, not one frame of it decodes, or its picture size changes on the way.
+        VideoError: the video cannot be opened, not one frame of it (or of the span) decodes, or its picture size
+            changes on the way.
     """
     with open_video(source) as reader:
         announced = reader.frame_count
         if announced is not None:
-            indices = choose(announced)
+            indices = _chosen(reader, announced, choose, span)
             found, fault = _collect(reader, set(indices))
             if len(found) == len(set(indices)):
                 return _excerpt(reader.name, found, indices, None)
         else:
             _, fault = _collect(reader, set())
         count = reader.frames_read
-    indices = choose(count)
     with open_video(source) as reader:
+        indices = _chosen(reader, count, choose, span)
         found, _ = _collect(reader, set(indices))
         return _excerpt(reader.name, found, indices, fault)
+
+
+def _chosen(
+    reader: VideoReader, count: int, choose: Callable[[int], Sequence[int]], span: tuple[float, float] | None
+) -> Sequence[int]:
+    """What ``choose`` takes of ``count`` frames, or of those within the span, as indices from the video's start."""
+    if span is None:
+        return choose(count)
+    if not reader.frame_rate:
+        raise VideoError(f"{reader.name}: it has no frame rate, by which seconds are found")
+    # A start or end on a frame's time is that frame, whichever way the product is rounded.
+    first, stop = (math.ceil(seconds * reader.frame_rate - 1e-6) for seconds in span)
+    stop = min(stop, count)
+    if first >= stop:
+        raise VideoError(f"{reader.name}: no frame from {span[0]:g} to {span[1]:g} seconds")
+    return [first + index for index in choose(stop - first)]
 
 
 Found = dict[int, tuple[np.ndarray, float]]
@@ -129,7 +150,7 @@ class Clip(NamedTuple):
 
     Attributes:
         frames: uint8 [T, crop, crop, 3], or 2 flow_length channels of flow; None when no video of the list can be used.
-        target: int64 [] (one label) or float32 [K, T] (classes present in each frame).
+        target: int64 [] (one label), or float32 of the classes present: [K, T] in each frame, [K] in an action's.
         problems: (place in the list, reason) of the files that were found unusable, or broken in part, on the way.
     """
 
@@ -139,7 +160,7 @@ class Clip(NamedTuple):
 
 
 class ClipBatch(NamedTuple):
-    """Examples stacked: frames uint8 [N, T, crop, crop, 3] or None, targets [N] or [N, K, T], all problems."""
+    """Examples stacked: frames uint8 [N, T, crop, crop, 3] or None, targets [N], [N, K, T] or [N, K], all problems."""
 
     frames: torch.Tensor | None
     target: torch.Tensor
@@ -200,7 +221,7 @@ class ClipDataset(Dataset[Clip]):
             frames = flow_pictures(fields, torch.tensor(choose(len(fields))), recipe.flow_length)
             times, fault = np.arange(len(frames)), None
         else:
-            images, times, fault = read_clip(str(video.path), choose)
+            images, times, fault = read_clip(str(video.path), choose, video.span)
             frames = torch.from_numpy(images)
         low, high = grid.scales
         scale = low + int(torch.randint(high - low + 1, (), generator=generator))
@@ -211,6 +232,9 @@ class ClipDataset(Dataset[Clip]):
         frames = flip(frames, probability=recipe.flip, generator=generator, mirrored=mirrored).contiguous()
         if recipe.dense:
             target = torch.from_numpy(video.present(times, recipe.classes)).float()
+        elif recipe.loss == "bce":
+            target = torch.from_numpy(video.present(times, recipe.classes)).any(1).float()
+            target[video.label] = 1.0  # also where frames are so far apart that none of the chosen ones is within it
         else:
             target = torch.tensor(video.label, dtype=torch.int64)
         return frames, target, fault

@@ -5,7 +5,8 @@ stopped. The results are files that ``rcu-ops analyze`` reads:
 
 - ``scores_clips.npz``, ``scores_sliding.npz``, ``scores_unrolled.npz``: one array [K, outputs] per video, by the name
   that the list gives it (see :mod:`rcu_ops.recipes.scoring` for what they are);
-- ``labels.csv`` (``video,label``), or ``labels.npz`` with one array [K, T] of 0 and 1 per video for dense labels;
+- ``labels.csv`` (``video,label``; with several labels a row for each, and an empty one for none), or ``labels.npz``
+  with one array [K, T] of 0 and 1 per video for dense labels;
 - ``videos.csv``: the first choice of every mode for every video (one label per video only);
 - ``summary.json``: the numbers, the settings, and the videos that could not be used.
 """
@@ -31,7 +32,7 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.progress import Progress
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.recipes.lists import LabelledVideo, VideoList
-from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision
+from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision, video_mean_average_precision
 from rcu_ops.recipes.scoring import VideoResult
 from rcu_ops.report import replacing, write_csv
 from rcu_ops.run_folder import SETTINGS, claim_folder
@@ -62,7 +63,7 @@ def evaluate(
     Args:
         score: scores of one file, such as a :class:`rcu_ops.recipes.scoring.VideoScorer`.
         videos: what to score.
-        recipe: decides what labels are (``loss``) and the number of classes.
+        recipe: decides what labels are (``loss``, ``trimmed``) and the number of classes.
         modes: the scores that ``score`` gives, by name.
         out: the folder of the results; made if need be.
         identity: what the scores depend on, as JSON has it; the folder is refused if it holds another's.
@@ -180,6 +181,18 @@ def _write_results(
                     str(every): mean_average_precision(scores, present, every) for every in EVERY
                 }
         return summary
+    if recipe.trimmed:
+        present = [video.present_anywhere(recipe.classes) for _, video in done]
+        labels = (
+            (video.name, label)
+            for (_, video), classes in zip(done, present, strict=True)
+            for label in (np.flatnonzero(classes).tolist() or [""])
+        )
+        write_csv(out / "labels.csv", ("video", "label"), labels)
+        for mode in modes:
+            every_score = (_read(parts, index, mode) for index, _ in done)
+            summary.setdefault("video_map", {})[mode] = video_mean_average_precision(every_score, present)
+        return summary
     write_csv(out / "labels.csv", ("video", "label"), ((video.name, video.label) for _, video in done))
     choices: list[list[Any]] = [[video.name, video.label] for _, video in done]
     for mode in modes:
@@ -220,6 +233,9 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
             for every, value in values.items()
         )
         print(f"{mode:<9} {shown} ({summary['videos']} videos)")
+    for mode, value in summary.get("video_map", {}).items():
+        shown = "none" if value is None else f"{100 * value:.2f} %"
+        print(f"{mode:<9} mAP {shown} of the greatest scores ({summary['videos']} videos)")
 
 
 def file_digest(path: Path) -> str:

@@ -1,8 +1,9 @@
 """Lists of labelled videos: CSV files, one row per video or per labelled interval.
 
 - one label per video: ``path,label``;
-- dense labels: ``path,start,end,label`` with seconds; the end is not included. A row with an empty start, end and label
-  says that a video has no class at all.
+- labelled intervals: ``path,start,end,label`` with seconds; the end is not included. A row with an empty start, end and
+  label says that a video has no class at all. They are dense labels (classes of every frame), or actions: each a
+  trimmed training clip of one class, and all of a video's classes together its labels.
 
 The header line may be left out; with it, columns may stand in any order and others are ignored. A path is relative to
 the folder of the list. A label is a class index from 0, or a class name when names are given. Every fault raises
@@ -14,7 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,20 +34,28 @@ class LabelledVideo:
     Attributes:
         name: the path as the list gives it.
         path: where the file is.
-        label: class index, or None with dense labels.
-        intervals: (class index, start, end) in seconds, the end not included; empty without dense labels.
+        label: class index, or None for a whole video with labelled intervals.
+        intervals: (class index, start, end) in seconds, the end not included; empty for one label per video.
+        span: start and end in seconds of the action that this entry is, or None for a whole video.
     """
 
     name: str
     path: Path
     label: int | None = None
     intervals: tuple[tuple[int, float, float], ...] = ()
+    span: tuple[float, float] | None = None
 
     def present(self, times: np.ndarray, classes: int) -> np.ndarray:
         """Which classes are present at ``times`` [T] (seconds): bool [classes, T]."""
         found = np.zeros((classes, len(times)), dtype=bool)
         for index, start, end in self.intervals:
             found[index] |= (times >= start) & (times < end)
+        return found
+
+    def present_anywhere(self, classes: int) -> np.ndarray:
+        """Which classes the video has at any time: bool [classes, 1]."""
+        found = np.zeros((classes, 1), dtype=bool)
+        found[[index for index, *_ in self.intervals]] = True
         return found
 
 
@@ -64,6 +73,21 @@ class VideoList:
         for video in self.videos:
             content.update(repr((video.name, video.label, video.intervals)).encode())
         return content.hexdigest()
+
+    def actions(self) -> VideoList:
+        """The labelled intervals as entries of their own, in the order of the list.
+
+        Raises:
+            UserError: no video has any.
+        """
+        entries = [
+            replace(video, label=index, span=(start, end))
+            for video in self.videos
+            for index, start, end in video.intervals
+        ]
+        if not entries:
+            raise UserError(f"{self.source}: expected labelled intervals to train on, no video in this list has any")
+        return VideoList(self.source, tuple(entries))
 
 
 def read_list(path: Path, classes: int, names: Sequence[str] | None = None, *, dense: bool = False) -> VideoList:

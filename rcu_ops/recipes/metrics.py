@@ -8,7 +8,7 @@ import numpy as np
 
 from rcu_ops.analysis import AccuracyReport, accuracy_report, frame_map
 
-__all__ = ["accuracy_over", "mean_average_precision"]
+__all__ = ["accuracy_over", "mean_average_precision", "video_mean_average_precision"]
 
 
 def accuracy_over(videos: Iterable[tuple[np.ndarray, int]]) -> AccuracyReport:
@@ -27,3 +27,8 @@ def mean_average_precision(scores: Sequence[np.ndarray], present: Sequence[np.nd
     if not any(labels[:, ::every].any() for labels in present):
         return None
     return frame_map(scores, present, every=every).mean
+
+
+def video_mean_average_precision(scores: Iterable[np.ndarray], present: Sequence[np.ndarray]) -> float | None:
+    """mAP of videos with several labels [K, 1], by the greatest of each video's scores [K, outputs]; None as above."""
+    return mean_average_precision([outputs.max(axis=1, keepdims=True) for outputs in scores], present, 1)

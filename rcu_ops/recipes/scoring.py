@@ -1,6 +1,7 @@
 """Scores of one whole video, in one pass over it and in bounded memory.
 
-- ``clips``: regularly spaced clips of the training length, one score vector each;
+- ``clips``: regularly spaced clips of the training length, one score vector each; with segment sampling the positions
+  in the segments, or with windows one score vector per window, averaged over the positions;
 - ``sliding``: the training length as a window that moves on by its own length, so that every frame is in one window;
   one score vector per frame where the network gives one, else one per window;
 - ``unrolled``: the network over the whole video; frame by frame through a :class:`rcu_ops.Streamer` if it is causal,
@@ -54,7 +55,7 @@ class VideoScorer:
 
     Args:
         model: in evaluation mode.
-        recipe: frames, period, crop, eval_scale and eval_clips.
+        recipe: frames, period, crop, eval_scale, eval_clips and eval_windows.
         modes: some of :data:`MODES`.
         dtype: of the network's input, that of its weights.
         autocast: a dtype to run it in under ``torch.autocast``, or None.
@@ -147,7 +148,11 @@ class VideoScorer:
     def _clip_indices(self, frame_count: int) -> Tensor:
         recipe = self._recipe
         if recipe.sampling == "segments":
-            return segment_positions(frame_count, recipe.frames, snippet=recipe.snippet, positions=recipe.eval_clips)
+            windows, length = recipe.eval_windows
+            length = min(length, frame_count) or frame_count
+            rows = segment_positions(length, recipe.frames, snippet=recipe.snippet, positions=recipe.eval_clips)
+            starts = regular_clips(frame_count, length, windows)[:, 0]
+            return (starts[:, None, None] + rows).flatten(0, 1)
         return regular_clips(frame_count, recipe.frames, recipe.eval_clips, stride=recipe.period)
 
     def _score_flow(self, source: str) -> VideoResult:
@@ -168,14 +173,16 @@ class VideoScorer:
         return {index: evaluation_crops(image, self._recipe) for index, image in zip(wanted, images, strict=True)}
 
     def _score_clips(self, indices: Tensor, pictures: dict[int, Tensor]) -> Tensor:
-        """[K, clips]."""
+        """[K, clips], or [K, windows]."""
         parts = []
         for some in indices.split(self._batch):
             clips = torch.stack([torch.stack([pictures[index] for index in clip], 1) for clip in some.tolist()])
             with self._precision():
                 scores = self._model(self._prepare(clips.flatten(0, 1)))  # every crop of every clip
             parts.append(scores.unflatten(0, clips.shape[:2]).mean(1))
-        return torch.cat(parts).T
+        windows, length = self._recipe.eval_windows
+        scores = torch.cat(parts)
+        return (scores.unflatten(0, (windows, -1)).mean(1) if length else scores).T
 
     def _prepare(self, frames: Tensor) -> Tensor:
         """uint8 [N, T, crop, crop, 3] on the CPU to the network's input on its device."""

@@ -32,7 +32,7 @@ from rcu_ops.recipes.checkpoint import RunSettings, save_checkpoint, save_weight
 from rcu_ops.recipes.dataset import ClipBatch, ClipDataset, ClipSampler, load_clips, mix_seed, network_input
 from rcu_ops.recipes.distributed import Processes
 from rcu_ops.recipes.lists import VideoList
-from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision
+from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision, video_mean_average_precision
 from rcu_ops.recipes.scoring import VideoScorer
 from rcu_ops.report import write_csv
 from rcu_ops.video import VideoError
@@ -79,7 +79,7 @@ class ClipLoss(nn.Module):
 
     Args:
         model: clip [N, 3, T, H, W] -> [N, K]; with ``dense`` it needs ``frame_scores`` -> [N, K, T].
-        dense: binary cross entropy per frame instead of cross entropy per clip.
+        dense: the loss per frame instead of per clip.
         autocast: a dtype, or None.
     """
 
@@ -92,7 +92,8 @@ class ClipLoss(nn.Module):
     def forward(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures uint8 [N, T, H, W, 3] and targets to the mean loss and the number of clips classified rightly.
 
-        The loss is taken in float32. With ``dense`` no clip counts as right.
+        The loss is taken in float32: cross entropy for class indices, binary cross entropy for classes present, with
+        which no clip counts as right.
 
         Raises:
             UserError: dense targets, and a network that does not give one score vector per frame.
@@ -102,7 +103,7 @@ class ClipLoss(nn.Module):
         with precision:
             scores = self.model.frame_scores(clip) if self.dense else self.model(clip)  # type: ignore[operator]
         scores = scores.float()
-        if not self.dense:
+        if not target.is_floating_point():
             return F.cross_entropy(scores, target), (scores.detach().argmax(1) == target).sum()
         if scores.shape != target.shape:
             raise UserError(
@@ -367,17 +368,17 @@ class Training:
         now = time.monotonic()
         clips = self._clips_since(self.step - round(steps))
         row = [self.step, self._recipe.learning_rate(self.step - 1), loss / steps, clips / (now - self._row_began)]
-        self._rows.append(row if self._recipe.dense else [*row, correct / clips])
+        self._rows.append(row if self._recipe.loss == "bce" else [*row, correct / clips])
         self._row_began = now
         if self._processes.first:
-            header = ["step", "lr", "loss", "clips_per_second", *([] if self._recipe.dense else ["top1"])]
+            header = ["step", "lr", "loss", "clips_per_second", *([] if self._recipe.loss == "bce" else ["top1"])]
             write_csv(self._options.out / "metrics.csv", header, self._rows)
 
     def _clips_since(self, step: int) -> int:
         return self._recipe.clips_before(self.step) - self._recipe.clips_before(step)
 
     def _validate(self, videos: VideoList) -> None:
-        dense = self._recipe.dense
+        dense, trimmed = self._recipe.dense, self._recipe.trimmed
         mode = "sliding" if dense else "clips"
         self._loss.eval()
         scorer = VideoScorer(self.model, self._recipe, (mode,), autocast=self._options.autocast)
@@ -394,18 +395,22 @@ class Training:
                 present = video.present(result.times, self._recipe.classes)
                 own.append((scores[:, ::_VALIDATION_EVERY], present[:, ::_VALIDATION_EVERY]))
             else:
-                own.append((scores, video.label))
+                own.append((scores, video.present_anywhere(self._recipe.classes) if trimmed else video.label))
         self._loss.train()
         found = [pair for some in self._processes.gather(own) for pair in some]
         if not found:
             raise UserError(f"{videos.source}: not one of its {len(videos.videos)} videos can be used")
-        self._take_validation(found, dense)
+        self._take_validation(found)
 
-    def _take_validation(self, found: list[tuple[Any, Any]], dense: bool) -> None:
-        if dense:
-            score = mean_average_precision([pair[0] for pair in found], [pair[1] for pair in found], 1)
-            score = float("nan") if score is None else score
-            header: tuple[str, ...] = ("step", f"map@{_VALIDATION_EVERY}", "videos")
+    def _take_validation(self, found: list[tuple[Any, Any]]) -> None:
+        if self._recipe.intervals:
+            scores, present = [pair[0] for pair in found], [pair[1] for pair in found]
+            if self._recipe.dense:
+                precision = mean_average_precision(scores, present, 1)
+            else:
+                precision = video_mean_average_precision(scores, present)
+            score = float("nan") if precision is None else precision
+            header: tuple[str, ...] = ("step", self._map_name(), "videos")
             self._validations.append([self.step, score, len(found)])
         else:
             report = accuracy_over(found)
@@ -423,6 +428,9 @@ class Training:
                 save_weights(self._options.out / BEST, self.model, self._settings)
             assert self._bar is not None
             self._bar.write(f"step {self.step}: validation {header[1]} {100 * score:.2f} % of {len(found)} videos")
+
+    def _map_name(self) -> str:
+        return f"map@{_VALIDATION_EVERY}" if self._recipe.dense else "map"
 
     @staticmethod
     def _check_dense(outputs: int, frames: int) -> None:
@@ -446,7 +454,8 @@ class Training:
         upper, *lower = axes if validated else [axes]
         lines = [(upper, self._rows, 2, 0, "loss")]
         if validated:
-            name = f"validation mAP@{_VALIDATION_EVERY} (%)" if self._recipe.dense else "validation video top-1 (%)"
+            shown = self._map_name().replace("map", "mAP") if self._recipe.intervals else "video top-1"
+            name = f"validation {shown} (%)"
             lines.append((lower[0], self._validations, 1, 1, name))
         for panel, rows, column, colour, label in lines:
             style = {**series(colour), "marker": "o" if len(rows) < 30 else ""}

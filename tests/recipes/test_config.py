@@ -67,7 +67,7 @@ def test_assumptions_name_fields_with_reasons_and_models_exist(name):
     assert ("scales" in assumptions(name)) == (not name.startswith("faster"))
     # The RCN paper gives neither; that of the Relational LSTM does, and SRTG's gives the weight decay.
     assert ({"weight_decay", "momentum"} <= set(assumptions(name))) == (
-        not name.startswith(("ucf101_", "hmdb51_")) and not name.endswith("_srtg")
+        not name.startswith(("ucf101_", "hmdb51_", "charades_")) and not name.endswith("_srtg")
     )
     assert get_recipe(name).model in list_models()
     assert STARTING_WEIGHTS[name]
@@ -162,10 +162,12 @@ OVERRIDES = {
     "jitter": (None, False),
     "eval_scale": ("200", 200),
     "eval_clips": ("4", 4),
+    "eval_windows": ("3,64", (3, 64)),
     "eval_crops": ("5", 5),
     "sampling": ("segments", "segments"),
     "input": ("flow", "flow"),
     "flow_length": ("5", 5),
+    "trimmed": (None, True),
     "multigrid": (None, True),
     "multi_scale": (None, True),
     "batch_norm": ("moving", "moving"),
@@ -180,7 +182,8 @@ def test_every_field_is_an_option(field):
     text, expected = OVERRIDES[field]
     flag = f"--{field.replace('_', '-')}"
     given = [flag, text] if text is not None else [flag if expected else flag.replace("--", "--no-", 1)]
-    recipe = "ucf101_tsn_rgb" if field == "input" else "kinetics_resnet18"  # flow comes in segments only
+    # Flow and windows come in segments only.
+    recipe = "ucf101_tsn_rgb" if field in ("input", "eval_windows") else "kinetics_resnet18"
     args = parser.parse_args(["train", "--recipe", recipe, *given])
     changed = command._recipe(args)
     assert changed == dataclasses.replace(get_recipe(recipe), **{field: expected})
