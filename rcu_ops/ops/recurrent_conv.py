@@ -456,7 +456,7 @@ class _Operators:
             )
         self._forward_operator = forward_operator = getattr(torch.ops.rcu_ops, f"recurrent_conv{suffix}")
         self._backward_operator = backward_operator = getattr(torch.ops.rcu_ops, f"recurrent_conv_backward{suffix}")
-        self.affine_act = getattr(torch.ops.rcu_ops, f"recurrent_conv_affine_act{suffix}")
+        self._affine_act_operator = getattr(torch.ops.rcu_ops, f"recurrent_conv_affine_act{suffix}")
 
         # For torch.func.grad and its kin, which gradients registered with torch.library do not serve.
         class Forward(torch.autograd.Function):
@@ -487,14 +487,24 @@ class _Operators:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """recurrent_conv, also under functorch transforms."""
-        h, h_n = self._forward_function.apply(*args) if _transforms.transformed() else self._forward_operator(*args)
+        if _transforms.transformed():
+            h, h_n = self._forward_function.apply(*args)
+        else:
+            h, h_n = _transforms.call(self._forward_operator, *args)
         return h, h_n
 
     def backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """recurrent_conv_backward, also under functorch transforms."""
-        call = self._backward_function.apply if _transforms.transformed() else self._backward_operator
-        dx, dweight, dh0 = call(*args)
+        if _transforms.transformed():
+            dx, dweight, dh0 = self._backward_function.apply(*args)
+        else:
+            dx, dweight, dh0 = _transforms.call(self._backward_operator, *args)
         return dx, dweight, dh0
+
+    def affine_act(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """recurrent_conv_affine_act, which has no gradient."""
+        y, h_n = _transforms.call(self._affine_act_operator, *args)
+        return y, h_n
 
 
 def _triton_kernel(name: str) -> Callable[..., Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import _library, reference
+from rcu_ops.ops.recurrent_conv import BINARY
 from tests.ops import extended_precision
 from tests.tolerance import assert_close_to_reference
 
@@ -487,6 +490,26 @@ def test_affine_act_refuses_gradients(backend) -> None:
     y, _ = torch.ops.rcu_ops.recurrent_conv_affine_act(x, weight, channels, channels, None, None, False, True)
     with pytest.raises(RuntimeError, match="no gradient"):
         y.sum().backward()
+
+
+def test_no_gradient_in_python_where_none_is_asked_for() -> None:
+    def detours(call: Callable[[], object]) -> bool:
+        files = set()
+        sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        return any(Path(file).parts[-2:] == ("_library", "autograd.py") for file in files)
+
+    x, weight, h0 = inputs((1, 4, 1, 2, 2))
+    channels = torch.ones(4)
+    assert not detours(lambda: BINARY.forward(x, weight, h0, False, False))
+    assert not detours(lambda: BINARY.affine_act(x, weight, channels, channels, h0, None, False, True))
+    weight.requires_grad_()
+    assert detours(lambda: BINARY.forward(x, weight, h0, False, False))
+    with torch.no_grad():
+        assert not detours(lambda: BINARY.forward(x, weight, h0, False, False))
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
