@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Test processes share the cores: one thread each, so that none waits in a barrier for a core that another has.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import zlib
 from collections.abc import Iterator
 
