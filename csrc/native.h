@@ -22,6 +22,7 @@ inline DType parse_dtype(const std::string& name) {
 inline Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes) {
   Gpu gpu;
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
+  gpu.sm90a = architecture == 90;
   return gpu;
 }
 

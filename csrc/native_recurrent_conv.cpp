@@ -181,6 +181,28 @@ void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t
   }
 }
 
+// The units of both warpgroups' columns.
+void hopper_block(const Scan& p, const cuda::HopperScanPlan& plan, int64_t block, Touched& touched) {
+  const int numbers = plan.vector_bytes / 2;
+  for (int group = 0; group < cuda::hopper_groups; ++group)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t column0 = (block * cuda::hopper_groups + group) * cuda::hopper_positions, left = p.N * p.H * p.W - column0;
+      const int columns = static_cast<int>(std::clamp<int64_t>(left, 0, cuda::hopper_positions));
+      const int channel0 = half * cuda::hopper_half, channels = std::min(static_cast<int>(p.C) - channel0, cuda::hopper_half);
+      std::vector<bool> unit(cuda::hopper_unit_bytes);
+      for (const View* v : {&p.x, &p.y})
+        for (int thread = 0; thread < 128; ++thread)
+          cuda::for_unit_words(thread, plan.along_channels, numbers, channels, columns, [&](int channel, int column, int at) {
+            for (int i = at; i < at + 2 * numbers; ++i)
+              if (unit.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a unit is used twice");
+            std::fill_n(unit.begin() + at, 2 * numbers, v == &p.x);
+            const int64_t offset = cuda::column_offset(p, *v, column0 + column) + (channel0 + channel) * v->c;
+            if (offset % numbers != 0) throw std::logic_error("a word is not aligned");
+            touched.frames(p, v == &p.x ? offset : -1, v == &p.x ? -1 : offset, numbers);
+          });
+    }
+}
+
 template <bool Channels, typename Word>
 void matrix_block(Word word, const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
   if (plan.wide)
@@ -200,6 +222,7 @@ void matrix_block(Word word, const Scan& p, const cuda::ScanPlan& plan, int64_t 
 }
 
 void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
+  if (plan.hopper) return hopper_block(p, *plan.hopper, block, touched);
   const int bytes = plan.tile ? plan.tile->vector_bytes : plan.wide->vector_bytes;
   const auto as = [&](auto word) {
     (plan.tile ? plan.tile->along_channels : plan.wide->along_channels) ? matrix_block<true>(word, p, plan, block, touched)
@@ -210,10 +233,12 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
 
 py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
                   const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse, bool plain,
-                  int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
+                  bool warpgroups, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
   const Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
   const cuda::ScanPlan plan = cuda::plan_scan(p, gpu_of(architecture, multiprocessors, shared_bytes),
-                                              plain ? cuda::Kernel::plain : cuda::Kernel::best);
+                                              plain        ? cuda::Kernel::plain
+                                              : warpgroups ? cuda::Kernel::hopper
+                                                           : cuda::Kernel::best);
   const int64_t blocks = plan.blocks();
   Touched touched;
   for (int64_t block = begin; block < end && block < blocks; ++block) {
@@ -327,11 +352,12 @@ void bind_recurrent_conv(py::module_& m) {
         "channel begin, channel end).");
   m.def("recurrent_conv_gpu_plan", &gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),
         py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false, py::arg("reverse") = false,
-        py::arg("plain") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
+        py::arg("plain") = false, py::arg("warpgroups") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
         "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence), blocks, "
         "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
-        "int64s. misalignment: of x's and the residual's address, in bytes modulo 16.");
+        "int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: that kernel, wherever "
+        "it can run.");
   m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("h"),
         py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false, py::arg("plain") = false,
         py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0, py::arg("block") = py::none(),

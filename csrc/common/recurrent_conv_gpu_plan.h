@@ -228,21 +228,86 @@ inline std::string describe(const WideScanPlan& plan) {
          std::to_string(plan.stages) + " stages";
 }
 
+// ---- the sm_90a scan: 16-bit data, 129 to 256 channels, by warpgroups ------------------------------------------------
+
+inline constexpr int hopper_groups = 2;  // warpgroups of a block
+inline constexpr int hopper_positions = 64;  // columns of a warpgroup, the rows of its product
+inline constexpr int hopper_half = 128;  // channels of a unit of memory in flight
+inline constexpr int hopper_units = 3;   // of each warpgroup: one frame and a half
+inline constexpr int hopper_unit_bytes = 2 * hopper_half * hopper_positions;
+// Shared memory: W; the units of the warpgroups; the columns' offsets in x, y and the residual. It is all that an sm_90 has.
+inline constexpr int64_t hopper_units_at = 2 * wide_most_channels * wide_most_channels;
+inline constexpr int64_t hopper_offsets_at = hopper_units_at + hopper_groups * hopper_units * hopper_unit_bytes;
+inline constexpr int64_t hopper_shared_bytes = hopper_offsets_at + 3 * 8 * hopper_groups * hopper_positions;
+
+struct HopperScanPlan {
+  bool along_channels = false;
+  int vector_bytes = 0;
+  int64_t blocks = 0;
+  int64_t shared_bytes = hopper_shared_bytes;
+};
+
+// The plan, or none and `why_not`.
+inline std::optional<HopperScanPlan> plan_hopper_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+  const auto refuse = [&](const char* reason) {
+    why_not = reason;
+    return std::nullopt;
+  };
+  const Words words = plan_words(p);
+  if (words.why_not) return refuse(words.why_not);
+  if (p.C > wide_most_channels) return refuse("more than 256 channels");
+  HopperScanPlan plan;
+  plan.along_channels = words.along_channels;
+  plan.vector_bytes = words.bytes;
+  plan.blocks = ceil_div(p.N * p.H * p.W, hopper_groups * hopper_positions);
+  if (plan.shared_bytes > gpu.shared_bytes) return refuse("too little shared memory");
+  return plan;
+}
+
+// Which of the two needs fewer cycles per frame; estimates until there is a measurement. Warpgroups multiply at the full
+// rate of the matrix unit, 2048 per cycle and multiprocessor, mma.sync at about 0.6 of it and with a barrier of 400 cycles;
+// neither is faster than memory, 19 bytes per cycle and multiprocessor. That is 6898 cycles for 128 columns against 1680
+// for 24: warpgroups are predicted to win by up to 1.3 where every multiprocessor has several times 128 columns, and to lose
+// where there are fewer.
+inline bool hopper_is_faster(const HopperScanPlan& hopper, const WideScanPlan& wide, const Gpu& gpu) {
+  constexpr int64_t area = wide_most_channels * wide_most_channels, memory = 4 * wide_most_channels;
+  const auto cycles = [&](int64_t blocks, int64_t product, int64_t columns) {
+    const int64_t moved = columns * memory / 19;
+    return ceil_div(blocks, gpu.multiprocessors) * (product > moved ? product : moved);
+  };
+  constexpr int64_t hopper_columns = hopper_groups * hopper_positions;
+  return cycles(hopper.blocks, hopper_columns * area / 2048, hopper_columns) <
+         cycles(wide.blocks, wide_positions * area * 10 / (2048 * 6) + 400, wide_positions);
+}
+
+inline std::string describe(const HopperScanPlan& plan) {
+  return "hopper: " + std::to_string(plan.blocks) + " blocks of " + std::to_string(hopper_groups) + " x " +
+         std::to_string(hopper_positions) + " columns, W in shared memory" +
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + std::to_string(plan.vector_bytes) + " bytes";
+}
+
 // ---- the choice ----------------------------------------------------------------------------------------------------
 
-enum class Kernel : int { best, plain };
+enum class Kernel : int { best, plain, hopper };  // hopper: wherever it can run, predicted to win or not (for scans)
 
 struct ScanPlan {
   std::optional<StepScanPlan> step;
   std::optional<TileScanPlan> tile;
   std::optional<WideScanPlan> wide;
-  std::string why_not_matrix;
+  std::optional<HopperScanPlan> hopper;
+  std::string why_not_matrix, why_not_hopper;
   PlainScanPlan plain;  // when there is none of them
 
-  bool is_plain() const { return !step && !tile && !wide; }
-  int64_t blocks() const { return step ? step->blocks : tile ? tile->blocks : wide ? wide->blocks : plain.blocks; }
+  bool is_plain() const { return !step && !tile && !wide && !hopper; }
+  int64_t blocks() const {
+    return step ? step->blocks : tile ? tile->blocks : wide ? wide->blocks : hopper ? hopper->blocks : plain.blocks;
+  }
   int64_t shared_bytes() const {
-    return step ? step->shared_bytes : tile ? tile->shared_bytes : wide ? wide->shared_bytes : plain.shared_bytes;
+    return step     ? step->shared_bytes
+           : tile   ? tile->shared_bytes
+           : wide   ? wide->shared_bytes
+           : hopper ? hopper->shared_bytes
+                    : plain.shared_bytes;
   }
   int64_t scratch_bytes() const { return step ? step->scratch_bytes : is_plain() ? plain.scratch_bytes : 0; }
 };
@@ -254,24 +319,34 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
     plan.why_not_matrix = "the plain kernel was asked for";
   else if (p.C <= tile_most_channels)
     plan.tile = plan_tile_scan(p, gpu, plan.why_not_matrix);
-  else
+  else {
     plan.wide = plan_wide_scan(p, gpu, plan.why_not_matrix);
+    if (gpu.sm90a) plan.hopper = plan_hopper_scan(p, gpu, plan.why_not_hopper);
+    if (plan.hopper && plan.wide && kernel != Kernel::hopper && !hopper_is_faster(*plan.hopper, *plan.wide, gpu)) {
+      plan.hopper.reset();
+      plan.why_not_hopper = "smaller blocks are predicted to be faster";
+    }
+    if (plan.hopper) plan.wide.reset();
+  }
   if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
-  if (kernel == Kernel::plain) return plan;
+  if (kernel == Kernel::plain || (kernel == Kernel::hopper && plan.hopper)) return plan;
   // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks would leave
   // multiprocessors idle; frame after frame where only the plain scan, which knows no matrix unit, can hold the channels.
   const StepScanPlan step = plan_step_scan(p, gpu);
   const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&
       ((single && plan.blocks() < gpu.multiprocessors) || (step.matrix && many_channels)))
-    plan.step = step, plan.tile.reset(), plan.wide.reset();
+    plan.step = step, plan.tile.reset(), plan.wide.reset(), plan.hopper.reset();
   return plan;
 }
 
 inline std::string describe(const ScanPlan& plan) {
   if (plan.step) return describe(*plan.step);
   if (plan.tile) return describe(*plan.tile);
-  if (plan.wide) return describe(*plan.wide);
+  if (plan.hopper) return describe(*plan.hopper);
+  if (plan.wide)
+    return describe(*plan.wide) +
+           (plan.why_not_hopper.empty() ? std::string() : " (not by warpgroups: " + plan.why_not_hopper + ")");
   return describe(plan.plain) + " (not the matrix unit: " + plan.why_not_matrix + ")";
 }
 

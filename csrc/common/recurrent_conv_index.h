@@ -80,6 +80,31 @@ RCU_OPS_UNROLL_2
   }
 }
 
+// The sm_90a scan's shared memory, as the 128-byte swizzle of wgmma has it: the number of a 16-byte word in its row is XORed
+// by that of the row, modulo 8, so that eight rows are spread over all banks. W has a row of 64 input channels for each
+// output channel, once for each 64 input channels; a unit of x or y one of hopper_positions columns for each channel, or
+// (along_channels) one of hopper_half channels for each column.
+RCU_OPS_DEVICE int hopper_weight_at(int output, int input) {
+  return input / 64 * 256 * 128 + output * 128 + (input % 64 * 2 ^ output % 8 << 4);
+}
+RCU_OPS_DEVICE int hopper_unit_at(bool along_channels, int channel, int column) {
+  return along_channels ? column * 256 + (2 * channel ^ column % 8 << 4) : channel * 128 + (2 * column ^ channel % 8 << 4);
+}
+
+// Calls visit(channel, column, byte offset in a unit) for every word of `numbers` (8, 4, 2 or 1) 16-bit numbers of a unit of
+// `channels` x `columns`, each from one of 128 threads. A thread takes the same 16 bytes of a unit whatever the words.
+template <typename Visit>
+RCU_OPS_DEVICE void for_unit_words(int thread, bool along_channels, int numbers, int channels, int columns, Visit visit) {
+  const int pieces = along_channels ? 16 : 8, step = 128 / pieces, at0 = thread % pieces * 8;
+  const int lines = along_channels ? columns : channels, end = along_channels ? channels : columns;
+RCU_OPS_UNROLL_2
+  for (int line = thread / pieces; line < lines; line += step)
+    for (int at = at0; at < at0 + 8 && at < end; at += numbers) {
+      const int channel = along_channels ? at : line, column = along_channels ? line : at;
+      visit(channel, column, hopper_unit_at(along_channels, channel, column));
+    }
+}
+
 // A row of the weight gradient's sum: a frame, in the order of processing, and a position.
 struct WeightGradRow {
   int64_t dx, before;  // offsets; before < 0: -1 - offset in p.first

@@ -197,6 +197,7 @@ std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (plan.step) return launch_step_scan(p, *plan.step, scratch, stream);
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
   if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
+  if (plan.hopper) return launch_hopper_scan(p, *plan.hopper, stream);
   return with_type(p.dtype, [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });
 }
 

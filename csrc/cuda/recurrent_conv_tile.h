@@ -11,5 +11,6 @@ Error launch_tile_scan(const Scan& problem, const TileScanPlan& plan, Stream str
 // A launch per frame; scratch: plan.scratch_bytes.
 Error launch_step_scan(const Scan& problem, const StepScanPlan& plan, void* scratch, Stream stream);
 Error launch_wide_scan(const Scan& problem, const WideScanPlan& plan, Stream stream);
+Error launch_hopper_scan(const Scan& problem, const HopperScanPlan& plan, Stream stream);
 
 }  // namespace rcu_ops::cuda

@@ -214,7 +214,7 @@ class Machine:
     Attributes:
         seed: of the schedule.
         device: limits of the pretended GPU (shared_bytes, multiprocessors, architecture) and ``resident`` blocks.
-        plain: run scans on the plain kernel whatever the planner prefers.
+        plain, hopper: run scans on the plain or the sm_90a kernel whatever the planner prefers.
         plan: how the last scan ran, in the planner's words.
     """
 
@@ -223,6 +223,7 @@ class Machine:
     seed: int = 0
     device: dict[str, int] = dataclasses.field(default_factory=dict)
     plain: bool = False
+    hopper: bool = False
     plan: str = ""
 
     def run(self, fields: dict[str, object], storages: Iterable[Tensor]) -> None:
@@ -342,7 +343,15 @@ class Machine:
             name: tensor.unsqueeze(2) if tensor is not None and tensor.dim() == 4 else tensor
             for name, tensor in tensors.items()
         }
-        fields.update(N=n, C=c, T=t, H=height, W=width, dtype=DTYPES.index(shape.dtype), plain=int(self.plain))
+        fields.update(
+            N=n,
+            C=c,
+            T=t,
+            H=height,
+            W=width,
+            dtype=DTYPES.index(shape.dtype),
+            kernel=1 if self.plain else 2 * self.hopper,
+        )
         self.call(op, states, **fields)
 
     def call(self, op: str, tensors: dict[str, Tensor | None], **fields: object) -> None:

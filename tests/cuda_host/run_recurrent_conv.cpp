@@ -1,4 +1,5 @@
-// Cases of recurrent_conv: op scan and op weight_grad (both: plain 1 or 0), with the fields of Scan and WeightGrad.
+// Cases of recurrent_conv: op scan and op weight_grad (both: kernel, a number of Kernel), with the fields of Scan and
+// WeightGrad.
 #include "case.h"
 #include "cuda/recurrent_conv.h"
 
@@ -51,7 +52,7 @@ std::string run_scan(const Case& c, std::string& plan) {
   p.alpha = c.number("alpha");
   p.alpha_first = c.number("alpha_first");
   p.alpha_final = c.number("alpha_final");
-  const auto kernel = c.integer("plain") ? rcu_ops::cuda::Kernel::plain : rcu_ops::cuda::Kernel::best;
+  const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
   plan = rcu_ops::cuda::describe_scan(p, kernel);
   return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel), [&](void* scratch) {
     return rcu_ops::cuda::scan(p, scratch, nullptr, kernel);
@@ -65,7 +66,7 @@ std::string run_weight_grad(const Case& c, std::string& plan) {
   p.h = view(c, "h");
   p.first = view(c, "first");
   p.dweight = c.tensor("dweight");
-  const auto kernel = c.integer("plain") ? rcu_ops::cuda::Kernel::plain : rcu_ops::cuda::Kernel::best;
+  const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
   plan = rcu_ops::cuda::describe_weight_grad(p, kernel);
   return with_scratch(rcu_ops::cuda::weight_grad_scratch(p, kernel), [&](void* scratch) {
     return rcu_ops::cuda::weight_grad(p, scratch, nullptr, kernel);

@@ -18,7 +18,7 @@ from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
 from tests.cuda_host.test_fast_gru_persistent import check as check_steps
-from tests.cuda_host.test_recurrent_conv import LAYOUTS, check_backward, check_forward, inputs
+from tests.cuda_host.test_recurrent_conv import HOPPER, LAYOUTS, check_backward, check_forward, inputs
 from tests.ops import alignment
 
 
@@ -52,6 +52,25 @@ def wide(machine: Machine) -> None:
         x, weight, h0 = (v.contiguous() for v in inputs(shape, torch.bfloat16))
         check_forward(machine, LAYOUTS[layout](x), weight, h0.float(), False, False)
         assert machine.plan.startswith("wide")
+
+
+def warpgroups(machine: Machine) -> None:
+    machine.device, machine.hopper = HOPPER, True
+    for shape, layout in (((1, 140, 5, 4, 16), "contiguous"), ((1, 140, 4, 5, 13), "channels_last")):
+        x, weight, h0 = (v.contiguous() for v in inputs(shape, torch.bfloat16))
+        check_forward(machine, LAYOUTS[layout](x), weight, h0.float(), False, False)
+        assert machine.plan.startswith("hopper")
+
+
+def warpgroups_with_residual(machine: Machine) -> None:
+    machine.device, machine.hopper = HOPPER, True
+    x, weight = torch.randint(-2, 3, (1, 256, 4, 4, 16)).bfloat16(), torch.eye(256).bfloat16()
+    x[:, :, 0] = 256  # bf16 has no odd numbers beyond
+    y, h_n = machine.forward(x, weight, scale=torch.ones(256), shift=torch.ones(256), residual=2 * x)
+    assert machine.plan.startswith("hopper")
+    states = x.float().cumsum(2)
+    assert torch.equal(h_n, states[:, :, -1])
+    assert torch.equal(y, (states + 1 + 2 * x.float()).bfloat16())
 
 
 def relate(machine: Machine) -> None:
@@ -133,7 +152,7 @@ def closed_gate(machine: Machine) -> None:
 
 
 SHORT = "cycle_consistency_short.cu"
-TILE, WIDE, STEP = "recurrent_conv_tile.cu", "recurrent_conv_wide.cu", "recurrent_conv_step.cu"
+TILE, WIDE, STEP, SM90 = (f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "sm90"))
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 RELATE, RELATE_BODY = "nonlocal_gates.cu", "nonlocal_gates_tile.h"
 BARRIER = "    block_barrier();\n"
@@ -240,6 +259,46 @@ FAULTS = [
         file=WIDE,
     ),
     Fault("one state for both frames", "states + i % 2 * plan.slot_bytes", "states", wide, "thread", WIDE),
+    Fault(
+        "the rest of the state is left out",
+        "product ? d0 * rest_of(h[0], h16.x)",
+        "product ? 0 * d0",
+        warpgroups_with_residual,
+        file=SM90,
+    ),
+    Fault(
+        "a diagonal element of the wrong channel", "((d ^ 16) + 130)", "(d + 130)", warpgroups_with_residual, file=SM90
+    ),
+    Fault(
+        "the group does not meet after the wait",
+        "      async_wait<1>();\n      meet();  // x is there\n",
+        "      async_wait<1>();\n",
+        warpgroups,
+        "thread",
+        SM90,
+    ),
+    Fault(
+        "no wait for the halves of x",
+        "      async_wait<1>();\n      meet();  // x is there",
+        "      meet();  // x is there",
+        warpgroups,
+        file=SM90,
+    ),
+    Fault(
+        "units are used in the wrong order",
+        "unit + (with_residual ? 4 : 2)",
+        "unit + 2",
+        warpgroups_with_residual,
+        file=SM90,
+    ),
+    Fault(
+        "the residual is fetched before x has been read",
+        "        meet();  // x has been read\n",
+        "",
+        warpgroups_with_residual,
+        "thread",
+        SM90,
+    ),
     Fault(
         "dW without the first state",
         "offset < 0 ? load_state",
@@ -387,6 +446,7 @@ FEWER = {
     ],
     STEP: [("<__half>", "<__nv_bfloat16>"), ("<double>", "<float>")],
     WIDE: [("<__half>", "<__nv_bfloat16>")],
+    SM90: [("<__half>", "<__nv_bfloat16>")],
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
     "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
     "nonlocal_gates_sm90.cu": [("<__half, ", "<__nv_bfloat16, ")],
@@ -435,6 +495,8 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         tile,
         tile_long,
         wide,
+        warpgroups,
+        warpgroups_with_residual,
         weight_gradient,
         step,
         relate,

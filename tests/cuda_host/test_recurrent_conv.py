@@ -398,6 +398,88 @@ def test_wide_epilogue_and_stages(machine, layout, channels, seed) -> None:
     assert "too little shared memory" in machine.plan
 
 
+# By warpgroups: full and padded channels, words of every width, groups that are full, end early and have nothing to do.
+HOPPER = {"architecture": 90, "shared_bytes": 227 * 1024}
+WARPGROUPS = [
+    ((1, 256, 2, 8, 16), "contiguous", "1 blocks of 2 x 64 columns, W in shared memory, along columns by 16 bytes"),
+    ((2, 130, 2, 7, 10), "contiguous", "2 blocks of 2 x 64 columns, W in shared memory, along columns by 4 bytes"),
+    ((1, 200, 2, 3, 4), "frame_major", "1 blocks of 2 x 64 columns, W in shared memory, along columns by 8 bytes"),
+    ((1, 129, 1, 3, 3), "contiguous", "1 blocks of 2 x 64 columns, W in shared memory, along columns by 2 bytes"),
+    ((1, 256, 3, 5, 13), "channels_last", "1 blocks of 2 x 64 columns, W in shared memory, along channels by 16 bytes"),
+    ((1, 132, 5, 3, 3), "channels_last", "1 blocks of 2 x 64 columns, W in shared memory, along channels by 8 bytes"),
+    ((3, 129, 2, 3, 3), "channels_last", "1 blocks of 2 x 64 columns, W in shared memory, along channels by 2 bytes"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "plan"), WARPGROUPS, ids=lambda v: str(v).replace(" ", "")[:24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_way_to_cut_the_scan_by_warpgroups(machine, shape, layout, plan, dtype, seed) -> None:
+    machine.seed, machine.device, machine.hopper = seed, HOPPER, True
+    x, weight, h0 = inputs(shape, dtype)
+    x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(shape).to(dtype))
+    check_forward(machine, x, weight, h0.float(), True, False)
+    assert machine.plan == f"hopper: {plan}"
+    check_forward(machine, x, weight, None, False, True)
+    check_backward(machine, grad_h, h0.float(), x, weight, h0, False, False)
+    check_backward(machine, None, h0.float(), x, weight, None, True, True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("channels", "with_residual"), [(160, True), (256, True), (131, False)])
+def test_epilogue_by_warpgroups(machine, layout, channels, with_residual, seed) -> None:
+    """Against the reference; other schedules and parts of the clip change no bit."""
+    machine.seed, machine.device, machine.hopper = seed, HOPPER, True
+    x, weight, h0 = inputs((1, channels, 5, 7, 10), torch.bfloat16)
+    x, residual = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(x.shape).bfloat16()) if with_residual else None
+    scale, shift = torch.randn(2, channels)
+
+    def run(frames: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        added = None if residual is None else residual[:, :, frames]
+        return machine.forward(x[:, :, frames], weight, state, scale=scale, shift=shift, residual=added, relu=True)
+
+    y, h_n = run(slice(None), h0)
+    assert machine.plan.startswith("hopper")
+    exact_h, exact_n = exact_forward(x, weight, h0, False, False)
+    shaped = (slice(None), None, None, None)
+    exact = scale.double()[shaped] * exact_h + shift.double()[shaped] + (0 if residual is None else residual.double())
+    eager = reference.recurrent_conv_affine_act(
+        x, weight, scale.bfloat16(), shift.bfloat16(), h0, residual, state_dtype=torch.bfloat16
+    )
+    assert_close_to_reference(y, torch.relu(exact), eager[0])
+    assert_close_to_reference(h_n, exact_n, eager[1])
+    machine.seed = seed + 1
+    first, state = run(slice(0, 2), h0)
+    rest, last = run(slice(2, 5), state)
+    assert torch.equal(torch.cat([first, rest], 2), y)
+    assert torch.equal(last, h_n)
+
+
+def test_nan_and_inf_by_warpgroups(machine) -> None:
+    machine.device, machine.hopper = HOPPER, True
+    x, weight, h0 = inputs((2, 140, 4, 2, 3), torch.bfloat16)
+    x[0, 1, 1, 0, 0] = torch.nan
+    x[1, 2, 2, 1, 1] = torch.inf
+    for got, want in zip(machine.forward(x, weight, h0), reference.recurrent_conv(x, weight, h0), strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+    assert machine.plan.startswith("hopper")
+
+
+def test_warpgroups_are_for_an_sm_90(machine) -> None:
+    """Elsewhere, or with less shared memory, the wide kernel runs; few columns are its own on an sm_90, too."""
+    x, weight, _ = inputs((1, 140, 1, 2, 2), torch.bfloat16)
+    for device, hopper, end in (
+        ({"architecture": 80, "shared_bytes": 227 * 1024}, True, "4 stages"),
+        ({"architecture": 100, "shared_bytes": 227 * 1024}, True, "4 stages"),
+        ({"architecture": 90, "shared_bytes": 200 * 1024}, True, "(not by warpgroups: too little shared memory)"),
+        (HOPPER, False, "(not by warpgroups: smaller blocks are predicted to be faster)"),
+    ):
+        machine.device, machine.hopper = device, hopper
+        machine.forward(x, weight)
+        assert machine.plan.startswith("wide")
+        assert machine.plan.endswith(end)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_matrix_unit_epilogue_with_two_stages(machine, layout) -> None:
     """Where shared memory is short two frames are in flight; then the plain kernel takes over."""
@@ -568,6 +650,8 @@ SANITIZED = [
     ((1, 20, 4, 3, 7), torch.float16, "channels_last", {}),
     ((1, 250, 2, 3, 4), torch.bfloat16, "contiguous", {}),
     ((1, 256, 4, 1, 2), torch.float16, "channels_last", {}),
+    ((1, 250, 2, 5, 14), torch.bfloat16, "contiguous", HOPPER),
+    ((1, 136, 4, 3, 5), torch.float16, "channels_last", HOPPER),
     ((2, 5, 3, 3, 3), torch.float32, "contiguous", {}),
     ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
     ((2, 66, 3, 6, 8), torch.bfloat16, "contiguous", {}),
@@ -582,12 +666,13 @@ SANITIZED = [
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize(("shape", "dtype", "layout", "device"), SANITIZED, ids=lambda v: str(v).replace(" ", ""))
 def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, shape, dtype, layout, device, seed) -> None:
-    machine = machine_with(sanitizer, seed=seed, device=device)
+    machine = machine_with(sanitizer, seed=seed, device=device, hopper=device is HOPPER)
     x, weight, h0 = inputs(shape, dtype)
     x = LAYOUTS[layout](x)
     state = state_dtype(dtype)
     channels = torch.ones(shape[1], dtype=state)
     y, _ = machine.forward(x, weight, h0, scale=channels, shift=channels, residual=x, relu=True)
     assert not y.isnan().any()
+    assert machine.plan.startswith("hopper") == (device is HOPPER)
     check_backward(machine, x, h0.to(state), x, weight, h0, True, True)
     check_backward(machine, x, None, x, weight, None, False, False)

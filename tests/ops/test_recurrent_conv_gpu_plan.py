@@ -48,8 +48,11 @@ def offsets(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     return total
 
 
-def random_problem(rng: random.Random) -> dict[str, object]:
-    c = rng.choice([1, 2, 3, 7, 8, 16, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 160, 200, 256, 260])
+CHANNELS = (1, 2, 3, 7, 8, 16, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 160, 200, 256, 260)
+
+
+def random_problem(rng: random.Random, channels: tuple[int, ...] = CHANNELS) -> dict[str, object]:
+    c = rng.choice(channels)
     shape = (
         rng.randint(0, 4),
         c,
@@ -72,6 +75,16 @@ def random_problem(rng: random.Random) -> dict[str, object]:
     }
 
 
+def road_that_touches_all_once(problem: dict[str, object]) -> str:
+    """Walk over all blocks; the name of the kernel that the plan takes."""
+    plan = native.recurrent_conv_gpu_plan(**problem, end=2**31)
+    for name, stride in (("read", problem["x"]), ("written", problem["y"])):
+        touched = int64s(plan[name]).sort().values
+        assert torch.equal(touched, offsets(problem["shape"], stride).flatten().sort().values), (problem, name)
+    assert plan["shared_bytes"] <= problem["shared_bytes"], problem
+    return plan["text"].partition(":")[0]
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_every_element_is_read_and_written_once(part, seed) -> None:
     """Blocks together read every element of x and write every element of y, once each and nothing else."""
@@ -79,13 +92,18 @@ def test_every_element_is_read_and_written_once(part, seed) -> None:
     roads: set[str] = set()
     for _ in range(250):
         problem = random_problem(rng)
-        plan = native.recurrent_conv_gpu_plan(**problem, end=2**31)
-        roads.add(plan["text"].partition(":")[0])
-        for name, stride in (("read", problem["x"]), ("written", problem["y"])):
-            touched = int64s(plan[name]).sort().values
-            assert torch.equal(touched, offsets(problem["shape"], stride).flatten().sort().values), (problem, name)
-        assert plan["shared_bytes"] <= problem["shared_bytes"], problem
+        roads.add(road_that_touches_all_once(problem))
     assert roads >= {"plain", "tile", "wide", "step"}
+
+
+def test_every_element_is_read_and_written_once_by_warpgroups(seed) -> None:
+    rng = random.Random(seed)
+    roads = []
+    for _ in range(100):
+        problem = random_problem(rng, (129, 130, 132, 136, 160, 200, 256)) | GPUS[2]
+        problem |= {"dtype": "bfloat16", "plain": False, "warpgroups": True}
+        roads.append(road_that_touches_all_once(problem))
+    assert roads.count("hopper") > 20
 
 
 LARGE = [
@@ -212,6 +230,14 @@ def test_words_for_people() -> None:
     text = native.recurrent_conv_gpu_plan(dtype="float32", **problem)["text"]
     assert text.startswith("plain: 784 blocks of 64 columns, W resident")
     assert "the matrix unit is used for 16-bit data" in text
+    for samples, words in (
+        (16, "wide: 131 blocks of 24 columns, W in registers, along columns by 8 bytes, 4 stages (not by warpgroups: "),
+        (1024, "hopper: 1568 blocks of 2 x 64 columns, W in shared memory, along columns by 8 bytes"),
+    ):
+        x = torch.empty(samples, 256, 8, 14, 14, device="meta")
+        plan = native.recurrent_conv_gpu_plan(x.shape, "bfloat16", x.stride(), x.stride(), **GPUS[2])
+        assert plan["text"].startswith(words)
+        assert plan["shared_bytes"] <= 227 * 1024
 
 
 def test_explain_asks_for_the_device_s_plan(monkeypatch) -> None:

@@ -113,7 +113,7 @@ inline Error current_gpu(Gpu& gpu) {
   ask(&minor, cudaDevAttrComputeCapabilityMinor);
   ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  gpu = Gpu{10 * major + minor, multiprocessors, per_block};
+  gpu = Gpu{10 * major + minor, multiprocessors, per_block, built_for_sm90a && major == 9 && minor == 0};
   return error_text("the current device's attributes", status);
 }
 

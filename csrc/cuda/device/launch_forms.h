@@ -9,6 +9,12 @@
 
 namespace rcu_ops::cuda {
 
+#ifdef RCU_OPS_SM90A
+inline constexpr bool built_for_sm90a = true;
+#else
+inline constexpr bool built_for_sm90a = false;
+#endif
+
 using Error = std::string;  // empty: success; allocates nothing then
 
 // Which blocks of a launch are certain to run at the same time.

@@ -33,7 +33,8 @@ inline Error fill_zero(void* memory, size_t bytes, Stream) {
 }
 
 inline Error current_gpu(Gpu& gpu) {
-  gpu = Gpu{cuda_host::options.architecture, cuda_host::options.multiprocessors, cuda_host::options.shared_bytes};
+  gpu = Gpu{cuda_host::options.architecture, cuda_host::options.multiprocessors, cuda_host::options.shared_bytes,
+            built_for_sm90a && cuda_host::options.architecture == 90};
   return {};
 }
 
