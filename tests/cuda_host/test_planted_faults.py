@@ -74,7 +74,7 @@ def warpgroups_with_residual(machine: Machine) -> None:
 
 
 def relate(machine: Machine) -> None:
-    machine.plain, machine.device = True, {"shared_bytes": 42 * 1024}
+    machine.plain, machine.device = True, {"shared_bytes": 55 * 1024}
     relations.check_attention(machine, (1, 20, 150, 24, 70), torch.float32)
     relations.check_step(machine, (1, 34, 10, 40), torch.float32)
 

@@ -112,7 +112,12 @@ def test_warmup_without_a_gpu_says_so() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ([(1, 64, 8, 56)], {}, ValueError, r"shapes: expected \[N,C,T,H,W\] of positive sizes, got \[1, 64, 8, 56\]"),
+        (
+            [(1, 64, 8, 56)],
+            {},
+            ValueError,
+            r"shapes: expected \[N,C,T,H,W\] or \[N,K,C,L,H,W\] of positive sizes, got \[1, 64, 8, 56\]",
+        ),
         ([(1, 1024, 8, 7, 7)], {}, ValueError, "at most 512 channels"),
         ([(1, 64, 8, 7, 7)], {"dtypes": [torch.float64]}, TypeError, "dtypes: expected float16, bfloat16 or float32"),
         ([(1, 64, 8, 7, 7)], {"memory_formats": [torch.preserve_format]}, ValueError, "memory_formats: expected"),
