@@ -447,3 +447,10 @@ def test_a_budget_leaves_cases_out_and_names_them(tmp_path, monkeypatch, capsys)
     for wrong_budget in ("-1", "soon"):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", "--budget", wrong_budget])
+
+
+def test_the_floor_of_16_bit_products_is_the_faster_of_two_ways() -> None:
+    slow_pairs = Peaks(bytes_per_second=1e9, flops_per_second={"fp32": 4e9, "bf16": 2e9})
+    assert slow_pairs.floor(0, 8 * 10**9, torch.bfloat16) == 2
+    assert PEAKS.floor(0, 8 * 10**9, torch.bfloat16) == 4
+    assert PEAKS.floor(0, 8 * 10**9, torch.float32) == 8
