@@ -422,7 +422,7 @@ def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -
     ]
     if "clang" not in compiler.version:
         flags.append("-fvect-cost-model=dynamic")  # but vectorises loops as -O3 does
-        flags.append("-Wno-maybe-uninitialized")  # GCC 12 warns about its own AVX-512 headers
+        flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
     # torch's checks quote their file names; the map keeps paths of the building machine out of the result.
     flags.append(f"-ffile-prefix-map={torch.path}=torch")
     return [*compiler.command, *flags, *shlex.split(environ.get("CXXFLAGS", ""))]
