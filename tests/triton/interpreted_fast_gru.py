@@ -11,7 +11,6 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from rcu_ops.ops import _triton
 from tests.ops import extended_precision
 from tests.ops.test_fast_gru import LAYOUTS, RESULTS, Errors, eager, gradients, inputs, leaves_of
+from tests.triton import reporting
 
 kernels = _triton.kernels("fast_gru")
 
@@ -136,22 +136,5 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "self-test", self_test_passes
 
 
-def main() -> int:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    failed = False
-    for index, (name, case) in enumerate(cases()):
-        torch.manual_seed(int(os.environ.get("RCU_OPS_TEST_SEED", "0")) * 1000 + index)
-        try:
-            precision("ieee")
-            case()
-            print(f"ok {name}", flush=True)
-        except Exception as error:  # every case is reported
-            failed = True
-            print(f"FAILED {name}: {' '.join(str(error).split())}", flush=True)
-            traceback.print_exc()
-    return int(failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reporting.run(cases(), before=lambda: precision("ieee")))

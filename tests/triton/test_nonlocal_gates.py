@@ -18,7 +18,7 @@ NAMES = ("nonlocal_attention", "relational_lstm_step")
 
 @pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
 def test_numerics_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "tests.triton.interpreted_nonlocal"]
+    command = [sys.executable, "-m", "tests.triton.interpreted_nonlocal_gates"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.splitlines()

@@ -17,7 +17,7 @@ NAMES = ("recurrent_conv", "recurrent_conv_affine_act")
 
 @pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
 def test_numerics_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "tests.triton.interpreted"]
+    command = [sys.executable, "-m", "tests.triton.interpreted_recurrent_conv"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.splitlines()

@@ -16,7 +16,7 @@ from tests.triton import resources
 
 @pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
 def test_numerics_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "tests.triton.interpreted_alignment"]
+    command = [sys.executable, "-m", "tests.triton.interpreted_cycle_consistency"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = run.stdout.splitlines()

@@ -10,7 +10,6 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,6 +18,7 @@ from rcu_ops.ops import _triton
 from tests.ops import exact_nonlocal as exact
 from tests.ops.test_nonlocal_gates import LAYOUTS, eager, eager_step, gradients, inputs, random_mask, step_inputs
 from tests.tolerance import assert_close_to_reference
+from tests.triton import reporting
 
 kernels = _triton.kernels("nonlocal_gates")
 
@@ -145,21 +145,5 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "self-tests", self_tests_pass
 
 
-def main() -> int:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    failed = False
-    for index, (name, case) in enumerate(cases()):
-        torch.manual_seed(int(os.environ.get("RCU_OPS_TEST_SEED", "0")) * 1000 + index)
-        try:
-            case()
-            print(f"ok {name}", flush=True)
-        except Exception as error:  # every case is reported
-            failed = True
-            print(f"FAILED {name}: {' '.join(str(error).split())}", flush=True)
-            traceback.print_exc()
-    return int(failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reporting.run(cases()))
