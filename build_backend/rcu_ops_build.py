@@ -41,9 +41,10 @@ TORCH_TARGET_VERSION = "0x020b000000000000ULL"
 CUDA_MINIMUM = (12, 0)
 CUDA_DEFAULT_HOME = Path("/usr/local/cuda")
 ARCHITECTURE_MINIMUM = 80
-# Ampere and Hopper code, and PTX for what came later. The PTX is for 90, not 90a: 90a PTX is not forward compatible.
+# Ampere and Hopper code, and PTX for what came later (not of 90a: that is not forward compatible).
 DEFAULT_ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
 HOPPER = "sm_90a"  # what files named *_sm90.cu are for
+EACH_ARCHITECTURE = "cuda/device/matrix_store.h"  # files that include it have other code for each architecture
 # PyTorch's names for TORCH_CUDA_ARCH_LIST, from the first generation that the kernels support.
 NAMED_ARCHITECTURES = {
     "Ampere": "8.0;8.6+PTX",
@@ -390,23 +391,33 @@ def require_torch() -> Torch:
     return torch
 
 
-def architecture_flags(source: str, architectures: Sequence[str]) -> list[str]:
+def differs_by_architecture(source: str, root: Path = ROOT) -> bool:
+    """Return whether a kernel file has other code for each architecture: whether it includes ``matrix_store.h``."""
+    path = root / source
+    return path.is_file() and f'#include "{EACH_ARCHITECTURE}"' in path.read_text(encoding="utf-8")
+
+
+def architecture_flags(source: str, architectures: Sequence[str], root: Path = ROOT) -> list[str]:
     """Return nvcc's flags for a kernel file and architectures as ``find_architectures`` names them.
 
     Files named ``*_sm90.cu`` use instructions of sm_90a alone and are compiled for nothing else; without sm_90a among
     the architectures they are compiled as others are and hold no kernels (``RCU_OPS_SM90A`` is not defined). All others
-    use no architecture-specific instruction: they are compiled for sm_90 where sm_90a was asked for, which shares the
-    front end, half of the work, with the PTX of compute_90.
+    use no architecture-specific instruction and are compiled for sm_90 where sm_90a was asked for. The front end runs
+    once, for the oldest architecture, whose PTX serves every later one; only files that say
+    (``differs_by_architecture``) that their code differs go through it once for each.
     """
     specific = [HOPPER] if HOPPER in architectures else []
-    define = ["-DRCU_OPS_SM90A"] if specific else []
+    each = differs_by_architecture(source, root)
+    defines = [f"-DRCU_OPS_{name}" for name, on in (("SM90A", specific), ("EACH_ARCHITECTURE", each)) if on]
     if source.endswith("_sm90.cu") and specific:
-        return [f"-gencode=arch=compute_90a,code={HOPPER}", *define]
+        return [f"-gencode=arch=compute_90a,code={HOPPER}", *defines]
+    named = [name.rstrip("af").split("_") for name in architectures]
+    oldest = min((number for _, number in named), key=int)
     codes: dict[str, dict[str, None]] = {}
-    for name in architectures:
-        kind, number = name.rstrip("af").split("_")
-        codes.setdefault(number, {})[f"{kind}_{number}"] = None
-    return [f"-gencode=arch=compute_{number},code=[{','.join(found)}]" for number, found in codes.items()] + define
+    for kind, number in named:
+        front = number if each else oldest
+        codes.setdefault(front, {})[f"sm_{number}" if kind == "sm" else f"compute_{front}"] = None
+    return [f"-gencode=arch=compute_{front},code=[{','.join(found)}]" for front, found in codes.items()] + defines
 
 
 def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -> list[str]:
@@ -450,7 +461,7 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     if len(cxx) == 1 and "NVCC_CCBIN" not in environ:
         nvcc += ["-ccbin", cxx[0]]
     threads = str(min(len(plan.architectures), os.cpu_count() or 1))
-    flags = ["-std=c++20", "-O3", "-DNDEBUG", "--threads", threads, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+    flags = ["-std=c++20", "-O1", "-DNDEBUG", "--threads", threads, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
     key += f" CUDA {plan.cuda.version}"
     kernels = [
         _job(source, [*nvcc, *flags, *architecture_flags(source, plan.architectures)], objects, key)

@@ -3,6 +3,7 @@
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/matrix_copy.h"
+#include "cuda/device/matrix_store.h"
 #include "cuda/device/mma.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/recurrent_conv_tile.h"

@@ -7,6 +7,7 @@
 #include "cuda/device/grid_barrier.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/matrix_copy.h"
+#include "cuda/device/matrix_store.h"
 #include "cuda/device/mma.h"
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"

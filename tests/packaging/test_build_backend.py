@@ -187,18 +187,23 @@ def test_architectures(text: str, expected: tuple[str, ...]) -> None:
     ("source", "architectures", "expected"),
     [
         (
-            "csrc/cuda/op.cu",
+            "csrc/cuda/stores.cu",
             build.DEFAULT_ARCHITECTURES,
-            ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90,compute_90]", "SM90A"],
+            ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90,compute_90]", "SM90A", "EACH_ARCHITECTURE"],
         ),
+        ("csrc/cuda/op.cu", build.DEFAULT_ARCHITECTURES, ["arch=compute_80,code=[sm_80,sm_90,compute_80]", "SM90A"]),
         ("csrc/cuda/op_sm90.cu", build.DEFAULT_ARCHITECTURES, ["arch=compute_90a,code=sm_90a", "SM90A"]),
-        ("csrc/cuda/op_sm90.cu", ("sm_80", "sm_90"), ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90]"]),
-        ("csrc/cuda/op.cu", ("sm_86", "sm_100a"), ["arch=compute_86,code=[sm_86]", "arch=compute_100,code=[sm_100]"]),
+        ("csrc/cuda/op_sm90.cu", ("sm_80", "sm_90"), ["arch=compute_80,code=[sm_80,sm_90]"]),
+        ("csrc/cuda/op.cu", ("sm_100a", "sm_86"), ["arch=compute_86,code=[sm_100,sm_86]"]),
+        ("csrc/cuda/op.cu", ("sm_86", "sm_120", "compute_120"), ["arch=compute_86,code=[sm_86,sm_120,compute_86]"]),
     ],
 )
-def test_architecture_flags(source: str, architectures: tuple[str, ...], expected: list[str]) -> None:
-    wanted = [f"-DRCU_OPS_{part}" if part == "SM90A" else f"-gencode={part}" for part in expected]
-    assert build.architecture_flags(source, architectures) == wanted
+def test_architecture_flags(tmp_path, source: str, architectures: tuple[str, ...], expected: list[str]) -> None:
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    includes = '#include "cuda/device/matrix_store.h"\n' if "stores" in source else ""
+    (tmp_path / source).write_text('#include "cuda/device/matrix_copy.h"\n' + includes)
+    wanted = [f"-gencode={part}" if part.startswith("arch") else f"-DRCU_OPS_{part}" for part in expected]
+    assert build.architecture_flags(source, architectures, tmp_path) == wanted
 
 
 @pytest.mark.parametrize("text", ["native", "all", "sm_90", "9", "8.0+ptx"])

@@ -1,4 +1,4 @@
-// ldmatrix and stmatrix: 8x8 tiles of 16-bit values between shared memory and the fragments of mma.h, one warp.
+// ldmatrix: 8x8 tiles of 16-bit values from shared memory to the fragments of mma.h, one warp. matrix_store.h is the way back.
 //
 // Count tiles (1, 2 or 4). Lane 8i + r passes the address of row r of tile i: 16 bytes, aligned to 16 (lanes from
 // 8 * Count on pass anything). Register i of lane l holds row l / 4, columns 2 (l % 4) and + 1 of tile i; with Transposed
@@ -7,7 +7,6 @@
 
 #include <cstdint>
 
-#include "cuda/device/matrix_store_shuffled.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -40,34 +39,6 @@ __device__ __forceinline__ void load_matrix(uint32_t (&r)[Count], const void* ro
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(from)
                  : "memory");
-}
-
-// One instruction on sm_90 and later, shuffles and ordinary stores before.
-template <int Count, bool Transposed>
-__device__ __forceinline__ void store_matrix(void* row, const uint32_t (&r)[Count]) {
-  static_assert(Count == 1 || Count == 2 || Count == 4);
-#if __CUDA_ARCH__ >= 900
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  if constexpr (Count == 1 && !Transposed)
-    asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(to), "r"(r[0]) : "memory");
-  else if constexpr (Count == 1)
-    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(r[0]) : "memory");
-  else if constexpr (Count == 2 && !Transposed)
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(to), "r"(r[0]), "r"(r[1]) : "memory");
-  else if constexpr (Count == 2)
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(to), "r"(r[0]), "r"(r[1])
-                 : "memory");
-  else if constexpr (!Transposed)
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
-                 : "memory");
-  else
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
-                 : "memory");
-#else
-  store_matrix_shuffled<Count, Transposed>(row, r);
-#endif
 }
 
 }  // namespace rcu_ops::cuda

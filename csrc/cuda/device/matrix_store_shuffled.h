@@ -8,7 +8,7 @@
 
 namespace rcu_ops::cuda {
 
-// As store_matrix in matrix_copy.h.
+// As store_matrix in matrix_store.h.
 template <int Count, bool Transposed>
 __device__ __forceinline__ void store_matrix_shuffled(void* row, const uint32_t (&r)[Count]) {
   const int lane = threadIdx.x % 32;

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "cuda/device/matrix_store_shuffled.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -35,21 +34,6 @@ void load_matrix(uint32_t (&r)[Count], const void* row, cuda_host::Location wher
                              : reinterpret_cast<const uint16_t*>(all[8 * i + g])[2 * q + j];
     r[i] = halves[0] | halves[1] << 16;
   }
-}
-
-template <int Count, bool Transposed>
-void store_matrix(void* row, const uint32_t (&r)[Count], cuda_host::Location where = cuda_host::Location::current()) {
-  static_assert(Count == 1 || Count == 2 || Count == 4);
-  const auto all = matrix_host::rows<Count>("store_matrix", row, where);
-  const int g = cuda_host::lane() / 4, q = cuda_host::lane() % 4;
-  for (int i = 0; i < Count; ++i)
-    for (int j = 0; j < 2; ++j) {
-      const auto half = static_cast<uint16_t>(r[i] >> (16 * j));
-      if (Transposed)
-        reinterpret_cast<uint16_t*>(all[8 * i + 2 * q + j])[g] = half;
-      else
-        reinterpret_cast<uint16_t*>(all[8 * i + g])[2 * q + j] = half;
-    }
 }
 
 }  // namespace rcu_ops::cuda
