@@ -2,6 +2,7 @@
 #include "bindings_recurrent_conv.h"
 
 #include "bindings.h"
+#include "common/recurrent_conv_chunk_choice.h"
 #ifdef RCU_OPS_WITH_CUDA
 #include "cuda/recurrent_conv.h"
 #endif
@@ -34,7 +35,73 @@ Tensor empty_state(const Tensor& x) {
   return to<Tensor>(like[0]);
 }
 
-void launch(const Scan& problem, [[maybe_unused]] const Tensor& like) {
+ScalarType scalar_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64: return ScalarType::Double;
+    case DType::f32: return ScalarType::Float;
+    case DType::bf16: return ScalarType::BFloat16;
+    default: return ScalarType::Half;
+  }
+}
+
+// The library form in chunks of frames side by side is an operator made of PyTorch's, rcu_ops/ops/_recurrent_conv_chunked.py.
+void run_chunked(const Scan& p, int64_t frames, const Tensor& like) {
+  using torch::stable::detail::from;
+  const auto blob = [&](const void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, DType dtype) {
+    return torch::stable::from_blob(const_cast<void*>(data), Sizes(sizes.begin(), sizes.size()),
+                                    Sizes(strides.begin(), strides.size()), like.device(), scalar_of(dtype));
+  };
+  using Given = std::optional<Tensor>;
+  const auto sequence = [&](const View& v) -> Given {
+    if (!v.data) return std::nullopt;
+    return blob(v.data, {p.N, p.C, p.T, p.H, p.W}, {v.n, v.c, v.t, v.h, v.w}, v.dtype);
+  };
+  const auto state = [&](const View& v, bool present) -> Given {
+    if (!present) return std::nullopt;
+    return blob(v.data, {p.N, p.C, p.H, p.W}, {v.n, v.c, v.h, v.w}, v.dtype);
+  };
+  const auto numbers = [&](const void* data) -> Given {
+    if (!data) return std::nullopt;
+    return blob(data, {p.C}, {1}, DType::f32);
+  };
+  std::array<StableIValue, 16> stack{
+      from(sequence(p.x)),
+      from(blob(p.weight, {p.C, p.C}, {p.weight_out, p.weight_in}, p.dtype)),
+      from(state(p.first, p.init != Init::none)),
+      from(*sequence(p.y)),
+      from(state(p.last, p.last_kind != Last::none)),
+      from(numbers(p.scale)),
+      from(numbers(p.shift)),
+      from(sequence(p.residual)),
+      from(frames),
+      from(static_cast<int64_t>(p.init)),
+      from(p.last_kind == Last::projected),
+      from(p.alpha),
+      from(p.alpha_first),
+      from(p.alpha_final),
+      from(p.relu),
+      from(p.reverse),
+  };
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("rcu_ops::recurrent_conv_chunked_", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// Frames of the library form's chunks, 0 where it is not taken. Kernels of the CPU have chunks of their own; there it is for proofs.
+int64_t library_chunk(const Scan& p, const Tensor& like) {
+  if (!can_be_chunked(p)) return 0;
+  const auto forced = forced_chunk();
+  if (!like.is_cuda() && !(forced && std::getenv("RCU_OPS_CHUNK_LIBRARY"))) return 0;
+  if (forced) return *forced < p.T ? *forced : 0;
+  int64_t frames = 0;
+#ifdef RCU_OPS_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const std::string error = cuda::planned_chunk(p, frames);
+  check(error.empty(), error);
+#endif
+  return frames;
+}
+
+void launch(const Scan& problem, const Tensor& like) {
+  if (const int64_t frames = library_chunk(problem, like)) return run_chunked(problem, frames, like);
 #ifdef RCU_OPS_WITH_CUDA
   if (like.is_cuda())
     return launch_on_gpu(

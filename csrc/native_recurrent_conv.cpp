@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/recurrent_conv_chunk_plan.h"
 #include "common/recurrent_conv_gpu_plan.h"
 #include "common/recurrent_conv_index.h"
 #include "common/recurrent_conv_plan.h"
@@ -235,7 +236,8 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
                   const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse, bool plain,
                   bool warpgroups, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
   const Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
-  const cuda::ScanPlan plan = cuda::plan_scan(p, gpu_of(architecture, multiprocessors, shared_bytes),
+  const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes);
+  const cuda::ScanPlan plan = cuda::plan_scan(p, gpu,
                                               plain        ? cuda::Kernel::plain
                                               : warpgroups ? cuda::Kernel::hopper
                                                            : cuda::Kernel::best);
@@ -249,7 +251,11 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
       plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
   }
   py::dict d;
-  d["text"] = cuda::describe(plan);
+  const cuda::ChunkPlan chunks = cuda::plan_chunks(p, plan, gpu);
+  d["text"] = cuda::describe(p, plan, chunks);
+  d["chunk"] = chunks.frames;
+  d["sequential_us"] = chunks.sequential_us;
+  d["chunked_us"] = chunks.chunked_us;
   d["blocks"] = blocks;
   d["shared_bytes"] = plan.shared_bytes();
   d["scratch_bytes"] = plan.scratch_bytes();
@@ -354,8 +360,9 @@ void bind_recurrent_conv(py::module_& m) {
         py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false, py::arg("reverse") = false,
         py::arg("plain") = false, py::arg("warpgroups") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
-        "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence), blocks, "
-        "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
+        "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence); chunk, the "
+        "frames of the library form's chunks, 0 where it is not taken, and the two times compared, chunked_us and sequential_us "
+        "(predictions, 0 where none was made); of the scan's kernel blocks, shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
         "int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: that kernel, wherever "
         "it can run.");
   m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("h"),

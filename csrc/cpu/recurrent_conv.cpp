@@ -1,12 +1,10 @@
 // recurrent_conv on the CPU: choice of instruction set and plan.
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
+#include "common/recurrent_conv_chunk_choice.h"
 #include "recurrent_conv_kernels.h"
 
 namespace rcu_ops::cpu {
@@ -179,17 +177,9 @@ void chunked_scan(Scan p, int64_t L, const Parallel& parallel) {
   plain_scan(rest, parallel);
 }
 
-// RCU_OPS_CHUNK: 0 never chunks, L > 0 always with chunks of L frames; unset: as planned. Never in fp64, for which nothing
-// more precise is at hand to keep powers of W in.
 int64_t chunk_of(const Scan& p, int threads) {
-  if (p.T < 2 || p.dtype == DType::f64 || p.N * p.H * p.W == 0) return 0;
-  if (const char* forced = std::getenv("RCU_OPS_CHUNK"); forced && *forced) {
-    char* end;
-    const long long value = std::strtoll(forced, &end, 10);
-    if (*end || value < 0)
-      throw std::runtime_error(std::string("RCU_OPS_CHUNK: expected a number of frames, 0 for none, got '") + forced + "'");
-    return value < p.T ? value : 0;
-  }
+  if (!can_be_chunked(p)) return 0;
+  if (const auto forced = forced_chunk()) return *forced < p.T ? *forced : 0;
   return plan_scan(plan_input(p, threads), current_isa()).chunk;
 }
 

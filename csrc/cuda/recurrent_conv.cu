@@ -1,6 +1,7 @@
 // recurrent_conv on CUDA devices: the plain scan (any C, dtype and strides) and the choice between kernels.
 #include "cuda/recurrent_conv.h"
 
+#include "common/recurrent_conv_chunk_plan.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
@@ -186,6 +187,13 @@ std::string describe_scan(const Scan& p, Kernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   return describe(plan_scan(p, gpu, kernel));
+}
+
+std::string planned_chunk(const Scan& p, int64_t& frames) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  frames = plan_chunks(p, plan_scan(p, gpu, Kernel::best), gpu).frames;
+  return {};
 }
 
 std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {

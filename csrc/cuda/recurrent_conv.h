@@ -17,6 +17,10 @@ Scratch weight_grad_scratch(const WeightGrad& problem, Kernel kernel = Kernel::b
 std::string describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
 std::string describe_weight_grad(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
+// How many frames the chunks have of the library's products that are predicted to be faster than `scan` on the current device, 0 for
+// none, or an error.
+std::string planned_chunk(const Scan& problem, int64_t& frames);
+
 // Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or
 // an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
 std::string scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);

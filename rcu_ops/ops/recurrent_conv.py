@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _selftest, _transforms, _triton
+from rcu_ops.ops import (
+    _checks,
+    _evidence,
+    _predicates,
+    _recurrent_conv_chunked,  # noqa: F401 - defines the operator that the bindings call
+    _schema,
+    _selftest,
+    _transforms,
+    _triton,
+)
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.recurrent_conv import mix_channels, state_dtype_of
 

@@ -105,7 +105,8 @@ def _probed(name: str) -> Iterator[Problem]:
 # ---- recurrent_conv ------------------------------------------------------------------------------------------------
 
 # Every kernel and most of its edges: padded channels and columns, words of 16 to 2 bytes, W in shared memory and in
-# pieces, several blocks, one frame alone and frame after frame, many frames of few positions, many splits.
+# pieces, several blocks, one frame alone and frame after frame, many frames of few positions (in chunks too), many
+# splits.
 SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "C64 contiguous": ((3, 64, 5, 16, 16), torch.contiguous_format),
     "C64 channels_last": ((3, 64, 5, 14, 14), torch.channels_last_3d),
@@ -122,6 +123,7 @@ SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "C512 many columns": ((6, 512, 3, 24, 24), torch.channels_last_3d),
     "many splits": ((4, 128, 6, 20, 20), torch.contiguous_format),
     "many frames": ((1, 64, 70, 3, 3), torch.contiguous_format),
+    "many chunks": ((1, 512, 150, 3, 3), torch.channels_last_3d),
 }
 
 

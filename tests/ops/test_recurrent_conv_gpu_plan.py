@@ -240,15 +240,78 @@ def test_words_for_people() -> None:
         assert plan["shared_bytes"] <= 227 * 1024
 
 
+def chunk_plan(
+    shape: tuple[int, ...], dtype: str, gpu: dict[str, int] = GPUS[2], **options: object
+) -> dict[str, object]:
+    stride = strides(shape, (0, 2, 3, 4, 1))
+    return native.recurrent_conv_gpu_plan(shape, dtype, stride, stride, **gpu, **options)
+
+
+def test_long_clips_of_few_positions_are_cut_into_chunks() -> None:
+    """Where the scan's frames, one after the other, are predicted to take longer than products over all chunks."""
+    for shape, dtype in (
+        ((1, 512, 256, 7, 7), "bfloat16"),
+        ((1, 512, 256, 7, 7), "float32"),
+        ((1, 64, 2048, 7, 7), "float16"),
+    ):
+        plan = chunk_plan(shape, dtype)
+        assert plan["chunk"] >= 4 and 2 * plan["chunk"] <= shape[2]
+        assert 0 < 1.2 * plan["chunked_us"] < plan["sequential_us"]
+        chunks = -(-shape[2] // plan["chunk"])
+        assert plan["text"].startswith(
+            f"chunked: {chunks} chunks of {plan['chunk']} frames side by side by the library, "
+        )
+        assert f"{plan['chunk'] + chunks - 2} products one after the other instead of {shape[2]}" in plan["text"]
+        assert f"predicted {plan['chunked_us']:.0f} us instead of {plan['sequential_us']:.0f} us" in plan["text"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((1, 512, 256, 7, 7), "float64", "fp64 is not cut into chunks"),
+        ((1, 512, 8, 7, 7), "bfloat16", "too few frames for chunks"),
+        ((0, 512, 256, 7, 7), "bfloat16", "no positions"),
+        ((1, 9000, 16, 1, 1), "bfloat16", "states and powers of W would take more than 1 GiB"),
+        ((16, 64, 16, 56, 56), "bfloat16", "predicted "),
+        ((8, 512, 16, 14, 14), "float32", "predicted "),
+    ],
+    ids=str,
+)
+def test_why_not_in_chunks(shape, dtype, reason) -> None:
+    plan = chunk_plan(shape, dtype)
+    assert plan["chunk"] == 0
+    assert f"; one frame after the other: {reason}" in plan["text"]
+
+
+def test_chunks_follow_what_the_device_is_good_at() -> None:
+    """Powers of W are made in fp64, which small GPUs hardly have; and the forms cross once, as the clip gets longer."""
+    shape = (1, 512, 256, 7, 7)
+    assert chunk_plan(shape, "bfloat16", GPUS[2])["chunk"] and not chunk_plan(shape, "bfloat16", GPUS[1])["chunk"]
+    for dtype in ("float32", "bfloat16"):
+        taken = [chunk_plan((1, 512, t, 7, 7), dtype)["chunk"] > 0 for t in (16, 32, 64, 128, 256, 512, 1024, 4096)]
+        assert taken == sorted(taken) and taken[-1] and taken[0] == (dtype == "float32")  # the plain scan is slow
+        taken = [chunk_plan((n, 512, 256, 7, 7), dtype)["chunk"] > 0 for n in (1, 4, 16, 64, 256)]
+        assert taken == sorted(taken, reverse=True) and taken[0] and not taken[-1]
+
+
+def test_the_gpu_tests_have_a_problem_in_chunks() -> None:
+    from tests.gpu.problems import SCANS
+
+    shape, _ = SCANS["many chunks"]
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert chunk_plan(shape, dtype)["chunk"] > 0
+
+
 def test_explain_asks_for_the_device_s_plan(monkeypatch) -> None:
     """The tensors' addresses, strides and optional arguments count, and so do the device's limits."""
     device = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block=227 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     x, weight = torch.empty(2, 64, 4, 8, 8, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
     plan = OPERATORS["recurrent_conv"].backend("cuda").plan
-    assert plan(x, weight, None, False, False).endswith("along columns by 16 bytes, 3 stages")
+    short = "; one frame after the other: too few frames for chunks"
+    assert plan(x, weight, None, False, False).endswith(f"along columns by 16 bytes, 3 stages{short}")
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    assert plan(shifted, weight, None, False, True).endswith("along columns by 2 bytes, 3 stages")
+    assert plan(shifted, weight, None, False, True).endswith(f"along columns by 2 bytes, 3 stages{short}")
     fused = OPERATORS["recurrent_conv_affine_act"].backend("cuda").plan
     mixed = x.to(memory_format=torch.channels_last_3d)
     text = fused(mixed, weight, torch.ones(64), torch.ones(64), None, x, False, True)
