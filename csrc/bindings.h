@@ -133,11 +133,11 @@ void launch_on_gpu(const Problem& problem, const Tensor& like, ScratchOf scratch
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const cuda::Scratch wanted = scratch_of(problem);
-  check(wanted.error.empty(), wanted.error);
+  check(wanted.error.empty(), wanted.error.c_str());
   std::optional<Tensor> scratch;
   if (wanted.bytes > 0) scratch = torch::stable::new_empty(like, Sizes(&wanted.bytes, 1), ScalarType::Byte);
-  const std::string error = run(problem, scratch ? pointer(*scratch) : nullptr, static_cast<CUstream_st*>(stream));
-  check(error.empty(), error);
+  const Text error = run(problem, scratch ? pointer(*scratch) : nullptr, static_cast<CUstream_st*>(stream));
+  check(error.empty(), error.c_str());
 }
 #endif
 

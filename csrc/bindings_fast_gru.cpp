@@ -299,8 +299,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   if (x.is_cuda() && p.columns() > 0) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     fast_gru::PersistentPlan plan;
-    const std::string error = cuda::plan_steps(p.step_columns(), p.C, p.R, p.dtype, plan);
-    check(error.empty(), error);
+    const Text error = cuda::plan_steps(p.step_columns(), p.C, p.R, p.dtype, plan);
+    check(error.empty(), error.c_str());
     if (plan.why_not.empty()) p.persistent = plan, p.by_column = true;  // for both passes: gates are saved as matrices lie
   }
 #endif

@@ -94,8 +94,8 @@ int64_t library_chunk(const Scan& p, const Tensor& like) {
   int64_t frames = 0;
 #ifdef RCU_OPS_WITH_CUDA
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  const std::string error = cuda::planned_chunk(p, frames);
-  check(error.empty(), error);
+  const Text error = cuda::planned_chunk(p, frames);
+  check(error.empty(), error.c_str());
 #endif
   return frames;
 }

@@ -25,7 +25,7 @@ std::string plan_text(const std::string& kind, int64_t t, int64_t s, int64_t c, 
   if (t < 1 || s < 1 || c < 1) throw py::value_error("expected t, s, c >= 1");
   const DType of = parse_dtype(dtype);
   const char* isa = of == DType::f64 ? "portable" : cpu::isa_name(cpu::current_isa());
-  return std::string(isa) + ": " + describe_alignment(parse_kind(kind), of, t, s, c);
+  return std::string(isa) + ": " + describe_alignment(parse_kind(kind), of, t, s, c).c_str();
 }
 
 }  // namespace

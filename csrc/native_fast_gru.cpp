@@ -20,8 +20,8 @@ py::dict gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, 
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
   const fast_gru::PersistentPlan plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu);
   py::dict d;
-  d["text"] = fast_gru::describe(plan);
-  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not));
+  d["text"] = fast_gru::describe(plan).c_str();
+  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
   d["blocks"] = plan.blocks;
   d["units"] = plan.units;
   d["hidden_units"] = plan.hidden_units;

@@ -49,7 +49,7 @@ py::dict gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int6
     places.emplace_back(at.problem, at.row0, at.rows, at.split);
   }
   py::dict found;
-  found["text"] = forward ? cuda::describe_forward(r, step, gpu) : cuda::describe(plan);
+  found["text"] = (forward ? cuda::describe_forward(r, step, gpu) : cuda::describe(plan)).c_str();
   found["resident"] = plan.resident;
   found["chunk"] = plan.chunk;
   found["slice"] = plan.slice;

@@ -252,7 +252,7 @@ py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides&
   }
   py::dict d;
   const cuda::ChunkPlan chunks = cuda::plan_chunks(p, plan, gpu);
-  d["text"] = cuda::describe(p, plan, chunks);
+  d["text"] = cuda::describe(p, plan, chunks).c_str();
   d["chunk"] = chunks.frames;
   d["sequential_us"] = chunks.sequential_us;
   d["chunked_us"] = chunks.chunked_us;
@@ -326,7 +326,7 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
     walk(p, plan, tile, split, block_dx, block_states);
   }
   py::dict d;
-  d["text"] = cuda::describe(plan);
+  d["text"] = cuda::describe(plan).c_str();
   d["rows"] = plan.rows;
   d["tile"] = plan.tile;
   d["tiles"] = plan.tiles;

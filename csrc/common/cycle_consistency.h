@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "gpu.h"
+#include "text.h"
 #include "types.h"
 
 namespace rcu_ops {
@@ -65,20 +65,20 @@ inline AlignForm plan_alignment(Align kind, DType dtype, int64_t T, int64_t S, i
 inline AlignForm plan_alignment(const Alignment& p) { return plan_alignment(p.kind, p.dtype, p.T, p.S, p.C); }
 
 // The plan and its reason, in one sentence.
-inline std::string describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
+inline Text describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
   switch (plan_alignment(kind, dtype, T, S, C)) {
     case AlignForm::within:
       return "distances by differences, nearest frames through the distances within each sequence: at most " +
-             std::to_string(most_frames_within) + " frames";
+             to_text(most_frames_within) + " frames";
     case AlignForm::products:
       return "distances by products on centred frames, by differences within the bound of their rounding: at least " +
-             std::to_string(least_keys_for_products) + " frames of at least " + std::to_string(least_channels_for_products) + " channels";
+             to_text(least_keys_for_products) + " frames of at least " + to_text(least_channels_for_products) + " channels";
     default: break;
   }
-  return std::string("distances by differences: ") +
+  return Text("distances by differences: ") +
          (dtype == DType::f64 ? "float64"
-                              : "fewer than " + std::to_string(least_keys_for_products) + " frames or " +
-                                    std::to_string(least_channels_for_products) + " channels");
+                              : "fewer than " + to_text(least_keys_for_products) + " frames or " +
+                                    to_text(least_channels_for_products) + " channels");
 }
 
 // ---- cycles of short sequences on CUDA devices ------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "gpu.h"
+#include "text.h"
 #include "types.h"
 
 namespace rcu_ops::fast_gru {
@@ -19,7 +19,7 @@ inline constexpr int partial_pitch = 20;     // numbers in a row of partial sums
 // Block b owns output features [8 units b, 8 units (b + 1)) of W_r, W_z and V_o, and as many hidden_units of the 2 hidden halves.
 // A half's units are padded to whole ones, so that a unit is all r' or all z'.
 struct PersistentPlan {
-  std::string why_not;  // empty: it can run
+  Text why_not;  // empty: it can run
   int64_t blocks = 0;
   int units = 0, hidden_units = 0;
   int64_t half_units = 0;               // of r', and of z'
@@ -40,7 +40,6 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t bank_pitch(int64_t numbers) { return round_up(2 * numbers, 128) + 64; }
 
 inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType dtype, const Gpu& gpu) {
-  const auto text = [](int64_t v) { return std::to_string(v); };
   PersistentPlan plan;
   plan.depth = round_up(C, persistent_depth);
   plan.hidden_depth = round_up(R, persistent_depth);
@@ -65,19 +64,19 @@ inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType 
   else if (gpu.architecture < 80)
     plan.why_not = "it needs sm_80 or newer";
   else if (rows > persistent_rows)  // every block reads the states of all rows: beyond, that costs more than the launches it saves
-    plan.why_not = text(rows) + " columns per step, of at most " + text(persistent_rows);
+    plan.why_not = to_text(rows) + " columns per step, of at most " + to_text(persistent_rows);
   else if (plan.units > persistent_units || plan.hidden_units > persistent_units)
-    plan.why_not = text(units) + " and " + text(hidden_units) + " units of 8 outputs for " + text(gpu.multiprocessors) +
-                   " multiprocessors, of at most " + text(persistent_units) + " each";
+    plan.why_not = to_text(units) + " and " + to_text(hidden_units) + " units of 8 outputs for " + to_text(gpu.multiprocessors) +
+                   " multiprocessors, of at most " + to_text(persistent_units) + " each";
   else if (plan.shared_bytes > gpu.shared_bytes)
-    plan.why_not = "a block's share of the weights takes " + text(plan.shared_bytes) + " bytes of shared memory, of " +
-                   text(gpu.shared_bytes);
+    plan.why_not = "a block's share of the weights takes " + to_text(plan.shared_bytes) + " bytes of shared memory, of " +
+                   to_text(gpu.shared_bytes);
   return plan;
 }
 
-inline std::string describe(const PersistentPlan& plan) {
+inline Text describe(const PersistentPlan& plan) {
   if (!plan.why_not.empty()) return "not in one launch: " + plan.why_not;
-  return "one launch of " + std::to_string(plan.blocks) + " blocks, weights in " + std::to_string(plan.shared_bytes) +
+  return "one launch of " + to_text(plan.blocks) + " blocks, weights in " + to_text(plan.shared_bytes) +
          " bytes of shared memory each";
 }
 

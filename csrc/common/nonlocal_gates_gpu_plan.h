@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "gpu.h"
 #include "nonlocal_gates.h"
+#include "text.h"
 
 namespace rcu_ops::cuda {
 
@@ -92,12 +92,11 @@ inline PlainRelatePlan plan_plain_key_gradient(const Relation& r, const Gpu& gpu
 // Of the gradients: peak, sum and delta of every query (see Relation), in the state's dtype.
 inline int64_t gradient_scratch_bytes(const Relation& r) { return 3 * r.B * r.G * r.N * state_size(r.dtype); }
 
-inline std::string describe(const PlainRelatePlan& plan) {
-  const auto text = [](int64_t v) { return std::to_string(v); };
-  return "plain: " + text(plan.blocks) + " blocks of " + text(plain_relate_rows) + " rows, " +
-         (plan.resident ? std::string("weights in shared memory for all channels")
-                        : "weights made again for every " + text(plan.slice) + " channels") +
-         (plan.splits > 1 ? ", channels shared by " + text(plan.splits) + " blocks" : "");
+inline Text describe(const PlainRelatePlan& plan) {
+  return "plain: " + to_text(plan.blocks) + " blocks of " + to_text(plain_relate_rows) + " rows, " +
+         (plan.resident ? Text("weights in shared memory for all channels")
+                        : "weights made again for every " + to_text(plan.slice) + " channels") +
+         (plan.splits > 1 ? ", channels shared by " + to_text(plan.splits) + " blocks" : "");
 }
 
 // ---- the matrix-unit kernels: 16-bit data, up to 256 keys ---------------------------------------------------------------
@@ -157,17 +156,16 @@ inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& 
   return plan;
 }
 
-inline std::string describe(const TileRelatePlan& plan) {
-  const auto text = [](int64_t v) { return std::to_string(v); };
-  return (plan.cluster ? "clusters of " + text(plan.shares) : std::string("tiles")) + ": " + text(plan.blocks) + " blocks of " +
-         text(plan.rows) + " rows of four relations on the matrix unit" +
+inline Text describe(const TileRelatePlan& plan) {
+  return (plan.cluster ? "clusters of " + to_text(plan.shares) : Text("tiles")) + ": " + to_text(plan.blocks) + " blocks of " +
+         to_text(plan.rows) + " rows of four relations on the matrix unit" +
          (plan.cluster ? ", scores and channels shared in a cluster"
-          : plan.shares > 1 ? ", channels shared by " + text(plan.shares) + " blocks"
+          : plan.shares > 1 ? ", channels shared by " + to_text(plan.shares) + " blocks"
                             : "");
 }
 
 // The forward pass of Attention or Step, in words: the kernel that runs it and, where that is the plain one, why.
-inline std::string describe_forward(const Relation& r, bool step, const Gpu& gpu, bool clusters = true) {
+inline Text describe_forward(const Relation& r, bool step, const Gpu& gpu, bool clusters = true) {
   const TileRelatePlan tile = plan_tile_relate(r, step, gpu, clusters);
   if (!tile.why_not) return describe(tile);
   return describe(step ? plan_plain_step(r, gpu) : plan_plain_attend(r, gpu)) + " (" + tile.why_not + ")";

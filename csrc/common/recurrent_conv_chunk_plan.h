@@ -3,11 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "gpu.h"
 #include "recurrent_conv.h"
 #include "recurrent_conv_gpu_plan.h"
+#include "text.h"
 
 namespace rcu_ops::cuda {
 
@@ -127,15 +127,15 @@ inline ChunkPlan plan_chunks(const Scan& p, const ScanPlan& plan, const Gpu& gpu
   return chunks;
 }
 
-inline std::string describe(const Scan& p, const ScanPlan& plan, const ChunkPlan& chunks) {
-  const auto us = [](double v) { return std::to_string(static_cast<int64_t>(v + 0.5)) + " us"; };
+inline Text describe(const Scan& p, const ScanPlan& plan, const ChunkPlan& chunks) {
+  const auto us = [](double v) { return to_text(static_cast<int64_t>(v + 0.5)) + " us"; };
   if (chunks.why_not) return describe(plan) + "; one frame after the other: " + chunks.why_not;
   if (!chunks.frames)
     return describe(plan) + "; one frame after the other: predicted " + us(chunks.sequential_us) + ", chunks would take " +
            us(chunks.chunked_us);
-  return "chunked: " + std::to_string(ceil_div(p.T, chunks.frames)) + " chunks of " + std::to_string(chunks.frames) +
-         " frames side by side by the library, " + std::to_string(chunks.products) + " products one after the other instead of " +
-         std::to_string(p.T) + ": predicted " + us(chunks.chunked_us) + " instead of " + us(chunks.sequential_us) + " by the scan (" +
+  return "chunked: " + to_text(ceil_div(p.T, chunks.frames)) + " chunks of " + to_text(chunks.frames) +
+         " frames side by side by the library, " + to_text(chunks.products) + " products one after the other instead of " +
+         to_text(p.T) + ": predicted " + us(chunks.chunked_us) + " instead of " + us(chunks.sequential_us) + " by the scan (" +
          describe(plan) + ")";
 }
 

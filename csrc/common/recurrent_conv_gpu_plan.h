@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <string>
 
 #include "gpu.h"
 #include "recurrent_conv.h"
 #include "recurrent_conv_step_plan.h"
+#include "text.h"
 
 namespace rcu_ops::cuda {
 
@@ -66,10 +66,9 @@ inline PlainScanPlan plan_plain_scan(const Scan& p, const Gpu& gpu) {
   return plain_scan_plan_for(p, widest > 32 ? 32 : widest, false, false);
 }
 
-inline std::string describe(const PlainScanPlan& plan) {
-  const auto text = [](int64_t v) { return std::to_string(v); };
-  return "plain: " + text(plan.blocks) + " blocks of " + text(plan.positions) + " columns, " +
-         (plan.weight_resident ? std::string("W resident") : "W in pieces of " + text(plan.depth) + " x " + text(plan.channels)) +
+inline Text describe(const PlainScanPlan& plan) {
+  return "plain: " + to_text(plan.blocks) + " blocks of " + to_text(plan.positions) + " columns, " +
+         (plan.weight_resident ? Text("W resident") : "W in pieces of " + to_text(plan.depth) + " x " + to_text(plan.channels)) +
          ", state in " + (plan.state_shared ? "shared memory" : "scratch memory");
 }
 
@@ -140,7 +139,7 @@ inline Words plan_words(const Scan& p) {
 constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
 
 // The plan, or none and `why_not`.
-inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu, Text& why_not) {
   const auto refuse = [&](const char* reason) {
     why_not = reason;
     return std::nullopt;
@@ -166,11 +165,11 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   return refuse("too little shared memory");
 }
 
-inline std::string describe(const TileScanPlan& plan) {
-  return "tile: " + std::to_string(plan.blocks) + " blocks of " + std::to_string(tile_warps) + " x " +
-         std::to_string(plan.positions) + " columns, channels padded to " + std::to_string(plan.padded_channels) +
-         (plan.along_channels ? ", along channels" : ", along columns") + " by " + std::to_string(plan.vector_bytes) +
-         " bytes, " + std::to_string(plan.stages) + " stages";
+inline Text describe(const TileScanPlan& plan) {
+  return "tile: " + to_text(plan.blocks) + " blocks of " + to_text(tile_warps) + " x " +
+         to_text(plan.positions) + " columns, channels padded to " + to_text(plan.padded_channels) +
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) +
+         " bytes, " + to_text(plan.stages) + " stages";
 }
 
 // ---- the wide matrix-unit scan: 16-bit data, 129 to 256 channels ----------------------------------------------------
@@ -196,7 +195,7 @@ struct WideScanPlan {
 constexpr int64_t odd_words(int64_t bytes) { return 16 * (ceil_div(bytes, 16) | 1); }
 
 // The plan, or none and `why_not`.
-inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu, Text& why_not) {
   const Words words = plan_words(p);
   if (words.why_not || p.C > wide_most_channels) {
     why_not = words.why_not ? words.why_not : "more than 256 channels";
@@ -222,10 +221,10 @@ inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu,
   return std::nullopt;
 }
 
-inline std::string describe(const WideScanPlan& plan) {
-  return "wide: " + std::to_string(plan.blocks) + " blocks of " + std::to_string(wide_positions) + " columns, W in registers" +
-         (plan.along_channels ? ", along channels" : ", along columns") + " by " + std::to_string(plan.vector_bytes) + " bytes, " +
-         std::to_string(plan.stages) + " stages";
+inline Text describe(const WideScanPlan& plan) {
+  return "wide: " + to_text(plan.blocks) + " blocks of " + to_text(wide_positions) + " columns, W in registers" +
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) + " bytes, " +
+         to_text(plan.stages) + " stages";
 }
 
 // ---- the sm_90a scan: 16-bit data, 129 to 256 channels, by warpgroups ------------------------------------------------
@@ -248,7 +247,7 @@ struct HopperScanPlan {
 };
 
 // The plan, or none and `why_not`.
-inline std::optional<HopperScanPlan> plan_hopper_scan(const Scan& p, const Gpu& gpu, std::string& why_not) {
+inline std::optional<HopperScanPlan> plan_hopper_scan(const Scan& p, const Gpu& gpu, Text& why_not) {
   const auto refuse = [&](const char* reason) {
     why_not = reason;
     return std::nullopt;
@@ -280,10 +279,10 @@ inline bool hopper_is_faster(const HopperScanPlan& hopper, const WideScanPlan& w
          cycles(wide.blocks, wide_positions * area * 10 / (2048 * 6) + 400, wide_positions);
 }
 
-inline std::string describe(const HopperScanPlan& plan) {
-  return "hopper: " + std::to_string(plan.blocks) + " blocks of " + std::to_string(hopper_groups) + " x " +
-         std::to_string(hopper_positions) + " columns, W in shared memory" +
-         (plan.along_channels ? ", along channels" : ", along columns") + " by " + std::to_string(plan.vector_bytes) + " bytes";
+inline Text describe(const HopperScanPlan& plan) {
+  return "hopper: " + to_text(plan.blocks) + " blocks of " + to_text(hopper_groups) + " x " +
+         to_text(hopper_positions) + " columns, W in shared memory" +
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) + " bytes";
 }
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ struct ScanPlan {
   std::optional<TileScanPlan> tile;
   std::optional<WideScanPlan> wide;
   std::optional<HopperScanPlan> hopper;
-  std::string why_not_matrix, why_not_hopper;
+  Text why_not_matrix, why_not_hopper;
   PlainScanPlan plain;  // when there is none of them
 
   bool is_plain() const { return !step && !tile && !wide && !hopper; }
@@ -340,13 +339,13 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   return plan;
 }
 
-inline std::string describe(const ScanPlan& plan) {
+inline Text describe(const ScanPlan& plan) {
   if (plan.step) return describe(*plan.step);
   if (plan.tile) return describe(*plan.tile);
   if (plan.hopper) return describe(*plan.hopper);
   if (plan.wide)
     return describe(*plan.wide) +
-           (plan.why_not_hopper.empty() ? std::string() : " (not by warpgroups: " + plan.why_not_hopper + ")");
+           (plan.why_not_hopper.empty() ? Text() : " (not by warpgroups: " + plan.why_not_hopper + ")");
   return describe(plan.plain) + " (not the matrix unit: " + plan.why_not_matrix + ")";
 }
 

@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "gpu.h"
 #include "recurrent_conv.h"
+#include "text.h"
 
 namespace rcu_ops::cuda {
 
@@ -94,11 +94,10 @@ inline Scan step_of(const Scan& p, int64_t i, void* scratch) {
   return s;
 }
 
-inline std::string describe(const StepScanPlan& plan) {
-  const auto text = [](int64_t v) { return std::to_string(v); };
-  return "step: " + (plan.launches > 1 ? text(plan.launches) + " launches of " : std::string()) + text(plan.blocks) +
-         " blocks of " + text(plan.outputs) + " channels x " + text(plan.columns) + " columns" +
-         (plan.matrix ? " on the matrix unit" : "") + ", " + text(plan.depth) + " input channels at a time";
+inline Text describe(const StepScanPlan& plan) {
+  return "step: " + (plan.launches > 1 ? to_text(plan.launches) + " launches of " : Text()) + to_text(plan.blocks) +
+         " blocks of " + to_text(plan.outputs) + " channels x " + to_text(plan.columns) + " columns" +
+         (plan.matrix ? " on the matrix unit" : "") + ", " + to_text(plan.depth) + " input channels at a time";
 }
 
 }  // namespace rcu_ops::cuda

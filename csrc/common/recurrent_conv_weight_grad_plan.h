@@ -4,9 +4,9 @@
 
 #include <cstdint>
 #include <optional>
-#include <string>
 
 #include "recurrent_conv_gpu_plan.h"
+#include "text.h"
 
 namespace rcu_ops::cuda {
 
@@ -76,12 +76,11 @@ inline WeightGradPlan plan_weight_grad(const WeightGrad& p, const Gpu& gpu, Kern
   return plan;
 }
 
-inline std::string describe(const WeightGradPlan& plan) {
-  const auto text = [](int64_t v) { return std::to_string(v); };
-  const std::string cut = text(plan.tiles) + " tiles of " + text(plan.tile) + " x " + text(plan.tile) + " x " +
-                          text(plan.splits) + " splits of " + text(plan.rows_per_split) + " rows";
+inline Text describe(const WeightGradPlan& plan) {
+  const Text cut = to_text(plan.tiles) + " tiles of " + to_text(plan.tile) + " x " + to_text(plan.tile) + " x " +
+                          to_text(plan.splits) + " splits of " + to_text(plan.rows_per_split) + " rows";
   if (plan.vector_bytes)
-    return "matrix: " + cut + (plan.along_channels ? ", along channels by " : ", along columns by ") + text(plan.vector_bytes) +
+    return "matrix: " + cut + (plan.along_channels ? ", along channels by " : ", along columns by ") + to_text(plan.vector_bytes) +
            " bytes";
   return "plain: " + cut + " (not the matrix unit: " + plan.why_not_matrix + ")";
 }

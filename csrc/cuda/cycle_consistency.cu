@@ -340,7 +340,7 @@ Scratch align_scratch(const Alignment& p) {
   return scratch;
 }
 
-std::string align(const Alignment& p, void* scratch, Stream stream) {
+Text align(const Alignment& p, void* scratch, Stream stream) {
   if (p.N == 0) return {};
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;

@@ -1,9 +1,8 @@
 // cycle_consistency on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
 #pragma once
 
-#include <string>
-
 #include "common/cycle_consistency.h"
+#include "common/text.h"
 #include "cuda/scratch.h"
 
 namespace rcu_ops::cuda {
@@ -13,6 +12,6 @@ Scratch align_scratch(const Alignment& problem);
 
 // Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or an
 // empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
-std::string align(const Alignment& problem, void* scratch, CUstream_st* stream);
+Text align(const Alignment& problem, void* scratch, CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

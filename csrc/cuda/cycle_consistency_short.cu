@@ -313,7 +313,7 @@ Error align_as(const Alignment& p, const ShortCycle& plan, float* partial, Strea
 
 }  // namespace
 
-std::string align_short(const Alignment& p, const Gpu& gpu, void* scratch, Stream stream) {
+Text align_short(const Alignment& p, const Gpu& gpu, void* scratch, Stream stream) {
   const ShortCycle plan(p.N, p.C, gpu.multiprocessors);
   float* partial = static_cast<float*>(scratch);
   switch (p.dtype) {

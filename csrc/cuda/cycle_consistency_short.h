@@ -1,15 +1,14 @@
 // Cycle consistency of short sequences on CUDA devices: what cycle_consistency.cu calls.
 #pragma once
 
-#include <string>
-
 #include "common/cycle_consistency.h"
 #include "common/gpu.h"
+#include "common/text.h"
 #include "cuda/scratch.h"
 
 namespace rcu_ops::cuda {
 
 // As align(), for problems that ShortCycle takes. `scratch`: fp32 [N][splits][T + S][T + S] where there are several splits.
-std::string align_short(const Alignment& problem, const Gpu& gpu, void* scratch, CUstream_st* stream);
+Text align_short(const Alignment& problem, const Gpu& gpu, void* scratch, CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

@@ -171,7 +171,7 @@ Error launch_pass(Elementwise p, Stream stream) {
 
 }  // namespace
 
-std::string elementwise(const Elementwise& p, Stream stream) {
+Text elementwise(const Elementwise& p, Stream stream) {
   if (fast_gru::elements(p) == 0) return {};
   switch (p.dtype) {
     case DType::f64: return launch_pass<double>(p, stream);

@@ -1,10 +1,9 @@
 // fast_gru on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
 #pragma once
 
-#include <string>
-
 #include "common/fast_gru.h"
 #include "common/fast_gru_gpu_plan.h"
+#include "common/text.h"
 
 struct CUstream_st;
 
@@ -12,12 +11,12 @@ namespace rcu_ops::cuda {
 
 // Enqueue the pass on `stream` of the current device and return. The text of an error, or an empty one. Nothing is allocated and
 // nothing waits, so the call can be captured in a CUDA graph. Operands do not overlap, but for those that are in and out.
-std::string elementwise(const fast_gru::Elementwise& pass, CUstream_st* stream);
+Text elementwise(const fast_gru::Elementwise& pass, CUstream_st* stream);
 
 // How the current device would run the steps in one launch; plan.why_not says why it would not. The text of an error, or empty.
-std::string plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, fast_gru::PersistentPlan& plan);
+Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, fast_gru::PersistentPlan& plan);
 
 // Enqueue all steps in one cooperative launch; `scratch`: plan.scratch_bytes, aligned to 16. As elementwise otherwise.
-std::string steps(const fast_gru::Steps& p, const fast_gru::PersistentPlan& plan, void* scratch, CUstream_st* stream);
+Text steps(const fast_gru::Steps& p, const fast_gru::PersistentPlan& plan, void* scratch, CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

@@ -199,14 +199,14 @@ Error launch_steps(const Steps& p, const PersistentPlan& plan, void* scratch, St
 
 }  // namespace
 
-std::string plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, PersistentPlan& plan) {
+Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, PersistentPlan& plan) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   plan = fast_gru::plan_persistent(rows, C, R, dtype, gpu);
   return {};
 }
 
-std::string steps(const Steps& p, const PersistentPlan& plan, void* scratch, Stream stream) {
+Text steps(const Steps& p, const PersistentPlan& plan, void* scratch, Stream stream) {
   if (!plan.why_not.empty()) return "fast_gru in one launch: " + plan.why_not;
   return p.dtype == DType::bf16 ? launch_steps<__nv_bfloat16>(p, plan, scratch, stream) : launch_steps<__half>(p, plan, scratch, stream);
 }

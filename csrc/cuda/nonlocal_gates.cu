@@ -430,7 +430,7 @@ constexpr bool with_clusters = false;
 template <typename Kernel, typename Problem, typename... More>
 Error launch_plain(const char* name, Kernel kernel, const Problem& p, const PlainRelatePlan& plan, Stream stream, More... more) {
   if (plan.blocks == 0) return {};
-  if (plan.blocks > most_blocks) return std::string(name) + ": too many rows for one launch";
+  if (plan.blocks > most_blocks) return Text(name) + ": too many rows for one launch";
   return launch(name, kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), static_cast<size_t>(plan.shared_bytes),
                 stream, p, plan, more...);
 }
@@ -465,7 +465,7 @@ Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream) {
 
 }  // namespace
 
-std::string describe_relate(const Relation& r, bool step) {
+Text describe_relate(const Relation& r, bool step) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   return describe_forward(r, step, gpu, with_clusters);
@@ -476,25 +476,25 @@ Scratch scratch_of(const Step&) { return {}; }
 Scratch scratch_of(const AttentionGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 Scratch scratch_of(const StepGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 
-std::string relate(const Attention& p, void*, Stream stream, RelateKernel kernel) {
+Text relate(const Attention& p, void*, Stream stream, RelateKernel kernel) {
   Forward f;
   f.relation = p.relation, f.out = p.out;
   return launch_forward(f, stream, kernel);
 }
 
-std::string relate(const Step& p, void*, Stream stream, RelateKernel kernel) {
+Text relate(const Step& p, void*, Stream stream, RelateKernel kernel) {
   Forward f;
   f.relation = p.relation, f.gates = 4;
   f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state, f.h = p.h, f.c = p.c;
   return launch_forward(f, stream, kernel);
 }
 
-std::string relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel) {
+Text relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel) {
   return p.relation.dtype == DType::f64 ? launch_gradients(p, static_cast<double*>(scratch), stream)
                                         : launch_gradients(p, static_cast<float*>(scratch), stream);
 }
 
-std::string relate(const StepGrad& p, void* scratch, Stream stream, RelateKernel kernel) {
+Text relate(const StepGrad& p, void* scratch, Stream stream, RelateKernel kernel) {
   Forward f;
   f.relation = p.relation, f.gates = 4;
   f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state;

@@ -1,9 +1,8 @@
 // nonlocal_gates on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
 #pragma once
 
-#include <string>
-
 #include "common/nonlocal_gates.h"
+#include "common/text.h"
 #include "cuda/scratch.h"
 
 namespace rcu_ops::cuda {
@@ -12,7 +11,7 @@ namespace rcu_ops::cuda {
 enum class RelateKernel { best, plain };
 
 // How relate() would run a forward pass on the current device, in words.
-std::string describe_relate(const Relation& relation, bool step);
+Text describe_relate(const Relation& relation, bool step);
 
 // What the calls below need as `scratch` on the current device.
 Scratch scratch_of(const Attention& problem);
@@ -22,9 +21,9 @@ Scratch scratch_of(const StepGrad& problem);
 
 // Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or an
 // empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph. Outputs overlap no input.
-std::string relate(const Attention& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
-std::string relate(const AttentionGrad& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
-std::string relate(const Step& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
-std::string relate(const StepGrad& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
+Text relate(const Attention& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
+Text relate(const AttentionGrad& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
+Text relate(const Step& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
+Text relate(const StepGrad& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
 
 }  // namespace rcu_ops::cuda

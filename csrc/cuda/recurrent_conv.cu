@@ -183,20 +183,20 @@ Scratch scan_scratch(const Scan& p, Kernel kernel) {
   return scratch;
 }
 
-std::string describe_scan(const Scan& p, Kernel kernel) {
+Text describe_scan(const Scan& p, Kernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   return describe(plan_scan(p, gpu, kernel));
 }
 
-std::string planned_chunk(const Scan& p, int64_t& frames) {
+Text planned_chunk(const Scan& p, int64_t& frames) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   frames = plan_chunks(p, plan_scan(p, gpu, Kernel::best), gpu).frames;
   return {};
 }
 
-std::string scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
+Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (p.N * p.G * p.H * p.W == 0) return {};
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;

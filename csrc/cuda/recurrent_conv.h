@@ -1,10 +1,9 @@
 // recurrent_conv on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
 #pragma once
 
-#include <string>
-
 #include "common/recurrent_conv.h"
 #include "common/recurrent_conv_gpu_plan.h"
+#include "common/text.h"
 #include "cuda/scratch.h"
 
 namespace rcu_ops::cuda {
@@ -14,16 +13,16 @@ Scratch scan_scratch(const Scan& problem, Kernel kernel = Kernel::best);
 Scratch weight_grad_scratch(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
 // How the call would run the problem on the current device, in words.
-std::string describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
-std::string describe_weight_grad(const WeightGrad& problem, Kernel kernel = Kernel::best);
+Text describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
+Text describe_weight_grad(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
 // How many frames the chunks have of the library's products that are predicted to be faster than `scan` on the current device, 0 for
 // none, or an error.
-std::string planned_chunk(const Scan& problem, int64_t& frames);
+Text planned_chunk(const Scan& problem, int64_t& frames);
 
 // Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or
 // an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
-std::string scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
-std::string weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
+Text scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
+Text weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
 
 }  // namespace rcu_ops::cuda

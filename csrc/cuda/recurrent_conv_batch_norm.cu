@@ -225,7 +225,7 @@ Scratch batch_norm_scratch(const Norm& p) {
   return {reduces(p) ? p.C * norm_parts(p).parts * 2 * static_cast<int64_t>(sizeof(double)) : 0, {}};
 }
 
-std::string batch_norm(const Norm& p, void* scratch, Stream stream) {
+Text batch_norm(const Norm& p, void* scratch, Stream stream) {
   const NormParts plan = norm_parts(p);
   double* partial = static_cast<double*>(scratch);
   switch (p.dtype) {

@@ -1,9 +1,8 @@
 // The passes of recurrent_conv_batch_norm on CUDA devices: what the bindings call. Raw pointers and streams; no torch.
 #pragma once
 
-#include <string>
-
 #include "common/recurrent_conv_batch_norm.h"
+#include "common/text.h"
 #include "cuda/scratch.h"
 
 namespace rcu_ops::cuda {
@@ -11,6 +10,6 @@ namespace rcu_ops::cuda {
 Scratch batch_norm_scratch(const Norm& problem);
 
 // As scan() in recurrent_conv.h.
-std::string batch_norm(const Norm& problem, void* scratch, CUstream_st* stream);
+Text batch_norm(const Norm& problem, void* scratch, CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

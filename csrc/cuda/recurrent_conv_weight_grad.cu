@@ -328,13 +328,13 @@ Scratch weight_grad_scratch(const WeightGrad& p, Kernel kernel) {
   return scratch;
 }
 
-std::string describe_weight_grad(const WeightGrad& p, Kernel kernel) {
+Text describe_weight_grad(const WeightGrad& p, Kernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   return describe(plan_weight_grad(p, gpu, kernel));
 }
 
-std::string weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kernel) {
+Text weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kernel) {
   Gpu gpu;
   Error error = current_gpu(gpu);
   if (!error.empty()) return error;

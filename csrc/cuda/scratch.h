@@ -1,8 +1,9 @@
 // Memory that a launch needs beside its arguments. Host code.
 #pragma once
 
+#include "common/text.h"
+
 #include <cstdint>
-#include <string>
 
 struct CUstream_st;
 
@@ -11,7 +12,7 @@ namespace rcu_ops::cuda {
 // Bytes of uninitialised device memory, aligned to 16; error: why there is no answer, empty otherwise.
 struct Scratch {
   int64_t bytes = 0;
-  std::string error;
+  Text error;
 };
 
 }  // namespace rcu_ops::cuda

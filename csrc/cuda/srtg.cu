@@ -107,7 +107,7 @@ Error launch_as(const GateData& p, Stream stream) {
 
 Scratch gate_scratch(const GateData&) { return {}; }
 
-std::string gate_data_path(const GateData& p, void*, Stream stream) {
+Text gate_data_path(const GateData& p, void*, Stream stream) {
   switch (p.dtype) {
     case DType::f64: return launch_as<double>(p, stream);
     case DType::f32: return launch_as<float>(p, stream);

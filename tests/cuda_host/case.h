@@ -54,11 +54,11 @@ struct Registration {
 // The caller's scratch memory: exactly what was asked for, and nothing that could be mistaken for numbers.
 template <typename Run>
 std::string with_scratch(const rcu_ops::cuda::Scratch& wanted, Run run) {
-  if (!wanted.error.empty()) return wanted.error;
+  if (!wanted.error.empty()) return wanted.error.c_str();
   void* scratch = nullptr;
   if (wanted.bytes > 0 && posix_memalign(&scratch, 16, static_cast<size_t>(wanted.bytes)) != 0) return "out of memory";
   if (scratch) std::memset(scratch, 0xff, static_cast<size_t>(wanted.bytes));
-  std::string error = run(scratch);
+  std::string error = run(scratch).c_str();
   std::free(scratch);
   return error;
 }

@@ -320,7 +320,7 @@ const Probes& probes() {
 
 std::string run_probe(const std::string& name, const std::vector<void*>& storages) {
   const auto found = probes().find(name);
-  return found == probes().end() ? "no such probe" : found->second(storages);
+  return found == probes().end() ? "no such probe" : found->second(storages).c_str();
 }
 
 }  // namespace rcu_ops::cuda

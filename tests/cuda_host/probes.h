@@ -5,9 +5,11 @@
 #include <string>
 #include <vector>
 
+#include "common/text.h"
+
 namespace rcu_ops::cuda {
 
-using Probe = std::string (*)(const std::vector<void*>& storages);
+using Probe = Text (*)(const std::vector<void*>& storages);
 using Probes = std::map<std::string, Probe>;
 
 const Probes& probes_sm90();

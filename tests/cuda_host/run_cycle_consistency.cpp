@@ -53,7 +53,7 @@ std::string run_gate_data(const Case& c, std::string&) {
   p.h = c.tensor("h"), p.sums = c.tensor("sums");
   p.gate = static_cast<const uint8_t*>(c.tensor("gate"));
   if (p.gate) p.gate_stride = c.stride("gate", 0);
-  return rcu_ops::cuda::gate_data_path(p, nullptr, nullptr);
+  return rcu_ops::cuda::gate_data_path(p, nullptr, nullptr).c_str();
 }
 
 const cuda_host::Registration align("align", run_align), gate_data("gate_data", run_gate_data);

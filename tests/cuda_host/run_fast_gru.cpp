@@ -19,7 +19,7 @@ std::string run_pass(const Case& c, std::string&) {
     const std::string key = "p" + std::to_string(i);
     if (c.has(key)) p.plane[i] = {c.tensor(key), c.stride(key, 0), c.stride(key, 1)};
   }
-  return rcu_ops::cuda::elementwise(p, nullptr);
+  return rcu_ops::cuda::elementwise(p, nullptr).c_str();
 }
 
 std::string run_steps(const Case& c, std::string& plan_text) {
@@ -33,8 +33,8 @@ std::string run_steps(const Case& c, std::string& plan_text) {
   p.state = static_cast<float*>(c.tensor("state"));
   p.out = c.tensor("out"), p.out_sample = c.stride("out", 0), p.out_step = c.stride("out", 1);
   rcu_ops::fast_gru::PersistentPlan plan;
-  if (std::string error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, plan); !error.empty()) return error;
-  plan_text = rcu_ops::fast_gru::describe(plan);
+  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, plan); !error.empty()) return error.c_str();
+  plan_text = rcu_ops::fast_gru::describe(plan).c_str();
   return cuda_host::with_scratch({plan.scratch_bytes, {}},
                                  [&](void* scratch) { return rcu_ops::cuda::steps(p, plan, scratch, nullptr); });
 }

@@ -32,7 +32,7 @@ Relation relation(const Case& c) {
 template <typename Problem>
 std::string run(const Case& c, std::string& plan, bool step, const Problem& p) {
   const auto kernel = c.integer("plain") ? cuda::RelateKernel::plain : cuda::RelateKernel::best;
-  plan = c.integer("plain") ? "plain" : cuda::describe_relate(p.relation, step);
+  plan = c.integer("plain") ? "plain" : cuda::describe_relate(p.relation, step).c_str();
   return cuda_host::with_scratch(cuda::scratch_of(p), [&](void* scratch) { return cuda::relate(p, scratch, nullptr, kernel); });
 }
 

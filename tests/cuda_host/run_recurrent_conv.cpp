@@ -53,7 +53,7 @@ std::string run_scan(const Case& c, std::string& plan) {
   p.alpha_first = c.number("alpha_first");
   p.alpha_final = c.number("alpha_final");
   const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
-  plan = rcu_ops::cuda::describe_scan(p, kernel);
+  plan = rcu_ops::cuda::describe_scan(p, kernel).c_str();
   return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel), [&](void* scratch) {
     return rcu_ops::cuda::scan(p, scratch, nullptr, kernel);
   });
@@ -67,7 +67,7 @@ std::string run_weight_grad(const Case& c, std::string& plan) {
   p.first = view(c, "first");
   p.dweight = c.tensor("dweight");
   const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
-  plan = rcu_ops::cuda::describe_weight_grad(p, kernel);
+  plan = rcu_ops::cuda::describe_weight_grad(p, kernel).c_str();
   return with_scratch(rcu_ops::cuda::weight_grad_scratch(p, kernel), [&](void* scratch) {
     return rcu_ops::cuda::weight_grad(p, scratch, nullptr, kernel);
   });

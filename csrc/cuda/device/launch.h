@@ -3,9 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "common/gpu.h"
+#include "common/text.h"
 #include "cuda/device/launch_forms.h"
 #include "cuda/device/runtime.h"
 
@@ -13,7 +13,7 @@ namespace rcu_ops::cuda {
 
 inline Error error_text(const char* what, cudaError_t status) {
   if (status == cudaSuccess) return {};
-  return std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")";
+  return Text(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")";
 }
 
 // Lets `kernel` have `shared_bytes` of dynamic shared memory and clusters of that size.
@@ -25,8 +25,8 @@ inline Error prepare_kernel(const char* name, const void* kernel, size_t shared_
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (status == cudaSuccess) return {};
   cudaGetLastError();  // the error is reported here and must not surface again in somebody else's check
-  return error_text(name, status) + ", asking for " + std::to_string(shared_bytes) + " bytes of shared memory" +
-         (cluster > 1 ? " and clusters of " + std::to_string(cluster) + " blocks" : "");
+  return error_text(name, status) + ", asking for " + to_text(shared_bytes) + " bytes of shared memory" +
+         (cluster > 1 ? " and clusters of " + to_text(cluster) + " blocks" : "");
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -59,10 +59,10 @@ Error launch_together(const char* name, void (*kernel)(Parameters...), Together 
   }(static_cast<Parameters>(arguments)...);
   if (status == cudaSuccess) return {};
   cudaGetLastError();
-  return error_text(name, status) + ", launching " + std::to_string(grid.x) + "x" + std::to_string(grid.y) + "x" +
-         std::to_string(grid.z) + " blocks of " + std::to_string(block.x * block.y * block.z) + " threads" +
+  return error_text(name, status) + ", launching " + to_text(grid.x) + "x" + to_text(grid.y) + "x" +
+         to_text(grid.z) + " blocks of " + to_text(block.x * block.y * block.z) + " threads" +
          (together.grid ? ", all at once" : "") +
-         (together.cluster > 1 ? ", in clusters of " + std::to_string(together.cluster) : "");
+         (together.cluster > 1 ? ", in clusters of " + to_text(together.cluster) : "");
 }
 
 template <typename... Parameters>

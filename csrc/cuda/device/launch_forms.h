@@ -3,8 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
+#include "common/text.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -15,7 +15,7 @@ inline constexpr bool built_for_sm90a = true;
 inline constexpr bool built_for_sm90a = false;
 #endif
 
-using Error = std::string;  // empty: success; allocates nothing then
+using Error = Text;  // empty: success
 
 // Which blocks of a launch are certain to run at the same time.
 struct Together {
@@ -53,8 +53,8 @@ Error launch_cooperative(const char* name, void (*kernel)(Parameters...), int cl
   const int threads = static_cast<int>(block.x * block.y * block.z);
   if (Error error = resident_blocks(name, kernel, cluster, threads, shared_bytes, most); !error.empty()) return error;
   if (wanted > most)
-    return std::string(name) + ": " + std::to_string(wanted) + " blocks must run at once, the device holds " +
-           std::to_string(most) + " of " + std::to_string(threads) + " threads and " + std::to_string(shared_bytes) +
+    return Text(name) + ": " + to_text(wanted) + " blocks must run at once, the device holds " +
+           to_text(most) + " of " + to_text(threads) + " threads and " + to_text(shared_bytes) +
            " bytes of shared memory";
   return launch_together(name, kernel, Together{true, cluster}, grid, block, shared_bytes, stream,
                          static_cast<Arguments&&>(arguments)...);

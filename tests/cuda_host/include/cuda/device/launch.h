@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <tuple>
 
 #include "common/gpu.h"
@@ -18,7 +17,8 @@ Error launch_together(const char* name, void (*kernel)(Parameters...), Together 
                       size_t shared_bytes, Stream, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
   const std::tuple<Parameters...> copies(static_cast<Parameters>(arguments)...);
-  return cuda_host::run(name, {grid, block, shared_bytes, together.cluster, together.grid}, [&] { std::apply(kernel, copies); });
+  const cuda_host::Shape shape{grid, block, shared_bytes, together.cluster, together.grid};
+  return cuda_host::run(name, shape, [&] { std::apply(kernel, copies); }).c_str();
 }
 
 template <typename... Parameters>
