@@ -1,9 +1,11 @@
 // fast_gru: its steps as PyTorch operators (see bindings.h).
 //
-// The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current stream and graph
-// capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of the tensors'
-// device. Where a GPU can hold the weights in its shared memory (common/fast_gru_gpu_plan.h) one launch makes all steps of a
-// forward pass from the products of x on. Nothing depends on values, and nothing is read back from a device.
+// The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current stream and
+// graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of the
+// tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared memory
+// (common/fast_gru_gpu_plan.h) one launch makes all steps of a forward pass from the products of x on; and few weights or few
+// columns on the CPU are left to a kernel that takes columns through all steps (fast_gru::by_columns). Nothing depends on
+// values, and nothing is read back from a device.
 #include <vector>
 
 #include "bindings.h"
@@ -81,7 +83,8 @@ struct Matrix {
     return {p.P * place,  p.step_columns() * place, by_column ? 1 : pitch, height * width * place, width * place, place};
   }
   Tensor sequence(const Problem& p) const {
-    const int64_t shape[6] = {p.N, columns / (p.step_columns() ? p.step_columns() : 1), features, p.sizes[0], p.sizes[1], p.sizes[2]};
+    const int64_t steps = columns / (p.step_columns() ? p.step_columns() : 1);
+    const int64_t shape[6] = {p.N, steps, features, p.sizes[0], p.sizes[1], p.sizes[2]};
     const std::array<int64_t, 6> strides = sequence_strides(p);
     return torch::stable::from_blob(data, Sizes(shape, 6), Sizes(strides.data(), 6), memory.device(), scalar);
   }
@@ -101,8 +104,9 @@ Matrix matrix_in(const Problem& p, const Tensor& memory, int64_t features, int64
   return m;
 }
 
-// Matrices that live as long as one call. Memory fresh from the system costs a page fault per 4 KB, as much as a pass over it, so on
-// the CPU they lie in the thread's scratch memory, up to what a thread may keep; beyond, and on a GPU, in tensors of their own.
+// Matrices that live as long as one call. Memory fresh from the system costs a page fault per 4 KB, as much as a pass over
+// it, so on the CPU they lie in the thread's scratch memory, up to what a thread may keep; beyond, and on a GPU, in tensors
+// of their own.
 class Temporaries {
  public:
   Temporaries(const Problem& p, const Tensor& like, int64_t bytes) : problem_(p), like_(like) {
@@ -170,9 +174,9 @@ Elementwise over(const Problem& p, Pass kind, int64_t features, int64_t columns,
   return pass;
 }
 
-// out [features of d, features of in] = sum over columns of d in^T. Sums of small results are made in pieces, so that their rounding
-// error does not grow with the number of columns; for large ones adding the pieces would cost as much as the product, and 16-bit
-// pieces would each be rounded.
+// out [features of d, features of in] = sum over columns of d in^T. Sums of small results are made in pieces, so that their
+// rounding error does not grow with the number of columns; for large ones adding the pieces would cost as much as the
+// product, and 16-bit pieces would each be rounded.
 void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const Matrix& in) {
   const auto piece = [&](const Tensor& to, int64_t begin, int64_t count) {
     const Tensor a = d.part(true, begin, count).tensor(), b = in.part(true, begin, count).tensor();
@@ -251,7 +255,8 @@ Tensor empty_sequence(const Problem& p, const Tensor& x, bool innermost) {
 }
 
 Tensor empty_state(const Problem& p, const Tensor& x, ScalarType scalar, bool innermost) {
-  const int64_t last[5] = {p.N, p.sizes[0], p.sizes[1], p.sizes[2], p.C}, second[5] = {p.N, p.C, p.sizes[0], p.sizes[1], p.sizes[2]};
+  const auto [L, H, W] = p.sizes;
+  const int64_t last[5] = {p.N, L, H, W, p.C}, second[5] = {p.N, p.C, L, H, W};
   Tensor state = torch::stable::new_empty(x, Sizes(innermost ? last : second, 5), scalar);
   return innermost ? permuted(state, {0, 4, 1, 2, 3}) : state;
 }
@@ -342,7 +347,8 @@ void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& s
 // All steps in one launch: hidden and candidate hold the products of x, state (fp32) the first state and then the last.
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save, const Matrix& state,
                          const Tensor& o, Temporaries& temporaries) {
-  const Tensor uo = torch::stable::contiguous(w.uo), both = torch::stable::contiguous(w_both), vo = torch::stable::contiguous(w.vo);
+  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
+  const Tensor both = torch::stable::contiguous(w_both);
   fast_gru::Steps steps;
   steps.dtype = p.dtype;
   steps.rows = p.step_columns(), steps.C = p.C, steps.R = p.R, steps.steps = p.steps, steps.positions = p.P;
@@ -364,6 +370,52 @@ void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_bot
 }
 #endif
 
+// A sequence as cpu::columns takes it, or a dense copy that `memory` keeps.
+fast_gru::View view_of(const Problem& p, Tensor sequence, std::optional<Tensor>* memory = nullptr) {
+  const int64_t channel = sequence.stride(2);
+  int64_t position = 0, next = 0;  // strides of the first dimension with more than one position, and of the one around it
+  bool adjacent = true;
+  for (int i = 5; i > 2; --i) {
+    if (sequence.size(i) == 1) continue;
+    if (position == 0) position = next = sequence.stride(i);
+    adjacent &= sequence.stride(i) == next;
+    next *= sequence.size(i);
+  }
+  if (position == 0) position = channel == 1 ? p.C : 1;
+  if (p.C > 1 && channel != 1) adjacent &= position == 1;
+  if (adjacent) return {pointer(sequence), sequence.stride(0), sequence.stride(1), channel, position};
+  *memory = torch::stable::contiguous(sequence);
+  return view_of(p, **memory);
+}
+
+fast_gru::View view_of(const Problem& p, const Matrix& saved) {
+  if (!saved.data) return {};
+  const std::array<int64_t, 6> strides = saved.sequence_strides(p);
+  return {saved.data, strides[0], strides[1], strides[2], saved.by_column ? saved.pitch : 1};
+}
+
+// All steps on the CPU by columns: s is what to save, if anything.
+void steps_by_columns(const Problem& p, const Tensor& x, const std::array<Tensor, weights>& given, const Tensor& start,
+                      const Saved& s, const Tensor& o, const Tensor& o_n) {
+  fast_gru::Columns all;
+  all.dtype = p.dtype, all.start_dtype = dtype_of("o0", start);
+  all.narrow = p.state != p.scalar;
+  all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
+  std::array<Tensor, weights> dense = given;
+  const float** places[weights] = {&all.ux, &all.uo, &all.w, &all.vx, &all.vo};
+  for (int i = 0; i < weights; ++i) {
+    dense[i] = torch::stable::contiguous(given[i]);
+    *places[i] = static_cast<const float*>(pointer(dense[i]));
+  }
+  std::optional<Tensor> copies[2];
+  all.x = view_of(p, clips(x, p.first, p.steps), &copies[0]);
+  all.start = view_of(p, as_sequence(start), &copies[1]);
+  all.out = view_of(p, clips(o, p.first, p.steps));
+  all.last = view_of(p, as_sequence(o_n));
+  all.hidden = view_of(p, s.hidden), all.r = view_of(p, s.r), all.z = view_of(p, s.z), all.candidate = view_of(p, s.candidate);
+  cpu::columns(all, cpu_threads());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
                                                    std::optional<Tensor> o0, bool save) {
   const Problem p = checked(x, ux, uo, w, vx, vo, o0);
@@ -379,18 +431,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     copy(o_n, start);
     return {o, o_n, hidden, gates};
   }
+  if (!x.is_cuda() && fast_gru::by_columns(p.dtype, M, p.C, p.R, cpu_threads().threads)) {
+    steps_by_columns(p, x, {ux, uo, w, vx, vo}, start, save ? saved_in(p, hidden, gates) : Saved{}, o, o_n);
+    return {o, o_n, hidden, gates};
+  }
 
   const int64_t per_step = 5 * Temporaries::bytes_of(p.C, M, p.scalar) + Temporaries::bytes_of(p.C, M, p.state) +
                            Temporaries::bytes_of(2 * p.R, M, p.scalar);
-  const int64_t of_all = 2 * Temporaries::bytes_of(p.C, p.columns(), p.scalar) + Temporaries::bytes_of(2 * p.R, p.columns(), p.scalar);
+  const int64_t of_all =
+      2 * Temporaries::bytes_of(p.C, p.columns(), p.scalar) + Temporaries::bytes_of(2 * p.R, p.columns(), p.scalar);
   Temporaries temporaries(p, x, per_step + of_all);
   const bool in_place = !p.copied() && (p.by_column || p.N == 1);  // the last state's memory is a matrix
   const Matrix state = in_place ? matrix_in(p, o_n, p.C, M) : temporaries.take(p.C, M, p.state);
   copy(state.sequence(p), as_sequence(start));
 #ifdef RCU_OPS_WITH_CUDA
   if (p.persistent) {
-    const Saved s = save ? saved_in(p, hidden, gates)
-                         : Saved{temporaries.take(2 * p.R, p.columns(), p.scalar), {}, {}, temporaries.take(p.C, p.columns(), p.scalar)};
+    const auto all = [&](int64_t features) { return temporaries.take(features, p.columns(), p.scalar); };
+    const Saved s = save ? saved_in(p, hidden, gates) : Saved{all(2 * p.R), {}, {}, all(p.C)};
     const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
     product(s.hidden, ux, inputs);
     product(s.candidate, vx, inputs);
@@ -469,7 +526,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // As matrices lie; copied at the end where the caller's lie differently.
   Tensor dx = need_x ? empty_sequence(p, x, p.by_column) : empty_of(x, {0});
   Tensor do0 = o0 ? empty_state(p, x, o0->scalar_type(), p.by_column) : empty_of(x, {0});
-  const auto gradient = [&](std::initializer_list<int64_t> shape) { return need_weights ? empty_of(x, shape) : empty_of(x, {0}); };
+  const auto gradient = [&](std::initializer_list<int64_t> shape) {
+    return need_weights ? empty_of(x, shape) : empty_of(x, {0});
+  };
   Tensor dux = gradient({2 * p.R, C}), duo = gradient({2 * p.R, C}), dw = gradient({2, C, p.R}), dvx = gradient({C, C}),
          dvo = gradient({C, C});
   const int64_t M = p.step_columns(), S = p.columns();
@@ -535,8 +594,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     for (int64_t k = p.steps - 1; k >= 0; --k) {
       const auto at = [&](const Matrix& m) { return m.step(p, k).plane(p); };
       run(over(p, Pass::d_output, C, M,
-               {carry.plane(p), state_product.data ? state_product.plane(p) : none, grad_plane(p.first + k), at(s.z), at(s.candidate),
-                at(before), at(dc), at(dz)}),
+               {carry.plane(p), state_product.data ? state_product.plane(p) : none, grad_plane(p.first + k), at(s.z),
+                at(s.candidate), at(before), at(dc), at(dz)}),
           x);
       product(q, vo_t, dc.step(p, k));
       run(over(p, Pass::d_gates, C, M, {carry.plane(p), q.plane(p), at(s.r), at(before), at(dr), at(gated)}), x);

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "common/fast_gru.h"
 #include "common/fast_gru_gpu_plan.h"
 #include "native.h"
 
@@ -41,11 +42,20 @@ py::dict gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, 
   return d;
 }
 
+bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads) {
+  return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads);
+}
+
 }  // namespace
 
 void bind_fast_gru(py::module_& m) {
   m.def("fast_gru_gpu_plan", &gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
         py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
-        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), why not, and its cut: features "
-        "per block, and byte offsets in shared and scratch memory.");
+        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), why not, and its cut: "
+        "features per block, and byte offsets in shared and scratch memory.");
+  m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
+        py::arg("threads"),
+        "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");
+  m.def("fast_gru_panel_vectors", &fast_gru::panel_vectors, py::arg("columns"), py::arg("lanes"), py::arg("threads"),
+        "The width of the panels that tasks take through all steps, in vectors of so many lanes.");
 }

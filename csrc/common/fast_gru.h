@@ -66,13 +66,14 @@ inline void merge(Elementwise& p) {
   p.rows = 1;
 }
 
-// All steps from the products of x on, in one launch. Matrices are [rows][features] without gaps; a row is a position of a sample,
-// and matrices of all steps have their rows one step after the other. T: the data's type.
+// All steps from the products of x on, in one launch. Matrices are [rows][features] without gaps; a row is a position of a
+// sample, and matrices of all steps have their rows one step after the other. T: the data's type.
 struct Steps {
   DType dtype = DType::bf16;
   int64_t rows = 0, C = 0, R = 0, steps = 0, positions = 0;  // positions of a sample
   const void *uo = nullptr, *w = nullptr, *vo = nullptr;     // T: [2R,C], [2,C,R], [C,C]
-  // T, of all steps: [2R] U_x x and [C] V_x x; with `save` they become r' and z', and the candidates, and r and z [C] are written.
+  // T, of all steps: [2R] U_x x and [C] V_x x; with `save` they become r' and z', and the candidates, and r and z [C] are
+  // written.
   void *hidden = nullptr, *candidate = nullptr, *r = nullptr, *z = nullptr;
   bool save = false;
   float* state = nullptr;  // [C], the state before the first step and after the last
@@ -80,11 +81,61 @@ struct Steps {
   int64_t out_sample = 0, out_step = 0;
 };
 
+// A sequence [samples][steps][channels][positions] with adjacent positions (position = 1) or adjacent channels (channel = 1);
+// strides in elements. data null: the operand is absent.
+struct View {
+  void* data = nullptr;
+  int64_t sample = 0, step = 0, channel = 0, position = 0;
+};
+
+// All steps on the CPU, columns taken through all of them in one core's caches (cpu/fast_gru_columns.h). Arithmetic in fp32.
+struct Columns {
+  DType dtype = DType::f32, start_dtype = DType::f32;  // of data and weights; of the first state. Not fp64
+  int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
+  const float *ux = nullptr, *uo = nullptr, *w = nullptr, *vx = nullptr, *vo = nullptr;  // dense; if narrow, of dtype
+  bool narrow = false;
+  View x, out, start, last;      // of the steps; start and last have one step, last is fp32
+  View hidden, r, z, candidate;  // what is saved, of dtype
+};
+
+inline constexpr int most_vectors = 3;  // of columns in a panel
+constexpr int64_t panel_numbers(int64_t C, int64_t R, int64_t columns) { return (5 * C + 2 * R) * columns; }
+
+// Whether columns go through all steps by themselves; else the library makes the products of all columns, step by step.
+//
+// Own products run at 0.9 of the library's rate, and save its calls, the passes through memory between them, and the threads'
+// meeting after each. But every task reads all weights once per step: they should be few enough for a second-level cache (4
+// MB, as measured on Emerald Rapids), or the columns so few that two tasks share them. And columns are all there is to share:
+// many threads leave many weights to the library.
+constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads) {
+  const int64_t weights = 6 * R * C + 2 * C * C;
+  if (dtype == DType::f64) return false;
+  if (weights > 1 << 16 && threads > 2 * ((columns + 15) / 16)) return false;
+  return weights <= 1 << 20 || columns <= 64;
+}
+
+// The width of panels, in vectors of `lanes` columns: what keeps the busiest of `threads` for the shortest time. A panel
+// costs its vectors and a fifth of one; the last may have fewer.
+constexpr int panel_vectors(int64_t columns, int lanes, int threads) {
+  int best = 1;
+  int64_t least = -1;
+  for (int vectors = most_vectors; vectors >= 1; --vectors) {
+    const int64_t whole = columns / (vectors * lanes), left = columns % (vectors * lanes);
+    const int64_t last = left ? 5 * ((left + lanes - 1) / lanes) + 1 : 0, full = 5 * vectors + 1, rounds = whole / threads;
+    const int64_t cost = rounds * full + (whole % threads ? full : last);
+    if (least < 0 || cost < least) least = cost, best = vectors;
+  }
+  return best;
+}
+
 }  // namespace rcu_ops::fast_gru
 
 namespace rcu_ops::cpu {
 
 // Adjacent operands do not overlap, but for those that are in and out. Waits for the result.
 void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel);
+
+// Outputs do not overlap inputs. Waits for the result.
+void columns(const fast_gru::Columns& problem, const Parallel& parallel);
 
 }  // namespace rcu_ops::cpu

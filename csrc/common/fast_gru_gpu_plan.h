@@ -1,5 +1,6 @@
-// fast_gru on a GPU: whether one cooperative launch can run all steps with the weights in shared memory, how features are cut into
-// blocks, and what memory that needs. Pure functions of sizes and the device's limits, so that they are tested without one.
+// fast_gru on a GPU: whether one cooperative launch can run all steps with the weights in shared memory, how features are cut
+// into blocks, and what memory that needs. Pure functions of sizes and the device's limits, so that they are tested without
+// one.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@ inline constexpr int persistent_warps = 8;
 inline constexpr int persistent_rows = 64;   // four tiles of the matrix unit
 inline constexpr int persistent_units = 2;   // of 8 output features, per matrix and block, at most
 inline constexpr int persistent_depth = 32;  // input features of one 16-byte word per lane: sums are cut into runs of it
-inline constexpr int partial_pitch = 20;     // numbers in a row of partial sums: 16 outputs, shifted against each other in the banks
+inline constexpr int partial_pitch = 20;     // numbers in a row of partial sums: 16 outputs, shifted in the banks
 
 // Block b owns output features [8 units b, 8 units (b + 1)) of W_r, W_z and V_o, and as many hidden_units of the 2 hidden halves.
 // A half's units are padded to whole ones, so that a unit is all r' or all z'.
@@ -35,8 +36,8 @@ struct PersistentPlan {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Rows of 16-bit words whose distance is 64 bytes from a multiple of 128: eight lanes that read 16 bytes each, four from each of two
-// rows, meet every bank once.
+// Rows of 16-bit words whose distance is 64 bytes from a multiple of 128: eight lanes that read 16 bytes each, four from each
+// of two rows, meet every bank once.
 constexpr int64_t bank_pitch(int64_t numbers) { return round_up(2 * numbers, 128) + 64; }
 
 inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType dtype, const Gpu& gpu) {
@@ -63,7 +64,7 @@ inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType 
     plan.why_not = "the matrix unit is used for 16-bit data";
   else if (gpu.architecture < 80)
     plan.why_not = "it needs sm_80 or newer";
-  else if (rows > persistent_rows)  // every block reads the states of all rows: beyond, that costs more than the launches it saves
+  else if (rows > persistent_rows)  // every block reads all rows' states: beyond, that costs more than the launches it saves
     plan.why_not = to_text(rows) + " columns per step, of at most " + to_text(persistent_rows);
   else if (plan.units > persistent_units || plan.hidden_units > persistent_units)
     plan.why_not = to_text(units) + " and " + to_text(hidden_units) + " units of 8 outputs for " + to_text(gpu.multiprocessors) +

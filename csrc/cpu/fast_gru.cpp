@@ -7,15 +7,22 @@ namespace {
 
 using Range = void (*)(const fast_gru::Elementwise&, int64_t, int64_t);
 
-Range best_range() {
+struct Kernels {
+  Range range;
+  void (*widen)(float*, const void*, DType, int64_t, int64_t);
+  void (*columns)(const fast_gru::Columns&, int64_t, int64_t, float*);
+  int lanes;  // of a vector of fp32
+};
+
+Kernels best_kernels() {
 #if defined(__x86_64__)
   const Isa isa = current_isa();
-  if (isa >= Isa::avx512) return avx512::elementwise_range;
-  if (isa == Isa::avx2) return avx2::elementwise_range;
+  if (isa >= Isa::avx512) return {avx512::elementwise_range, avx512::widen_range, avx512::columns_task, 16};
+  if (isa == Isa::avx2) return {avx2::elementwise_range, avx2::widen_range, avx2::columns_task, 8};
 #else
   current_isa();  // an RCU_OPS_CPU_ISA that cannot run is an error here too
 #endif
-  return portable::elementwise_range;
+  return {portable::elementwise_range, portable::widen_range, portable::columns_task, 4};
 }
 
 // Smaller ranges are not worth waking a thread for: about 10 us of work.
@@ -30,7 +37,7 @@ struct Tasks {
 }  // namespace
 
 void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel) {
-  Tasks tasks{pass, best_range(), 1, fast_gru::elements(pass)};
+  Tasks tasks{pass, best_kernels().range, 1, fast_gru::elements(pass)};
   if (tasks.total == 0) return;
   fast_gru::merge(tasks.pass);
   tasks.count = tasks.total / task_elements;
@@ -45,6 +52,63 @@ void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel) {
         t.range(t.pass, bound(i), bound(i + 1));
       },
       &tasks);
+}
+
+// ---- columns through all steps -----------------------------------------------------------------------------------
+
+namespace {
+
+// A weight of `size` numbers as fp32: as it is, or in `to`, which moves on.
+const float* widened(const float* weight, DType dtype, int64_t size, float*& to, const Kernels& kernels,
+                     const Parallel& parallel) {
+  struct Widening {
+    float* to;
+    const void* from;
+    DType dtype;
+    int64_t size, count;
+    const Kernels& kernels;
+  } all{to, weight, dtype, size, (size + 8 * task_elements - 1) / (8 * task_elements), kernels};
+  parallel.run(
+      parallel.pool, all.count,
+      [](void* context, int64_t i) {
+        const Widening& w = *static_cast<const Widening*>(context);
+        const int64_t end = (i + 1) * 8 * task_elements;
+        w.kernels.widen(w.to, w.from, w.dtype, i * 8 * task_elements, end < w.size ? end : w.size);
+      },
+      &all);
+  to += (size + 15) / 16 * 16;
+  return all.to;
+}
+
+}  // namespace
+
+void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
+  struct All {
+    fast_gru::Columns p;
+    Kernels kernels;
+    int64_t columns, width;  // of all samples, and of a panel
+  } all{problem, best_kernels(), 0, 0};
+  fast_gru::Columns& p = all.p;
+  if (p.samples == 0 || p.positions == 0) return;
+  if (p.narrow) {
+    const int64_t sizes[] = {2 * p.R * p.C, 2 * p.R * p.C, 2 * p.C * p.R, p.C * p.C, p.C * p.C};
+    const float** weights[] = {&p.ux, &p.uo, &p.w, &p.vx, &p.vo};
+    int64_t numbers = 0;
+    for (const int64_t size : sizes) numbers += (size + 15) / 16 * 16;
+    float* to = static_cast<float*>(scratch(0, static_cast<size_t>(numbers) * sizeof(float)));
+    for (int i = 0; i < 5; ++i) *weights[i] = widened(*weights[i], p.dtype, sizes[i], to, all.kernels, parallel);
+  }
+  all.columns = p.samples * p.positions;
+  all.width = all.kernels.lanes * fast_gru::panel_vectors(all.columns, all.kernels.lanes, parallel.threads);
+  parallel.run(
+      parallel.pool, (all.columns + all.width - 1) / all.width,
+      [](void* context, int64_t i) {
+        const All& a = *static_cast<const All*>(context);
+        const int64_t first = i * a.width, left = a.columns - first, numbers = fast_gru::panel_numbers(a.p.C, a.p.R, a.width);
+        a.kernels.columns(a.p, first, left < a.width ? left : a.width,
+                          static_cast<float*>(scratch(1, static_cast<size_t>(numbers) * sizeof(float))));
+      },
+      &all);
 }
 
 }  // namespace rcu_ops::cpu

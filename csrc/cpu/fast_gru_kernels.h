@@ -6,15 +6,22 @@
 
 namespace rcu_ops::cpu {
 
-// Elements [begin, end) of the pass, in the order of rows, segments and length.
+// elementwise_range: elements [begin, end) of the pass, in the order of rows, segments and length. The others:
+// fast_gru_columns.h.
 namespace portable {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
+void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
+void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panels);
 }  // namespace portable
 namespace avx2 {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
+void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
+void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panels);
 }  // namespace avx2
 namespace avx512 {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
+void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
+void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panels);
 }  // namespace avx512
 
 }  // namespace rcu_ops::cpu

@@ -12,5 +12,6 @@ static constexpr int vector_bytes = 16;
 #include "scalar.h"
 #include "vector.h"
 #include "fast_gru_core.h"
+#include "fast_gru_columns.h"
 
 }  // namespace rcu_ops::cpu::portable

@@ -35,8 +35,9 @@ __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + exp(-x)); }
 //           rewritten (low, gated, hidden) was last read before the barrier before the last.
 // Memory.   Shared memory and scratch as in PersistentPlan; the scratch is zero at the start.
 // Aliasing. hidden and candidate hold the products with x and are replaced, when saving, by their owners. No others overlap.
-// Bound.    Every block reads all states, gated states and hidden halves from L2: rows (4 C + 4 R) bytes per block and step, 64 MB
-//           for 49 rows and 128 blocks at C = 2048, R = 512, est. 12 us; 0.8 GFLOP is nothing beside it. Three barriers, est. 3 us.
+// Bound.    Every block reads all states, gated states and hidden halves from L2: rows (4 C + 4 R) bytes per block and step,
+//           64 MB for 49 rows and 128 blocks at C = 2048, R = 512, est. 12 us; 0.8 GFLOP is nothing beside it. Three
+//           barriers, est. 3 us.
 template <typename T>
 __global__ void __launch_bounds__(threads, 1) fast_gru_steps(const Steps p, const PersistentPlan plan, unsigned char* scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, group = lane / 4, quad = lane % 4;

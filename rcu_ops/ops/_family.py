@@ -7,6 +7,7 @@ first, where no other vmap rule is given.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library
-from rcu_ops.ops import _evidence, _schema, _selftest, _triton
+from rcu_ops.ops import _evidence, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend
 
 
@@ -73,8 +74,9 @@ class Family:
                 self._differentiable(name, full, definition, rule)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        return self._functions.get(name, self._operators[name]) if transformed else self._operators[name]
+        if _transforms.transformed():
+            return self._functions.get(name, self._operators[name])
+        return functools.partial(_transforms.call, self._operators[name])
 
     def _differentiable(self, name: str, full: str, definition: Definition, rule: Callable[..., Any]) -> None:
         operator, of_definition = self._operators[name], definition.backward

@@ -430,13 +430,17 @@ class _Operators:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """o and o_n, also under functorch transforms."""
-        call = self._forward_function.apply if _transforms.transformed() else self._forward_operator
-        o, o_n, _, _ = call(*args)
+        if _transforms.transformed():
+            o, o_n, _, _ = self._forward_function.apply(*args)
+        else:
+            o, o_n, _, _ = _transforms.call(self._forward_operator, *args)
         return o, o_n
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
         """fast_gru_backward, also under functorch transforms."""
-        return (self._backward_function.apply if _transforms.transformed() else self._backward_operator)(*args)
+        if _transforms.transformed():
+            return self._backward_function.apply(*args)
+        return _transforms.call(self._backward_operator, *args)
 
 
 def _triton_kernel(name: str) -> Callable[..., Any]:
@@ -478,6 +482,21 @@ def _plan(x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, 
     return (
         f"{steps} steps of {columns} columns: U_x and V_x for all steps at once, then per step 4 library products "
         f"and 3 fused passes, gates {'saved' if save else 'not saved'}"
+    )
+
+
+def _cpu_plan(
+    x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool
+) -> str:
+    native = _library.native()
+    n, k, c, *positions = x.shape
+    columns, threads = n * math.prod(positions), torch.get_num_threads()
+    dtype = str(x.dtype).removeprefix("torch.")
+    if native is None or not native.fast_gru_by_columns(columns, c, ux.shape[0] // 2, dtype, threads=threads):
+        return _plan(x, ux, uo, w, vx, vo, o0, save)
+    return (
+        f"{k - int(o0 is None)} steps of {columns} columns, each column through all steps in one core's caches, "
+        f"gates {'saved' if save else 'not saved'}"
     )
 
 
@@ -524,7 +543,7 @@ _BACKENDS = (
         _evidence.experimental("fast_gru"),
     ),
     Backend("triton", _TRITON.forward, _why_not_triton, _triton_plan),
-    Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru"), _plan),
+    Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru"), _cpu_plan),
     Backend("reference", _run_reference, _predicates.why_not_reference),
 )
 OPERATOR = register(Operator("fast_gru", _BACKENDS, check=_check, probe=_probe))

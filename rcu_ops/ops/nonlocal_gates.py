@@ -420,7 +420,7 @@ def _differentiable(
         vmap = staticmethod(rule)
 
     def call(*args: Any) -> Any:
-        return Function.apply(*args) if _transforms.transformed() else operator(*args)
+        return Function.apply(*args) if _transforms.transformed() else _transforms.call(operator, *args)
 
     return call
 

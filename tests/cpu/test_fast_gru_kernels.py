@@ -102,3 +102,46 @@ def test_results_do_not_depend_on_the_number_of_threads(isa) -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_columns_through_all_steps_do_not_depend_on_panels_or_threads(isa, layout, dtype) -> None:
+    """Panels of all widths, across samples and with a rest: per column the same numbers as on its own."""
+    shape = (3, 3, 21, 1, 1, 37)
+    x, *weights, o0 = inputs(shape, 9, dtype)
+    x = LAYOUTS[layout](x)
+    before = torch.get_num_threads()
+    whole = {}
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            whole[threads] = torch.ops.rcu_ops.fast_gru(x, *weights, o0, True)
+    finally:
+        torch.set_num_threads(before)
+    for other in whole.values():
+        assert all(torch.equal(a, b) for a, b in zip(whole[1], other, strict=True))
+    for sample, position in ((0, 0), (1, 20), (2, 36)):
+        at = (slice(sample, sample + 1), ..., slice(position, position + 1))
+        o, o_n, *_ = torch.ops.rcu_ops.fast_gru(x[at], *weights, o0[at], False)
+        assert torch.equal(o, whole[1][0][at]) and torch.equal(o_n, whole[1][1][at])
+
+
+def test_which_problems_go_by_columns() -> None:
+    native = _library.native()
+    assert native is not None
+    by_columns = native.fast_gru_by_columns
+    for threads in (1, 2, 8):
+        assert by_columns(784, 64, 16, "float32", threads=threads)
+    assert by_columns(196, 512, 128, "bfloat16", threads=8)
+    assert not by_columns(49, 512, 128, "float32", threads=16)  # four vectors of columns for 16 threads
+    assert by_columns(49, 2048, 512, "float32", threads=2) and not by_columns(98, 2048, 512, "float32", threads=2)
+    assert not by_columns(784, 64, 16, "float64", threads=1)
+    width = native.fast_gru_panel_vectors
+    assert width(49, lanes=16, threads=2) == 2 and width(784, lanes=16, threads=2) == 3
+    for columns in (1, 15, 16, 17, 100, 392, 3136):
+        for threads in (1, 2, 3, 16):
+            chosen = width(columns, lanes=16, threads=threads)
+            panels = -(-columns // (16 * chosen))
+            rounds = -(-panels // threads)
+            assert 1 <= chosen <= 3 and rounds * chosen <= -(-columns // (16 * threads)) + 3

@@ -522,7 +522,9 @@ def test_explain() -> None:
     assert explanation.backend == BACKENDS[-1]
     assert set(explanation.reasons) == {"cuda", "triton", "cpu", "reference"}
     if "cpu" in BACKENDS:
-        assert explanation.plan is not None and explanation.plan.startswith("3 steps of 50 columns: U_x and V_x")
+        assert explanation.plan is not None and explanation.plan.startswith("3 steps of 50 columns, each column")
+        found = rcu_ops.explain("fast_gru", *(torch.zeros(GOOD[name], dtype=torch.float64) for name in NAMES))
+        assert found.plan is not None and found.plan.startswith("3 steps of 50 columns: U_x and V_x")
     x = torch.zeros(2, 4, 1, 5, 5)
     step = rcu_ops.explain("fast_gru_step", x, x, *(torch.zeros(GOOD[name]) for name in NAMES[1:6]))
     assert step.backend == BACKENDS[-1]
