@@ -1,12 +1,14 @@
 // Python module rcu_ops._native: what was built, and the planners and index maths of the kernels for tests and for `explain`.
 //
-// One bind_<op> function per op, each defined in native_<op>.cpp. Neither torch nor CUDA is needed to compile or to import it, and
-// the package works without it.
+// One bind_<op> function per op, each defined in native_<op>.cpp; all of these files are compiled as one. Neither torch nor CUDA is
+// needed to compile or to import it, and the package works without it.
 
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 #include <string>
+
+#include "build_facts.h"
 
 namespace py = pybind11;
 
@@ -37,18 +39,17 @@ py::list split(const std::string& text) {
   return parts;
 }
 
-// The RCU_OPS_… macros come from the build (build_backend/rcu_ops_build.py). No time and no path among them: equal sources and tools
-// give equal files.
 py::dict build_info() {
-  const std::string cuda = RCU_OPS_CUDA_VERSION;
+  const rcu_ops::BuildFacts& facts = rcu_ops::build_facts;
+  const std::string cuda = facts.cuda;
   py::dict info;
-  info["kind"] = RCU_OPS_BUILD_KIND;
-  info["version"] = RCU_OPS_VERSION;
-  info["commit"] = RCU_OPS_COMMIT;
+  info["kind"] = facts.kind;
+  info["version"] = facts.version;
+  info["commit"] = facts.commit;
   info["compiler"] = compiler_version();
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
-  info["architectures"] = cuda.empty() ? py::object(py::none()) : py::object(split(RCU_OPS_CUDA_ARCHITECTURES));
-  info["torch"] = RCU_OPS_TORCH_VERSION;
+  info["architectures"] = cuda.empty() ? py::object(py::none()) : py::object(split(facts.cuda_architectures));
+  info["torch"] = facts.torch;
   info["python"] = PY_VERSION;
   return info;
 }

@@ -21,7 +21,7 @@ Align parse_kind(const std::string& name) {
   throw py::value_error("kind: expected soft, cycle, back, soft_backward or back_backward, got '" + name + "'");
 }
 
-std::string plan_text(const std::string& kind, int64_t t, int64_t s, int64_t c, const std::string& dtype) {
+std::string cycle_consistency_plan(const std::string& kind, int64_t t, int64_t s, int64_t c, const std::string& dtype) {
   if (t < 1 || s < 1 || c < 1) throw py::value_error("expected t, s, c >= 1");
   const DType of = parse_dtype(dtype);
   const char* isa = of == DType::f64 ? "portable" : cpu::isa_name(cpu::current_isa());
@@ -31,7 +31,7 @@ std::string plan_text(const std::string& kind, int64_t t, int64_t s, int64_t c, 
 }  // namespace
 
 void bind_cycle_consistency(py::module_& m) {
-  m.def("cycle_consistency_plan", &plan_text, py::arg("kind"), py::arg("t"), py::arg("s"), py::arg("c"), py::arg("dtype"),
+  m.def("cycle_consistency_plan", &cycle_consistency_plan, py::arg("kind"), py::arg("t"), py::arg("s"), py::arg("c"), py::arg("dtype"),
         "In one sentence, how the CPU kernels find distances between [t, c] and [s, c] of a dtype ('float32', ...) for a kind of "
         "alignment ('soft', 'cycle', 'back', 'soft_backward', 'back_backward'), and why.");
 }

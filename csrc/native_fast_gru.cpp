@@ -14,7 +14,7 @@ namespace {
 
 using namespace rcu_ops;
 
-py::dict gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture, int multiprocessors,
+py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture, int multiprocessors,
                   int64_t shared_bytes) {
   if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1) throw py::value_error("expected rows, c, r, multiprocessors >= 1");
   Gpu gpu;
@@ -49,7 +49,7 @@ bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
 }  // namespace
 
 void bind_fast_gru(py::module_& m) {
-  m.def("fast_gru_gpu_plan", &gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
+  m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
         py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
         "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), why not, and its cut: "
         "features per block, and byte offsets in shared and scratch memory.");

@@ -28,7 +28,7 @@ Relation relation_of(int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int6
   return r;
 }
 
-py::dict gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
                   const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment,
                   int64_t begin, int64_t end) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
@@ -60,7 +60,7 @@ py::dict gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int6
   return found;
 }
 
-py::dict gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
+py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
                        int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment) {
   const cuda::TileRelatePlan plan = cuda::plan_tile_relate(relation_of(b, g, n, m, d, e, dtype, misalignment), step,
                                                            gpu_of(architecture, multiprocessors, shared_bytes));
@@ -79,14 +79,14 @@ py::dict gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, in
 }  // namespace
 
 void bind_nonlocal_gates(py::module_& m) {
-  m.def("nonlocal_gates_gpu_plan", &gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
+  m.def("nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
         py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0, py::arg("begin") = 0, py::arg("end") = 0,
         "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. kind: "
         "attend, step, query_gradient or key_gradient. text: one sentence; then of the plain kernel resident, chunk, slice, splits, "
         "blocks, shared_bytes, and, for blocks [begin, end), what each owns: (problem, first row, rows, split). misalignment: of "
         "the addresses, in bytes modulo 16.");
-  m.def("nonlocal_gates_gpu_tile_plan", &gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
+  m.def("nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
         py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
         "The same of the matrix-unit kernels: why_not (None: they run it), cluster, rows, padded, shares, tiles, blocks, "

@@ -49,14 +49,14 @@ cpu::Isa parse_isa(const std::string& name) {
   throw py::value_error("isa: expected portable, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
-std::string plan_text(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
+std::string recurrent_conv_plan(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
                       bool channels_last, bool with_state, const std::string& isa) {
   const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state);
   const cpu::Isa on = parse_isa(isa);
   return cpu::describe(in, cpu::plan_scan(in, on), on);
 }
 
-py::dict plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
+py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
                       bool channels_last, bool with_state, const std::string& isa) {
   const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state);
   const cpu::Plan plan = cpu::plan_scan(in, parse_isa(isa));
@@ -232,7 +232,7 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
   bytes == cuda::LongWord::bytes ? as(cuda::LongWord()) : as(cuda::ShortWord{bytes});
 }
 
-py::dict gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
+py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
                   const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse, bool plain,
                   bool warpgroups, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
   const Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
@@ -347,16 +347,16 @@ void bind_recurrent_conv(py::module_& m) {
   m.def("cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
         "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
   m.def("cpu_isas", &available_isas, "The instruction sets this machine can run, best last.");
-  m.def("recurrent_conv_plan", &plan_text, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"), py::arg("dtype"),
+  m.def("recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"), py::arg("dtype"),
         py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false, py::arg("isa") = "",
         "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: instruction set, "
         "orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; with_state: an h0 is given.");
-  m.def("recurrent_conv_plan_details", &plan_details, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
+  m.def("recurrent_conv_plan_details", &recurrent_conv_plan_details, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
         py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
         py::arg("isa") = "",
         "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column end, "
         "channel begin, channel end).");
-  m.def("recurrent_conv_gpu_plan", &gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),
+  m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),
         py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false, py::arg("reverse") = false,
         py::arg("plain") = false, py::arg("warpgroups") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
