@@ -1,11 +1,11 @@
 // fast_gru: its steps as PyTorch operators (see bindings.h).
 //
 // The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current stream and
-// graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of the
-// tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared memory
-// (common/fast_gru_gpu_plan.h) one launch makes all steps of a forward pass from the products of x on; and few weights or few
-// columns on the CPU are left to a kernel that takes columns through all steps (fast_gru::by_columns). Nothing depends on
-// values, and nothing is read back from a device.
+// graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of
+// the tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared memory
+// (common/fast_gru_gpu_plan.h) one launch makes all steps between the products of all clips, forward or backward; and few
+// weights or few columns on the CPU are left to a kernel that takes columns through all steps (fast_gru::by_columns). Nothing
+// depends on values, and nothing is read back from a device.
 #include <vector>
 
 #include "bindings.h"
@@ -265,6 +265,16 @@ Tensor as_sequence(const Tensor& state) { return torch::stable::unsqueeze(state,
 
 // ---- checks ----------------------------------------------------------------------------------------------------
 
+#ifdef RCU_OPS_WITH_CUDA
+std::optional<fast_gru::PersistentPlan> one_launch(const Problem& p, const Tensor& x, bool backward) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  fast_gru::PersistentPlan plan;
+  const Text error = cuda::plan_steps(p.step_columns(), p.C, p.R, p.dtype, backward, plan);
+  check(error.empty(), error.c_str());
+  return plan.why_not.empty() ? std::optional(plan) : std::nullopt;
+}
+#endif
+
 Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo,
                 const std::optional<Tensor>& o0) {
   check(x.dim() == 6, "x: expected [N,K,C,L,H,W], got ", x.dim(), " dimensions");
@@ -302,11 +312,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= 256);
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    fast_gru::PersistentPlan plan;
-    const Text error = cuda::plan_steps(p.step_columns(), p.C, p.R, p.dtype, plan);
-    check(error.empty(), error.c_str());
-    if (plan.why_not.empty()) p.persistent = plan, p.by_column = true;  // for both passes: gates are saved as matrices lie
+    p.persistent = one_launch(p, x, false);
+    if (p.persistent) p.by_column = true;  // for both passes: gates are saved as matrices lie
   }
 #endif
   return p;
@@ -486,6 +493,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   return {o, o_n, hidden, gates};
 }
 
+#ifdef RCU_OPS_WITH_CUDA
+struct Gradients {  // as d_output, d_gates and d_hidden write them
+  const Matrix &du, &dc, &dr, &dz, &gated;
+};
+
+// All steps' gradients in one launch; carry (fp32) holds that of the last state and then that of the first.
+void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& plan, const Weights& w, const Tensor& w_both,
+                             const Saved& s, const Matrix& before, const std::optional<Tensor>& grad_o, const Matrix& carry,
+                             const Gradients& d) {
+  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
+  const Tensor both = torch::stable::contiguous(w_both);
+  fast_gru::StepsBackward steps;
+  steps.dtype = p.dtype;
+  steps.rows = p.step_columns(), steps.C = p.C, steps.R = p.R, steps.steps = p.steps, steps.positions = p.P;
+  steps.uo = pointer(uo), steps.w = pointer(both), steps.vo = pointer(vo);
+  steps.hidden = s.hidden.data, steps.r = s.r.data, steps.z = s.z.data, steps.candidate = s.candidate.data;
+  steps.before = before.data;
+  if (grad_o) {
+    const Tensor grad = clips(*grad_o, p.first, p.steps);
+    steps.grad = pointer(grad), steps.grad_sample = grad.stride(0), steps.grad_step = grad.stride(1);
+  }
+  steps.carry = reinterpret_cast<float*>(carry.data);
+  steps.dc = d.dc.data, steps.dr = d.dr.data, steps.dz = d.dz.data, steps.du = d.du.data, steps.gated = d.gated.data;
+  launch_on_gpu(
+      steps, uo, [&](const fast_gru::StepsBackward&) { return cuda::Scratch{plan.scratch_bytes, {}}; },
+      [&](const fast_gru::StepsBackward& all, void* scratch, CUstream_st* stream) {
+        return cuda::steps_backward(all, plan, scratch, stream);
+      });
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> grad_o, std::optional<Tensor> grad_o_n, Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
     std::optional<Tensor> o0, Tensor o, Tensor hidden, Tensor gates, bool need_x, bool need_weights) {
@@ -589,23 +627,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     }
     const Matrix du = temporaries.take(2 * p.R, S, p.scalar), dc = temporaries.take(C, S, p.scalar),
                  dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);
-    const Matrix q = temporaries.take(C, M, p.scalar), from_later = temporaries.take(C, M, p.scalar);
-    const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr), wz_t = transposed(weight.wz);
-    for (int64_t k = p.steps - 1; k >= 0; --k) {
-      const auto at = [&](const Matrix& m) { return m.step(p, k).plane(p); };
-      run(over(p, Pass::d_output, C, M,
-               {carry.plane(p), state_product.data ? state_product.plane(p) : none, grad_plane(p.first + k), at(s.z),
-                at(s.candidate), at(before), at(dc), at(dz)}),
-          x);
-      product(q, vo_t, dc.step(p, k));
-      run(over(p, Pass::d_gates, C, M, {carry.plane(p), q.plane(p), at(s.r), at(before), at(dr), at(gated)}), x);
-      const Matrix now = du.step(p, k);
-      product(now.part(false, 0, p.R), wr_t, dr.step(p, k));
-      product(now.part(false, p.R, p.R), wz_t, dz.step(p, k));
-      run(over(p, Pass::d_hidden, 2 * p.R, M, {now.plane(p), at(s.hidden)}), x);
-      product(from_later, uo_t, now);
-      state_product = from_later;
-    }
+    const auto one_by_one = [&] {
+      const Matrix q = temporaries.take(C, M, p.scalar), from_later = temporaries.take(C, M, p.scalar);
+      const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr), wz_t = transposed(weight.wz);
+      for (int64_t k = p.steps - 1; k >= 0; --k) {
+        const auto at = [&](const Matrix& m) { return m.step(p, k).plane(p); };
+        run(over(p, Pass::d_output, C, M,
+                 {carry.plane(p), state_product.data ? state_product.plane(p) : none, grad_plane(p.first + k), at(s.z),
+                  at(s.candidate), at(before), at(dc), at(dz)}),
+            x);
+        product(q, vo_t, dc.step(p, k));
+        run(over(p, Pass::d_gates, C, M, {carry.plane(p), q.plane(p), at(s.r), at(before), at(dr), at(gated)}), x);
+        const Matrix now = du.step(p, k);
+        product(now.part(false, 0, p.R), wr_t, dr.step(p, k));
+        product(now.part(false, p.R, p.R), wz_t, dz.step(p, k));
+        run(over(p, Pass::d_hidden, 2 * p.R, M, {now.plane(p), at(s.hidden)}), x);
+        product(from_later, uo_t, now);
+        state_product = from_later;
+      }
+    };
+#ifdef RCU_OPS_WITH_CUDA
+    // Without the forward pass's plan matrices may lie in the other order.
+    const auto plan = p.persistent ? one_launch(p, x, true) : std::nullopt;
+    if (plan)
+      gradients_in_one_launch(p, *plan, weight, w, s, before, grad_o, carry, {du, dc, dr, dz, gated});
+    else
+#endif
+      one_by_one();
     if (need_weights) {
       outer_product(p, dux, du, inputs);
       outer_product(p, duo, du, before);

@@ -15,11 +15,11 @@ namespace {
 using namespace rcu_ops;
 
 py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture, int multiprocessors,
-                  int64_t shared_bytes) {
+                           int64_t shared_bytes, bool backward) {
   if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1) throw py::value_error("expected rows, c, r, multiprocessors >= 1");
   Gpu gpu;
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
-  const fast_gru::PersistentPlan plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu);
+  const fast_gru::PersistentPlan plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu, backward);
   py::dict d;
   d["text"] = fast_gru::describe(plan).c_str();
   d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
@@ -37,6 +37,7 @@ py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string
   d["shared_bytes"] = plan.shared_bytes;
   d["low_at"] = plan.low_at;
   d["gated_at"] = plan.gated_at;
+  d["reset_at"] = plan.reset_at;
   d["exchange_at"] = plan.exchange_at;
   d["scratch_bytes"] = plan.scratch_bytes;
   return d;
@@ -51,8 +52,9 @@ bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
 void bind_fast_gru(py::module_& m) {
   m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
         py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
-        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), why not, and its cut: "
-        "features per block, and byte offsets in shared and scratch memory.");
+        py::arg("backward") = false,
+        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or backward, why "
+        "not, and its cut: features per block, and byte offsets in shared and scratch memory.");
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
         py::arg("threads"),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");

@@ -81,6 +81,21 @@ struct Steps {
   int64_t out_sample = 0, out_step = 0;
 };
 
+// The gradients of all steps, from the last to the first, in one launch; what is left are products of all steps at once: the
+// weights' gradients and that of x. Matrices as in Steps.
+struct StepsBackward {
+  DType dtype = DType::bf16;
+  int64_t rows = 0, C = 0, R = 0, steps = 0, positions = 0;
+  const void *uo = nullptr, *w = nullptr, *vo = nullptr;  // T: [2R,C], [2,C,R], [C,C]
+  // T, of all steps: r' and z' [2R]; r, z, the candidate and the state before the step [C].
+  const void *hidden = nullptr, *r = nullptr, *z = nullptr, *candidate = nullptr, *before = nullptr;
+  const void* grad = nullptr;  // T: of the states, placed as Steps::out; or null
+  int64_t grad_sample = 0, grad_step = 0;
+  float* carry = nullptr;  // [C], the gradient of the last state, in, and of the first state, out
+  // T, of all steps: the gradients before the activations of the candidate, r and z [C] and of r' and z' [2R]; r * state [C].
+  void *dc = nullptr, *dr = nullptr, *dz = nullptr, *du = nullptr, *gated = nullptr;
+};
+
 // A sequence [samples][steps][channels][positions] with adjacent positions (position = 1) or adjacent channels (channel = 1);
 // strides in elements. data null: the operand is absent.
 struct View {

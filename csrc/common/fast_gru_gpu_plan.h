@@ -25,12 +25,15 @@ struct PersistentPlan {
   int units = 0, hidden_units = 0;
   int64_t half_units = 0;               // of r', and of z'
   int64_t depth = 0, hidden_depth = 0;  // C and R, padded to runs
-  // Shared memory, bytes: rows of weights [outputs][depth] and [outputs][hidden_depth], their distances; partial sums per warp.
+  // Shared memory, bytes: rows of weights and their distances; partial sums per warp. Forward: V_o [outputs][depth], at gate_at
+  // W_r and W_z [outputs][hidden_depth], at hidden_at U_o [hidden outputs][depth]. Backward: V_o^T [outputs][depth], at gate_at
+  // U_o^T [outputs][2 hidden_depth], at hidden_at W^T [hidden outputs][depth].
   int64_t weight_pitch = 0, hidden_pitch = 0;
   int64_t gate_at = 0, hidden_at = 0, partial_at = 0, shared_bytes = 0;
-  // Scratch memory, bytes, zero when the launch begins: the barrier's counter, then what blocks exchange, in the data's type:
-  // states and gated states [rows][depth], hidden [rows][2 hidden_depth].
-  int64_t low_at = 0, gated_at = 0, exchange_at = 0, scratch_bytes = 0;
+  // Scratch memory, bytes, zero when the launch begins: the barrier's counter, then what blocks exchange, in the data's type.
+  // Forward: states and gated states [rows][depth], hidden [rows][2 hidden_depth]. Backward, in the same places: dc and dz, du;
+  // and, at reset_at, dr [rows][depth].
+  int64_t low_at = 0, gated_at = 0, reset_at = 0, exchange_at = 0, scratch_bytes = 0;
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -40,7 +43,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // of two rows, meet every bank once.
 constexpr int64_t bank_pitch(int64_t numbers) { return round_up(2 * numbers, 128) + 64; }
 
-inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType dtype, const Gpu& gpu) {
+inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType dtype, const Gpu& gpu, bool backward = false) {
   PersistentPlan plan;
   plan.depth = round_up(C, persistent_depth);
   plan.hidden_depth = round_up(R, persistent_depth);
@@ -51,14 +54,15 @@ inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType 
   const int64_t of_gates = ceil_div(units, plan.units), of_hidden = ceil_div(hidden_units, plan.hidden_units);
   plan.blocks = of_gates > of_hidden ? of_gates : of_hidden;
   plan.weight_pitch = bank_pitch(plan.depth);
-  plan.hidden_pitch = bank_pitch(plan.hidden_depth);
-  plan.gate_at = 8 * plan.units * plan.weight_pitch;                       // before it: V_o
-  plan.hidden_at = plan.gate_at + 2 * 8 * plan.units * plan.hidden_pitch;  // W_r, W_z
-  plan.partial_at = plan.hidden_at + 8 * plan.hidden_units * plan.weight_pitch;  // U_o
+  plan.hidden_pitch = bank_pitch((backward ? 2 : 1) * plan.hidden_depth);
+  plan.gate_at = 8 * plan.units * plan.weight_pitch;
+  plan.hidden_at = plan.gate_at + (backward ? 1 : 2) * 8 * plan.units * plan.hidden_pitch;
+  plan.partial_at = plan.hidden_at + 8 * plan.hidden_units * plan.weight_pitch;
   plan.shared_bytes = plan.partial_at + persistent_warps * persistent_rows * partial_pitch * 4;
   plan.low_at = 128;
   plan.gated_at = plan.low_at + 2 * rows * plan.depth;
-  plan.exchange_at = plan.gated_at + 2 * rows * plan.depth;
+  plan.reset_at = plan.gated_at + 2 * rows * plan.depth;
+  plan.exchange_at = plan.reset_at + (backward ? 2 * rows * plan.depth : 0);
   plan.scratch_bytes = plan.exchange_at + 2 * rows * 2 * plan.hidden_depth;
   if (dtype != DType::bf16 && dtype != DType::f16)
     plan.why_not = "the matrix unit is used for 16-bit data";

@@ -506,18 +506,22 @@ def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
         return _plan(x, ux, *rest)
     gpu = torch.cuda.get_device_properties(x.device)
     n, _, c, *positions = x.shape
-    found = native.fast_gru_gpu_plan(
-        n * math.prod(positions),
-        c,
-        ux.shape[0] // 2,
-        str(x.dtype).removeprefix("torch."),
-        architecture=10 * gpu.major + gpu.minor,
-        multiprocessors=gpu.multi_processor_count,
-        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+    forward, backward = (
+        native.fast_gru_gpu_plan(
+            n * math.prod(positions),
+            c,
+            ux.shape[0] // 2,
+            str(x.dtype).removeprefix("torch."),
+            architecture=10 * gpu.major + gpu.minor,
+            multiprocessors=gpu.multi_processor_count,
+            shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+            backward=backward,
+        )
+        for backward in (False, True)
     )
-    if found["why_not"] is None:
-        return f"U_x and V_x for all steps at once, then {found['text']}"
-    return f"{_plan(x, ux, *rest)}; {found['text']}"
+    if forward["why_not"] is not None:
+        return f"{_plan(x, ux, *rest)}; {forward['text']}"
+    return f"U_x and V_x for all steps at once, then {forward['text']}; backward: {backward['text']}"
 
 
 def _why_not_triton(x: Tensor, *_: Any) -> str | None:

@@ -33,13 +33,33 @@ std::string run_steps(const Case& c, std::string& plan_text) {
   p.state = static_cast<float*>(c.tensor("state"));
   p.out = c.tensor("out"), p.out_sample = c.stride("out", 0), p.out_step = c.stride("out", 1);
   rcu_ops::fast_gru::PersistentPlan plan;
-  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, plan); !error.empty()) return error.c_str();
+  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, false, plan); !error.empty()) return error.c_str();
   plan_text = rcu_ops::fast_gru::describe(plan).c_str();
   return cuda_host::with_scratch({plan.scratch_bytes, {}},
                                  [&](void* scratch) { return rcu_ops::cuda::steps(p, plan, scratch, nullptr); });
 }
 
+std::string run_steps_backward(const Case& c, std::string& plan_text) {
+  rcu_ops::fast_gru::StepsBackward p;
+  p.dtype = c.dtype("hidden");
+  p.rows = c.integer("rows"), p.C = c.integer("C"), p.R = c.integer("R"), p.steps = c.integer("steps");
+  p.positions = c.integer("positions");
+  p.uo = c.tensor("uo"), p.w = c.tensor("w"), p.vo = c.tensor("vo");
+  p.hidden = c.tensor("hidden"), p.r = c.tensor("r"), p.z = c.tensor("z"), p.candidate = c.tensor("candidate");
+  p.before = c.tensor("before");
+  p.grad = c.tensor("grad");
+  if (p.grad) p.grad_sample = c.stride("grad", 0), p.grad_step = c.stride("grad", 1);
+  p.carry = static_cast<float*>(c.tensor("carry"));
+  p.dc = c.tensor("dc"), p.dr = c.tensor("dr"), p.dz = c.tensor("dz"), p.du = c.tensor("du"), p.gated = c.tensor("gated");
+  rcu_ops::fast_gru::PersistentPlan plan;
+  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, true, plan); !error.empty()) return error.c_str();
+  plan_text = rcu_ops::fast_gru::describe(plan).c_str();
+  return cuda_host::with_scratch({plan.scratch_bytes, {}},
+                                 [&](void* scratch) { return rcu_ops::cuda::steps_backward(p, plan, scratch, nullptr); });
+}
+
 const cuda_host::Registration pass("fast_gru_pass", run_pass);
 const cuda_host::Registration steps("fast_gru_steps", run_steps);
+const cuda_host::Registration steps_backward("fast_gru_steps_backward", run_steps_backward);
 
 }  // namespace

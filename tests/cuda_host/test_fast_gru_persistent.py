@@ -1,4 +1,4 @@
-"""fast_gru's persistent kernel, unchanged, thread by thread on a CPU: numerics, schedules, sanitizers, refusals."""
+"""fast_gru's persistent kernels, unchanged, thread by thread on a CPU: numerics, schedules, sanitizers, refusals."""
 
 from __future__ import annotations
 
@@ -58,6 +58,44 @@ def check(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dt
         assert torch.equal(given["hidden"], low[0].to(dtype)) and torch.equal(given["candidate"], low[1].to(dtype))
 
 
+def check_backward(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, grad: bool) -> None:
+    """The gradients of the gates of all steps and of the first state, from given gates and states."""
+    _, _, uo, w, _, vo, _ = inputs(shape, hidden, dtype)
+    n, k, c, *positions = shape
+    m = n * positions[0] * positions[1] * positions[2]
+    sizes = {"hidden": 2 * hidden, "r": c, "z": c, "candidate": c, "before": c}
+    given = {name: torch.randn(k, m, size) for name, size in sizes.items()}
+    given["hidden"].relu_(), given["r"].sigmoid_(), given["z"].sigmoid_(), given["candidate"].tanh_()
+    given = {name: value.to(dtype) for name, value in given.items()}
+    last = torch.randn(m, c)
+    # Clips of a longer sequence, channels innermost.
+    around = torch.randn(n, k + 1, *positions, c).to(dtype)
+    got = {name: torch.full((k, m, c), torch.nan, dtype=dtype) for name in ("dc", "dr", "dz", "gated")}
+    got |= {"du": torch.full((k, m, 2 * hidden), torch.nan, dtype=dtype), "carry": last.clone()}
+    tensors = {"uo": uo, "w": w, "vo": vo, **given, **got, "grad": around[:, :k] if grad else None}
+    machine.call("fast_gru_steps_backward", tensors, rows=m, C=c, R=hidden, steps=k, positions=m // n)
+
+    def run(to: torch.dtype) -> dict[str, Tensor]:
+        h, r, z, candidate, before = (value.to(to) for value in given.values())
+        grads = rows(around[:, :k].movedim(-1, 2)).to(to)
+        carry, results = last.to(to), []
+        for step in reversed(range(k)):
+            g = carry + grads[step] if grad else carry
+            dc = g * z[step] * (1 - candidate[step] ** 2)
+            dz = g * (candidate[step] - before[step]) * z[step] * (1 - z[step])
+            q = dc @ vo.to(to)
+            dr = q * before[step] * r[step] * (1 - r[step])
+            du = torch.cat([d @ gate.to(to) for d, gate in zip((dr, dz), w, strict=True)], 1) * (h[step] > 0)
+            carry = g * (1 - z[step]) + q * r[step] + du @ uo.to(to)
+            results.append((dc, dr, dz, r[step] * before[step], du))
+        stacked = [torch.stack(values[::-1]) for values in zip(*results, strict=True)]
+        return dict(zip(got, [*stacked, carry], strict=True))
+
+    exact, eager = run(torch.float64), run(dtype)
+    for name, value in got.items():
+        assert_close_to_reference(value, exact[name], eager[name], name)
+
+
 # Two units per block; odd sizes and a partly empty last block; more hidden units than others, fewer rows than a tile.
 PROBLEMS = [
     ((2, 3, 40, 1, 3, 5), 10, 3),
@@ -74,9 +112,18 @@ def test_numerics(machine, shape, hidden, multiprocessors, dtype, seed) -> None:
     assert "one launch" in machine.plan
 
 
+@pytest.mark.parametrize(("shape", "hidden", "multiprocessors"), PROBLEMS, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_backward_numerics(machine, shape, hidden, multiprocessors, dtype, seed) -> None:
+    machine.seed, machine.device = seed, {"multiprocessors": multiprocessors}
+    check_backward(machine, shape, hidden, dtype, grad=dtype == BF16)
+    assert "one launch" in machine.plan
+
+
 def test_many_runs_of_inputs_for_every_warp(machine) -> None:
     machine.device = {"multiprocessors": 20}
     check(machine, (1, 2, 300, 1, 1, 3), 33, BF16, save=True)
+    check_backward(machine, (1, 2, 300, 1, 1, 3), 33, BF16, grad=True)
 
 
 def test_schedules_do_not_matter(machine, seed) -> None:
@@ -84,6 +131,7 @@ def test_schedules_do_not_matter(machine, seed) -> None:
     for index, multiprocessors in itertools.product(range(2), (2, 3)):
         machine.seed, machine.device = seed + index, {"multiprocessors": multiprocessors}
         check(machine, (1, 2, 24, 1, 2, 3), 6, BF16, save=False)
+        check_backward(machine, (1, 2, 24, 1, 2, 3), 6, BF16, grad=False)
         plans.add(machine.plan)
     assert len(plans) == 2
 
@@ -92,6 +140,7 @@ def test_schedules_do_not_matter(machine, seed) -> None:
 def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, seed) -> None:
     machine = machine_with(sanitizer, seed=seed, device={"multiprocessors": 3})
     check(machine, (1, 2, 20, 1, 1, 3), 5, BF16, save=True)
+    check_backward(machine, (1, 2, 20, 1, 1, 3), 5, BF16, grad=True)
 
 
 def test_what_does_not_fit_is_refused_with_the_reason(machine) -> None:
@@ -101,3 +150,6 @@ def test_what_does_not_fit_is_refused_with_the_reason(machine) -> None:
     machine.device = {"multiprocessors": 4, "shared_bytes": 48 * 1024}
     with pytest.raises(LaunchError, match="bytes of shared memory, of 49152"):
         check(machine, (1, 2, 40, 1, 1, 3), 10, BF16, save=False)
+    machine.device = {"multiprocessors": 4, "shared_bytes": 47 * 1024}
+    with pytest.raises(LaunchError, match="bytes of shared memory, of 48128"):
+        check_backward(machine, (1, 2, 40, 1, 1, 3), 10, BF16, grad=False)

@@ -18,6 +18,7 @@ from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
 from tests.cuda_host.test_fast_gru_persistent import check as check_steps
+from tests.cuda_host.test_fast_gru_persistent import check_backward as check_steps_backward
 from tests.cuda_host.test_recurrent_conv import HOPPER, LAYOUTS, check_backward, check_forward, inputs
 from tests.ops import alignment
 
@@ -94,6 +95,11 @@ def relate_clusters(machine: Machine) -> None:
 def steps_in_one_launch(machine: Machine) -> None:
     machine.device = {"multiprocessors": 3}
     check_steps(machine, (1, 3, 20, 1, 1, 3), 5, torch.bfloat16, save=True)
+
+
+def steps_backward_in_one_launch(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 3}
+    check_steps_backward(machine, (1, 3, 20, 1, 1, 3), 9, torch.bfloat16, grad=True)
 
 
 @dataclass(frozen=True)
@@ -421,6 +427,28 @@ FAULTS = [
         "thread",
         file="fast_gru_persistent.cu",
     ),
+    Fault(
+        "du is read before all blocks have written it",
+        "    barrier.arrive();\n    if (step > 0) read_step(step - 1);\n    barrier.wait();",
+        "    block_barrier();\n    if (step > 0) read_step(step - 1);",
+        steps_backward_in_one_launch,
+        "thread",
+        file="fast_gru_persistent.cu",
+    ),
+    Fault(
+        "z's half of du comes from r's gradient",
+        "hidden_gradients(step, exchange_z, units_r, units_z);",
+        "hidden_gradients(step, exchange_r, units_r, units_z);",
+        steps_backward_in_one_launch,
+        file="fast_gru_persistent.cu",
+    ),
+    Fault(
+        "closed units pass a gradient on",
+        "[at]) > 0 ? sums[i]",
+        "[at]) >= 0 ? sums[i]",
+        steps_backward_in_one_launch,
+        file="fast_gru_persistent.cu",
+    ),
 ]
 
 
@@ -429,7 +457,7 @@ PLAIN = [
     ("return with_type(p.dtype, [&](auto type) {", "return [&](auto run) { return run(float()); }([&](auto type) {")
 ]
 FEWER = {
-    "fast_gru_persistent.cu": [("launch_steps<__half>(", "launch_steps<__nv_bfloat16>(")],
+    "fast_gru_persistent.cu": [("<__half>", "<__nv_bfloat16>")],
     "recurrent_conv.cu": PLAIN,
     WEIGHT_GRAD: [
         (
@@ -506,6 +534,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         soft_of_the_huge,
         closed_gate,
         steps_in_one_launch,
+        steps_backward_in_one_launch,
     ],
     ids=lambda f: f.__name__,
 )

@@ -37,6 +37,7 @@ REGISTERS = {
     "plain_step_scan": 128,  # the same
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
     "fast_gru_steps": 255,  # 1 block of 256
+    "fast_gru_steps_backward": 255,  # the same
     "wide_scan": 255,  # 1 block of 256
     "hopper_scan": 255,  # 1 block of 256: 192 are the state and its rounded copy
     "gate_pass": 64,  # bound by memory: 4 blocks of 256
@@ -80,6 +81,7 @@ MATRIX_INSTRUCTIONS = {
     "tile_relate": "HMMA",
     "cluster_relate": "HMMA",
     "fast_gru_steps": "HMMA",
+    "fast_gru_steps_backward": "HMMA",
     "matrix_weight_grad": "HMMA",
 }
 

@@ -1,4 +1,4 @@
-"""The planner of fast_gru's persistent kernel: what fits on which GPU, that blocks cover every weight once, memory."""
+"""The planner of fast_gru's persistent kernels: what fits on which GPU, that blocks cover every weight once, memory."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def test_the_paper_s_sizes() -> None:
     assert refused["shared_bytes"] > 163 * 1024  # three units of outputs would not have fitted either
     assert "one launch of 128 blocks" in found["text"] and "not in one launch" in refused["text"]
     assert plan(49, 1024, 256, **A100)["why_not"] is None
+    backward = plan(49, 2048, 512, **H200, backward=True)
+    assert backward["why_not"] is None and (backward["blocks"], backward["units"]) == (128, 2)
+    assert backward["shared_bytes"] == 16 * 4160 + 16 * 2112 + 8 * 4160 + 8 * 64 * 20 * 4 <= 227 * 1024
+    assert plan(49, 1024, 256, **A100, backward=True)["why_not"] is None
 
 
 @pytest.mark.parametrize(
@@ -49,8 +53,10 @@ def test_reasons(arguments, reason) -> None:
 @pytest.mark.parametrize("c", [1, 7, 8, 40, 100, 1000, 2048])
 @pytest.mark.parametrize("r", [1, 8, 19, 512])
 @pytest.mark.parametrize("multiprocessors", [4, 33, 132])
-def test_blocks_cover_every_output_once_and_areas_do_not_overlap(c, r, multiprocessors) -> None:
-    p = plan(49, c, r, architecture=90, multiprocessors=multiprocessors, shared_bytes=1 << 30)
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocks_cover_every_output_once_and_areas_do_not_overlap(c, r, multiprocessors, backward) -> None:
+    gpu = {"architecture": 90, "multiprocessors": multiprocessors, "shared_bytes": 1 << 30}
+    p = plan(49, c, r, **gpu, backward=backward)
     if p["why_not"] is not None:
         assert max(p["units"], p["hidden_units"]) > 2
         return
@@ -68,13 +74,15 @@ def test_blocks_cover_every_output_once_and_areas_do_not_overlap(c, r, multiproc
     assert sorted(hidden) == list(range(2 * r))
     assert p["depth"] % 32 == p["hidden_depth"] % 32 == 0 and p["depth"] >= c and p["hidden_depth"] >= r
     # Rows of 16-byte words, 64 bytes apart in the banks; areas one after the other.
-    for pitch, depth in ((p["weight_pitch"], p["depth"]), (p["hidden_pitch"], p["hidden_depth"])):
+    halves = 2 if backward else 1  # of the hidden units, in one row; else in a matrix each
+    for pitch, depth in ((p["weight_pitch"], p["depth"]), (p["hidden_pitch"], halves * p["hidden_depth"])):
         assert pitch % 128 == 64 and pitch >= 2 * depth
     assert p["gate_at"] == 8 * p["units"] * p["weight_pitch"]
-    assert p["hidden_at"] == p["gate_at"] + 16 * p["units"] * p["hidden_pitch"]
+    assert p["hidden_at"] == p["gate_at"] + 16 // halves * p["units"] * p["hidden_pitch"]
     assert p["partial_at"] == p["hidden_at"] + 8 * p["hidden_units"] * p["weight_pitch"]
     assert p["shared_bytes"] == p["partial_at"] + 8 * 64 * 20 * 4
-    areas = [p["low_at"], p["gated_at"], p["exchange_at"], p["scratch_bytes"]]
+    areas = [p["low_at"], p["gated_at"], p["reset_at"], p["exchange_at"], p["scratch_bytes"]]
     assert areas == sorted(areas) and all(at % 16 == 0 for at in areas) and p["low_at"] >= 8
     sizes = [b - a for a, b in itertools.pairwise(areas)]
-    assert sizes == [2 * 49 * p["depth"]] * 2 + [4 * 49 * p["hidden_depth"]]
+    one = 2 * 49 * p["depth"]
+    assert sizes == [one, one, one if backward else 0, 4 * 49 * p["hidden_depth"]]
