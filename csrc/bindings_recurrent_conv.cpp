@@ -149,6 +149,18 @@ Scan forward_problem(const Tensor& x, const Tensor& weight, const std::optional<
   return p;
 }
 
+// 0 where the scan's kernel takes no part of batch normalisation.
+int64_t norm_columns([[maybe_unused]] const Scan& p, [[maybe_unused]] const Tensor& like) {
+  int64_t columns = 0;
+#ifdef RCU_OPS_WITH_CUDA
+  if (!like.is_cuda() || p.dtype == DType::f64 || p.N * p.H * p.W == 0 || forced_chunk().value_or(0) > 0) return 0;
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const Text error = cuda::fused_norm_columns(p, columns);
+  check(error.empty(), error.c_str());
+#endif
+  return columns;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional<Tensor> h0, bool mean, bool reverse) {
@@ -157,6 +169,22 @@ std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional
   p.reverse = reverse;
   p.y = sequence_view(h);
   p.last = state_view(h_n);
+  launch(p, x);
+  return {h, h_n};
+}
+
+std::tuple<Tensor, Tensor> recurrent_conv_with_statistics(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& h0,
+                                                          bool mean, std::optional<Tensor>& partial, int64_t& columns) {
+  Scan p = forward_problem(x, weight, h0, mean);
+  Tensor h = torch::stable::empty_like(x), h_n = empty_state(x);
+  p.y = sequence_view(h);
+  p.last = state_view(h_n);
+  columns = norm_columns(p, x);
+  if (columns) {
+    const int64_t numbers = p.C * ((p.N * p.H * p.W + columns - 1) / columns) * 2;
+    partial = torch::stable::new_empty(x, Sizes(&numbers, 1), ScalarType::Double);
+    p.norm.partial = static_cast<double*>(pointer(*partial));
+  }
   launch(p, x);
   return {h, h_n};
 }
@@ -195,9 +223,12 @@ std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Te
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_h_n,
-                                                           Tensor h, Tensor weight, std::optional<Tensor> h0, bool mean,
-                                                           bool reverse, bool need_weight_grad) {
+namespace {
+
+// norm: of batch normalisation after the scan, whose h is `h` and whose gradient is grad_h; nothing where the kernel does not take it.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<Tensor>& grad_h, const std::optional<Tensor>& grad_h_n,
+                                                           const Tensor& h, const Tensor& weight, const std::optional<Tensor>& h0,
+                                                           bool mean, bool reverse, bool need_weight_grad, const ScanNorm* norm) {
   Scan p = forward_problem(h, weight, h0, mean);
   check(grad_h || grad_h_n, "grad_h, grad_h_n: expected at least one of them, got none");
   p.x = {};
@@ -231,6 +262,11 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor>
     p.last = state_view(dh0);
     p.last_kind = Last::projected;
   }
+  if (norm) {
+    p.residual = sequence_view(h);
+    p.norm = *norm;
+    if (!norm_columns(p, h)) return std::nullopt;
+  }
   launch(p, h);
   if (need_weight_grad) {
     WeightGrad g;
@@ -243,7 +279,23 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor>
     g.dweight = pointer(dweight);
     launch(g, h);
   }
-  return {dx, dweight, dh0};
+  return std::tuple<Tensor, Tensor, Tensor>{dx, dweight, dh0};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_h_n,
+                                                           Tensor h, Tensor weight, std::optional<Tensor> h0, bool mean,
+                                                           bool reverse, bool need_weight_grad) {
+  return *backward(grad_h, grad_h_n, h, weight, h0, mean, reverse, need_weight_grad, nullptr);
+}
+
+std::optional<std::tuple<Tensor, Tensor, Tensor>> recurrent_conv_backward_of_norm(const Tensor& dz,
+                                                                                  const std::optional<Tensor>& grad_h_n,
+                                                                                  const Tensor& h, const Tensor& weight,
+                                                                                  const std::optional<Tensor>& h0, bool mean,
+                                                                                  bool need_weight_grad, const ScanNorm& norm) {
+  return backward(dz, grad_h_n, h, weight, h0, mean, false, need_weight_grad, &norm);
 }
 
 }  // namespace rcu_ops::bindings

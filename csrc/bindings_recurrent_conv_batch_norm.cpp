@@ -70,10 +70,22 @@ Tensor table_of(const Tensor& h, int64_t rows) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> moments(Tensor x, Tensor weight, std::optional<Tensor> h0, bool mean) {
-  auto [h, h_n] = recurrent_conv(x, weight, h0, mean, false);
+  std::optional<Tensor> partial;
+  int64_t columns = 0;
+  auto [h, h_n] = recurrent_conv_with_statistics(x, weight, h0, mean, partial, columns);
   Norm p = problem_of(NormPass::moments, h);
   Tensor result = table_of(h, 3);
   p.result = pointer(result);
+#ifdef RCU_OPS_WITH_CUDA
+  if (columns) {
+    launch_on_gpu(
+        p, h, [](const Norm&) { return cuda::Scratch{}; },
+        [&](const Norm& q, void*, CUstream_st* stream) {
+          return cuda::finish_moments(q, columns, static_cast<const double*>(pointer(*partial)), stream);
+        });
+    return {h, h_n, result};
+  }
+#endif
   launch(p, h);
   return {h, h_n, result};
 }
@@ -110,6 +122,14 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(Tensor dz, std::optional<T
   const Table given("sums", sums, {2, p.C}, h);
   p.sums = given.data();
   p.other = view_like("dz", dz, h);
+#ifdef RCU_OPS_WITH_CUDA
+  if (dz.is_cuda() && p.dtype != DType::f64) {  // the scan may take the gradient of h on its way in
+    const auto table = [](const void* data) { return static_cast<const float*>(data); };
+    const ScanNorm norm{.moments = table(p.moments), .gamma = table(p.gamma), .beta = table(p.beta), .sums = table(p.sums),
+                        .eps = static_cast<float>(eps), .relu = relu};
+    if (auto found = recurrent_conv_backward_of_norm(dz, grad_h_n, h, weight, h0, mean, need_weight_grad, norm)) return *found;
+  }
+#endif
   Tensor grad_h = torch::stable::empty_like(h);
   p.out = sequence_view(grad_h);
   launch(p, h);

@@ -234,8 +234,10 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
 
 py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
                   const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse, bool plain,
-                  bool warpgroups, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
-  const Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
+                  bool warpgroups, bool statistics, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin,
+                  int64_t end) {
+  Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
+  if (statistics) p.norm.partial = static_cast<double*>(p.y.data);  // never followed
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes);
   const cuda::ScanPlan plan = cuda::plan_scan(p, gpu,
                                               plain        ? cuda::Kernel::plain
@@ -252,7 +254,12 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
   }
   py::dict d;
   const cuda::ChunkPlan chunks = cuda::plan_chunks(p, plan, gpu);
-  d["text"] = cuda::describe(p, plan, chunks).c_str();
+  const int64_t columns = chunks.frames ? 0 : cuda::fused_norm_columns(plan);
+  d["text"] = std::string(cuda::describe(p, plan, chunks).c_str()) +
+              (!statistics ? std::string()
+               : columns   ? "; batch normalisation's statistics on the way out, of parts of " + std::to_string(columns) + " columns"
+                           : std::string("; batch normalisation's statistics in a pass of their own"));
+  d["norm_columns"] = columns;
   d["chunk"] = chunks.frames;
   d["sequential_us"] = chunks.sequential_us;
   d["chunked_us"] = chunks.chunked_us;
@@ -358,13 +365,14 @@ void bind_recurrent_conv(py::module_& m) {
         "channel begin, channel end).");
   m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),
         py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false, py::arg("reverse") = false,
-        py::arg("plain") = false, py::arg("warpgroups") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
+        py::arg("plain") = false, py::arg("warpgroups") = false, py::arg("statistics") = false, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
         "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence); chunk, the "
         "frames of the library form's chunks, 0 where it is not taken, and the two times compared, chunked_us and sequential_us "
         "(predictions, 0 where none was made); of the scan's kernel blocks, shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
         "int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: that kernel, wherever "
-        "it can run.");
+        "it can run. statistics: batch normalisation's are asked for; norm_columns: how many columns a part of them has, 0 where "
+        "the kernel takes none.");
   m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("h"),
         py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false, py::arg("plain") = false,
         py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0, py::arg("block") = py::none(),

@@ -29,6 +29,21 @@ enum class Last : int32_t {
   projected,  // W times the last value: the gradient of the first state
 };
 
+// What batch normalisation (recurrent_conv_batch_norm.h) leaves to a scan on a GPU, where the scan's kernel takes it
+// (fused_norm_columns in recurrent_conv_gpu_plan.h); elsewhere it makes passes of its own.
+struct ScanNorm {
+  // Statistics of y on the way out, [C][parts][2]: of each part, so many consecutive columns in all their frames, the mean and the sum of
+  // squared deviations from it.
+  double* partial = nullptr;
+  // The gradient on the way in: `x` is that of the normalised output, Scan::residual holds the h that was normalised, and the scan takes
+  // NormPass::gradient of both instead of x. Tables as in Norm, fp32.
+  const float *moments = nullptr, *gamma = nullptr, *beta = nullptr, *sums = nullptr;
+  float eps = 0;
+  bool relu = false;
+
+  bool present() const { return partial || moments; }
+};
+
 // One scan over time, the shape of the forward pass, of its fused inference form and of the backward pass alike:
 //
 //     v_i = alpha_i * (W v_{i-1} + x_{t(i)}),   t(i) = i or T-1-i,   alpha_i = alpha except at the two ends
@@ -53,6 +68,7 @@ struct Scan {
   Init init = Init::none;
   Last last_kind = Last::none;
   double alpha = 1, alpha_first = 1, alpha_final = 1;
+  ScanNorm norm;  // with neither scale nor, for the statistics, a residual
 };
 
 // dW[o][i] = sum over frames and positions of dx_t[o] * h_{t-1}[i], where t-1 is the frame processed before t and the

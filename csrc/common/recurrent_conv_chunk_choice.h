@@ -23,7 +23,7 @@ inline std::optional<int64_t> forced_chunk() {
   return value;
 }
 
-// Never in fp64, for which nothing more precise is at hand to keep powers of W in.
-inline bool can_be_chunked(const Scan& p) { return p.T >= 2 && p.dtype != DType::f64 && p.N * p.H * p.W > 0; }
+// Never in fp64, for which nothing more precise is at hand to keep powers of W in, nor with parts of other operators.
+inline bool can_be_chunked(const Scan& p) { return p.T >= 2 && p.dtype != DType::f64 && p.N * p.H * p.W > 0 && !p.norm.present(); }
 
 }  // namespace rcu_ops

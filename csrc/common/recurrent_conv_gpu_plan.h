@@ -72,6 +72,8 @@ inline Text describe(const PlainScanPlan& plan) {
          ", state in " + (plan.state_shared ? "shared memory" : "scratch memory");
 }
 
+inline constexpr int statistics_floats = 5;  // of batch normalisation, in shared memory per channel: sum and squares in fp64, center
+
 // ---- the matrix-unit scan: 16-bit data, up to 128 channels ---------------------------------------------------------
 
 inline constexpr int tile_warps = 4;
@@ -85,9 +87,10 @@ struct TileScanPlan {
   int vector_bytes = 0;     // 16, 8, 4 or 2: the widest word that every row of those tensors is aligned to
   int stages = 0;           // frames in flight or in use: 3, or 2 where shared memory is short
   int64_t blocks = 0;
-  // Shared memory: W [padded][padded + 8] of 16 bits; diagonal, scale, shift (fp32); the columns' offsets; the slots of each
-  // warp, one per stage for x, which y then takes over, and one for the residual. A slot's rows are columns or channels;
-  // 16 bytes more than they need spread eight of them over all banks.
+  // Shared memory: W [padded][padded + 8] of 16 bits; numbers per channel (fp32): diagonal, scale, shift, and of batch normalisation
+  // mean, slope and constant or each warp's sum and squares (fp64) and center; the columns' offsets; the slots of each warp, one per stage
+  // for x, which y then takes over, and one for the residual. A slot's rows are columns or channels; 16 bytes more than they need
+  // spread eight of them over all banks.
   int64_t numbers_at = 0, offsets_at = 0, slots_at = 0, shared_bytes = 0;
   int64_t slot_pitch = 0, slot_bytes = 0;  // in bytes
 };
@@ -156,7 +159,8 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   plan.slot_pitch = 2 * (plan.along_channels ? plan.padded_channels : plan.positions) + 16;
   plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? plan.positions : plan.padded_channels);
   plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
-  plan.offsets_at = plan.numbers_at + 3 * 4 * plan.padded_channels;
+  const int64_t tables = 3 + (p.norm.moments ? 3 : p.norm.partial ? statistics_floats * tile_warps : 0);
+  plan.offsets_at = plan.numbers_at + tables * 4 * plan.padded_channels;
   plan.slots_at = plan.offsets_at + 5 * 8 * tile_warps * plan.positions;
   for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
     plan.shared_bytes = plan.slots_at + tile_warps * plan.stages * plan.slot_bytes * (p.residual.data ? 2 : 1);
@@ -185,10 +189,11 @@ struct WideScanPlan {
   int vector_bytes = 0;
   int stages = 0;  // slots for x: 4, or 3 where shared memory is short
   int64_t blocks = 0;
-  // Shared memory: the columns' offsets; the state before and after, rounded, laid out as slots are; the slots. A slot's rows are
-  // columns or channels, an odd number of 16-byte words apart: eight of them are spread over all banks. Before the first frame W
-  // passes through what the states and slots take later.
-  int64_t states_at = 0, slots_at = 0, shared_bytes = 0;
+  // Shared memory: the columns' offsets; of batch normalisation, numbers per channel (fp32): scale, shift, mean, slope, constant, or sum
+  // and squares (fp64) and center; the state before and after, rounded, laid out as slots are; the slots. A slot's rows are columns or
+  // channels, an odd number of 16-byte words apart: eight of them are spread over all banks. Before the first frame W passes
+  // through what the states and slots take later.
+  int64_t numbers_at = 0, states_at = 0, slots_at = 0, shared_bytes = 0;
   int64_t slot_pitch = 0, slot_bytes = 0, weight_pitch = 0;  // in bytes
 };
 
@@ -209,7 +214,9 @@ inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu,
   plan.slot_pitch = odd_words(2 * (plan.along_channels ? wide_most_channels : wide_positions));
   plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? wide_positions : wide_most_channels);
   plan.weight_pitch = odd_words(2 * wide_weight_piece);
-  plan.states_at = round_up(5 * 8 * wide_positions, 16);
+  plan.numbers_at = 5 * 8 * wide_positions;
+  const int64_t tables = p.norm.moments ? 5 : p.norm.partial ? statistics_floats : 0;
+  plan.states_at = round_up(plan.numbers_at + tables * 4 * wide_most_channels, 16);
   plan.slots_at = plan.states_at + 2 * plan.slot_bytes;
   for (plan.stages = 4; plan.stages >= 3; --plan.stages) {
     const int64_t weight = plan.states_at + wide_most_channels * plan.weight_pitch;
@@ -337,6 +344,12 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
       ((single && plan.blocks() < gpu.multiprocessors) || (step.matrix && many_channels)))
     plan.step = step, plan.tile.reset(), plan.wide.reset(), plan.hopper.reset();
   return plan;
+}
+
+// How many columns have a part of batch normalisation's statistics to themselves in the kernel of this plan; 0 where it takes nothing
+// of batch normalisation (Scan::norm).
+inline int64_t fused_norm_columns(const ScanPlan& plan) {
+  return plan.step ? 0 : plan.tile ? plan.tile->positions : plan.wide ? wide_positions : 0;
 }
 
 inline Text describe(const ScanPlan& plan) {

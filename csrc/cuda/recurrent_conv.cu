@@ -196,11 +196,20 @@ Text planned_chunk(const Scan& p, int64_t& frames) {
   return {};
 }
 
+Text fused_norm_columns(const Scan& p, int64_t& columns) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  const ScanPlan plan = plan_scan(p, gpu, Kernel::best);
+  columns = plan_chunks(p, plan, gpu).frames ? 0 : fused_norm_columns(plan);
+  return {};
+}
+
 Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (p.N * p.G * p.H * p.W == 0) return {};
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   const ScanPlan plan = plan_scan(p, gpu, kernel);
+  if (p.norm.present() && !fused_norm_columns(plan)) return "recurrent_conv: this scan takes no part of batch normalisation";
   if (plan.blocks() > most_blocks) return "recurrent_conv: too many positions for one launch";
   if (plan.step) return launch_step_scan(p, *plan.step, scratch, stream);
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);

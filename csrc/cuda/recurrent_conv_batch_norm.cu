@@ -225,6 +225,15 @@ Scratch batch_norm_scratch(const Norm& p) {
   return {reduces(p) ? p.C * norm_parts(p).parts * 2 * static_cast<int64_t>(sizeof(double)) : 0, {}};
 }
 
+Text finish_moments(const Norm& p, int64_t columns, const double* partial, Stream stream) {
+  NormParts plan;
+  plan.positions = p.N * p.T * p.H * p.W;
+  plan.size = columns * p.T;  // the last part has the rest
+  plan.parts = (plan.positions + plan.size - 1) / plan.size;
+  return launch("recurrent_conv_batch_norm norm_finish", norm_finish<float>,
+                dim3(static_cast<unsigned>((p.C + norm_warps - 1) / norm_warps)), dim3(norm_threads), 0, stream, p, plan, partial);
+}
+
 Text batch_norm(const Norm& p, void* scratch, Stream stream) {
   const NormParts plan = norm_parts(p);
   double* partial = static_cast<double*>(scratch);

@@ -34,6 +34,9 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 //           and one y's writers against those who copy it out.
 // Padding.  Channels from C on have zero weights and are set to zero in the state every frame: an infinite state in another
 //           channel must not reach them as 0 * inf. Columns beyond the last are computed on zeros and not stored.
+// Norm.     Batch normalisation (ScanNorm): its statistics of y are added up where y lies in the slot, a lane per channel, column after
+//           column and frame after frame, about the first frame's mean; its gradient is taken of x and of h, which comes
+//           through the residual's slots, on the way to the state.
 // Aliasing. y and last overlap no input. Every output element has one writer.
 // Order.    The matrix unit's order of additions depends on nothing but C: cutting a sequence in two changes no bit, as the
 //           state handed on is fp32 (h0 in T loses what rounding to T loses).
@@ -49,6 +52,10 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
   T* weight = dynamic_shared<T>();
   float* diagonal = dynamic_shared<float>(plan.numbers_at);
   float *scale = diagonal + CP, *shift = scale + CP;
+  // Of batch normalisation: three tables more of the block, or, per channel, the statistics of this warp's columns.
+  float* const mean = shift + CP;
+  const Statistics statistics = statistics_at(mean + warp * statistics_floats * CP, CP);
+  const NormTables tables{scale, shift, mean, mean + CP, mean + 2 * CP};
   int64_t* x_offset = dynamic_shared<int64_t>(plan.offsets_at) + warp * 5 * M;
   int64_t *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
           *last_offset = first_offset + M;
@@ -71,6 +78,7 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
     diagonal[c] = c < C ? widen(w[c * (p.weight_out + p.weight_in)]) : 0.0f;
     scale[c] = p.scale && c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
     shift[c] = p.scale && c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
+    if (p.norm.moments) fill_norm_tables(p.norm, C, c, scale, shift, mean, mean + CP, mean + 2 * CP);
   }
   const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * tile_warps + warp) * M;
   const int64_t columns_left = p.N * p.H * p.W - column0;
@@ -176,11 +184,20 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
       for (int k = 0; k < KT; ++k) {
         uint32_t x[4] = {};
         if (p.x.data && !extra) load_matrix<4, !Channels>(x, tile_at(slot, m, k));
+        uint32_t h_of_norm[4] = {};
+        if (p.norm.moments && !extra) load_matrix<4, !Channels>(h_of_norm, tile_at(slot + plan.slot_bytes, m, k));
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           float* h = &state[m][2 * k + r / 2][r % 2 * 2];
           const float* d = diagonal + 16 * k + r / 2 * 8 + fragment_pair;
-          const float2 added = unpack<T>(x[r]), h16 = unpack<T>(rounded[m][k][r]);
+          float2 added = unpack<T>(x[r]);
+          const float2 h16 = unpack<T>(rounded[m][k][r]);
+          if (p.norm.moments && !extra) {
+            const float2 normalised = unpack<T>(h_of_norm[r]);
+            const int channel = 16 * k + r / 2 * 8 + fragment_pair;
+            added.x = norm_gradient(tables, channel, added.x, normalised.x, p.norm.relu);
+            added.y = norm_gradient(tables, channel + 1, added.y, normalised.y, p.norm.relu);
+          }
           h[0] = added.x + (product ? d[0] * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
           h[1] = added.y + (product ? d[1] * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
         }
@@ -236,11 +253,19 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
           store_matrix<4, !Channels>(tile_at(slot, m, k), y);
         }
       warp_barrier();  // y is complete
+      if (p.norm.partial)
+        for (int c = lane; c < C; c += 32)
+          add_statistics<T, Channels>(statistics, slot, pitch, c, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       with_word(plan.vector_bytes, [&](auto word) {
         for_tile_words(word, p.y, y_offset, [&](int64_t element, int at) { store_word(word, to + element, slot + at); });
       });
     }
+  }
+  if (p.norm.partial) {
+    const int64_t parts = (p.N * p.H * p.W + M - 1) / M;
+    for (int c = lane; c < C; c += 32)
+      store_statistics(statistics, p.norm.partial, parts, column0 / M, c, columns * p.T);
   }
   if (p.last_kind == Last::none) return;
   warp_barrier();  // y has left the slots

@@ -39,6 +39,84 @@ __device__ __forceinline__ float rest_of(float h, float rounded) {
   return rest - rest == 0 ? rest : 0.0f;
 }
 
+// NormPass::gradient of channel c, from the tables that a block keeps in shared memory.
+struct NormTables {
+  const float *scale, *shift, *mean, *slope, *constant;
+};
+__device__ __forceinline__ float norm_gradient(const NormTables& tables, int c, float dz, float h, bool relu) {
+  const float deviation = h - tables.mean[c], scale = tables.scale[c];
+  const float passed = relu && fma(deviation, scale, tables.shift[c]) <= 0 ? 0.0f : dz;
+  return fma(scale, passed, fma(tables.slope[c], deviation, tables.constant[c]));
+}
+
+// Fills them for channel c; all zero from C on.
+__device__ __forceinline__ void fill_norm_tables(const ScanNorm& norm, int C, int c, float* scale, float* shift, float* mean,
+                                                 float* slope, float* constant) {
+  scale[c] = shift[c] = mean[c] = slope[c] = constant[c] = 0;
+  if (c >= C) return;
+  const float count = norm.moments[2 * C + c] > 1 ? norm.moments[2 * C + c] : 1.0f;
+  const float inverse = 1.0f / sqrt(norm.moments[C + c] / count + norm.eps);
+  mean[c] = norm.moments[c];
+  scale[c] = norm.gamma ? inverse * norm.gamma[c] : inverse;
+  shift[c] = norm.beta ? norm.beta[c] : 0.0f;
+  slope[c] = -scale[c] * inverse * norm.sums[C + c] / count;
+  constant[c] = -scale[c] * norm.sums[c] / count;
+}
+
+// Statistics of y in shared memory, one of each per channel: deviations from the first frame's mean, so that a large mean costs the
+// variance nothing. A frame's are added up in fp32, the frames' in fp64.
+struct Statistics {
+  double *sum, *squares;
+  float* center;
+};
+__device__ __forceinline__ Statistics statistics_at(float* memory, int channels) {
+  double* sums = reinterpret_cast<double*>(memory);
+  return {sums, sums + channels, memory + 4 * channels};
+}
+
+// One frame more over `columns` columns of y in a slot. The caller owns channel c.
+template <typename T, bool Channels>
+__device__ __forceinline__ void add_statistics(const Statistics& to, const unsigned char* slot, int pitch, int c, int columns, bool first) {
+  const auto for_values = [&](auto visit) {
+    if constexpr (Channels) {
+      for (int j = 0; j < columns; ++j) visit(widen(*reinterpret_cast<const T*>(slot + j * pitch + 2 * c)));
+    } else {
+      for (int j = 0; j < columns; j += 8) {
+        const uint4 word = *reinterpret_cast<const uint4*>(slot + c * pitch + 2 * j);
+        const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const float2 both = unpack<T>(pairs[k / 2]);
+          if (j + k < columns) visit(k % 2 ? both.y : both.x);
+        }
+      }
+    }
+  };
+  if (first) {
+    float total = 0;
+    for_values([&](float value) { total += value; });
+    to.center[c] = total / static_cast<float>(columns), to.sum[c] = 0, to.squares[c] = 0;
+  }
+  const float center = to.center[c];
+  float sum = 0, squares = 0;
+  for_values([&](float value) {
+    const float deviation = value - center;
+    sum += deviation;
+    squares = fma(deviation, deviation, squares);
+  });
+  to.sum[c] += static_cast<double>(sum);
+  to.squares[c] += static_cast<double>(squares);
+}
+
+// Of all frames: the part's mean and squared deviations, to partial[c][part].
+__device__ __forceinline__ void store_statistics(const Statistics& from, double* partial, int64_t parts, int64_t part, int c,
+                                                 int64_t count) {
+  double* to = partial + (c * parts + part) * 2;
+  const double apart = from.sum[c] / static_cast<double>(count);
+  to[0] = static_cast<double>(from.center[c]) + apart;
+  to[1] = from.squares[c] - from.sum[c] * apart;
+}
+
 // Copies a word into a slot, through registers only where it is too short for an asynchronous copy.
 template <typename T>
 __device__ __forceinline__ void copy_word(LongWord, unsigned char* slot, const T* from) {

@@ -31,6 +31,7 @@ constexpr int wide_threads = 32 * wide_warps;
 //           copied out, the old one rewritten. The order of additions depends on nothing but C.
 // Padding.  Channels from C on have zero weights and are set to zero in the state every frame (0 * inf); columns beyond the last
 //           are computed on zeros and not stored.
+// Norm.     As in tile_scan; a thread adds up the statistics of one channel.
 // Aliasing. y and last overlap no input. Every output element has one writer.
 // Bound.    4 bytes per element moved against 2 C FLOP: at C = 256 still memory (4.3 TB/s: 275 TFLOP/s on the matrix unit). Reading
 //           b costs 8 warps x 512 bytes of shared memory per column and frame, 32 cycles where x and y need 54 from HBM.
@@ -46,6 +47,9 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   int64_t* x_offset = dynamic_shared<int64_t>();
   int64_t *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
           *last_offset = first_offset + P;
+  float* numbers = dynamic_shared<float>(plan.numbers_at);  // of batch normalisation
+  const Statistics statistics = statistics_at(numbers, CP);
+  const NormTables tables{numbers, numbers + CP, numbers + 2 * CP, numbers + 3 * CP, numbers + 4 * CP};
   unsigned char* states = dynamic_shared<unsigned char>(plan.states_at);
   unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at);
 
@@ -58,6 +62,9 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     first_offset[thread] = column_offset(p, p.first, column0 + thread);
     last_offset[thread] = column_offset(p, p.last, column0 + thread);
   }
+
+  if (p.norm.moments)
+    fill_norm_tables(p.norm, C, thread, numbers, numbers + CP, numbers + 2 * CP, numbers + 3 * CP, numbers + 4 * CP);
 
   // This warp's 32 rows of W, piece by piece through shared memory, so that all of W is read once and in whole lines.
   const T* w = static_cast<const T*>(p.weight);
@@ -157,10 +164,19 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     for (int n = 0; n < NT; ++n) {
       uint32_t x[4] = {};
       if (p.x.data && !extra) load_matrix<4, Channels>(x, own_tiles(slot, n));
+      uint32_t h_of_norm[4] = {};
+      if (p.norm.moments && !extra) load_matrix<4, Channels>(h_of_norm, own_tiles(slot + plan.slot_bytes, n));
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         float* h = &state[r / 2][n][r % 2 * 2];
-        const float2 added = unpack<T>(x[r]), h16 = unpack<T>(pack<T>(h[0], h[1]));
+        float2 added = unpack<T>(x[r]);
+        const float2 h16 = unpack<T>(pack<T>(h[0], h[1]));
+        if (p.norm.moments && !extra) {
+          const float2 normalised = unpack<T>(h_of_norm[r]);
+          const int channel = first_channel + 8 * r + lane / 4;
+          added.x = norm_gradient(tables, channel, added.x, normalised.x, p.norm.relu);
+          added.y = norm_gradient(tables, channel, added.y, normalised.y, p.norm.relu);
+        }
         const float d = diagonal[r / 2][r % 2];
         h[0] = added.x + (product ? d * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
         h[1] = added.y + (product ? d * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
@@ -222,6 +238,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     block_barrier();  // the new state and y are complete, the next x is here
     if (with_y) {
       const unsigned char* from = p.scale ? slot : after;
+      if (p.norm.partial && thread < C)
+        add_statistics<T, Channels>(statistics, from, pitch, thread, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       with_word(plan.vector_bytes, [&](auto word) {
         for_words<CP, P, Channels>(word, thread, wide_threads, C, columns, pitch, p.y, y_offset,
@@ -230,6 +248,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     }
     prefetch(i + plan.stages - 1);
   }
+  if (p.norm.partial && thread < C)
+    store_statistics(statistics, p.norm.partial, (p.N * p.H * p.W + P - 1) / P, blockIdx.x, thread, columns * p.T);
   if (p.last_kind != Last::none)
     for_state([&](float& h, int channel, int column) {
       if (channel < C && column < columns)

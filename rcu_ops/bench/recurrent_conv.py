@@ -84,7 +84,7 @@ def _suite(tier: str, device: torch.device) -> Iterator[Case]:
                 for layout in LAYOUTS:
                     # Compiling takes most of a run; on a GPU the layout and dtype that models use must do.
                     compile = device.type == "cpu" or (dtype == torch.bfloat16 and layout == "channels_last_3d")
-                    yield kind(_cut(shape, tier, device), dtype, layout, device, compile)
+                    yield kind(cut(shape, tier, device), dtype, layout, device, compile)
     for shape in LONG:
         for dtype in dtypes:
             for layout in LAYOUTS if tier == "full" else ("channels_last_3d",):
@@ -95,7 +95,7 @@ def _suite(tier: str, device: torch.device) -> Iterator[Case]:
                 yield Step(Shape(n, shape.c, 1, shape.side), dtype, "channels_last_3d", device)
 
 
-def _cut(shape: Shape, tier: str, device: torch.device) -> Shape:
+def cut(shape: Shape, tier: str, device: torch.device) -> Shape:
     """The shape with N cut to fit a CPU: the point is the ratio to the baselines, which a few samples show."""
     if device.type == "cpu" and tier != "full":
         while shape.n > 1 and 4 * shape.numel > CPU_CLIP_BYTES:

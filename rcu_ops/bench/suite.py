@@ -16,6 +16,7 @@ OPERATORS = {
     "fast_gru": "rcu_ops.bench.fast_gru",
     "nonlocal_gates": "rcu_ops.bench.nonlocal_gates",
     "recurrent_conv": "rcu_ops.bench.recurrent_conv",
+    "recurrent_conv_batch_norm": "rcu_ops.bench.recurrent_conv_batch_norm",
     "srtg": "rcu_ops.bench.srtg",
     "streaming": "rcu_ops.bench.streaming",
 }

@@ -551,7 +551,14 @@ def _why_not_triton(operator: str) -> Any:
     return why_not
 
 
-def _cuda_plan(x: Tensor, h0: Tensor | None, residual: Tensor | None = None, reverse: bool = False) -> str:
+def cuda_plan(
+    x: Tensor,
+    h0: Tensor | None,
+    residual: Tensor | None = None,
+    reverse: bool = False,
+    statistics: bool = False,
+) -> str:
+    """How the CUDA kernels would run a scan on x's device, in words; statistics: for batch normalisation after it."""
     native = _library.native()
     if native is None:
         return "the planner's words need the module rcu_ops._native, which was not built for this Python"
@@ -568,6 +575,7 @@ def _cuda_plan(x: Tensor, h0: Tensor | None, residual: Tensor | None = None, rev
         misalignment=misalignment,
         with_state=h0 is not None,
         reverse=reverse,
+        statistics=statistics,
         architecture=10 * gpu.major + gpu.minor,
         multiprocessors=gpu.multi_processor_count,
         shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
@@ -641,7 +649,7 @@ OPERATOR = register(
                 "cuda",
                 BINARY.forward,
                 _predicates.why_not_cuda("recurrent_conv", "recurrent_conv"),
-                lambda *a: _cuda_plan(a[0], a[2], reverse=a[4]),
+                lambda *a: cuda_plan(a[0], a[2], reverse=a[4]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.forward, _why_not_triton("recurrent_conv"), _triton_plan),
@@ -660,7 +668,7 @@ AFFINE_ACT = register(
                 "cuda",
                 BINARY.affine_act,
                 _predicates.why_not_cuda("recurrent_conv_affine_act", "recurrent_conv"),
-                lambda *a: _cuda_plan(a[0], a[4], a[5]),
+                lambda *a: cuda_plan(a[0], a[4], a[5]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.affine_act, _why_not_triton("recurrent_conv_affine_act"), _triton_plan),

@@ -24,7 +24,7 @@ from torch import Tensor
 from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _evidence, _family, _transforms
 from rcu_ops.ops._registry import Backend, Operator, register
-from rcu_ops.ops.recurrent_conv import ACTIVATIONS, BINARY, UPDATES, check_sequence, empty_state, scan_flops
+from rcu_ops.ops.recurrent_conv import ACTIVATIONS, BINARY, UPDATES, check_sequence, cuda_plan, empty_state, scan_flops
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 from rcu_ops.reference.recurrent_conv_batch_norm import (
     activation_gradient,
@@ -573,7 +573,13 @@ OPERATOR = register(
     Operator(
         "recurrent_conv_batch_norm",
         (
-            Backend("cuda", _run, _why_not_cuda, experimental=sum(map(_evidence.experimental, _KERNEL_FILES), ())),
+            Backend(
+                "cuda",
+                _run,
+                _why_not_cuda,
+                lambda *a: cuda_plan(a[0], a[2], statistics=True),
+                experimental=sum(map(_evidence.experimental, _KERNEL_FILES), ()),
+            ),
             Backend("triton", _run, _why_not_triton),
             Backend("cpu", _run, _why_not_cpu),
             Backend("reference", _run_reference, lambda *_: None),

@@ -280,8 +280,9 @@ class Machine:
         shift: Tensor | None = None,
         residual: Tensor | None = None,
         relu: bool = False,
+        partial: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """recurrent_conv, or recurrent_conv_affine_act when scale is given."""
+        """recurrent_conv, or recurrent_conv_affine_act when scale is given; partial: for the statistics of h."""
         alpha = 0.5 if mean else 1.0
         y, h_n = poisoned_like(x), poisoned_like(x.select(2, 0), state_dtype(x.dtype))
         first = alpha if h0 is not None else 1.0
@@ -289,7 +290,7 @@ class Machine:
             "scan",
             {
                 **{"x": x, "y": y, "residual": residual, "first": h0, "last": h_n},
-                **{"weight": weight, "scale": scale, "shift": shift},
+                **{"weight": weight, "scale": scale, "shift": shift, "partial": partial},
             },
             shape=x,
             reverse=int(reverse),
@@ -312,17 +313,23 @@ class Machine:
         *,
         mean: bool = False,
         reverse: bool = False,
+        norm: dict[str, Tensor] | None = None,
+        eps: float = 0,
+        relu: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """norm: tables of the batch normalisation after it, whose gradient grad_h then is."""
         alpha = 0.5 if mean else 1.0
         dx, dweight = poisoned_like(h), poisoned_like(torch.empty(weight.shape, dtype=weight.dtype))
         dh0 = None if h0 is None else poisoned_like(h0)
         final = 1.0 if h0 is None else alpha
         self._recurrent_conv(
             "scan",
-            {"x": grad_h, "y": dx, "first": grad_h_n, "last": dh0, "weight": weight.T},
+            {"x": grad_h, "y": dx, "first": grad_h_n, "last": dh0, "weight": weight.T}
+            | ({"residual": h, **norm} if norm else {}),
             shape=h,
             reverse=int(not reverse),
-            relu=0,
+            relu=int(relu),
+            eps=eps,
             init=0 if grad_h_n is None else 2,
             last_kind=0 if h0 is None else 2,
             alpha=alpha,

@@ -52,6 +52,10 @@ std::string run_scan(const Case& c, std::string& plan) {
   p.alpha = c.number("alpha");
   p.alpha_first = c.number("alpha_first");
   p.alpha_final = c.number("alpha_final");
+  p.norm.partial = static_cast<double*>(c.tensor("partial"));
+  const auto table = [&](const char* key) { return static_cast<const float*>(c.tensor(key)); };
+  p.norm.moments = table("moments"), p.norm.gamma = table("gamma"), p.norm.beta = table("beta"), p.norm.sums = table("sums");
+  if (p.norm.moments) p.norm.eps = static_cast<float>(c.number("eps")), p.norm.relu = p.relu;
   const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
   plan = rcu_ops::cuda::describe_scan(p, kernel).c_str();
   return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel), [&](void* scratch) {

@@ -29,6 +29,16 @@ std::string run_norm(const Case& c, std::string&) {
                                  [&](void* scratch) { return rcu_ops::cuda::batch_norm(p, scratch, nullptr); });
 }
 
-const cuda_host::Registration norm("norm", run_norm);
+// From what a scan has left of the statistics; columns: of a part.
+std::string run_finish(const Case& c, std::string&) {
+  rcu_ops::Norm p;
+  p.N = c.integer("N"), p.C = c.integer("C"), p.T = c.integer("T"), p.H = c.integer("H"), p.W = c.integer("W");
+  p.dtype = static_cast<rcu_ops::DType>(c.integer("dtype"));
+  p.result = c.tensor("result");
+  return rcu_ops::cuda::finish_moments(p, c.integer("columns"), static_cast<const double*>(c.tensor("partial")), nullptr)
+      .c_str();
+}
+
+const cuda_host::Registration norm("norm", run_norm), finish("norm_finish", run_finish);
 
 }  // namespace

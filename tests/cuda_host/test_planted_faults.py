@@ -20,6 +20,7 @@ from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
 from tests.cuda_host.test_fast_gru_persistent import check as check_steps
 from tests.cuda_host.test_fast_gru_persistent import check_backward as check_steps_backward
 from tests.cuda_host.test_recurrent_conv import HOPPER, LAYOUTS, check_backward, check_forward, inputs
+from tests.cuda_host.test_recurrent_conv_batch_norm import check_fused
 from tests.ops import alignment
 
 
@@ -115,6 +116,16 @@ class Fault:
 def tile_long(machine: Machine) -> None:
     x, weight = torch.ones(1, 32, 300, 1, 1).bfloat16(), torch.eye(32).bfloat16()
     assert torch.equal(machine.forward(x, weight)[1], torch.full((1, 32, 1, 1), 300.0))
+
+
+def norm_in_tile(machine: Machine) -> None:
+    for layout in ("contiguous", "channels_last_3d"):
+        check_fused(machine, (2, 60, 3, 7, 7), torch.bfloat16, layout, "tile")
+
+
+def norm_in_wide(machine: Machine) -> None:
+    for layout in ("contiguous", "channels_last_3d"):
+        check_fused(machine, (1, 140, 3, 5, 6), torch.bfloat16, layout, "wide")
 
 
 def weight_gradient(machine: Machine) -> None:
@@ -240,6 +251,15 @@ FAULTS = [
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
     Fault("a bf16 state", "product ? d[0] * rest_of(h[0], h16.x)", "product ? 0.0f", tile_long, file=TILE),
     Fault("words beyond the last column", "lane, 32, C, columns, pitch", "lane, 32, C, M, pitch", tile, file=TILE),
+    Fault("statistics of the last frame alone", "c, columns, i == 0)", "c, columns, true)", norm_in_tile, file=TILE),
+    Fault(
+        "a gradient with another channel's statistics",
+        "norm_gradient(tables, channel + 1, added.y",
+        "norm_gradient(tables, channel, added.y",
+        norm_in_tile,
+        file=TILE,
+    ),
+    Fault("statistics of one block for all", "/ P, blockIdx.x, thread", "/ P, 0, thread", norm_in_wide, file=WIDE),
     Fault("a swapped half of b", "left[2] = {b[0], b[1]}", "left[2] = {b[0], b[3]}", wide, file=WIDE),
     Fault(
         "W's rows in the wrong order",
@@ -522,7 +542,9 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         backward,
         tile,
         tile_long,
+        norm_in_tile,
         wide,
+        norm_in_wide,
         warpgroups,
         warpgroups_with_residual,
         weight_gradient,

@@ -13,7 +13,8 @@ from rcu_ops.reference.recurrent_conv_batch_norm import (
     normalize_backward,
     normalize_sums,
 )
-from tests.cuda_host.harness import DTYPES, Machine, poisoned_like, state_dtype
+from tests.cuda_host.harness import DTYPES, LaunchError, Machine, poisoned_like, state_dtype
+from tests.cuda_host.test_recurrent_conv import exact_backward, inputs
 from tests.ops.test_recurrent_conv import LAYOUTS
 from tests.tolerance import assert_close_to_reference
 
@@ -96,9 +97,90 @@ def test_no_values(machine) -> None:
     assert torch.equal(moments_of(machine, torch.empty(0, 5, 2, 3, 3)), torch.zeros(3, 5))
 
 
+# What the scan takes over: statistics on its way out, the gradient on its way in. Columns that end inside a tile, tiles
+# whose rows are channels and columns; 16 bytes and fewer; the kernels of up to 64, 128 and 256 channels.
+FUSED = [
+    ((2, 20, 3, 5, 7), "contiguous", "tile"),
+    ((1, 64, 4, 6, 12), "channels_last_3d", "tile"),
+    ((3, 72, 3, 2, 8), "contiguous", "tile"),
+    ((1, 128, 2, 5, 5), "channels_last_3d", "tile"),
+    ((2, 140, 3, 3, 7), "channels_last_3d", "wide"),
+    ((1, 256, 2, 4, 8), "contiguous", "wide"),
+]
+
+
+def check_fused(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, layout: str, kernel: str) -> None:
+    """Statistics and gradients that the scan takes over, by the tolerance rule."""
+    x, weight, h0 = (v.contiguous() for v in inputs(shape, dtype))
+    x, h0 = LAYOUTS[layout](x), h0.float()
+    n, c, t, height, width = shape
+    columns = 32 if c <= 64 else 16 if c <= 128 else 24
+    parts = -(-n * height * width // columns)
+    partial, moments = torch.full((c, parts, 2), torch.nan, dtype=torch.float64), torch.full((3, c), torch.nan)
+    h, _ = machine.forward(x, weight, h0, partial=partial)
+    assert machine.plan.startswith(kernel)
+    assert torch.equal(h, machine.forward(x, weight, h0)[0])
+    machine.call(
+        "norm_finish", {"partial": partial, "result": moments},
+        N=n, C=c, T=t, H=height, W=width, dtype=DTYPES.index(dtype), columns=columns,
+    )  # fmt: skip
+    exact = channel_moments(h.double())
+    assert_close_to_reference(moments[:2], exact[:2], channel_moments(h.float(), torch.float32)[:2], "moments")
+    assert torch.equal(moments[2].double(), exact[2])
+
+    gamma, beta, sums = torch.rand(c) + 0.5, torch.randn(c), torch.randn(2, c)
+    grad, grad_h_n = LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.randn(h0.shape)
+    tables = {"moments": moments, "gamma": gamma, "beta": beta, "sums": sums}
+    got = machine.backward(grad, grad_h_n, h, weight, h0, norm=tables, eps=EPS, relu=True)
+    wide = [v.double() for v in (h, moments, gamma, beta, sums)]
+    dz = activation_gradient(grad.double(), wide[0], None, *wide[1:4], EPS, True)
+    want = exact_backward(
+        normalize_backward(dz, *wide[:2], wide[4], wide[2], EPS), grad_h_n, h, weight, h0, False, False
+    )
+    low = [v.to(dtype) for v in (moments, sums, gamma)]
+    g = grad_h_n.to(dtype)
+    rough_dz = activation_gradient(grad, h, None, moments, gamma, beta, EPS, True).to(dtype)
+    rough = normalize_backward(rough_dz, h, *low, EPS).to(dtype)
+    eager = torch.empty_like(h)
+    for i in reversed(range(t)):
+        eager[:, :, i] = g = g + rough[:, :, i]
+        g = torch.einsum("oc,nchw->nohw", weight.T, g)
+    assert_close_to_reference(got[0], want[0], eager, "dx")
+    assert_close_to_reference(got[2], want[2], g, "dh0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "layout", "kernel"), FUSED, ids=str)
+def test_what_the_scan_takes_over(machine, dtype, shape, layout, kernel, seed) -> None:
+    machine.seed = seed
+    check_fused(machine, shape, dtype, layout, kernel)
+
+
+def test_statistics_of_a_large_mean_and_of_schedules(machine) -> None:
+    """A mean a hundred times the deviation costs the variance nothing; the order of threads changes no bit."""
+    x, weight = torch.randn(2, 8, 40, 3, 5).half() / 16 + 2, torch.zeros(8, 8).half()
+    found = []
+    for machine.seed in range(3):
+        partial = torch.full((8, 1, 2), torch.nan, dtype=torch.float64)
+        h, _ = machine.forward(x, weight, partial=partial)
+        found.append(partial)
+    wide = h.double().transpose(0, 1).flatten(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert (found[0][:, 0, 0] / wide.mean(1) - 1).abs().max() < 1e-7
+    assert (found[0][:, 0, 1] / (wide - wide.mean(1, keepdim=True)).square().sum(1) - 1).abs().max() < 1e-5
+
+
+def test_other_kernels_refuse_it(machine) -> None:
+    x, weight, _ = inputs((1, 8, 3, 3, 3), torch.float32)
+    with pytest.raises(LaunchError, match="takes no part of batch normalisation"):
+        machine.forward(x, weight, partial=torch.zeros(8, 1, 2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers(machine_with, sanitizer, seed) -> None:
     machine = machine_with(sanitizer, seed=seed)
+    check_fused(machine, (1, 20, 3, 5, 7), torch.bfloat16, "contiguous", "tile")
+    check_fused(machine, (1, 130, 2, 5, 5), torch.bfloat16, "channels_last_3d", "wide")
     for layout in ("contiguous", "channels_last_3d"):
         h, grad, residual = (LAYOUTS[layout](torch.randn(1, 34, 2, 3, 5).bfloat16()) for _ in range(3))
         check_all_passes(machine, h, grad, residual, relu=True)

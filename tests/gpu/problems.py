@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rcu_ops
@@ -201,6 +202,65 @@ def _affine_act_problems(name: str) -> Iterator[Problem]:
             lambda given: reference.recurrent_conv_affine_act(*arguments(given)),
             eager,
         )
+
+
+# ---- recurrent_conv_batch_norm -------------------------------------------------------------------------------------
+
+# Scans that take statistics and gradient over, and scans that do not; with a residual and without.
+NORMS = ("C64 channels_last", "C128 channels_last", "C256 7x7", "C512 7x7", "C20 odd", "C33 odd", "C130 odd")
+
+
+def _batch_norm_problems(name: str) -> Iterator[Problem]:
+    """y and h_n with all gradients. Where y is near zero ReLU's mask is a matter of rounding: no gradient arrives."""
+    leaves = ("x", "weight", "gamma", "beta", "h0", "residual")
+
+    def layers(given: Tensors, update: str, relu: bool = True) -> Outputs:
+        dtype = given["x"].dtype
+        h, h_n = reference.recurrent_conv(given["x"], given["weight"], given["h0"], update=update, state_dtype=dtype)
+        y = F.batch_norm(h, None, None, given["gamma"].to(dtype), given["beta"].to(dtype), training=True, eps=1e-5)
+        y = y + given["residual"] if "residual" in given else y
+        return F.relu(y) if relu else y, h_n
+
+    def with_gradients(run: Callable[[Tensors], Outputs], given: Tensors) -> Outputs:
+        at = {key: value.detach().requires_grad_(key in leaves) for key, value in given.items()}
+        with torch.enable_grad():
+            outputs = run(at)
+        grads = [given[key].to(o.dtype) for key, o in zip(("grad", "grad_h_n"), outputs, strict=True)]
+        found = torch.autograd.grad(outputs, [at[key] for key in leaves if key in at], grads)
+        return tuple(v.detach() for v in (*outputs, *found))
+
+    for index, title in enumerate(NORMS):
+        shape, layout = SCANS[title]
+        update = ("sum", "mean")[index % 2]
+
+        def make(
+            dtype: torch.dtype,
+            shape: Any = shape,
+            layout: Any = layout,
+            update: str = update,
+            residual: bool = index > 2,
+        ) -> Tensors:
+            given = random_scan(shape, dtype, layout)
+            given["gamma"], given["beta"] = given.pop("scale"), given.pop("shift")
+            if not residual:
+                given.pop("residual")
+            exact = layers(on(given, "cpu", torch.float64), update, relu=False)[0]
+            grad = torch.randn(shape) * (exact.abs() > 0.05)
+            return given | {
+                "grad": grad.to(dtype).contiguous(memory_format=layout),
+                "grad_h_n": torch.randn(given["h0"].shape),
+            }
+
+        def call(given: Tensors, update: str = update) -> Outputs:
+            y, h_n, _ = rcu_ops.recurrent_conv_batch_norm(
+                *(given.get(key) for key in ("x", "weight", "gamma", "beta", "h0", "residual")), update=update
+            )
+            return y, h_n
+
+        def separate(given: Tensors, update: str = update) -> Outputs:
+            return with_gradients(functools.partial(layers, update=update), given)
+
+        yield Problem(name, title, make, functools.partial(with_gradients, call), separate, separate, DTYPES[:3])
 
 
 # ---- cycle_consistency ---------------------------------------------------------------------------------------------
@@ -400,6 +460,7 @@ def _gate_data_problems(name: str) -> Iterator[Problem]:
 PROBLEMS: dict[str, Callable[[str], Iterator[Problem]]] = {
     "recurrent_conv": _scan_problems,
     "recurrent_conv_affine_act": _affine_act_problems,
+    "recurrent_conv_batch_norm": _batch_norm_problems,
     "nonlocal_attention": _relation_problems,
     "relational_lstm_step": _relation_problems,
     "soft_nearest_neighbor": _alignment_problems,

@@ -294,6 +294,25 @@ def test_chunks_follow_what_the_device_is_good_at() -> None:
         assert taken == sorted(taken, reverse=True) and taken[0] and not taken[-1]
 
 
+def test_which_scans_take_batch_normalisation() -> None:
+    """The matrix unit's of up to 256 channels, but not by warpgroups, and not where frames are cut into chunks."""
+    for shape, dtype, columns in (
+        ((16, 64, 16, 56, 56), "bfloat16", 32),
+        ((16, 128, 16, 28, 28), "float16", 16),
+        ((16, 256, 16, 14, 14), "bfloat16", 24),
+        ((1024, 256, 8, 14, 14), "bfloat16", 0),
+        ((16, 64, 16, 56, 56), "float32", 0),
+        ((16, 512, 16, 7, 7), "bfloat16", 0),
+        ((1, 64, 2048, 7, 7), "bfloat16", 0),
+    ):
+        plan, without = chunk_plan(shape, dtype, statistics=True), chunk_plan(shape, dtype)
+        assert plan["norm_columns"] == columns
+        assert plan["text"].endswith(f"of parts of {columns} columns" if columns else "in a pass of their own")
+        assert plan["shared_bytes"] <= GPUS[2]["shared_bytes"]
+        assert columns == 0 or plan["shared_bytes"] > without["shared_bytes"]
+        assert "statistics" not in without["text"]
+
+
 def test_the_gpu_tests_have_a_problem_in_chunks() -> None:
     from tests.gpu.problems import SCANS
 
