@@ -613,7 +613,10 @@ class Launch:
         return {name: types.get(name, "constexpr") for name in self.kernel.arg_names}, constants
 
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.int64: "i64"}
+_TYPES = {
+    **{torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"},
+    **{torch.bool: "i1", torch.int64: "i64"},
+}
 
 
 def _layout(value: Tensor) -> tuple[int, int]:

@@ -536,7 +536,9 @@ _TRITON = _Operators(
 # ---- backends -----------------------------------------------------------------------------------------------------
 
 
-def _why_not_triton(operator: str) -> Any:
+def why_not_triton(operator: str) -> Any:
+    """The predicate of the backend triton, of operators around this one's scans too: takes x and anything more."""
+
     def why_not(x: Tensor, *_: Any) -> str | None:
         if x.device.type != "cuda":
             return f"x is on {x.device}"
@@ -652,7 +654,7 @@ OPERATOR = register(
                 lambda *a: cuda_plan(a[0], a[2], reverse=a[4]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
-            Backend("triton", _TRITON.forward, _why_not_triton("recurrent_conv"), _triton_plan),
+            Backend("triton", _TRITON.forward, why_not_triton("recurrent_conv"), _triton_plan),
             Backend("cpu", BINARY.forward, _predicates.why_not_cpu("recurrent_conv"), lambda *a: _cpu_plan(a[0], a[2])),
             Backend("reference", _run_reference, _predicates.why_not_reference),
         ),
@@ -671,7 +673,7 @@ AFFINE_ACT = register(
                 lambda *a: cuda_plan(a[0], a[4], a[5]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
-            Backend("triton", _TRITON.affine_act, _why_not_triton("recurrent_conv_affine_act"), _triton_plan),
+            Backend("triton", _TRITON.affine_act, why_not_triton("recurrent_conv_affine_act"), _triton_plan),
             Backend(
                 "cpu",
                 BINARY.affine_act,

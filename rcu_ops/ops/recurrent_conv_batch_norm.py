@@ -14,7 +14,9 @@ for backward are h and the moments, and y where a residual makes it impossible t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +24,18 @@ import torch.distributed
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _family, _transforms
+from rcu_ops.ops import _checks, _evidence, _family, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
-from rcu_ops.ops.recurrent_conv import ACTIVATIONS, BINARY, UPDATES, check_sequence, cuda_plan, empty_state, scan_flops
+from rcu_ops.ops.recurrent_conv import (
+    ACTIVATIONS,
+    BINARY,
+    UPDATES,
+    check_sequence,
+    cuda_plan,
+    empty_state,
+    scan_flops,
+    why_not_triton,
+)
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 from rcu_ops.reference.recurrent_conv_batch_norm import (
     activation_gradient,
@@ -234,6 +245,7 @@ def _fake_forward(
 
 
 def _forward(
+    family: Callable[[], _family.Family],
     x: Tensor,
     weight: Tensor,
     h0: Tensor | None,
@@ -245,10 +257,11 @@ def _forward(
     relu: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, h_n, moments = _FAMILY["recurrent_conv_moments"](x, weight, h0, mean)
+    parts = family()
+    h, h_n, moments = parts["recurrent_conv_moments"](x, weight, h0, mean)
     if group:
         moments = combine_moments(_gathered(moments, group))
-    y = _FAMILY["recurrent_conv_normalize"](h, moments, gamma, beta, residual, eps, relu)
+    y = parts["recurrent_conv_normalize"](h, moments, gamma, beta, residual, eps, relu)
     return y, h, h_n, moments
 
 
@@ -276,6 +289,7 @@ def _fake_backward(
 
 
 def _backward(
+    family: Callable[[], _family.Family],
     grad_y: Tensor,
     grad_h_n: Tensor | None,
     h: Tensor,
@@ -291,13 +305,14 @@ def _backward(
     group: str,
     need_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums, dz = _FAMILY["recurrent_conv_normalize_sums"](grad_y, h, y, moments, gamma, beta, eps, relu)
+    parts = family()
+    sums, dz = parts["recurrent_conv_normalize_sums"](grad_y, h, y, moments, gamma, beta, eps, relu)
     shared = sums
     if group:
         shared = _gathered(sums, group).double().sum(0).to(sums.dtype)
     # What the residual's gradient needs anyway, the gradient before ReLU, the scan need not make again.
     given, masks = (grad_y, relu) if y is None else (dz, False)
-    dx, dweight, dh0 = _FAMILY["recurrent_conv_normalize_backward"](
+    dx, dweight, dh0 = parts["recurrent_conv_normalize_backward"](
         given, grad_h_n, h, weight, h0, moments, shared, gamma, beta, eps, masks, mean, need_weight_grad
     )
     return dx, dweight, dh0, sums, dz
@@ -458,62 +473,92 @@ def _part(signature: str, fake: Callable[..., Any], of: Callable[..., Any], flop
 
 
 _CHANNELS = "Tensor? gamma, Tensor? beta"
-_DEFINITIONS = {
-    "recurrent_conv_moments": _part(
-        "(Tensor x, Tensor weight, Tensor? h0, bool mean) -> (Tensor, Tensor, Tensor)",
-        _fake_moments,
-        _moments,
-        _scan_flops,
+
+
+def _definitions(family: Callable[[], _family.Family]) -> dict[str, _family.Definition]:
+    """The operators; those made of others call them in the family that ``family`` returns."""
+    return {
+        "recurrent_conv_moments": _part(
+            "(Tensor x, Tensor weight, Tensor? h0, bool mean) -> (Tensor, Tensor, Tensor)",
+            _fake_moments,
+            _moments,
+            _scan_flops,
+        ),
+        "recurrent_conv_normalize": _part(
+            f"(Tensor h, Tensor moments, {_CHANNELS}, Tensor? residual, float eps, bool relu) -> Tensor",
+            _fake_normalize,
+            _normalize,
+        ),
+        "recurrent_conv_normalize_sums": _part(
+            f"(Tensor grad_y, Tensor h, Tensor? y, Tensor moments, {_CHANNELS}, float eps, bool relu) -> "
+            "(Tensor, Tensor)",
+            _fake_sums,
+            _sums,
+        ),
+        "recurrent_conv_normalize_backward": _part(
+            "(Tensor dz, Tensor? grad_h_n, Tensor h, Tensor weight, Tensor? h0, Tensor moments, Tensor sums, "
+            f"{_CHANNELS}, float eps, bool relu, bool mean, bool need_weight_grad) -> (Tensor, Tensor, Tensor)",
+            _fake_normalize_backward,
+            _normalize_backward,
+            _normalize_backward_flops,
+        ),
+        "recurrent_conv_batch_norm": _family.Definition(
+            f"(Tensor x, Tensor weight, Tensor? h0, {_CHANNELS}, Tensor? residual, bool mean, float eps, bool relu, "
+            "str group) -> (Tensor, Tensor, Tensor, Tensor)",
+            _fake_forward,
+            functools.partial(_forward, family),
+            _scan_flops,
+            _gradients,
+            _save_for_backward,
+            _one_call_per_sample,
+        ),
+        "recurrent_conv_batch_norm_backward": _family.Definition(
+            "(Tensor grad_y, Tensor? grad_h_n, Tensor h, Tensor? y, Tensor weight, Tensor? h0, Tensor moments, "
+            f"{_CHANNELS}, bool mean, float eps, bool relu, str group, bool need_weight_grad) -> "
+            "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+            _fake_backward,
+            functools.partial(_backward, family),
+            _backward_flops,
+            _second_gradients,
+            _save_for_second_backward,
+            _one_call_per_sample,
+        ),
+    }
+
+
+_FAMILY: _family.Family = _family.Family(_definitions(lambda: _FAMILY))
+_TRITON: _family.Family = _family.Family(
+    _definitions(lambda: _TRITON),
+    "_triton",
+    _family.kernels_of(
+        "recurrent_conv_batch_norm",
+        {
+            "recurrent_conv_moments": "moments",
+            "recurrent_conv_normalize": "normalize",
+            "recurrent_conv_normalize_sums": "normalize_sums",
+            "recurrent_conv_normalize_backward": "normalize_backward",
+        },
     ),
-    "recurrent_conv_normalize": _part(
-        f"(Tensor h, Tensor moments, {_CHANNELS}, Tensor? residual, float eps, bool relu) -> Tensor",
-        _fake_normalize,
-        _normalize,
-    ),
-    "recurrent_conv_normalize_sums": _part(
-        f"(Tensor grad_y, Tensor h, Tensor? y, Tensor moments, {_CHANNELS}, float eps, bool relu) -> (Tensor, Tensor)",
-        _fake_sums,
-        _sums,
-    ),
-    "recurrent_conv_normalize_backward": _part(
-        "(Tensor dz, Tensor? grad_h_n, Tensor h, Tensor weight, Tensor? h0, Tensor moments, Tensor sums, "
-        f"{_CHANNELS}, float eps, bool relu, bool mean, bool need_weight_grad) -> (Tensor, Tensor, Tensor)",
-        _fake_normalize_backward,
-        _normalize_backward,
-        _normalize_backward_flops,
-    ),
-    "recurrent_conv_batch_norm": _family.Definition(
-        f"(Tensor x, Tensor weight, Tensor? h0, {_CHANNELS}, Tensor? residual, bool mean, float eps, bool relu, "
-        "str group) -> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_forward,
-        _forward,
-        _scan_flops,
-        _gradients,
-        _save_for_backward,
-        _one_call_per_sample,
-    ),
-    "recurrent_conv_batch_norm_backward": _family.Definition(
-        "(Tensor grad_y, Tensor? grad_h_n, Tensor h, Tensor? y, Tensor weight, Tensor? h0, Tensor moments, "
-        f"{_CHANNELS}, bool mean, float eps, bool relu, str group, bool need_weight_grad) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        _backward,
-        _backward_flops,
-        _second_gradients,
-        _save_for_second_backward,
-        _one_call_per_sample,
-    ),
-}
-_FAMILY = _family.Family(_DEFINITIONS)
+)
 
 #: Those that a binary may bring kernels for; the others call these.
-PARTS = tuple(name for name, definition in _DEFINITIONS.items() if definition.backward is _refuse_gradient)
+PARTS = (
+    "recurrent_conv_moments",
+    "recurrent_conv_normalize",
+    "recurrent_conv_normalize_sums",
+    "recurrent_conv_normalize_backward",
+)
 
 # ---- backends -----------------------------------------------------------------------------------------------------
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, _, h_n, moments = _FAMILY["recurrent_conv_batch_norm"](*args)
+    return y, h_n, moments
+
+
+def _run_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, _, h_n, moments = _TRITON["recurrent_conv_batch_norm"](*args)
     return y, h_n, moments
 
 
@@ -559,8 +604,8 @@ def _why_not_cuda(x: Tensor, *_: Any) -> str | None:
     return next((reason for family in _KERNEL_FILES if (reason := _evidence.why_not(family))), None)
 
 
-def _why_not_triton(*_: Any) -> str | None:
-    return "no Triton kernel sums up statistics; recurrent_conv and nn.BatchNorm3d after it do the same in more passes"
+def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
+    return f"{_triton.kernels('recurrent_conv').describe(x, weight)}; batch normalisation in passes of its own"
 
 
 def _probe(device: str) -> tuple[Any, ...]:
@@ -580,11 +625,78 @@ OPERATOR = register(
                 lambda *a: cuda_plan(a[0], a[2], statistics=True),
                 experimental=sum(map(_evidence.experimental, _KERNEL_FILES), ()),
             ),
-            Backend("triton", _run, _why_not_triton),
+            Backend("triton", _run_triton, why_not_triton("recurrent_conv_batch_norm"), _triton_plan),
             Backend("cpu", _run, _why_not_cpu),
             Backend("reference", _run_reference, lambda *_: None),
         ),
         check=_check,
         probe=_probe,
+    )
+)
+
+
+# ---- self-test of the Triton kernels ------------------------------------------------------------------------------
+
+
+def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+    """Forward and backward in both memory layouts; without ReLU, whose mask hangs on rounding, and then its passes."""
+    generator = torch.Generator("cpu").manual_seed(40)
+    shape = (2, 24, 3, 5, 7)
+    c = shape[1]
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device="cpu")
+
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        name = "frames" if layout == torch.contiguous_format else "channels last"
+        weight = torch.eye(c, device="cpu") / 2 + random(c, c) * (0.4 / c**0.5)
+        x, residual, grad = (random(*shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+        given = [x, weight.to(dtype), random(c).abs() + 0.5, random(c), residual, grad]
+
+        def run(values: list[Tensor], relu: bool) -> list[Tensor]:
+            x, weight, gamma, beta, residual, grad = values
+            ops = torch.ops.rcu_ops
+            y, h, h_n, moments = ops.recurrent_conv_batch_norm_triton(
+                x, weight, None, gamma, beta, residual, False, 1e-5, relu, ""
+            )
+            if relu:
+                return [y, h_n, moments[:2]]
+            return [
+                *(y, h_n, moments[:2]),
+                *ops.recurrent_conv_batch_norm_backward_triton(
+                    grad, None, h, None, weight, None, moments, gamma, beta, False, 1e-5, False, "", True
+                )[:2],
+            ]
+
+        for relu in (False, True):
+
+            def got(values: list[Tensor] = given, relu: bool = relu) -> list[Tensor]:
+                return run([v.to(device) for v in values], relu)
+
+            def want(to: torch.dtype, values: list[Tensor] = given, relu: bool = relu) -> list[Tensor]:
+                x, weight, gamma, beta, residual, grad = (v.to(to, copy=True).requires_grad_() for v in values)
+                with torch.enable_grad():
+                    h, h_n = reference.recurrent_conv(x, weight, state_dtype=to)
+                    moments = channel_moments(h, to)
+                    y = normalize(h, moments, gamma, beta, residual, 1e-5, relu)
+                    found = [y, h_n, moments[:2]]
+                    return found if relu else [*found, *torch.autograd.grad(y, (x, weight), grad)]
+
+            yield _selftest.Case(
+                f"{name}, {'relu' if relu else 'forward and backward'}",
+                got,
+                functools.partial(want, torch.float64),
+                functools.partial(want, dtype),
+            )
+
+
+_selftest.register(
+    _selftest.SelfTest(
+        "recurrent_conv_batch_norm/triton",
+        _selftest_cases,
+        (
+            Path(__file__),
+            *(_triton.source_directory() / f"{n}.py" for n in ("recurrent_conv", "recurrent_conv_batch_norm", "srtg")),
+        ),
     )
 )
