@@ -494,25 +494,36 @@ def _problem(a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None,
     return _Problem(a, b, mask_a, mask_b, temperature, _factors(a, b, mask_a, mask_b))
 
 
+def _planned(plan: Any, a: Tensor, *arguments: Any) -> Any:
+    results, launches = plan(a, *arguments)
+    _run(launches, a.device)
+    return results
+
+
+def plan_soft(
+    a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float, need_index: bool
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """Results to be filled, and the launches that fill them."""
+    if a.shape[0] == 0:
+        return (a.new_empty(a.shape), a.new_empty((0, a.shape[1] if need_index else 0), dtype=torch.int64)), []
+    problem = _problem(a, b, None, mask_b, temperature)
+    return problem.soft(True, need_index), problem.launches
+
+
 def soft_nearest_neighbor(
     a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float, need_index: bool
 ) -> tuple[Tensor, Tensor]:
     """``rcu_ops::soft_nearest_neighbor``."""
-    if a.shape[0] == 0:
-        return a.new_empty(a.shape), a.new_empty((0, a.shape[1] if need_index else 0), dtype=torch.int64)
-    problem = _problem(a, b, None, mask_b, temperature)
-    found = problem.soft(True, need_index)
-    _run(problem.launches, a.device)
-    return found
+    return _planned(plan_soft, a, b, mask_b, temperature, need_index)
 
 
-def soft_nearest_neighbor_backward(
-    grad_soft: Tensor, a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """``rcu_ops::soft_nearest_neighbor_backward``."""
+def plan_soft_backward(
+    a: Tensor, b: Tensor, grad_soft: Tensor, mask_b: Tensor | None, temperature: float
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """The same for its gradients."""
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     if a.shape[0] == 0:
-        return da, db
+        return (da, db), []
     problem = _problem(a, b, None, mask_b, temperature)
     z, _ = problem.softmax(problem.pairs(a), WEIGHTS)
     centre = problem.sums(z, None, problem.vectors())
@@ -521,8 +532,24 @@ def soft_nearest_neighbor_backward(
     problem.launches.append(Launch(score_gradient_kernel, (problem.t, problem.n), arguments, {"BLOCK": ROW}, 4, 2))
     problem.sums(w, centre, da)
     problem.key_sums(z, w, grad_soft, db)
-    _run(problem.launches, a.device)
-    return da, db
+    return (da, db), problem.launches
+
+
+def soft_nearest_neighbor_backward(
+    grad_soft: Tensor, a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """``rcu_ops::soft_nearest_neighbor_backward``."""
+    return _planned(plan_soft_backward, a, b, grad_soft, mask_b, temperature)
+
+
+def plan_cycle(
+    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """The index maps of sequences that one program does not hold, and their launches."""
+    there = _problem(a, b, mask_a, mask_b, temperature)
+    back = _Problem(b, a, mask_b, mask_a, temperature, there.factors)
+    indices = there.soft(False, True)[1], back.soft(False, True)[1]
+    return indices, [*there.launches, *back.launches]
 
 
 def cycle_consistency(
@@ -530,13 +557,8 @@ def cycle_consistency(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``rcu_ops::cycle_consistency``."""
     if max(a.shape[1], b.shape[1]) <= SHORT or a.shape[0] == 0:
-        results, launches = plan_short_cycle(a, b, mask_a, mask_b, temperature)
-        _run(launches, a.device)
-        return results
-    there = _problem(a, b, mask_a, mask_b, temperature)
-    back = _Problem(b, a, mask_b, mask_a, temperature, there.factors)
-    indices = there.soft(False, True)[1], back.soft(False, True)[1]
-    _run([*there.launches, *back.launches], a.device)
+        return _planned(plan_short_cycle, a, b, mask_a, mask_b, temperature)
+    indices = _planned(plan_cycle, a, b, mask_a, mask_b, temperature)
     gate = torch.full((a.shape[0],), a.shape[1] == b.shape[1], device=a.device)
     for index, mask in zip(indices, (mask_a, mask_b), strict=True):
         stays = index == torch.arange(index.shape[1], device=a.device)
@@ -544,15 +566,34 @@ def cycle_consistency(
     return gate, *indices
 
 
+def plan_back(
+    soft: Tensor, a: Tensor, mask_a: Tensor | None, temperature: float
+) -> tuple[tuple[Tensor, ...], list[Launch]]:
+    """Where soft neighbours land: results to be filled, and the launches."""
+    if a.shape[0] == 0:
+        return tuple(a.new_empty(a.shape[:2], dtype=torch.float32) for _ in range(3)), []
+    problem = _problem(soft, a, mask_a, mask_a, temperature)
+    return problem.softmax(problem.pairs(soft), LANDING)[1], problem.launches
+
+
 def cycle_back(soft: Tensor, a: Tensor, mask_a: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """``rcu_ops::cycle_back``."""
+    return _planned(plan_back, soft, a, mask_a, temperature)
+
+
+def plan_back_backward(
+    soft: Tensor, a: Tensor, grads: tuple[Tensor, ...], mask_a: Tensor | None, temperature: float
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """The same for its gradients; grads: of log probability, mean and variance, contiguous."""
+    d_soft, da = soft.new_empty(soft.shape), a.new_empty(a.shape)
     if a.shape[0] == 0:
-        first, second, third = (a.new_empty(a.shape[:2], dtype=torch.float32) for _ in range(3))
-        return first, second, third
+        return (d_soft, da), []
     problem = _problem(soft, a, mask_a, mask_a, temperature)
-    first, second, third = problem.softmax(problem.pairs(soft), LANDING)[1]
-    _run(problem.launches, a.device)
-    return first, second, third
+    z, (w,) = problem.softmax(problem.pairs(soft), LANDING_GRADIENT, grads)
+    centre = problem.sums(z, None, problem.vectors())
+    problem.sums(w, centre, d_soft)
+    problem.key_sums(z, w, None, da)
+    return (d_soft, da), problem.launches
 
 
 def cycle_back_backward(
@@ -565,14 +606,5 @@ def cycle_back_backward(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """``rcu_ops::cycle_back_backward``."""
-    d_soft, da = soft.new_empty(soft.shape), a.new_empty(a.shape)
-    if a.shape[0] == 0:
-        return d_soft, da
-    problem = _problem(soft, a, mask_a, mask_a, temperature)
     grads = tuple(g.contiguous() for g in (grad_log_probability, grad_mean, grad_variance))
-    z, (w,) = problem.softmax(problem.pairs(soft), LANDING_GRADIENT, grads)
-    centre = problem.sums(z, None, problem.vectors())
-    problem.sums(w, centre, d_soft)
-    problem.key_sums(z, w, None, da)
-    _run(problem.launches, a.device)
-    return d_soft, da
+    return _planned(plan_back_backward, soft, a, grads, mask_a, temperature)

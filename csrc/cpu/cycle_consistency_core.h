@@ -29,6 +29,7 @@ struct Frames {
   S* number = nullptr;       // the same as numbers
   S *panels = nullptr, *rows = nullptr;
   S *centred = nullptr, *sizes = nullptr;  // for products: panels minus the mean, and the squared norms of what remains
+  S largest_size = 0;
 };
 
 // What a sample is packed to, and how its numbers are to be read.
@@ -394,8 +395,8 @@ static void write(void* to, DType dtype, int64_t at, const S* from, int64_t coun
 // d[m * pitch + i] of M queries against the keys, as planned. Returns whether they come from products.
 template <class V>
 static bool block_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
-                            const Frames<typename V::S>& b, int64_t t0, typename V::S* d, int64_t* list) {
-  if (sample.products()) return settled_distances<V>(s, C, sample, a, b, t0, d, list);
+                            const Frames<typename V::S>& b, int64_t t0, bool moments, typename V::S* d, int64_t* list) {
+  if (sample.products()) return settled_distances<V>(s, C, sample, a, b, t0, moments, d, list);
   distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
   return false;
 }
@@ -422,18 +423,23 @@ struct Block {
   }
 };
 
-// How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a - b_likely|).
+// How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a - b_likely|),
+// from the upper ends of the distances' bounds. `size`, `sizes`: of the query and the keys, centred.
 template <class V>
-static double left_out(const typename V::S* z, const typename V::S* d, int64_t likely, int64_t count, typename V::S weight) {
+static double left_out(const typename V::S* z, const typename V::S* d, typename V::S size, const typename V::S* sizes, int64_t likely,
+                       int64_t count, const Rounding<typename V::S>& rounding, typename V::S weight) {
   using R = typename V::R;
+  const auto end = [&](R value, R of_key) { return value + ((size + of_key) * rounding.products + rounding.least); };
   R weights{}, moments{};
   for (int64_t i = 0; i < count; i += V::L) {
     const R here = V::load(z + i), small = here > weight ? R{} : here;
     weights += small;
-    moments += small * (small == 0 ? R{} : V::load(d + i));  // infinite beyond the last frame
+    moments += small * (small == 0 ? R{} : end(V::load(d + i), V::load(sizes + i)));  // infinite beyond the last frame
   }
   const double sum = static_cast<double>(V::sum(weights)), moment = static_cast<double>(V::sum(moments));
-  return 1.001 * (__builtin_sqrt(sum * moment) + sum * __builtin_sqrt(static_cast<double>(max_of<typename V::S>(d[likely], 0))));
+  const typename V::S farthest = end(R{} + d[likely], R{} + sizes[likely])[0];
+  return 1.001 * (__builtin_sqrt(sum * static_cast<double>(max_of<double>(moment, 0))) +
+                  sum * __builtin_sqrt(static_cast<double>(max_of<typename V::S>(farthest, 0))));
 }
 
 // Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index alone.
@@ -444,7 +450,7 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   constexpr int M = V::M;
   const Block<V> block(p, s);
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
-  const bool products = block_distances<V>(s, p.C, sample, a, b, t0, block.z, block.list);
+  const bool products = block_distances<V>(s, p.C, sample, a, b, t0, false, block.z, block.list);
   const bool pruned = index && sample.products();
   if (pruned) memcpy(block.r, block.z, static_cast<size_t>(M * s.pitch) * sizeof(S));
   S least, sum_of_exp;
@@ -462,7 +468,9 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
     for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, b.rows + likely[m] * s.C, static_cast<size_t>(s.C) * sizeof(S));
     const S weight = S(0x1p-10) / static_cast<S>(b.count);
     double slack[M];
-    for (int m = 0; m < rows; ++m) slack[m] = left_out<V>(block.z + m * s.pitch, block.r + m * s.pitch, likely[m], b.count, weight);
+    for (int m = 0; m < rows; ++m)
+      slack[m] = left_out<V>(block.z + m * s.pitch, block.r + m * s.pitch, a.sizes[t0 + m], b.sizes, likely[m], b.count, search.rounding,
+                             weight);
     soft_neighbors(weight);
     search.by_distances(1, slack);
     done = search.settled();
@@ -554,8 +562,8 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   const Block<V> block(p, s);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
-  block_distances<V>(s, p.C, sample, a, b, t0, block.z, block.list);
   const bool back = p.kind == Align::back || p.kind == Align::back_backward;
+  block_distances<V>(s, p.C, sample, a, b, t0, back, block.z, block.list);
   for (int m = 0; m < M; ++m) {
     S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
     if (back && m < rows && sample.products())  // far or near, the loss is of this one

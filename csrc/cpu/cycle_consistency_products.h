@@ -2,12 +2,8 @@
 // not. Included by cycle_consistency_core.h.
 //
 // Products. One multiply-add per number instead of a subtraction and a multiply-add, on data centred at the mean of all frames.
-//           Their error is at most `Rounding::products` times |a|^2 + |b|^2: nothing against a distance of that size, everything
-//           between frames of one scene when another scene is far away, whatever the centre.
-// Settled.  So every distance d comes with that bound e. One that cannot have weight in a softmax (d - e beyond the smallest
-//           d + e by more than exp reaches) stays: its weight is 0 either way. Of the others those stay whose e is within the
-//           bound of the differences themselves; the rest are computed again, from the frames as they were given. Where that is
-//           more than one pair in sixteen, the whole block is.
+// Settled.  So every distance comes with a bound, and those that cannot stand (common/cycle_consistency_products.h) are computed
+//           again, from the frames as they were given. Where that is more than one pair in sixteen, the whole block is.
 // Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: no frame is nearer to the soft neighbour
 //           than the most probable one whose distance to the query exceeds |a - soft| + |soft - b_likely|. What that leaves is
 //           usually one frame, even from a soft neighbour made of the largest weights alone, with a bound on what the others add;
@@ -16,20 +12,12 @@
 // Order.    As elsewhere. Which way a pair goes depends on its query's block and on the pair's own numbers: equal keys go the same
 //           way and have equal distances.
 
-// Bounds relative to |a|^2 + |b|^2 (products) and to the distance itself (differences), for sums of C terms in parts.
+// The bounds of sums of C terms in parts.
 template <class S>
-struct Rounding {
-  S products, differences, least;
-  explicit Rounding(int64_t C) {
-    const double unit = sizeof(S) == 8 ? 0x1p-53 : 0x1p-24;
-    const int64_t part = part_of(C), chain = part + (C + part - 1) / part + 1;
-    // Beside the chain of the product: two norms, their sum, the result (4), and the rounding of centred frames, twice 2; 8 more
-    // for a soft neighbour, rounded three times on its way.
-    products = static_cast<S>(1.01 * unit * static_cast<double>(chain + 16));
-    differences = static_cast<S>(1.01 * unit * static_cast<double>(chain + 3));
-    least = static_cast<S>(static_cast<double>(C) * (sizeof(S) == 8 ? 0x1p-1018 : 0x1p-122));  // of numbers below the normal ones
-  }
-};
+static Rounding<S> rounding_of(int64_t C) {
+  const int64_t part = part_of(C), steps = part + (C + part - 1) / part + 1;
+  return Rounding<S>(C, steps, steps);
+}
 
 // d[m * pitch + i] = |q_m|^2 + |k_i|^2 - 2 q_m.k_i for P panels of keys; q: [channel][q_step], M numbers each.
 template <class V, int P>
@@ -102,7 +90,7 @@ static void centre_frames(const Sizes& s, int64_t C, Frames<typename V::S>& a, F
         for (int l = 0; l < L; ++l) to[l] = from[l] - mean[c];
         for (int l = 0; l < L; ++l) sizes[l] += static_cast<double>(to[l]) * static_cast<double>(to[l]);
       }
-      for (int l = 0; l < L; ++l) f->sizes[t0 + l] = static_cast<S>(sizes[l]);
+      for (int l = 0; l < L; ++l) f->sizes[t0 + l] = static_cast<S>(sizes[l]), f->largest_size = max_of(f->largest_size, f->sizes[t0 + l]);
     }
 }
 
@@ -165,31 +153,33 @@ static typename V::S smallest_end(const typename V::S* d, typename V::S size, co
 // The distances of one row that need it are computed again. Returns how many, -1 if more than `most`.
 template <class V>
 static int64_t settle_row(typename V::S* d, const typename V::S* query, typename V::S size, const Frames<typename V::S>& b, int64_t Cp,
-                          const Rounding<typename V::S>& rounding, typename V::S sharpness, int64_t most, int64_t* list) {
+                          const Rounding<typename V::S>& rounding, typename V::S sharpness, bool moments, int64_t most, int64_t* list) {
   using S = typename V::S;
   using R = typename V::R;
-  const S reach = smallest_end<V>(d, size, b.sizes, b.count, rounding) + (sizeof(S) == 8 ? S(750) : S(90)) / sharpness;  // exp gives 0 beyond
-  const S allowed = 2 * rounding.differences;
-  const int64_t found = places_where<V>(d, size, b.sizes, b.count, rounding.products, rounding.least, most, list,
-                                        [&](R value, R bound) { return (value - bound <= reach) & !(bound <= allowed * value); });
+  const S largest = (size + b.largest_size) * rounding.products + rounding.least;
+  const Settling<S> settling(rounding, smallest_end<V>(d, size, b.sizes, b.count, rounding), largest, sharpness, b.count, moments);
+  const int64_t found = places_where<V>(
+      d, size, b.sizes, b.count, rounding.products, rounding.least, most, list, [&](R value, R bound) {
+        return (value - bound <= settling.reach) & !((bound <= settling.allowed * value) | (bound * sharpness <= settling.flat));
+      });
   for (int64_t i = 0; i < found; ++i) d[list[i]] = row_distance<V>(query, b.rows + list[i] * Cp, Cp);
   return found;
 }
 
-// d[m * pitch + i] of M queries, right wherever it matters; see "Settled". `list`: room for b.count places. Returns whether they
-// come from products.
+// d[m * pitch + i] of M queries, right wherever it matters; see "Settled". `moments`: as in Settling. `list`: room for b.count
+// places. Returns whether they come from products.
 template <class V>
 static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
-                              const Frames<typename V::S>& b, int64_t t0, typename V::S* d, int64_t* list) {
+                              const Frames<typename V::S>& b, int64_t t0, bool moments, typename V::S* d, int64_t* list) {
   constexpr int L = V::L, M = V::M;
-  const Rounding<typename V::S> rounding(C);
+  const Rounding<typename V::S> rounding = rounding_of<typename V::S>(C);
   const int64_t at = t0 / L * L * C + t0 % L;
   distances_by_products<V>(a.centred + at, L, a.sizes + t0, b, C, d, s.pitch);
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
   int64_t left = max_of<int64_t>(4 * M, M * b.count / 16);
   for (int m = 0; m < rows; ++m) {
     const int64_t found = settle_row<V>(d + m * s.pitch, a.rows + (t0 + m) * s.C, a.sizes[t0 + m], b, s.C, rounding, sample.sharpness,
-                                        left, list);
+                                        moments, left, list);
     if (found < 0) {
       distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
       return false;
@@ -217,7 +207,7 @@ struct Nearest {
   const int64_t* const likely;
   const S *const centre, *const rest;
   int64_t *const list, *const found;
-  const Rounding<S> rounding{C};
+  const Rounding<S> rounding = rounding_of<S>(C);
 
   bool settled() const {
     for (int m = 0; m < rows; ++m)

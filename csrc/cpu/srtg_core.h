@@ -48,6 +48,27 @@ struct GateTask {
     return (acc[0] + acc[1]) + (acc[2] + acc[3]);
   }
 
+  // Sums of K planes of `count` >= L adjacent positions each, side by side: reads of several pages at once are on their way, where one
+  // stream would wait at every page's end.
+  template <int K>
+  static void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
+    R acc[K][2] = {};
+    int64_t i = 0;
+    for (; i + 2 * L <= count; i += 2 * L)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) acc[k][j] += V::load(x[k] + i + j * L);
+    for (int k = 0; k < K; ++k) {
+      if (i + L <= count) acc[k][0] += V::load(x[k] + i);
+      if (const int64_t from = i + (i + L <= count ? L : 0); from < count) {
+        const R value = V::load(x[k] + count - L);
+        acc[k][1] += lane_numbers<V>() < static_cast<S>(from - (count - L)) ? R{} : value;
+      }
+      sums[k] = acc[k][0] + acc[k][1];
+    }
+  }
+
   // Channels [c0, c1), at least L of them, of the positions in rows [i0, i1) of one frame: along memory, position by position. Sums
   // are kept in `sum`, 2 (c1 - c0) numbers: the part that is being added up, and the parts before it.
   template <GatePass Pass>
@@ -118,6 +139,57 @@ struct GateTask {
     return Pass == GatePass::squeeze ? sum / static_cast<S>(p.H * p.W) : open(p, n) ? sum : S(0);
   }
 
+  // Lane k: the sum over the lanes of sums[k]. Turned around, they are added up side by side.
+  static R sums_of_lanes(R (&sums)[L]) {
+    V::transpose(sums);
+#pragma GCC unroll 4
+    for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+    return sums[0];
+  }
+
+  // Means of planes [begin, end), in `streams` ranges side by side.
+  static void means(const GateData& p, int64_t begin, int64_t end) {
+    constexpr int streams = L < 4 ? L : 4;
+    const int64_t positions = p.H * p.W, each = (end - begin + streams - 1) / streams;
+    struct Place {
+      int64_t plane, t, c, n;
+    } at[streams];
+    for (int k = 0; k < streams; ++k) {
+      const int64_t plane = min_of(begin + k * each, end - 1);
+      at[k] = {plane, plane % p.T, plane / p.T % p.C, plane / p.T / p.C};
+    }
+    S* const out = static_cast<S*>(p.sums);
+    R sums[L];
+    int64_t to[L];
+    int count = 0;
+    const auto flush = [&] {
+      for (int l = count; l < L; ++l) sums[l] = R{};
+      alignas(64) S ready[L];
+      V::store(ready, sums_of_lanes(sums) / static_cast<S>(positions));
+      for (int l = 0; l < count; ++l) out[to[l]] = ready[l];
+      count = 0;
+    };
+    for (int64_t i = 0; i < each; ++i) {
+      const T* x[streams];
+      for (int k = 0; k < streams; ++k) {
+        Place& place = at[k];
+        x[k] = static_cast<const T*>(p.x.data) + place.n * p.x.n + place.c * p.x.c + place.t * p.x.t;
+        to[count + k] = (place.n * p.T + place.t) * p.C + place.c;
+        if (place.plane + 1 == end) continue;  // ranges may be a plane too long: the last is written again, the same
+        ++place.plane;
+        if (++place.t < p.T) continue;
+        place.t = 0;
+        if (++place.c == p.C) place.c = 0, ++place.n;
+      }
+      sums_of_planes<streams>(x, positions, sums + count);
+      count += streams;
+      if (count == L) flush();
+    }
+    if (count) flush();
+  }
+
   template <GatePass Pass>
   static void run_pass(const GateData& p, const Parallel& parallel) {
     const int64_t positions = p.H * p.W;
@@ -144,12 +216,21 @@ struct GateTask {
       });
       return;
     }
-    // A few planes per task, about 64 KB.
+    // A few planes per task, about 64 KB; all of them where they are fewer numbers than waking a thread is worth.
     const int64_t planes = p.N * p.C * p.T;
-    const int64_t per_task = max_of<int64_t>(1, 65536 / (positions * static_cast<int64_t>(sizeof(T)) + 1));
+    const int64_t per_task = planes * positions <= 32768
+                                 ? max_of<int64_t>(1, planes)
+                                 : max_of<int64_t>(1, 65536 / (positions * static_cast<int64_t>(sizeof(T)) + 1));
+    if constexpr (Pass == GatePass::squeeze) {
+      if (rows && positions >= 128) {  // smaller planes than that: several are in a page
+        run(parallel, (planes + per_task - 1) / per_task,
+            [&](int64_t task) { means(p, task * per_task, min_of((task + 1) * per_task, planes)); });
+        return;
+      }
+    }
     run(parallel, (planes + per_task - 1) / per_task, [&](int64_t task) {
       const int64_t end = min_of((task + 1) * per_task, planes);
-      // Sums wait until there is one per lane: turned around, they are added up side by side.
+      // Sums wait until there is one per lane.
       R waiting[L];
       S ready[L];
       int64_t to[L], of[L];
@@ -177,13 +258,7 @@ struct GateTask {
         waiting[count] = sum, to[count] = at, of[count] = n;
         if (++count < L && i + 1 < end) continue;
         for (int l = count; l < L; ++l) waiting[l] = R{};
-        V::transpose(waiting);
-#pragma GCC unroll 4
-        for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-          for (int l = 0; l < half; ++l) waiting[l] += waiting[l + half];
-        if constexpr (Pass == GatePass::squeeze) waiting[0] /= static_cast<S>(positions);
-        V::store(ready, waiting[0]);
+        V::store(ready, Pass == GatePass::squeeze ? sums_of_lanes(waiting) / static_cast<S>(positions) : sums_of_lanes(waiting));
         for (int l = 0; l < count; ++l) out[to[l]] = Pass == GatePass::squeeze || open(p, of[l]) ? ready[l] : S(0);
         count = 0;
       }

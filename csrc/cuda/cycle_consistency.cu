@@ -1,6 +1,7 @@
 // Soft nearest neighbours, cycle consistency, and their gradients on CUDA devices.
 #include "cuda/cycle_consistency.h"
 
+#include "cuda/cycle_consistency_products.h"
 #include "cuda/cycle_consistency_short.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
@@ -290,6 +291,11 @@ __global__ void __launch_bounds__(align_threads, 4) gate_of(const Alignment p) {
   if (threadIdx.x == 0) p.gate[n] = p.T == p.S && away == 0;
 }
 
+Error launch_gate(const Alignment& p, Stream stream) {
+  return launch("cycle_consistency gate_of", gate_of, dim3(static_cast<unsigned>(p.N)), dim3(align_threads),
+                static_numbers * sizeof(float), stream, p);
+}
+
 // Numbers of a query's row, and whether rows lie in shared memory.
 struct RowPlan {
   int64_t numbers, rows, scratch_numbers;
@@ -319,9 +325,7 @@ Error align_as(const Alignment& p, const RowPlan& plan, void* scratch, Stream st
   if (error.empty() && p.db)
     error = launch("cycle_consistency key_gradient", key_gradient<T>, dim3(static_cast<unsigned>(p.N * p.S)), dim3(align_threads), 0,
                    stream, p, scale, rows, plan.numbers);
-  if (error.empty() && p.gate)
-    error = launch("cycle_consistency gate_of", gate_of, dim3(static_cast<unsigned>(p.N)), dim3(align_threads), base, stream, p);
-  return error;
+  return error.empty() && p.gate ? launch_gate(p, stream) : error;
 }
 
 }  // namespace
@@ -336,6 +340,10 @@ Scratch align_scratch(const Alignment& p) {
     scratch.bytes = splits > 1 ? p.N * splits * (p.T + p.S) * (p.T + p.S) * 4 : 0;
     return scratch;
   }
+  if (ProductTiles::takes(p)) {
+    scratch.bytes = ProductTiles(p.kind, p.N, p.T, p.S, p.C, gpu).scratch_bytes;
+    return scratch;
+  }
   scratch.bytes = plan_rows(p, gpu).scratch_numbers * state_size(p.dtype);
   return scratch;
 }
@@ -345,6 +353,10 @@ Text align(const Alignment& p, void* scratch, Stream stream) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   if (ShortCycle::takes(p)) return align_short(p, gpu, scratch, stream);
+  if (ProductTiles::takes(p)) {
+    Error error = align_products(p, ProductTiles(p.kind, p.N, p.T, p.S, p.C, gpu), scratch, stream);
+    return error.empty() && p.gate ? launch_gate(p, stream) : error;
+  }
   const RowPlan plan = plan_rows(p, gpu);
   if (plan.rows > INT32_MAX || p.N * p.S > INT32_MAX) return "cycle_consistency: too many frames for one launch";
   switch (p.dtype) {

@@ -14,6 +14,8 @@ from rcu_ops.progress import track
 
 MEMORY_FORMATS = (torch.channels_last_3d, torch.contiguous_format)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Files of kernels by the number of dimensions of the sequences that they take.
+FILES = {3: ("cycle_consistency",), 5: ("recurrent_conv", "srtg"), 6: ("fast_gru",)}
 
 
 def warmup(
@@ -23,6 +25,7 @@ def warmup(
     memory_formats: Iterable[torch.memory_format] = MEMORY_FORMATS,
     training: bool = True,
     inference: bool = True,
+    files: Iterable[str] | None = None,
     device: torch.device | str | int | None = None,
 ) -> int:
     """Compile the Triton kernels that calls of these shapes will need, so that no call has to wait for the compiler.
@@ -34,13 +37,17 @@ def warmup(
     backends are compiled when the package is built and need no warm-up.
 
     Args:
-        shapes: [N,C,T,H,W] of the sequences that :func:`rcu_ops.recurrent_conv` will get; [N,K,C,L,H,W] of the features
-            that :func:`rcu_ops.fast_gru` will get, with R = C // 4.
+        shapes: [N,C,T,H,W] of the sequences that :func:`rcu_ops.recurrent_conv`, or :func:`rcu_ops.srtg_squeeze` and
+            :func:`rcu_ops.srtg_fuse`, will get; [N,K,C,L,H,W] of the features that :func:`rcu_ops.fast_gru` will get,
+            with R = C // 4; [N,T,C] of both sequences that :func:`rcu_ops.cycle_consistency`,
+            :func:`rcu_ops.soft_nearest_neighbor` and :func:`rcu_ops.temporal_cycle_loss` will get, without masks.
         dtypes: of the sequences: fp16, bf16, fp32. fp32 is compiled for the current
             ``torch.get_float32_matmul_precision()``.
         memory_formats: torch.channels_last_3d, torch.contiguous_format or both.
-        training: compile :func:`rcu_ops.recurrent_conv` and :func:`rcu_ops.fast_gru`, forward and backward.
-        inference: compile them forward, and :func:`rcu_ops.recurrent_conv_affine_act`.
+        training: compile forward and backward.
+        inference: compile forward, and :func:`rcu_ops.recurrent_conv_affine_act`.
+        files: of kernels to compile, of "recurrent_conv", "srtg", "fast_gru", "cycle_consistency"; None: all that take
+            sequences of such shapes.
         device: the CUDA device to compile for; the current one by default.
 
     Returns:
@@ -48,9 +55,15 @@ def warmup(
 
     Raises:
         RuntimeError: no CUDA device, or triton is not installed. ValueError: a shape of another number of dimensions, a
-        memory format or device that cannot be warmed up, neither training nor inference. TypeError: another dtype.
+        file, memory format or device that cannot be warmed up, neither training nor inference. TypeError: another
+        dtype.
     """
-    sequences = [_shape(shape) for shape in shapes]
+    every = [file for found in FILES.values() for file in found]
+    wanted = every if files is None else list(files)
+    for file in wanted:
+        if file not in every:
+            raise ValueError(f"files: expected some of {', '.join(every)}, got {file!r}")
+    sequences = [_shape(shape, wanted) for shape in shapes]
     dtypes, memory_formats = list(dtypes), list(memory_formats)
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -68,16 +81,24 @@ def warmup(
     if target.type != "cuda":
         raise ValueError(f"device: expected a CUDA device, got {target}")
 
-    kernels = _triton.kernels("recurrent_conv")
-    arch = kernels.architecture(target)
+    arch = _triton.kernels("recurrent_conv").architecture(target)
     launches: dict[tuple[Any, ...], Any] = {}
     for shape, dtype, memory_format in itertools.product(sequences, dtypes, memory_formats):
-        if len(shape) == 5:
-            found = planned(kernels, shape, dtype, memory_format, arch, training, inference)
-        else:  # the kernels read their own matrices, whatever the memory format
-            found = planned_fast_gru(_triton.kernels("fast_gru"), shape, dtype, arch, training, inference)
-        for launch in found:
-            launches.setdefault(launch.key(), launch)
+        for file in FILES[len(shape)]:
+            if file not in wanted:
+                continue
+            kernels = _triton.kernels(file)
+            found: Iterator[Any]
+            if file == "recurrent_conv":
+                found = planned(kernels, shape, dtype, memory_format, arch, training, inference)
+            elif file == "srtg":
+                found = planned_srtg(kernels, shape, dtype, memory_format, training)
+            elif file == "fast_gru":  # its kernels read their own matrices, whatever the memory format
+                found = planned_fast_gru(kernels, shape, dtype, arch, training, inference)
+            else:
+                found = planned_cycle_consistency(kernels, shape, dtype, training)
+            for launch in found:
+                launches.setdefault(launch.key(), launch)
     with torch.cuda.device(target):
         for launch in track(list(launches.values()), label="compiling Triton kernels", unit="kernels"):
             launch.compile_ahead()
@@ -87,12 +108,13 @@ def warmup(
     return len(launches)
 
 
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) not in (5, 6) or min(shape) < 1:
-        raise ValueError(f"shapes: expected [N,C,T,H,W] or [N,K,C,L,H,W] of positive sizes, got {list(shape)}")
+def _shape(shape: Sequence[int], files: Sequence[str]) -> tuple[int, ...]:
+    if len(shape) not in FILES or min(shape) < 1:
+        expected = "[N,T,C], [N,C,T,H,W] or [N,K,C,L,H,W]"
+        raise ValueError(f"shapes: expected {expected} of positive sizes, got {list(shape)}")
     if len(shape) == 6 and shape[2] < 4:
         raise ValueError(f"shapes: expected at least 4 channels in [N,K,C,L,H,W], got {list(shape)}")
-    if len(shape) == 5 and shape[1] > _triton.MAX_CHANNELS:
+    if len(shape) == 5 and shape[1] > _triton.MAX_CHANNELS and "recurrent_conv" in files:
         raise ValueError(f"shapes: the kernels take at most {_triton.MAX_CHANNELS} channels, got {list(shape)}")
     return tuple(shape)
 
@@ -125,6 +147,39 @@ def planned(
             for grad_h, grad_h_n in ((x, None), (x, state), (None, state)):
                 backward = (grad_h, grad_h_n, x, weight, h0, False, False, True, arch)
                 yield from kernels.plan_backward(*backward)[1]
+
+
+def planned_srtg(
+    kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, training: bool
+) -> Iterator[Any]:
+    """The same for :func:`rcu_ops.srtg_squeeze` and :func:`rcu_ops.srtg_fuse`."""
+    n, c, t, *_ = shape
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    h = torch.empty(n, t, c, device="meta")
+    yield from kernels.plan(kernels.SQUEEZE, x)[1]
+    for gate in (None, torch.empty(n, dtype=torch.bool, device="meta")):
+        for fusion in (kernels.MUL, kernels.ADD):
+            yield from kernels.plan(fusion, x, h, gate)[1]
+        if training:
+            yield from kernels.plan(kernels.BACKWARD, x, h, gate, x)[1]
+
+
+def planned_cycle_consistency(
+    kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, training: bool
+) -> Iterator[Any]:
+    """The same for alignments of two sequences of one shape, without masks; losses are computed in fp32."""
+    a, grads = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(3, *shape[:2], device="meta")
+    if shape[1] <= kernels.SHORT:
+        yield from kernels.plan_short_cycle(a, a, None, None, 1.0)[1]
+    else:
+        yield from kernels.plan_cycle(a, a, None, None, 1.0)[1]
+    for x in (a, a.float()):
+        for need_index in (True, False):
+            yield from kernels.plan_soft(x, x, None, 1.0, need_index)[1]
+        yield from kernels.plan_back(x, x, None, 1.0)[1]
+        if training:
+            yield from kernels.plan_soft_backward(x, x, x, None, 1.0)[1]
+            yield from kernels.plan_back_backward(x, x, tuple(grads), None, 1.0)[1]
 
 
 def planned_fast_gru(

@@ -493,21 +493,49 @@ def _soft_by_reference(
     return reference.soft_nearest_neighbor(a, b, temperature=temperature, mask_b=mask_b)
 
 
-def _cpu_plan(*kinds: str) -> Any:
-    """How the CPU kernels of these kinds of alignment find distances between a and b, and why."""
+def _plan(words: Any, kinds: tuple[str, ...]) -> Any:
+    """How the kernels of these kinds of alignment find distances between a and b, and why.
+
+    ``words`` takes the module ``_native``, a, a kind, the number of keys and the dtype's name.
+    """
 
     def plan(a: Tensor, b: Tensor, *_: Any) -> str:
         native = _library.native()
         if native is None:
             return "the planner's words need the module rcu_ops._native, which was not built for this Python"
-        t, s, c = a.shape[1], b.shape[1], a.shape[2]
         dtype = str(a.dtype).removeprefix("torch.")
-        found = {kind: native.cycle_consistency_plan(kind, t, t if kind == "back" else s, c, dtype) for kind in kinds}
+        found = {kind: words(native, a, kind, a.shape[1] if kind == "back" else b.shape[1], dtype) for kind in kinds}
         if len(set(found.values())) == 1:
             return str(found[kinds[0]])
         return "; ".join(f"{kind}: {text}" for kind, text in found.items())
 
     return plan
+
+
+def _cpu_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str:
+    return native.cycle_consistency_plan(kind, a.shape[1], keys, a.shape[2], dtype)
+
+
+def _cuda_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str:
+    if a.shape[0] == 0:
+        return "nothing to run"
+    gpu = torch.cuda.get_device_properties(a.device)
+    n, t, c = a.shape
+    return native.cycle_consistency_gpu_plan(
+        kind,
+        n,
+        t,
+        keys,
+        c,
+        dtype,
+        architecture=10 * gpu.major + gpu.minor,
+        multiprocessors=gpu.multi_processor_count,
+        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+    )["text"]
+
+
+def _plans(*kinds: str) -> dict[str, Any]:
+    return {"cpu_plan": _plan(_cpu_words, kinds), "cuda_plan": _plan(_cuda_words, kinds)}
 
 
 def _probe(device: str) -> tuple[Any, ...]:
@@ -523,7 +551,7 @@ SOFT = register(
             lambda *args: _BINARY["soft_nearest_neighbor"](*args),
             _soft_by_reference,
             triton=lambda *args: _TRITON["soft_nearest_neighbor"](*args),
-            cpu_plan=_cpu_plan("soft"),
+            **_plans("soft"),
         ),
         check=_check_soft,
         probe=lambda device: (*_probe(device), None, 1.0, True),
@@ -538,7 +566,7 @@ CYCLE = register(
             lambda *args: _BINARY["cycle_consistency"](*args),
             _reference_cycle,
             triton=lambda *args: _TRITON["cycle_consistency"](*args),
-            cpu_plan=_cpu_plan("cycle"),
+            **_plans("cycle"),
         ),
         check=_check_cycle,
         probe=lambda device: (*_probe(device), None, None, 1.0),
@@ -553,7 +581,7 @@ LOSS = register(
             _loss_with(_BINARY),
             _loss_by_reference,
             triton=_loss_with(_TRITON),
-            cpu_plan=_cpu_plan("soft", "back"),
+            **_plans("soft", "back"),
         ),
         check=_check_loss,
         probe=lambda device: (*_probe(device), None, None, 1.0, "regression", 0.001, 1e-6, "mean"),

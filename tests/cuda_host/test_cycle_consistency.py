@@ -204,6 +204,111 @@ def test_rows_in_the_scratch_and_strides(machine) -> None:
     assert all(torch.equal(x, y) for x, y in zip(align(machine, "soft", *views), want, strict=True))
 
 
+# ---- long sequences: distances by products on the matrix unit --------------------------------------------------------
+
+LONG = [(1, 35, 50, 20), (2, 17, 34, 70)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_long_sequences(machine, shape, dtype, masked, seed) -> None:
+    n, t, s, _ = shape
+    a, b = inputs(shape, dtype)
+    mask_a, mask_b = (masks(n, t), masks(n, s)) if masked else (None, None)
+    if masked:
+        a[~mask_a], b[~mask_b] = torch.inf, torch.nan
+    machine.seed = seed
+    queries = a if mask_a is None else torch.where(mask_a[..., None], a, 0)
+    soft, index = align(machine, "soft", queries, b, mask_b=mask_b, temperature=0.3)
+    options = {"temperature": 0.3, "mask_b": mask_b}
+    eager, _ = reference.soft_nearest_neighbor(queries, b, **options, state_dtype=dtype)
+    assert_close_to_reference(soft, alignment.soft_neighbors(queries, b, **options), eager, "soft")
+    alignment.check_indices(index, queries, b, **options)
+    landing = align(machine, "back", b, b, mask_a=mask_b, mask_b=mask_b, temperature=0.3)
+    found = [
+        reference.cycle_back(b.to(state), b.to(state), mask_a=mask_b, temperature=0.3, state_dtype=state)
+        for state in (torch.float64, dtype)
+    ]
+    for values in zip(landing, *found, strict=True):
+        assert_close_to_reference(*values)
+    if min(t, s) <= 32:
+        return
+    gate, *indices = align(machine, "cycle", a, b, mask_a=mask_a, mask_b=mask_b, temperature=0.3)
+    assert not gate.any()
+    for x, y, got, own, other in ((a, b, indices[0], mask_a, mask_b), (b, a, indices[1], mask_b, mask_a)):
+        there = torch.ones_like(got, dtype=torch.bool) if own is None else own
+        assert torch.equal(got >= 0, there)
+        for sample in range(n):
+            rows, mask = there[sample], None if other is None else other[sample][None]
+            alignment.check_indices(got[sample][rows][None], x[sample][rows][None], y[sample][None], 0.3, mask)
+
+
+def moving(frames: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Slowly, so that many frames have a say, and a noisy copy."""
+    a = 0.3 * torch.randn(1, frames, channels).cumsum(1)
+    return a, a + 0.05 * torch.randn(1, frames, channels)
+
+
+@pytest.mark.parametrize("case", ["still", "flat", "offset", "cut", "huge", "tiny", "copies"])
+def test_long_sequences_whatever_the_magnitude(machine, case) -> None:
+    """Distances by products: right where they cannot be trusted, and the test's own bound is rarely needed."""
+    frames, channels, temperature = 50, 24, 1.0
+    a, b = moving(frames, channels)
+    if case == "flat":
+        temperature = 1e4
+    if case == "offset":
+        a, b = a + 1e5, b + 1e5
+    if case == "cut":
+        far = 1e5 * torch.randn(2, channels)[torch.arange(frames) * 2 // frames]
+        a, b = a + far, b + far
+    if case == "huge":
+        a, b, temperature = a * 1e31, b * 1e31, 1e62
+    if case == "tiny":
+        a, b, temperature = a * 1e-31, b * 1e-31, 1e-62
+    if case == "copies":
+        b = b[:, torch.arange(frames) // 3 * 3]
+    rows = excused = 0
+    soft, index = align(machine, "soft", a, b, temperature=temperature)
+    assert soft.isfinite().all()
+    if case not in ("huge", "tiny"):  # beyond eager's range
+        eager, _ = reference.soft_nearest_neighbor(a, b, temperature=temperature, state_dtype=torch.float32)
+        assert_close_to_reference(soft, alignment.soft_neighbors(a, b, temperature), eager, "soft")
+    _, index_ab, index_ba = align(machine, "cycle", a, b, temperature=temperature)
+    for x, y, got in ((a, b, index), (a, b, index_ab), (b, a, index_ba)):
+        more_rows, more = alignment.check_indices(got, x, y, temperature)
+        rows, excused = rows + more_rows, excused + more
+    assert excused <= 0.02 * rows, f"{excused} of {rows} rows needed the rounding bound"
+    if case == "copies":
+        assert (index_ab % 3 == 0).all() and (index % 3 == 0).all()
+
+
+def test_long_rows_in_the_scratch_and_strides(machine) -> None:
+    """A device with little shared memory keeps rows in the scratch; the result is the same, bit for bit."""
+    a, b = inputs((2, 35, 40, 20), torch.float32)
+    mask = masks(2, 40)
+    want = [*align(machine, "soft", a, b, mask_b=mask), *align(machine, "cycle", a, b, mask_b=mask)]
+    machine.device = {"shared_bytes": 4 * 1024, "multiprocessors": 1}  # two blocks, which take several tasks
+    views = a.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([b, b], -1)[..., 0]
+    got = [*align(machine, "soft", *views, mask_b=mask), *align(machine, "cycle", *views, mask_b=mask)]
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_long_sequences_with_nothing_to_map_to_and_not_a_number(machine) -> None:
+    a, b = inputs((3, 34, 34, 16), torch.float32)
+    mask = torch.ones(3, 34, dtype=torch.bool)
+    mask[1] = False
+    a[2, 1, 3] = torch.nan
+    soft, index = align(machine, "soft", a, b, mask_b=mask)
+    want, want_index = reference.soft_nearest_neighbor(a, b, mask_b=mask)
+    torch.testing.assert_close(soft, want, equal_nan=True)
+    assert torch.equal(index, want_index)
+    gate, *indices = align(machine, "cycle", a, b, mask_a=mask, mask_b=mask)
+    want = reference.cycle_consistency(a, b, mask_a=mask, mask_b=mask)
+    assert torch.equal(gate.bool(), want.gate)
+    assert all(torch.equal(x, y) for x, y in zip(indices, want[1:], strict=True))
+
+
 def gate_data(
     machine: Machine,
     name: str,
@@ -265,6 +370,9 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     run("cycle", a[..., :1].expand(2, 5, 520), b[..., :1].expand(2, 9, 520))
     wide = [torch.randn(1, frames, 520) for frames in (30, 7)]
     run("cycle", *wide)
+    long = [torch.randn(1, frames, 16) for frames in (34, 36)]
+    run("cycle", *long, mask_b=masks(1, 36))
+    run("soft", *long, temperature=1e4)
     run("soft", a, b, mask_b=mask_b)
     run("soft_backward", a, b, grad=torch.randn_like(a))
     run("back", a, a, mask_a=mask_a, mask_b=mask_a)

@@ -22,6 +22,7 @@ from tests.cuda_host.test_fast_gru_persistent import check_backward as check_ste
 from tests.cuda_host.test_recurrent_conv import HOPPER, LAYOUTS, check_backward, check_forward, inputs
 from tests.cuda_host.test_recurrent_conv_batch_norm import check_fused
 from tests.ops import alignment
+from tests.tolerance import assert_close_to_reference
 
 
 def forward(machine: Machine) -> None:
@@ -153,6 +154,28 @@ def short_cycle(machine: Machine) -> None:
             assert alignment.check_indices(index, x, y, 10 * magnitude**2)[1] == 0
 
 
+def long_cycle(machine: Machine) -> None:
+    """A scene cut: products alone tell no two frames of a scene apart."""
+    a, b = cycles.moving(40, 20)
+    far = 1e4 * torch.randn(2, 20)[torch.arange(40) // 20]
+    a, b = a + far, b + far
+    soft, index = cycles.align(machine, "soft", a, b)
+    eager, _ = reference.soft_nearest_neighbor(a, b, state_dtype=torch.float32)
+    assert_close_to_reference(soft, alignment.soft_neighbors(a, b), eager, "soft")
+    _, *found = cycles.align(machine, "cycle", a, b)
+    for got, x, y in zip((index, *found), (a, a, b), (b, b, a), strict=True):
+        assert alignment.check_indices(got, x, y)[1] <= 1
+
+
+def flat_weights(machine: Machine) -> None:
+    """Every distance stays a product, and those to the soft neighbours are products, too."""
+    a, b = cycles.moving(40, 20)
+    soft, index = cycles.align(machine, "soft", a, b, temperature=1e3)
+    eager, _ = reference.soft_nearest_neighbor(a, b, temperature=1e3, state_dtype=torch.float32)
+    assert_close_to_reference(soft, alignment.soft_neighbors(a, b, 1e3), eager, "soft")
+    assert alignment.check_indices(index, a, b, 1e3)[1] <= 1
+
+
 def soft_of_the_huge(machine: Machine) -> None:
     a = 1e31 * torch.randn(1, 9, 24)
     b = a + 0.3e31 * torch.randn(a.shape)
@@ -168,7 +191,7 @@ def closed_gate(machine: Machine) -> None:
     assert torch.equal(y, want[0]) and torch.equal(dh, want[1])
 
 
-SHORT = "cycle_consistency_short.cu"
+SHORT, PRODUCTS = "cycle_consistency_short.cu", "cycle_consistency_products.cu"
 TILE, WIDE, STEP, SM90 = (f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "sm90"))
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 RELATE, RELATE_BODY = "nonlocal_gates.cu", "nonlocal_gates_tile.h"
@@ -411,6 +434,27 @@ FAULTS = [
     ),
     Fault("squares overflow", "if (factor != 1) find", "if (factor < 0) find", short_cycle, file=SHORT),
     Fault(
+        "no distance of products is found again",
+        "if (lane == at) row[i] = value;",
+        "if (lane == at && value < 0) row[i] = value;",
+        long_cycle,
+        file=PRODUCTS,
+    ),
+    Fault(
+        "one lower part is left out",
+        "            mma_m16n8k16<__half>(low[j], x[1], y[0]);\n",
+        "",
+        flat_weights,
+        file=PRODUCTS,
+    ),
+    Fault(
+        "weights are read before all warps have written them",
+        "if (lane == 0) used[warp] = of_warp_keys;\n        block_barrier();",
+        "if (lane == 0) used[warp] = of_warp_keys;",
+        flat_weights,
+        file=PRODUCTS,
+    ),
+    Fault(
         "half of the scale is undone",
         "const double sharp = 1 / static_cast<double>(factor) /",
         "const double sharp = 1 /",
@@ -498,6 +542,7 @@ FEWER = {
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
     "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
     "nonlocal_gates_sm90.cu": [("<__half, ", "<__nv_bfloat16, ")],
+    PRODUCTS: [("align_as<__half>", "align_as<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
     SHORT: [("<__half>", "<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
     "cycle_consistency.cu": [
         (f"align_as<{kind}>", "align_as<float>") for kind in ("double", "__half", "__nv_bfloat16")
@@ -553,6 +598,8 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         relate_tiles,
         relate_clusters,
         short_cycle,
+        long_cycle,
+        flat_weights,
         soft_of_the_huge,
         closed_gate,
         steps_in_one_launch,

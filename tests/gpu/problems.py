@@ -420,7 +420,7 @@ def _relation_problems(name: str) -> Iterator[Problem]:
 
 def _cycle_problems(name: str) -> Iterator[Problem]:
     """Index maps and gates of a sequence and a noisy copy, as one kernel takes them and longer."""
-    for title, frames in (("probe", 16), ("33 frames", 33)):
+    for title, frames in (("probe", 16), ("33 frames", 33), ("long", 300)):
 
         def make(dtype: torch.dtype, frames: int = frames) -> Tensors:
             a = torch.randn(3, frames, 40)

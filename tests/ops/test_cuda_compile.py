@@ -49,6 +49,9 @@ REGISTERS = {
     "align_short_kernel": 176,  # 1 block of 288
     "finish_short": 112,  # 2 blocks of 288
     "key_gradient": 128,  # 2 blocks of 256
+    "survey": 64,  # 2 blocks of 512
+    "split_frames": 64,  # 4 blocks of 256
+    "align_tile": 255,  # 1 block of 256, whose shared memory leaves no room for a second
     "tile_relate": 128,  # 2 blocks of 256
     "cluster_relate": 128,  # 2 blocks of 256
     "plain_relate": 128,  # 2 blocks of 256
@@ -83,6 +86,7 @@ MATRIX_INSTRUCTIONS = {
     "fast_gru_steps": "HMMA",
     "fast_gru_steps_backward": "HMMA",
     "matrix_weight_grad": "HMMA",
+    "align_tile": "HMMA",
 }
 
 

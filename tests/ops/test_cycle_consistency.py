@@ -230,6 +230,38 @@ def test_explain_names_the_form_and_its_reason() -> None:
     assert loss is not None and "soft: " in loss and "back: " in loss
 
 
+def test_the_plan_for_a_gpu_covers_every_task_and_keeps_within_its_shared_memory() -> None:
+    if (native := _library.native()) is None:
+        pytest.skip("rcu_ops._native was not built")
+    plan = functools.partial(native.cycle_consistency_gpu_plan, multiprocessors=132)
+    assert plan("cycle", 32, 16, 16, 64, "bfloat16")["form"] == "short cycle"
+    few = plan("cycle", 4, 16, 32, 2048, "float32")
+    assert few["splits"] * few["channels_per_split"] >= 2048 and "a second launch" in few["text"]
+    for arguments, why in (
+        (("cycle", 1, 100, 100, 64, "float64"), "float64"),
+        (("soft_backward", 1, 100, 100, 64, "float32"), "gradients"),
+        (("soft", 1, 100, 32, 64, "float32"), "fewer than 33 frames"),
+        (("back", 1, 100, 100, 15, "float32"), "fewer than 16 channels"),
+    ):
+        found = plan(*arguments)
+        assert found["form"] == "query rows" and why in found["text"]
+    for n, t, s, c in ((1, 512, 512, 128), (8, 2048, 2048, 128), (2, 33, 5000, 100), (1, 40, 70, 3000)):
+        for shared in (99 * 1024, 163 * 1024, 227 * 1024):
+            found = plan("cycle", n, t, s, c, "float32", shared_bytes=shared)
+            assert found["form"] == "product tiles" and found["shared_bytes"] <= shared
+            assert found["tasks"] == n * (-(-t // 16) + -(-s // 16)) and 1 <= found["blocks"] <= found["tasks"]
+            assert found["padded"] % 32 == 0 and found["padded"] >= c and found["pitch"] >= max(t, s)
+            places = [found[f"{name}_at"] for name in ("mean", "largest", "size", "factor", "parts", "rows")]
+            assert places == sorted(places) and all(place % 16 == 0 for place in places)
+            frames = n * (t + s)
+            assert places[3] - places[2] >= 4 * frames and places[5] - places[4] == 4 * frames * found["padded"]
+            rows = 0 if found["in_shared"] else found["blocks"] * found["row_bytes"]
+            assert found["scratch_bytes"] == places[5] + rows
+            assert ("the scratch" in found["text"]) == (not found["in_shared"])
+    assert plan("soft", 1, 512, 512, 128, "float32")["in_shared"]
+    assert plan("soft", 8, 2048, 2048, 128, "float32", shared_bytes=163 * 1024)["in_shared"]
+
+
 def test_frames_that_are_not_there(backend) -> None:
     a, b = inputs((3, 6, 6, 8))
     b = a.clone()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rcu_ops
-from rcu_ops.ops import _selftest, _triton
+from rcu_ops.ops import _selftest, _triton, _warmup
 from tests.triton import resources
 
 
@@ -63,15 +63,47 @@ def launches(kind: str, dtype: torch.dtype) -> list:
     if kind == "short":
         return kernels.plan_short_cycle(a, a, None, None, 1.0)[1]
     mask = torch.empty(8, 200, dtype=torch.bool, device="meta")
-    problem = kernels._Problem(a, a, mask, mask, 1.0, torch.empty(8, device="meta"))
     if kind == "soft":
-        problem.soft(True, True)
-        return problem.launches
+        return kernels.plan_soft(a, a, mask, 1.0, True)[1]
     grads = tuple(torch.empty(8, 200, device="meta") for _ in range(3))
-    z, (w,) = problem.softmax(problem.pairs(a), kernels.LANDING_GRADIENT, grads)
-    problem.pairs(problem.vectors(), a, product=True)
-    problem.key_sums(z, w, a, a)
-    return problem.launches
+    return [
+        *kernels.plan_back_backward(a, a, grads, mask, 1.0)[1],
+        *kernels.plan_soft_backward(a, a, a, mask, 1.0)[1],
+    ]
+
+
+@pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_warmup_plans_what_the_operators_launch(dtype, monkeypatch) -> None:
+    """Every launch of a training step on short and long sequences, and of an SRTG block around them."""
+    kernels, srtg = _triton.kernels("cycle_consistency"), _triton.kernels("srtg")
+    launched: list = []
+    for module in (kernels, srtg):
+        monkeypatch.setattr(module, "_run", lambda launches, device: launched.extend(launches))
+    planned = set()
+    for frames in (16, 200):
+        a = torch.empty(4, frames, 64, dtype=dtype, device="meta")
+        grads = torch.empty(3, 4, frames, device="meta")
+        found = _warmup.planned_cycle_consistency(kernels, tuple(a.shape), dtype, True)
+        planned |= {launch.key() for launch in found}
+        kernels.cycle_consistency(a, a, None, None, 0.5)
+        for x in (a, a.float()):
+            kernels.soft_nearest_neighbor(x, x, None, 0.5, True)
+            kernels.soft_nearest_neighbor_backward(x, x, x, None, 0.5)
+            kernels.cycle_back(x, x, None, 0.5)
+            kernels.cycle_back_backward(*grads, x, x, None, 0.5)
+    for memory_format in _warmup.MEMORY_FORMATS:
+        x = torch.empty(2, 2048, 4, 7, 7, dtype=dtype, device="meta").to(memory_format=memory_format)
+        h, gate = torch.empty(2, 4, 2048, device="meta"), torch.empty(2, dtype=torch.bool, device="meta")
+        found = _warmup.planned_srtg(srtg, tuple(x.shape), dtype, memory_format, True)
+        planned |= {launch.key() for launch in found}
+        srtg.squeeze(x)
+        for given in (None, gate):
+            srtg.fuse(x, h, given, False)
+            srtg.fuse(x, h, given, True)
+            srtg.fuse_backward(x, x, h, given)
+    assert len({launch.key() for launch in launched}) > 10
+    assert {launch.key() for launch in launched} <= planned
 
 
 @pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")

@@ -116,7 +116,13 @@ def test_warmup_without_a_gpu_says_so() -> None:
             [(1, 64, 8, 56)],
             {},
             ValueError,
-            r"shapes: expected \[N,C,T,H,W\] or \[N,K,C,L,H,W\] of positive sizes, got \[1, 64, 8, 56\]",
+            r"shapes: expected \[N,T,C\], \[N,C,T,H,W\] or \[N,K,C,L,H,W\] of positive sizes, got \[1, 64, 8, 56\]",
+        ),
+        (
+            [(1, 64, 8, 7, 7)],
+            {"files": ["gates"]},
+            ValueError,
+            "files: expected some of cycle_consistency, .*, got 'gates'",
         ),
         ([(1, 1024, 8, 7, 7)], {}, ValueError, "at most 512 channels"),
         ([(1, 64, 8, 7, 7)], {"dtypes": [torch.float64]}, TypeError, "dtypes: expected float16, bfloat16 or float32"),
@@ -139,10 +145,13 @@ def test_warmup_compiles_each_kernel_once(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "architecture", lambda device: 90)
     monkeypatch.setattr(kernels.Launch, "compile_ahead", lambda launch: compiled.append(launch.key()))
     monkeypatch.setattr(_selftest, "why_not", lambda *args: asked.append(args))
-    count = _warmup.warmup([(2, 64, 8, 56, 56), (4, 64, 2, 56, 56)], training=False, device="cuda:0")
+    options = {"device": "cuda:0", "files": ["recurrent_conv"]}
+    count = _warmup.warmup([(2, 64, 8, 56, 56), (4, 64, 2, 56, 56)], training=False, **options)
     assert count == len(compiled) == len(set(compiled))
     assert {key[0] for key in compiled} == {"scan_kernel"}
     assert {name for name, *_ in asked} >= {"recurrent_conv/triton", "recurrent_conv_affine_act/triton"}
-    more = _warmup.warmup([(2, 64, 8, 56, 56)], inference=False, device="cuda:0")
+    more = _warmup.warmup([(2, 64, 8, 56, 56)], inference=False, **options)
     assert {key[0] for key in compiled[count:]} == {"scan_kernel", "weight_grad_kernel", "reduce_kernel"}
     assert more == len(compiled) - count
+    assert _warmup.warmup([(2, 2048, 8, 7, 7), (2, 16, 64)], device="cuda:0", files=["srtg", "cycle_consistency"]) > 10
+    assert {"gate_kernel", "short_cycle_kernel", "key_sum_kernel"} <= {key[0] for key in compiled}

@@ -1,6 +1,8 @@
 // Exchange of registers within a warp: all 32 lanes take part. No memory ordering: see warp_barrier for that.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -26,5 +28,11 @@ template <typename T>
 __device__ __forceinline__ T shuffle_down(T value, int delta) {
   return __shfl_down_sync(0xffffffffu, value, delta);
 }
+
+// Bit l: `value` of lane l.
+__device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+
+// The place of the lowest bit that is set; some is.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 }  // namespace rcu_ops::cuda

@@ -1,6 +1,8 @@
 // Host twin of csrc/cuda/device/shuffle.h.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -27,5 +29,13 @@ T shuffle_down(T value, int delta, cuda_host::Location where = cuda_host::Locati
   const auto all = cuda_host::exchange("shuffle_down", value, where);
   return from < 32 ? all[from] : value;
 }
+
+inline uint32_t ballot(bool value, cuda_host::Location where = cuda_host::Location::current()) {
+  const auto all = cuda_host::exchange("ballot", value, where);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(all[lane]) << lane;
+  return bits;
+}
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 }  // namespace rcu_ops::cuda
