@@ -27,7 +27,7 @@ namespace {
 using namespace rcu_ops;
 
 cpu::PlanInput plan_input(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
-                          bool channels_last, bool with_state) {
+                          bool channels_last, bool with_state, bool dense) {
   if (n < 0 || positions < 0 || c < 1 || t < 1 || threads < 0)
     throw py::value_error("expected n, positions, threads >= 0 and c, t >= 1");
   cpu::PlanInput in;
@@ -39,6 +39,7 @@ cpu::PlanInput plan_input(int64_t n, int64_t c, int64_t t, int64_t positions, co
   if (in.threads < 1) in.threads = 1;
   in.channels_contiguous = channels_last;
   in.single_product = t == 1 && with_state;
+  in.dense_channels = dense;
   return in;
 }
 
@@ -50,15 +51,15 @@ cpu::Isa parse_isa(const std::string& name) {
 }
 
 std::string recurrent_conv_plan(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
-                      bool channels_last, bool with_state, const std::string& isa) {
-  const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state);
+                      bool channels_last, bool with_state, bool dense, const std::string& isa) {
+  const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state, dense);
   const cpu::Isa on = parse_isa(isa);
   return cpu::describe(in, cpu::plan_scan(in, on), on);
 }
 
 py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
-                      bool channels_last, bool with_state, const std::string& isa) {
-  const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state);
+                      bool channels_last, bool with_state, bool dense, const std::string& isa) {
+  const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state, dense);
   const cpu::Plan plan = cpu::plan_scan(in, parse_isa(isa));
   std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> tasks;
   for (int64_t i = 0, count = cpu::task_count(plan, in.columns); i < count; ++i) {
@@ -354,13 +355,17 @@ void bind_recurrent_conv(py::module_& m) {
   m.def("cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
         "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
   m.def("cpu_isas", &available_isas, "The instruction sets this machine can run, best last.");
+  m.def("cpu_multiplies_pairs", [] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
+        "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
   m.def("recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"), py::arg("dtype"),
-        py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false, py::arg("isa") = "",
+        py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
+        py::arg("dense") = true, py::arg("isa") = "",
         "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: instruction set, "
-        "orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; with_state: an h0 is given.");
+        "orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; with_state: an h0 is given; "
+        "dense: where channels are adjacent, they are in every tensor.");
   m.def("recurrent_conv_plan_details", &recurrent_conv_plan_details, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
         py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
-        py::arg("isa") = "",
+        py::arg("dense") = true, py::arg("isa") = "",
         "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column end, "
         "channel begin, channel end).");
   m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),

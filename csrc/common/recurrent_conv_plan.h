@@ -29,6 +29,7 @@ constexpr Blocking blocking(Isa isa, DType dtype) {
 // How a scan runs.
 struct Plan {
   bool channels = false;      // orientation: vectors along channels, else along positions
+  bool step = false;          // one product, by panels of W that each task packs for itself (recurrent_conv_step_core.h)
   int64_t tile = 0;           // columns per task
   int64_t channel_tasks = 1;  // tasks that share a tile's columns (one product only)
   int64_t channel_tile = 0;   // output channels per such task
@@ -46,6 +47,7 @@ struct PlanInput {
   int threads = 1;
   bool channels_contiguous = false;  // x or y adjacent along channels rather than along positions
   bool single_product = false;       // one frame after a given state: may be split over output channels
+  bool dense_channels = false;       // channels adjacent in every tensor, and the last state in the state's dtype
 };
 
 // Channels summed in one go. Part of the definition of a result: sums of this length are added to each other, which halves the
@@ -57,6 +59,7 @@ inline constexpr int64_t k_part = 128;
 inline constexpr int64_t around_bytes = int64_t(4) << 20, around_step_bytes = int64_t(64) << 10;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t max_of_two(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Cost of the time-parallel form against the plain scan, in products of W with one vector of columns on one thread:
 //
@@ -92,6 +95,25 @@ inline int64_t choose_chunk(const PlanInput& in, int64_t lanes, Plan& plan) {
   return best && 1.2 * plan.chunked_cost < plan.sequential_cost ? best : 0;
 }
 
+// A single product by panels of W. Tasks share the outputs so that W is packed once where that is the larger operand, and else so
+// that one packing serves 400 rows; in both cases a task's states stay in a second-level cache.
+inline void plan_step(const PlanInput& in, const Blocking& b, int64_t threads, Plan& plan) {
+  const int64_t half = b.channels_rows / 2, panel = b.channels_vectors * b.lanes, panels = ceil_div(in.C, panel);
+  const int64_t most = max_of_two((int64_t(1) << 20) / (4 * in.C), 2 * half);
+  int64_t tiles = 1;
+  if (in.C >= in.columns) {
+    plan.channel_tasks = panels < threads ? panels : threads;
+    tiles = ceil_div(threads, plan.channel_tasks);
+  } else {
+    tiles = threads * max_of_two(in.columns / (400 * threads), 1);
+  }
+  if (tiles < ceil_div(in.columns, most)) tiles = ceil_div(ceil_div(in.columns, most), threads) * threads;
+  plan.step = true;
+  plan.channel_tile = ceil_div(panels, plan.channel_tasks) * panel;
+  plan.channel_tasks = ceil_div(in.C, plan.channel_tile);
+  plan.tile = max_of_two(ceil_div(ceil_div(in.columns, tiles), half) * half, half);
+}
+
 inline Plan plan_scan(const PlanInput& in, Isa isa) {
   const Blocking b = blocking(isa, in.dtype);
   const bool pairs = multiplies_pairs(isa, in.dtype);
@@ -113,7 +135,9 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   if (tile < unit) tile = unit;
   plan.channel_tile = in.C;
   const int64_t tiles = in.columns > 0 ? ceil_div(in.columns, tile) : 1;
-  if (in.single_product && (!plan.channels || (pairs && in.columns <= 4 * b.channels_rows)) && tiles < threads) {
+  if (in.single_product && plan.channels && in.dense_channels && !pairs && in.dtype != DType::f64 && in.C % b.lanes == 0) {
+    plan_step(in, b, threads, plan);
+  } else if (in.single_product && (!plan.channels || (pairs && in.columns <= 4 * b.channels_rows)) && tiles < threads) {
     // Few columns: W is the traffic, so tasks share the columns and divide W.
     const int64_t least = plan.channels ? b.lanes : b.planar_rows;
     plan.tile = ceil_div(ceil_div(in.columns, tiles), vector) * vector;
@@ -163,6 +187,7 @@ inline std::string describe(const PlanInput& in, const Plan& plan, Isa isa) {
                      std::to_string(plan.tile) + " positions";
   if (plan.channel_tasks > 1) text += " x " + std::to_string(plan.channel_tile) + " output channels";
   text += "; ";
+  if (plan.step) return text + "one product, each task packs its panels of W";
   if (plan.chunk)
     return text + "chunks of " + std::to_string(plan.chunk) + " frames side by side: " + number(plan.chunked_cost) +
            " products of W per thread instead of " + number(plan.sequential_cost);

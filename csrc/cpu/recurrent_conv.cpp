@@ -43,6 +43,8 @@ PlanInput plan_input(const Scan& p, int threads) {
   in.dtype = p.dtype;
   in.threads = threads;
   in.channels_contiguous = channels_contiguous(p);
+  in.dense_channels = (!p.x.data || p.x.c == 1) && (!p.y.data || p.y.c == 1) && (!p.residual.data || p.residual.c == 1) &&
+                      p.first.c == 1 && (p.last_kind == Last::none || (p.last.c == 1 && p.last.dtype == DType::f32));
   in.single_product = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   return in;
 }

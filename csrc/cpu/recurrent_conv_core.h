@@ -449,6 +449,32 @@ struct Tile {
   }
 };
 
+// Output channels [o0, o0 + valid) of W for inputs [k0, k0 + count): out[k][NR], zeros beyond `valid`.
+template <class V, class T>
+static void pack_panel(const Scan& p, const T* w, int64_t o0, int64_t valid, int64_t NR, int64_t k0, int64_t count,
+                       typename V::S* out) {
+  using S = typename V::S;
+  constexpr int L = V::L;
+  const T* src = w + o0 * p.weight_out + k0 * p.weight_in;
+  int64_t n0 = 0;
+  if (p.weight_in == 1) {
+    int64_t rows[L];
+    for (; n0 + L <= valid; n0 += L) {
+      for (int64_t l = 0; l < L; ++l) rows[l] = (n0 + l) * p.weight_out;
+      int64_t k = 0;
+      for (; k + L <= count; k += L) V::template transpose<T>(src + k, rows, out + k * NR + n0, NR);
+      for (; k < count; ++k)
+        for (int64_t l = 0; l < L; ++l) out[k * NR + n0 + l] = V::scalar(src[rows[l] + k]);
+    }
+  } else if (p.weight_out == 1) {  // backwards
+    for (; n0 + L <= valid; n0 += L)
+      for (int64_t k = 0; k < count; ++k) V::store(out + k * NR + n0, V::load(src + k * p.weight_in + n0));
+  }
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t n = n0; n < NR; ++n)
+      out[k * NR + n] = n < valid ? V::scalar(src[n * p.weight_out + k * p.weight_in]) : S(0);
+}
+
 // ---- a scan ----------------------------------------------------------------------------------------------------
 
 template <class V, class T, bool Channels>
@@ -471,26 +497,7 @@ struct ScanTasks {
       int64_t v = 0;
       for (int64_t i = 0; i < index; ++i) v += TileType::vectors_at(v, vectors);
       const int64_t NR = TileType::vectors_at(v, vectors) * L;
-      S* out = t.packed + v * L * p.C;
-      const int64_t valid = min_of(NR, p.C - v * L);
-      const T* src = w + v * L * p.weight_out;
-      int64_t n0 = 0;
-      if (p.weight_in == 1) {
-        int64_t rows[L];
-        for (; n0 + L <= valid; n0 += L) {
-          for (int64_t l = 0; l < L; ++l) rows[l] = (n0 + l) * p.weight_out;
-          int64_t k = 0;
-          for (; k + L <= p.C; k += L) V::template transpose<T>(src + k, rows, out + k * NR + n0, NR);
-          for (; k < p.C; ++k)
-            for (int64_t l = 0; l < L; ++l) out[k * NR + n0 + l] = V::scalar(src[rows[l] + k]);
-        }
-      } else if (p.weight_out == 1) {  // backwards
-        for (; n0 + L <= valid; n0 += L)
-          for (int64_t k = 0; k < p.C; ++k) V::store(out + k * NR + n0, V::load(src + k * p.weight_in + n0));
-      }
-      for (int64_t k = 0; k < p.C; ++k)
-        for (int64_t n = n0; n < NR; ++n)
-          out[k * NR + n] = n < valid ? V::scalar(src[n * p.weight_out + k * p.weight_in]) : S(0);
+      pack_panel<V, T>(p, w, v * L, min_of(NR, p.C - v * L), NR, 0, p.C, t.packed + v * L * p.C);
     } else {  // MR rows, rows past C zero
       for (int64_t k = 0; k < p.C; ++k)
         for (int64_t m = index * MR; m < (index + 1) * MR; ++m)
@@ -541,8 +548,12 @@ struct ScanTasks {
   }
 };
 
+#include "recurrent_conv_step_core.h"
+
 template <class V, class T>
 static void scan_of(const Scan& p, const Plan& plan, const Parallel& parallel) {
+  if constexpr (sizeof(typename V::S) == 4)
+    if (plan.step) return Step<V, T>::run_all(p, plan, parallel);
   if (plan.channels)
     ScanTasks<V, T, true>::run(p, plan, parallel);
   else

@@ -41,6 +41,9 @@ class Backend:
     experimental: tuple[str, ...] = ()
 
 
+_GPU_BACKENDS = ("cuda", "triton")
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator and its backends.
@@ -72,7 +75,10 @@ class Operator:
             if reason is not None:
                 raise ValueError(f"backend {wanted!r} cannot run {self.name}: {reason}")
             return backend
+        on_cpu = isinstance(args[0], Tensor) and args[0].device.type == "cpu"
         for backend in self.backends:
+            if on_cpu and backend.name in _GPU_BACKENDS:  # wording its reason costs a frame of a stream microseconds
+                continue
             if backend.why_not(*args) is None:
                 if backend.name == "reference" and _device_of(args) == "cuda":
                     self._warn_slow(args)

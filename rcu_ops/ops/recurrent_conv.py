@@ -588,7 +588,7 @@ def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
     return _triton.kernels("recurrent_conv").describe(x, weight)
 
 
-def _cpu_plan(x: Tensor, h0: Tensor | None) -> str:
+def _cpu_plan(x: Tensor, h0: Tensor | None, residual: Tensor | None = None) -> str:
     native = _library.native()
     if native is None:
         return "one scan; the planner's words need the module rcu_ops._native, which was not built for this Python"
@@ -602,6 +602,7 @@ def _cpu_plan(x: Tensor, h0: Tensor | None) -> str:
         threads=torch.get_num_threads(),
         channels_last=x.stride(1) == 1,
         with_state=h0 is not None,
+        dense=all(value is None or value.stride(1) == 1 for value in (h0, residual)),
     )
 
 
@@ -678,7 +679,7 @@ AFFINE_ACT = register(
                 "cpu",
                 BINARY.affine_act,
                 _predicates.why_not_cpu("recurrent_conv_affine_act"),
-                lambda *a: _cpu_plan(a[0], a[4]),
+                lambda *a: _cpu_plan(a[0], a[4], a[5]),
             ),
             Backend("reference", _run_reference_affine_act, _predicates.why_not_reference),
         ),

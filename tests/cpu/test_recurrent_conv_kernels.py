@@ -283,6 +283,33 @@ def test_frame_by_frame_is_bitwise_one_call(isa: str, dtype: torch.dtype, layout
             assert torch.equal(now, h_n)
 
 
+@pytest.mark.parametrize("states", ["as x", "in x's dtype", "uneven rows", "rows a page apart"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_one_product_by_panels_of_the_weight(isa: str, dtype: torch.dtype, states: str) -> None:
+    """One frame of adjacent channels, rows in whole blocks, half ones and less, equals vectors along positions."""
+    for n, c, height, width in [(2, 32, 3, 5), (1, 96, 7, 7), (1, 160, 2, 11), (3, 144, 1, 5)]:
+        x, weight, state = inputs((n, c, 1, height, width), dtype)
+        if states == "in x's dtype":
+            state = state.to(dtype)
+        scale, shift, residual = torch.rand(c) + 0.5, torch.randn(c), torch.randn_like(x)
+        h, h_n = kernels.recurrent_conv(x, weight, state, True, False)
+        y, y_n = kernels.recurrent_conv_affine_act(x, weight, scale, shift, state, residual, False, True)
+        last, given = channels_last(x), channels_last(state)
+        if states == "uneven rows":
+            given = torch.nn.functional.pad(state, (0, 1, 1, 0), value=torch.nan)
+            given = given.contiguous(memory_format=torch.channels_last)[:, :, 1:, :-1]
+        elif states == "rows a page apart":
+            page = 1024 if state.dtype == torch.float32 else 2048
+            given = channels_last(torch.cat([state, torch.full((n, page - c, height, width), torch.nan)], 1))[:, :c]
+        for matrix in (weight, weight.T.contiguous().T):
+            got = kernels.recurrent_conv(last, matrix, given, True, False)
+            assert torch.equal(got[0], h) and torch.equal(got[1], h_n)
+            got = kernels.recurrent_conv_affine_act(
+                last, matrix, scale, shift, given, channels_last(residual), False, True
+            )
+            assert torch.equal(got[0], y) and torch.equal(got[1], y_n)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_clips_written_past_the_caches_are_the_same(isa: str, dtype: torch.dtype, layout: str) -> None:
@@ -498,12 +525,26 @@ def test_tasks_cover_every_output_once(dtype: str, isa: str) -> None:
     assert native is not None
     for n, c, t, positions in [(1, 64, 16, 3136), (1, 512, 1, 49), (8, 512, 1, 49), (1, 7, 3, 5), (0, 4, 2, 9)]:
         for threads, last, state in itertools.product((1, 2, 7, 64), (False, True), (False, True)):
-            plan = native.recurrent_conv_plan_details(n, c, t, positions, dtype, threads, last, state, isa)
+            plan = native.recurrent_conv_plan_details(n, c, t, positions, dtype, threads, last, state, last, isa)
             written = torch.zeros(c, n * positions, dtype=torch.int32)
             for q0, q1, c0, c1 in plan["tasks"]:
                 assert q0 < q1 and c0 < c1
                 written[c0:c1, q0:q1] += 1
             assert (written == 1).all()
+
+
+@planned
+def test_one_product_takes_panels_of_the_weight_where_channels_are_adjacent() -> None:
+    """Split over output channels where the weight is the larger operand, over positions where they are."""
+    assert native is not None
+    for positions, c, split in [(3136, 64, "positions"), (196, 256, "channels"), (49, 512, "channels")]:
+        arguments = (1, c, 1, positions, "float32", 2, True, True)
+        assert "packs its panels of W" in native.recurrent_conv_plan(*arguments, isa="avx512")
+        assert "packs its panels" not in native.recurrent_conv_plan(*arguments, dense=False, isa="avx512")
+        tasks = native.recurrent_conv_plan_details(*arguments, isa="avx512")["tasks"]
+        assert len(tasks) >= 2
+        assert len({task[2] for task in tasks}) == (2 if split == "channels" else 1)
+    assert "packs its panels" not in native.recurrent_conv_plan(1, 24, 1, 49, "float32", 2, True, True, isa="avx512")
 
 
 @planned

@@ -1,0 +1,192 @@
+// recurrent_conv: a single product, v' = alpha (W v + x), of tensors whose channels are adjacent. Included at the end of
+// recurrent_conv_core.h, for every instruction set that includes it.
+//
+// A scan packs W once for many frames; one frame has to pay for W as for its operands. So a task takes panels of W of its own,
+// turns 128 inputs x 32 outputs of one at a time into the first-level cache, and takes all its rows (positions) through them.
+//
+// Layout.   A task owns a range of rows and of output channels. The state is read where it lies, MR rows at a time; rows beyond
+//           the last whole block, and all of them where they are not evenly spaced, of another dtype, or a multiple of a
+//           page apart (they would fall on one another in the cache), are copied first, [row][C + L].
+// Aliasing. As for scans.
+// Scratch.  A piece of a panel, one panel's sums of all rows, the copied rows, tables of offsets.
+// Order.    That of scans: results are the same bit by bit.
+// Bound.    2 C FLOP per element; W comes by once per task and is asked for one piece ahead, the state once per panel, from the
+//           second-level cache: 4 C bytes for 32 * 2 C FLOP.
+
+template <class V, int MR, int NV>
+static void step_block(const typename V::S* a, int64_t lda, const typename V::S* b, int64_t count, typename V::S* sums,
+                       bool resume) {
+  using R = typename V::R;
+  constexpr int L = V::L;
+  R acc[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(typename V::S(-0.0));
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < count; ++k, b += NV * L) {
+    R bv[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const R av = V::set1(a[m * lda + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      typename V::S* const at = sums + (m * NV + v) * L;
+      V::store(at, resume ? V::add(V::load(at), acc[m][v]) : acc[m][v]);
+    }
+}
+
+template <class V, class T>
+struct Step {
+  using S = typename V::S;
+  static_assert(sizeof(S) == 4, "fp64 is left to scans");
+  using R = typename V::R;
+  static constexpr int L = V::L, MR = V::channels_rows, HALF = MR / 2, NV = 2, NR = NV * L;
+
+  const Scan& p;
+  const Plan& plan;
+
+  static void block(bool half, int vectors, const S* a, int64_t lda, const S* b, int64_t count, S* sums, bool resume) {
+    if (vectors == NV)
+      half ? step_block<V, HALF, NV>(a, lda, b, count, sums, resume) : step_block<V, MR, NV>(a, lda, b, count, sums, resume);
+    else
+      half ? step_block<V, HALF, 1>(a, lda, b, count, sums, resume) : step_block<V, MR, 1>(a, lda, b, count, sums, resume);
+  }
+
+  void run(int64_t q0, int64_t q1, int64_t c0, int64_t c1) const {
+    const int64_t rows = q1 - q0, C = p.C, copied_row = C + L;
+    size_t bytes = 0;
+    const auto reserve = [&](int64_t size) {
+      const size_t at = bytes;
+      bytes += (static_cast<size_t>(size) + 63) / 64 * 64;
+      return at;
+    };
+    const size_t at_tables = reserve(5 * rows * static_cast<int64_t>(sizeof(int64_t)));
+    const size_t at_panel = reserve(k_part * NR * static_cast<int64_t>(sizeof(S)));
+    const size_t at_sums = reserve(round_up(rows, HALF) * NR * static_cast<int64_t>(sizeof(S)));
+    const size_t at_copies = reserve(round_up(rows, HALF) * copied_row * static_cast<int64_t>(sizeof(S)));
+    char* const memory = static_cast<char*>(scratch(1, bytes));
+    int64_t* const tables = reinterpret_cast<int64_t*>(memory + at_tables);
+    S* const panel = reinterpret_cast<S*>(memory + at_panel);
+    S* const sums = reinterpret_cast<S*>(memory + at_sums);
+    S* const copies = reinterpret_cast<S*>(memory + at_copies);
+
+    memset(tables, 0, 5 * rows * sizeof(int64_t));  // a tensor that is absent has rows nowhere
+    int64_t *const first_at = tables, *const last_at = tables + rows, *const x_at = tables + 2 * rows;
+    int64_t *const residual_at = tables + 3 * rows, *const y_at = tables + 4 * rows;
+    column_offsets(p, p.first, q0, rows, first_at);
+    if (p.last_kind != Last::none) column_offsets(p, p.last, q0, rows, last_at);
+    if (p.x.data) column_offsets(p, p.x, q0, rows, x_at);
+    if (p.residual.data) column_offsets(p, p.residual, q0, rows, residual_at);
+    if (p.y.data) column_offsets(p, p.y, q0, rows, y_at);
+
+    const S* const first = static_cast<const S*>(p.first.data);
+    const int64_t spacing = rows > 1 ? first_at[1] - first_at[0] : C;
+    const bool same = p.first.dtype == DType::f32;
+    bool here = same && spacing * static_cast<int64_t>(sizeof(S)) % 4096 != 0;
+    for (int64_t m = 1; here && m < rows; ++m) here = first_at[m] - first_at[m - 1] == spacing;
+    const int64_t read_here = here ? rows / MR * MR : 0;
+    for (int64_t m = read_here; m < round_up(rows - read_here, HALF) + read_here; ++m) {
+      S* const to = copies + (m - read_here) * copied_row;
+      if (m >= rows)
+        memset(static_cast<void*>(to), 0, C * sizeof(S));
+      else if (same)
+        copy_row(to, first + first_at[m], C * sizeof(S));
+      else
+        for (int64_t c = 0; c < C; ++c) to[c] = static_cast<S>(load_any(p.first.data, p.first.dtype, first_at[m] + c));
+    }
+
+    const T* const w = static_cast<const T*>(p.weight);
+    const bool around_state = plan.around_state && whole_lines<S>(p.last), around = plan.around && whole_lines<T>(p.y);
+    for (int64_t l0 = c0; l0 < c1; l0 += NR) {
+      const int64_t vectors = min_of<int64_t>(NV, (c1 - l0) / L), width = vectors * L;
+      for (int64_t k0 = 0; k0 < C; k0 += k_part) {
+        const int64_t count = min_of(k_part, C - k0);
+        const bool last = k0 + count == C;
+        pack_panel<V, T>(p, w, l0, width, width, k0, count, panel);
+        // The next piece of W is asked for block by block.
+        const int64_t next_l = last ? l0 + NR : l0, next_k = last ? 0 : k0 + count;
+        const int64_t next_rows = next_l < c1 ? min_of<int64_t>(NR, c1 - next_l) : 0;
+        const int64_t share = ceil_div(next_rows * MR, rows);
+        int64_t next_row = 0;
+        for (int64_t m0 = 0; m0 < rows; m0 += MR) {
+          const int64_t present = min_of<int64_t>(MR, rows - m0);
+          for (int64_t i = 0; i < share && next_row < next_rows; ++i, ++next_row)
+            prefetch_piece(w, next_l + next_row, next_k, min_of(k_part, C - next_k));
+          if (m0 + MR < read_here)
+            for (int64_t m = m0 + MR; m < m0 + 2 * MR; ++m)
+              for (int64_t k = 0; k < count; k += L) __builtin_prefetch(first + first_at[m] + k0 + k);
+          if (last)
+            for (int64_t m = m0; m < m0 + present; ++m) {
+              if (p.x.data) prefetch_row(static_cast<const T*>(p.x.data) + x_at[m] + l0, width);
+              if (p.residual.data) prefetch_row(static_cast<const T*>(p.residual.data) + residual_at[m] + l0, width);
+            }
+          const bool at_home = m0 < read_here;
+          const S* const a = at_home ? first + first_at[m0] + k0 : copies + (m0 - read_here) * copied_row + k0;
+          S* const sum = sums + (C > k_part ? m0 * NR : 0);
+          block(present <= HALF, static_cast<int>(vectors), a, at_home ? spacing : copied_row, panel, count, sum, k0 > 0);
+          if (!last) continue;
+          for (int64_t m = m0; m < m0 + present; ++m)
+            finish(sum + (m - m0) * width, static_cast<int>(vectors), l0, {x_at[m], residual_at[m], y_at[m], last_at[m]}, around,
+                   around_state);
+        }
+      }
+    }
+    if (around || around_state) end_around();
+  }
+
+  struct Row {
+    int64_t x, residual, y, last;  // its place in each tensor
+  };
+  void finish(const S* sum, int vectors, int64_t l0, const Row& at, bool around, bool around_state) const {
+    const R alpha = V::set1(static_cast<S>(p.alpha_final));
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t c = l0 + v * L;
+      R value = V::load(sum + v * L);
+      if (p.x.data) value = V::add(value, V::load(static_cast<const T*>(p.x.data) + at.x + c));
+      value = V::mul(value, alpha);
+      if (p.last_kind != Last::none) store_row<V, 1>(static_cast<S*>(p.last.data) + at.last + c, &value, around_state);
+      if (!p.y.data) continue;
+      if (p.scale) {
+        value = V::fma(V::load(static_cast<const S*>(p.scale) + c), value, V::load(static_cast<const S*>(p.shift) + c));
+        if (p.residual.data) value = V::add(value, V::load(static_cast<const T*>(p.residual.data) + at.residual + c));
+        if (p.relu) value = V::relu(value);
+      }
+      store_row<V, 1>(static_cast<T*>(p.y.data) + at.y + c, &value, around);
+    }
+  }
+
+  template <class E>
+  static bool whole_lines(const View& v) {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
+    return streams<V, E> && v.data && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 && (v.n | v.g | v.h | v.w) % line == 0;
+  }
+  static void prefetch_row(const T* row, int64_t count) {
+    const char* from = reinterpret_cast<const char*>(row);
+    for (int64_t b = 0; b < count * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(from + b);
+  }
+  void prefetch_piece(const T* w, int64_t o, int64_t k0, int64_t count) const {
+    if (p.weight_in != 1) return;
+    const char* from = reinterpret_cast<const char*>(w + o * p.weight_out + k0);
+    for (int64_t b = 0; b < count * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(from + b, 0, 2);
+  }
+
+  static void task(void* self, int64_t index) {
+    const auto& t = *static_cast<const Step*>(self);
+    const TaskRange r = task_range(t.plan, t.p.N * t.p.G * t.p.H * t.p.W, t.p.C, index);
+    t.run(r.column_begin, r.column_end, r.channel_begin, r.channel_end);
+  }
+
+  static void run_all(const Scan& p, const Plan& plan, const Parallel& parallel) {
+    Step t{p, plan};
+    parallel.run(parallel.pool, task_count(plan, p.N * p.G * p.H * p.W), task, &t);
+  }
+};
