@@ -660,16 +660,25 @@ struct WeightGradTasks {
     }
   }
 
-  // Asks for what `part` of `parts` equal parts of a chunk's rows hold of a tensor: rows of channels, or channels of rows.
-  static void prefetch(const View& v, const int64_t* at, int64_t count, int64_t c0, int64_t c1, int64_t part, int64_t parts) {
-    const bool by_row = v.c == 1;
-    const int64_t units = by_row ? count : c1 - c0, bytes = (by_row ? c1 - c0 : count) * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = units * part / parts; i < units * (part + 1) / parts; ++i) {
-      const int64_t offset = by_row ? at[i] + c0 : at[0] + (c0 + i) * v.c;
-      const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + offset);
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+  // What a chunk's rows hold of a tensor, rows of channels or channels of rows, asked for in `parts` calls of next().
+  struct Prefetch {
+    const View& v;
+    const int64_t* at;
+    int64_t c0, units, share, bytes, done = 0;
+    Prefetch(const View& view, const int64_t* offsets, int64_t count, int64_t begin, int64_t end, int64_t parts)
+        : v(view), at(offsets), c0(begin), units(view.c == 1 ? count : end - begin), share((units + parts - 1) / parts),
+          bytes((view.c == 1 ? end - begin : count) * static_cast<int64_t>(sizeof(T))) {
+      if (count == 0) units = 0;
     }
-  }
+    void next() {
+      const bool by_row = v.c == 1;
+      for (const int64_t stop = min_of(done + share, units); done < stop; ++done) {
+        const int64_t offset = by_row ? at[done] + c0 : at[0] + (c0 + done) * v.c;
+        const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + offset);
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+      }
+    }
+  };
 
   static void task(void* self, int64_t index) {
     const auto& t = *static_cast<const WeightGradTasks*>(self);
@@ -702,11 +711,12 @@ struct WeightGradTasks {
       this->template pack_u<Rows>(u, o0, outputs, now->u, now->count);
       pack_h(h, now->h, now->from_first, now->count);
       locate(r + K, end, *next);
-      const bool prefetch_h = next->count > 0 && !next->from_first[0];
-      for (int64_t panel = 0, i = 0; panel < panels; ++panel)
-        for (int64_t m = 0; m < padded; m += MR, ++i) {
-          prefetch(p.dx, next->u, next->count, o0, o0 + outputs, i, blocks);
-          if (prefetch_h) prefetch(p.h, next->h, next->count, 0, p.C, i, blocks);
+      Prefetch next_u(p.dx, next->u, next->count, o0, o0 + outputs, blocks);
+      Prefetch next_h(p.h, next->h, next->from_first[0] ? 0 : next->count, 0, p.C, blocks);
+      for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t m = 0; m < padded; m += MR) {
+          next_u.next();
+          next_h.next();
           const S* const a = Rows ? u + m / A * A * K + m % A : u + m * K;
           const S* const b = h + panel * K * NR;
           for (int64_t k = 0; k < now->count; k += chain)
@@ -761,6 +771,7 @@ struct WeightGradTasks {
   void pack_h(S* h, const int64_t* rows_at, const bool* from_first, int64_t count) const {
     const T* src = static_cast<const T*>(p.h.data);
     const int64_t wide = p.C / L * L;
+    const bool by_row = p.h.c == 1 && p.C > 1;
     int64_t k = 0;
     while (k < count) {
       if (from_first[k]) {
@@ -770,7 +781,7 @@ struct WeightGradTasks {
         ++k;
         continue;
       }
-      const bool group = k + L <= count && adjacent(rows_at + k) && !from_first[k + L - 1];
+      const bool group = !by_row && k + L <= count && adjacent(rows_at + k) && !from_first[k + L - 1];
       const int64_t step = group ? L : 1;
       int64_t c = 0;
       if (group) {
