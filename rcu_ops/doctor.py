@@ -24,6 +24,7 @@ def examine() -> dict[str, Any]:
 
     from rcu_ops import _library
     from rcu_ops._version import __version__
+    from rcu_ops.nn.packed_conv import arithmetic
     from rcu_ops.ops import OPERATORS, current_backend
     from rcu_ops.ops._selftest import results
 
@@ -41,6 +42,8 @@ def examine() -> dict[str, Any]:
     native = _library.native()
     if native is not None and hasattr(native, "cpu_isa"):
         devices[0]["isa"] = native.cpu_isa()
+    computed, reason = arithmetic(torch.bfloat16)
+    devices[0]["bf16 convolutions of fused models"] = f"{str(computed).removeprefix('torch.')}: {reason}"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(

@@ -3,6 +3,9 @@
 PyTorch's convolution rearranges the weight at every call. For one frame at a time that costs more than the convolution
 itself in the deep layers (three times, for 512 channels at 7x7 in bf16). Here the rearranged weight is kept. It is made
 when first needed for an input shape, and made anew when the weight changes.
+
+Some processors multiply bf16 slower than fp32 (:func:`arithmetic`). There a bf16 convolution runs in fp32, on a weight
+that is widened as it is rearranged: the products are the same, and only the result is rounded.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from rcu_ops import _library
 
 _KEPT_LAYOUTS = 2
 
@@ -39,13 +44,18 @@ class PackedWeights:
         dilation: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        """The form of ``weight`` [O,C/groups,1,kh,kw] for inputs shaped like ``frames`` [B,C,H,W]."""
+        """The form of ``weight`` [O,C/groups,1,kh,kw] for inputs shaped like ``frames`` [B,C,H,W], in their dtype."""
         version = 0 if weight.is_inference() else weight._version
-        key = (frames.shape, weight.data_ptr(), weight.dtype, version)
+        key = (frames.shape, weight.data_ptr(), weight.dtype, frames.dtype, version)
         packed = self._packed.get(key)
         if packed is None:
             packed = torch.ops.mkldnn._reorder_convolution_weight(
-                weight.detach().squeeze(2).contiguous(), padding, stride, dilation, groups, list(frames.shape)
+                weight.detach().squeeze(2).to(frames.dtype).contiguous(),
+                padding,
+                stride,
+                dilation,
+                groups,
+                list(frames.shape),
             )
             kept = [(k, v) for k, v in self._packed.items() if k[1:] == key[1:]]
             self._packed = dict([*kept[-(_KEPT_LAYOUTS - 1) :], (key, packed)])
@@ -78,14 +88,42 @@ def conv2d_act(
         if residual is not None:
             y = y + residual
         return F.relu(y) if relu else y
+    given = frames.dtype
+    wide = arithmetic(given)[0]
+    if wide != given:
+        frames = frames.to(wide)
+        bias = bias if bias is None else bias.to(wide)
+        residual = residual if residual is None else residual.to(wide)
     kept = packed.get(frames, weight, stride, padding, dilation, groups)
     arguments = (padding, stride, dilation, groups)
     after = "relu" if relu else "none"
     if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise(frames, kept, bias, *arguments, after, [], "")
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        frames, residual, kept, bias, *arguments, "add", 1.0, "relu" if relu else None, [], None
-    )
+        y = torch.ops.mkldnn._convolution_pointwise(frames, kept, bias, *arguments, after, [], "")
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            frames, residual, kept, bias, *arguments, "add", 1.0, "relu" if relu else None, [], None
+        )
+    return y.to(given) if wide != given else y
+
+
+@cache
+def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, str]:
+    """The dtype in which CPU convolutions with kept weights are computed for tensors of ``dtype``, and why."""
+    if not _library_takes(dtype):
+        return dtype, f"the weights of {dtype} convolutions are not kept: the matrix library does not take them"
+    if dtype != torch.bfloat16:
+        return dtype, "the matrix library takes it as it is"
+    native = _library.native()
+    if native is None:
+        return dtype, "the processor is not known without rcu_ops._native, which was not built for this Python"
+    best = native.cpu_isas()[-1]
+    if best == "portable":
+        return dtype, "what this processor does with bf16 is not known"
+    if best in ("avx2", "avx512"):
+        return torch.float32, f"{best} has no bf16 arithmetic"
+    if best == "avx512_bf16" and not native.cpu_multiplies_pairs():
+        return torch.float32, "this processor multiplies bf16 at half the rate of fp32"
+    return dtype, f"{best} multiplies bf16 at least as fast as fp32"
 
 
 def _can_pack(frames: Tensor, weight: Tensor) -> bool:

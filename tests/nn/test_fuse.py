@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rcu_ops.models import create_model
-from rcu_ops.nn import FrameConv3d, RecurrentConv3d, convert_to_recurrent, fuse_for_inference
+from rcu_ops.nn import FrameConv3d, RecurrentConv3d, convert_to_recurrent, fuse_for_inference, packed_conv
 from rcu_ops.nn.fuse import FusedFrameConv3d, FusedRecurrentConv3d
 from rcu_ops.streaming import Streamer
 from tests.networks import CAUSAL_MODELS, assert_same, calibrated, eager_frame_scores, perturb, small_model
@@ -103,6 +103,65 @@ def test_changed_weights_are_seen() -> None:
         after = fused(clip)
         assert not torch.equal(before, after)
         assert torch.equal(after, copy.deepcopy(fused)(clip))  # a copy starts without kept layouts
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5, 7, 3), (3, 16, 9, 8), (2, 12, 1, 1), (0, 4, 5, 5)])
+def test_bf16_convolutions_in_either_arithmetic(
+    shape: tuple[int, ...], wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On processors where fp32 is faster the kept weight is fp32; the result is rounded once, to bf16."""
+    if not packed_conv._library_takes(torch.bfloat16):
+        pytest.skip("the matrix library takes no bf16 on this processor")
+    used = torch.float32 if wide else torch.bfloat16
+    monkeypatch.setattr(packed_conv, "arithmetic", lambda dtype: (used, ""))
+    n, c, height, width = shape
+    frames, residual = torch.randn(n, c, height, width), torch.randn(n, 6, height, width)
+    weight, bias = torch.randn(6, c, 1, 3, 3) / c**0.5, torch.randn(6)
+    given = [value.bfloat16() for value in (frames, weight, bias, residual)]
+    given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    arguments = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+
+    def plain(frames: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(F.conv2d(frames, weight.squeeze(2), bias, padding=1) + residual)
+
+    packed = packed_conv.PackedWeights()
+    for _ in range(2):
+        with torch.no_grad():
+            got = packed_conv.conv2d_act(packed, *given[:3], **arguments, residual=given[3], relu=True)
+        assert got.dtype == torch.bfloat16 and got.shape == residual.shape
+        assert [kept.dtype for kept in packed._packed.values()] == ([used] if n else [])
+        if n:
+            assert_close_to_reference(got, plain(*(v.double() for v in given)), plain(*given))
+        given[1].mul_(-2)  # seen: the second round
+
+
+def test_arithmetic_of_bf16_convolutions_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Processor:
+        def __init__(self, isas: list[str], fast_pairs: bool) -> None:
+            self.cpu_isas, self.cpu_multiplies_pairs = lambda: isas, lambda: fast_pairs
+
+    def chosen(native: object, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.dtype, str]:
+        monkeypatch.setattr(packed_conv._library, "native", lambda: native)
+        return packed_conv.arithmetic.__wrapped__(dtype)
+
+    monkeypatch.setattr(packed_conv, "_library_takes", lambda dtype: True)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert chosen(Processor(["avx512", "avx512_bf16"], False)) == (
+        fp32,
+        "this processor multiplies bf16 at half the rate of fp32",
+    )
+    assert chosen(Processor(["avx2", "avx512"], False)) == (fp32, "avx512 has no bf16 arithmetic")
+    assert chosen(Processor(["avx512", "avx512_bf16"], True))[0] == bf16
+    assert chosen(Processor(["avx512_bf16", "amx"], True))[0] == bf16
+    assert chosen(Processor(["portable"], False))[0] == bf16
+    assert chosen(None)[0] == bf16 and "_native" in chosen(None)[1]
+    assert chosen(Processor(["avx512"], False), fp32)[0] == fp32
+    monkeypatch.setattr(packed_conv, "_library_takes", lambda dtype: False)
+    assert chosen(Processor(["avx512"], False)) == (
+        bf16,
+        "the weights of torch.bfloat16 convolutions are not kept: the matrix library does not take them",
+    )
 
 
 def test_fusing_then_casting_keeps_the_affine_part_in_fp32() -> None:
