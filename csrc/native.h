@@ -19,10 +19,11 @@ inline DType parse_dtype(const std::string& name) {
   throw pybind11::value_error("dtype: expected float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
-inline Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes) {
+// sm90a: the library has code for sm_90a.
+inline Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes, bool sm90a = true) {
   Gpu gpu;
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
-  gpu.sm90a = architecture == 90;
+  gpu.sm90a = sm90a && architecture == 90;
   return gpu;
 }
 

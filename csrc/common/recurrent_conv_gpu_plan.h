@@ -327,7 +327,10 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
     plan.tile = plan_tile_scan(p, gpu, plan.why_not_matrix);
   else {
     plan.wide = plan_wide_scan(p, gpu, plan.why_not_matrix);
-    if (gpu.sm90a) plan.hopper = plan_hopper_scan(p, gpu, plan.why_not_hopper);
+    if (gpu.sm90a)
+      plan.hopper = plan_hopper_scan(p, gpu, plan.why_not_hopper);
+    else if (gpu.architecture == 90)
+      plan.why_not_hopper = "the library has no code for sm_90a";
     if (plan.hopper && plan.wide && kernel != Kernel::hopper && !hopper_is_faster(*plan.hopper, *plan.wide, gpu)) {
       plan.hopper.reset();
       plan.why_not_hopper = "smaller blocks are predicted to be faster";

@@ -559,8 +559,14 @@ def cuda_plan(
     residual: Tensor | None = None,
     reverse: bool = False,
     statistics: bool = False,
+    weight: Tensor | None = None,
 ) -> str:
-    """How the CUDA kernels would run a scan on x's device, in words; statistics: for batch normalisation after it."""
+    """How the CUDA kernels would run a scan on x's device, in words.
+
+    Args:
+        statistics: for batch normalisation after it.
+        weight: how its gradient would be summed up is said too, if it requires one.
+    """
     native = _library.native()
     if native is None:
         return "the planner's words need the module rcu_ops._native, which was not built for this Python"
@@ -568,11 +574,13 @@ def cuda_plan(
     misalignment = 0
     for tensor in (x, residual):
         misalignment |= 0 if tensor is None else tensor.data_ptr() % 16
-    return native.recurrent_conv_gpu_plan(
+    shared_bytes = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
+    dtype, like_x = str(x.dtype).removeprefix("torch."), torch.empty_like(x, device="meta").stride()
+    text = native.recurrent_conv_gpu_plan(
         x.shape,
-        str(x.dtype).removeprefix("torch."),
+        dtype,
         x.stride(),
-        torch.empty_like(x, device="meta").stride(),
+        like_x,
         residual=None if residual is None else residual.stride(),
         misalignment=misalignment,
         with_state=h0 is not None,
@@ -580,8 +588,16 @@ def cuda_plan(
         statistics=statistics,
         architecture=10 * gpu.major + gpu.minor,
         multiprocessors=gpu.multi_processor_count,
-        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+        shared_bytes=shared_bytes,
+        sm90a="sm_90a" in _library.build_record().get("architectures", ()),
     )["text"]
+    if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
+        return text
+    first = None if h0 is None else (h0.stride(0), h0.stride(1), 0, h0.stride(2), h0.stride(3))
+    summed = native.recurrent_conv_gpu_weight_grad(
+        x.shape, dtype, like_x, like_x, first, reverse=reverse, shared_bytes=shared_bytes
+    )["text"]
+    return f"{text}; gradient of the weight: {summed}"
 
 
 def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
@@ -652,7 +668,7 @@ OPERATOR = register(
                 "cuda",
                 BINARY.forward,
                 _predicates.why_not_cuda("recurrent_conv", "recurrent_conv"),
-                lambda *a: cuda_plan(a[0], a[2], reverse=a[4]),
+                lambda *a: cuda_plan(a[0], a[2], reverse=a[4], weight=a[1]),
                 experimental=_evidence.experimental("recurrent_conv"),
             ),
             Backend("triton", _TRITON.forward, why_not_triton("recurrent_conv"), _triton_plan),

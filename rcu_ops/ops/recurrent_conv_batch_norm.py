@@ -622,7 +622,7 @@ OPERATOR = register(
                 "cuda",
                 _run,
                 _why_not_cuda,
-                lambda *a: cuda_plan(a[0], a[2], statistics=True),
+                lambda *a: cuda_plan(a[0], a[2], statistics=True, weight=a[1]),
                 experimental=sum(map(_evidence.experimental, _KERNEL_FILES), ()),
             ),
             Backend("triton", _run_triton, why_not_triton("recurrent_conv_batch_norm"), _triton_plan),

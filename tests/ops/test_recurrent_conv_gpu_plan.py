@@ -337,6 +337,33 @@ def test_explain_asks_for_the_device_s_plan(monkeypatch) -> None:
     assert "neither channels nor positions are contiguous" in text
 
 
+def test_explain_says_how_the_weight_s_gradient_is_summed_up(monkeypatch) -> None:
+    device = types.SimpleNamespace(major=8, minor=0, multi_processor_count=108, shared_memory_per_block=163 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    x, weight = torch.empty(2, 64, 4, 8, 8, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
+    h0 = torch.empty(2, 64, 8, 8)
+    plan = OPERATORS["recurrent_conv"].backend("cuda").plan
+    assert "gradient of the weight" not in plan(x, weight, h0, False, False)
+    text = plan(x, weight.requires_grad_(), h0, False, False)
+    assert "; gradient of the weight: matrix: 1 tiles of 64 x 64 x 2 splits of 256 rows" in text
+    fused = OPERATORS["recurrent_conv_batch_norm"].backend("cuda").plan
+    text = fused(x, weight, h0, None, None, None, False, 1e-5, True, "")
+    assert "; batch normalisation's statistics on the way out, of parts of 32 columns; gradient of the weight: " in text
+    with torch.no_grad():
+        assert "gradient of the weight" not in plan(x, weight, h0, False, False)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_explain_knows_whether_the_library_has_code_for_sm_90a(built, monkeypatch) -> None:
+    device = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(_library, "build_record", lambda: {"architectures": ["sm_80"] + ["sm_90a"] * built})
+    x, weight = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((1024, 256, 8, 14, 14), (256, 256)))
+    text = OPERATORS["recurrent_conv"].backend("cuda").plan(x, weight, None, False, False)
+    assert text.startswith("hopper") == built
+    assert ("(not by warpgroups: the library has no code for sm_90a)" in text) != built
+
+
 @pytest.mark.parametrize(
     ("change", "message"), [({"shape": (1, 0, 1, 1, 1)}, "shape: expected"), ({"dtype": "int8"}, "dtype: expected")]
 )
