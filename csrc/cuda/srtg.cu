@@ -18,14 +18,15 @@ constexpr int gate_threads = 256, warps = gate_threads / 32;
 // Work.     Along positions: a warp owns a frame of one channel, its lanes take every 32nd position. Along channels
 //           (Channels): a block owns 32 channels of one frame, a lane is a channel, its 8 warps take every 8th position. Choose
 //           the one along which x's numbers are adjacent.
-// Memory.   Shared, with sums along channels: [8][32] partial sums. x and grad are read once, y is written once.
+// Memory.   Shared, along channels: [8][32] partial sums. x and grad are read once, y is written once.
 // Order.    A lane adds up its positions in order; then lanes in pairs of pairs, or warps in order. No atomics.
 // Aliasing. y overlaps no input. Every element has one writer.
 // Bound.    Bytes.
-template <typename T, GatePass Pass, bool Channels>
+template <typename T, bool Channels>
 __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
   using S = Accumulator<T>;
-  constexpr bool sums = Pass == GatePass::squeeze || Pass == GatePass::backward;
+  const GatePass pass = p.pass;
+  const bool sums = pass == GatePass::squeeze || pass == GatePass::backward;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t positions = p.H * p.W, groups = (p.C + 31) / 32;
   int64_t n, c, t, first, step;
@@ -47,8 +48,8 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
   if (mine) {
     open = !p.gate || p.gate[n * p.gate_stride];
     at = (n * p.T + t) * p.C + c;
-    S factor = Pass == GatePass::add ? S(-0.0) : S(1);  // x + -0 is x, for every x
-    if (Pass != GatePass::squeeze && open) factor = static_cast<const S*>(p.h)[at];
+    S factor = pass == GatePass::add ? S(-0.0) : S(1);  // x + -0 is x, for every x
+    if (pass != GatePass::squeeze && open) factor = static_cast<const S*>(p.h)[at];
     const auto base = [&](const View& v) { return n * v.n + c * v.c + t * v.t; };
     const int64_t x0 = base(p.x), y0 = base(p.y), grad0 = base(p.grad);
     const T *x = static_cast<const T*>(p.x.data), *grad = static_cast<const T*>(p.grad.data);
@@ -57,14 +58,14 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
       const int64_t row = i / p.W, column = i % p.W;
       const S value = widen(x[x0 + row * p.x.h + column * p.x.w]);
       S of_grad = 0;
-      if constexpr (Pass == GatePass::backward) of_grad = widen(grad[grad0 + row * p.grad.h + column * p.grad.w]);
-      if constexpr (Pass != GatePass::squeeze)
+      if (pass == GatePass::backward) of_grad = widen(grad[grad0 + row * p.grad.h + column * p.grad.w]);
+      if (pass != GatePass::squeeze)
         y[y0 + row * p.y.h + column * p.y.w] =
-            narrow<T>(Pass == GatePass::mul ? value * factor : Pass == GatePass::add ? value + factor : of_grad * factor);
-      if constexpr (sums) total += Pass == GatePass::squeeze ? value : value * of_grad;
+            narrow<T>(pass == GatePass::mul ? value * factor : pass == GatePass::add ? value + factor : of_grad * factor);
+      if (sums) total += pass == GatePass::squeeze ? value : value * of_grad;
     }
   }
-  if constexpr (!sums) return;
+  if (!sums) return;
   if constexpr (Channels) {
     S* partial = dynamic_shared<S>();
     partial[threadIdx.x] = total;
@@ -78,29 +79,18 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
     mine = mine && lane == 0;
   }
   if (mine)
-    static_cast<S*>(p.sums)[at] = Pass == GatePass::squeeze ? total / static_cast<S>(positions) : open ? total : S(0);
-}
-
-template <typename T, GatePass Pass>
-Error launch_pass(const GateData& p, Stream stream) {
-  const bool channels = p.x.c == 1 && p.C > 1 && !(p.x.w == 1 && p.W > 1);
-  const int64_t blocks = channels ? p.N * p.T * ((p.C + 31) / 32) : (p.N * p.C * p.T + warps - 1) / warps;
-  if (blocks == 0) return {};
-  if (blocks > INT32_MAX) return "srtg: too many frames for one launch";
-  constexpr bool sums = Pass == GatePass::squeeze || Pass == GatePass::backward;
-  const size_t shared = channels && sums ? gate_threads * sizeof(Accumulator<T>) : 0;
-  return launch("srtg gate_pass", channels ? gate_pass<T, Pass, true> : gate_pass<T, Pass, false>,
-                dim3(static_cast<unsigned>(blocks)), dim3(gate_threads), shared, stream, p);
+    static_cast<S*>(p.sums)[at] = pass == GatePass::squeeze ? total / static_cast<S>(positions) : open ? total : S(0);
 }
 
 template <typename T>
 Error launch_as(const GateData& p, Stream stream) {
-  switch (p.pass) {
-    case GatePass::squeeze: return launch_pass<T, GatePass::squeeze>(p, stream);
-    case GatePass::mul: return launch_pass<T, GatePass::mul>(p, stream);
-    case GatePass::add: return launch_pass<T, GatePass::add>(p, stream);
-    default: return launch_pass<T, GatePass::backward>(p, stream);
-  }
+  const bool channels = p.x.c == 1 && p.C > 1 && !(p.x.w == 1 && p.W > 1);
+  const int64_t blocks = channels ? p.N * p.T * ((p.C + 31) / 32) : (p.N * p.C * p.T + warps - 1) / warps;
+  if (blocks == 0) return {};
+  if (blocks > INT32_MAX) return "srtg: too many frames for one launch";
+  const size_t shared = channels ? gate_threads * sizeof(Accumulator<T>) : 0;
+  return launch("srtg gate_pass", channels ? gate_pass<T, true> : gate_pass<T, false>, dim3(static_cast<unsigned>(blocks)),
+                dim3(gate_threads), shared, stream, p);
 }
 
 }  // namespace

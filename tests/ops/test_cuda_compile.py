@@ -203,7 +203,7 @@ def test_all_types_are_there(usage) -> None:
         assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2 * 2
         for kernel in ("plain_scan", "weight_grad_partial", "sum_splits", "fast_gru_pass"):
             types = {
-                name.split("<")[1].split(",")[0].strip(">")
+                name.split("<")[1].split(",")[0].strip(">").split("::")[-1]
                 for arch, name in usage
                 if arch == architecture and name.startswith(kernel + "<")
             }

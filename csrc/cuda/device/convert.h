@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
+#include "cuda/device/number16.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -15,16 +15,14 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 
 __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 
 // Round to nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ T narrow(Accumulator<T> v) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    return __float2bfloat16_rn(v);
+    return to_bf16(v);
   else if constexpr (std::is_same_v<T, __half>)
-    return __float2half_rn(v);
+    return to_half(v);
   else
     return v;
 }
@@ -32,28 +30,18 @@ __device__ __forceinline__ T narrow(Accumulator<T> v) {
 // Two values in one register, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &pair, 4);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&bits, &pair, 4);
-  }
-  return bits;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return pack_bf16(low, high);
+  else
+    return pack_half(low, high);
 }
 
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t bits) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    __nv_bfloat162 pair;
-    memcpy(static_cast<void*>(&pair), &bits, 4);
-    return __bfloat1622float2(pair);
-  } else {
-    __half2 pair;
-    memcpy(static_cast<void*>(&pair), &bits, 4);
-    return __half22float2(pair);
-  }
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return unpack_bf16(bits);
+  else
+    return unpack_half(bits);
 }
 
 }  // namespace rcu_ops::cuda

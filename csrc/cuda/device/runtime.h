@@ -6,9 +6,9 @@
 // variables (see shared_memory.h) and no intrinsics.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "cuda/device/number16.h"
 
 namespace rcu_ops::cuda {
 

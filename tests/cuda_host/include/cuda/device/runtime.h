@@ -1,12 +1,11 @@
 // Host twin of csrc/cuda/device/runtime.h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <vector_types.h>
 
 #include <cmath>
 
+#include "cuda/device/number16.h"
 #include "machine.h"
 
 // The toolkit's headers define the keywords away for host compilers, but for these.
