@@ -1,6 +1,9 @@
 // nonlocal_gates: its kernels as PyTorch operators (see bindings.h).
+#include <cmath>
+
 #include "bindings.h"
 #include "common/nonlocal_gates.h"
+#include "common/nonlocal_gates_library.h"
 #ifdef RCU_OPS_WITH_CUDA
 #include "cuda/nonlocal_gates.h"
 #endif
@@ -66,9 +69,43 @@ Relation relation_of(const Tensor& query, const Tensor& key, const Tensor& value
   return r;
 }
 
+bool library_is_faster(const Relation& r, const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    return cuda::library_is_faster(r);
+  }
+#endif
+  return why_not_library_on_cpu(r) == nullptr;
+}
+
+// PyTorch's scaled_dot_product_attention with a head per sample; no mask.
+Tensor library_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  using torch::stable::detail::from;
+  const auto head = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
+  std::array<StableIValue, 8> stack{from(head(query)), from(head(key)), from(head(value)), from(std::nullopt), from(0.0),
+                                    from(false), from(std::optional<double>(scale)), from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::squeeze(torch::stable::detail::to<Tensor>(stack[0]), 1));
+}
+
+// Whether every row of a CPU tensor of fp32 begins with a number. Where the library gives NaN for a query whose scores are all
+// -inf, and zeros are asked for, all of its row is NaN.
+bool rows_are_numbers(const Tensor& out, const Relation& r) {
+  const auto* first = static_cast<const float*>(pointer(out));
+  bool numbers = true;
+  for (int64_t row = 0; row < r.B * r.N; ++row) numbers &= !std::isnan(first[row * r.E]);
+  return numbers;
+}
+
 Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale, bool count) {
   query = with_rows(query), key = with_rows(key), value = with_rows(value);
   Attention p{relation_of(query, key, value, mask, scale, count), {}};
+  if (library_is_faster(p.relation, query)) {
+    const Tensor found = library_attention(query, key, value, scale);
+    // Not where autocast made another dtype of it, nor where a query may be dead: flash attention on a GPU gives it zeros by itself.
+    if (found.scalar_type() == query.scalar_type() && (query.is_cuda() || rows_are_numbers(found, p.relation))) return found;
+  }
   Tensor out = empty_of(query, {p.relation.B, p.relation.N, p.relation.E});
   p.out = rows_of(out);
   launch(p, query);

@@ -124,8 +124,8 @@ inline bool in_words(const Rows& v, const Relation& r, int64_t rows) {  // wheth
          (rows < 2 || v.row % 8 == 0);
 }
 
-// step: the four gates of a sample are the block's relations. clusters: the build holds the kernels of sm_90a.
-inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& gpu, bool clusters = true) {
+// step: the four gates of a sample are the block's relations.
+inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& gpu) {
   TileRelatePlan plan;
   const auto refuse = [&](const char* why) {
     plan.why_not = why;
@@ -148,10 +148,9 @@ inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& 
   if (plan.shared_bytes > gpu.shared_bytes) return refuse("shared memory is too small for so many keys");
   plan.tiles = ceil_div(r.N, plan.rows);
   const int64_t groups = step ? r.B : ceil_div(r.B * r.G, 4), slices = ceil_div(r.E, tile_relate_slice);
-  clusters = clusters && gpu.architecture == 90;
-  const int most = clusters ? 8 : 1 << 20;  // blocks that every device has room for in a cluster
+  const int most = gpu.sm90a ? 8 : 1 << 20;  // blocks that every device has room for in a cluster
   while (plan.shares < slices && plan.shares < most && groups * plan.tiles * plan.shares < gpu.multiprocessors) plan.shares *= 2;
-  plan.cluster = clusters && plan.shares > 1;
+  plan.cluster = gpu.sm90a && plan.shares > 1;
   plan.blocks = groups * plan.tiles * plan.shares;
   return plan;
 }
@@ -164,9 +163,69 @@ inline Text describe(const TileRelatePlan& plan) {
                             : "");
 }
 
+// ---- gradients on the matrix unit: 16-bit data, up to 256 queries and keys ------------------------------------------------
+
+inline constexpr int tile_gradient_rows = 32;    // that a block owns
+inline constexpr int tile_gradient_others = 64;  // rows on the other side: of a tile of products
+inline constexpr int tile_gradient_depth = 64;   // channels of a stage of products
+inline constexpr int tile_gradient_slice = 128;  // channels of a slice of results
+
+// A block owns 32 queries (dquery) or 32 keys (dkey and dvalue) of one sample and gate, and every shares-th slice of the results'
+// channels; blocks that share rows make the same maps.
+struct TileGradientPlan {
+  const char* why_not = nullptr;  // nullptr: the kernel can run
+  int padded = 0;                 // rows on the other side, in whole tiles
+  int shares = 1;
+  int64_t tiles = 0, blocks = 0;
+  // Byte offsets into shared memory: two maps of 32 x (padded + 4) in fp32 begin at 0, their rows become 16-bit numbers in place;
+  // then a number per row of the block, then two stages.
+  int64_t totals_at = 0, stages_at = 0, stage_bytes = 0, shared_bytes = 0;
+};
+
+inline TileGradientPlan plan_tile_gradient(const AttentionGrad& p, bool of_keys, const Gpu& gpu) {
+  const Relation& r = p.relation;
+  TileGradientPlan plan;
+  const auto refuse = [&](const char* why) {
+    plan.why_not = why;
+    return plan;
+  };
+  if (r.dtype != DType::bf16 && r.dtype != DType::f16) return refuse("the matrix unit is used for 16-bit data");
+  if (r.N == 0 || r.M == 0 || r.B * r.G == 0) return refuse("there is nothing to multiply");
+  if (r.M > tile_relate_most_keys || r.N > tile_relate_most_keys) return refuse("more than 256 queries or keys");
+  if (r.D % 8 || r.E % 8) return refuse("channels are no multiple of 8");
+  if (!in_words(r.query, r, r.N) || !in_words(r.key, r, r.M) || !in_words(r.value, r, r.M) || !in_words(p.grad, r, r.N) ||
+      !in_words(p.dquery, r, r.N) || !in_words(p.dkey, r, r.M) || !in_words(p.dvalue, r, r.M))
+    return refuse("rows are not aligned to 16 bytes");
+  const int64_t rows = tile_gradient_rows, longest = r.M > r.N ? r.M : r.N;  // either both sides' kernels run or none
+  const auto bytes_of = [&](int64_t padded) { return 2 * rows * (padded + 4) * 4 + rows * 4 + 2 * plan.stage_bytes; };
+  plan.stage_bytes = (rows + tile_gradient_others) * tile_gradient_depth * 2;  // more than 32 rows of a slice
+  if (bytes_of(round_up(longest, tile_gradient_others)) > gpu.shared_bytes)
+    return refuse("shared memory is too small for so many rows");
+  plan.padded = static_cast<int>(round_up(of_keys ? r.N : r.M, tile_gradient_others));
+  plan.totals_at = 2 * rows * (plan.padded + 4) * 4;
+  plan.stages_at = plan.totals_at + rows * 4;
+  plan.shared_bytes = bytes_of(plan.padded);
+  plan.tiles = ceil_div(of_keys ? r.M : r.N, rows);
+  const int64_t of_d = ceil_div(r.D, tile_gradient_slice), of_e = ceil_div(r.E, tile_gradient_slice);
+  const int64_t slices = of_keys ? of_d + of_e : of_d, alone = r.B * r.G * plan.tiles;
+  while (plan.shares < slices && alone * plan.shares < gpu.multiprocessors) plan.shares *= 2;
+  plan.blocks = alone * plan.shares;
+  return plan;
+}
+
+// The backward pass of Attention, and that of Step after its gates, in words.
+inline Text describe_gradients(const AttentionGrad& p, const Gpu& gpu) {
+  const TileGradientPlan of_queries = plan_tile_gradient(p, false, gpu), of_keys = plan_tile_gradient(p, true, gpu);
+  if (of_queries.why_not)
+    return "gradients " + describe(plan_plain_query_gradient(p.relation, gpu)) + ", then of the keys " +
+           to_text(plan_plain_key_gradient(p.relation, gpu).blocks) + " (" + of_queries.why_not + ")";
+  return "gradients " + to_text(of_queries.blocks) + " blocks of " + to_text(tile_gradient_rows) + " queries, then " +
+         to_text(of_keys.blocks) + " of " + to_text(tile_gradient_rows) + " keys, on the matrix unit, weights computed again";
+}
+
 // The forward pass of Attention or Step, in words: the kernel that runs it and, where that is the plain one, why.
-inline Text describe_forward(const Relation& r, bool step, const Gpu& gpu, bool clusters = true) {
-  const TileRelatePlan tile = plan_tile_relate(r, step, gpu, clusters);
+inline Text describe_forward(const Relation& r, bool step, const Gpu& gpu) {
+  const TileRelatePlan tile = plan_tile_relate(r, step, gpu);
   if (!tile.why_not) return describe(tile);
   return describe(step ? plan_plain_step(r, gpu) : plan_plain_attend(r, gpu)) + " (" + tile.why_not + ")";
 }

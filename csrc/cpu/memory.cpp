@@ -9,8 +9,8 @@ namespace rcu_ops::cpu {
 namespace {
 
 struct Arena {
-  void* data[2] = {nullptr, nullptr};
-  size_t size[2] = {0, 0};
+  void* data[3] = {nullptr, nullptr, nullptr};
+  size_t size[3] = {0, 0, 0};
   ~Arena() {
     for (void* block : data) std::free(block);
   }

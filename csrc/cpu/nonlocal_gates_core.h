@@ -4,16 +4,16 @@
 // function compiled for one processor can be linked into the code of another. For the same reason nothing here instantiates
 // a template of the standard library.
 //
-// Layout.   Operands are read where they lie, rows of unit stride: the scores as dot products of rows (vectors along the
-//           channels, no packing), the products with the weights as sums of rows (vectors along the channels again, the
-//           weights broadcast). Only the last, partial vector of a row of values is copied out.
+// Layout.   Operands are read where they lie, rows of unit stride. Scores: panels of keys are transposed, 128 channels at a time,
+//           and the queries' numbers broadcast; few rows, and pairs of bf16, are dot products. Products with the weights:
+//           sums of rows by panels of channels, the weights broadcast.
 // Tasks.    Forward: (sample, gate, block of queries), a step takes all four gates of its block so that the cell update
 //           follows while the gates are in the cache. Backward: the samples and gates whole when their maps are small, else
 //           blocks of queries (dquery, and three numbers per query), then blocks of keys (dkey, dvalue, maps recomputed).
 // Scratch.  Per task the weights of its block and a panel of results; never a map of the batch, never the gates.
 // Aliasing. Outputs must not overlap inputs or each other.
-// Order.    A score is V::L sums, one per lane, added at the end; a result sums over the keys in order, 128 at a time. Neither depends on
-//           the blocks, so results do not depend on the number of threads.
+// Order.    A score sums over the channels in order, 128 at a time (a dot product: V::L sums, one per lane, added at the end), a result
+//           over the keys in the same way. Neither depends on the blocks, so results do not depend on the number of threads.
 // Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials, about
 //           20 operations for a vector of numbers, are N M + 5 N E / 4 per gate.
 //
@@ -23,6 +23,8 @@
 namespace {
 
 using Byte = uint8_t;
+
+constexpr int64_t sum_terms = 128;  // added up one after the other
 
 // ---- the two products -------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ struct Arithmetic {
 
 // out[i][j] = a_i . b_j, rows of d numbers.
 template <class V, class T>
-[[gnu::noinline]] static void scores(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
+[[gnu::noinline]] static void dots(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
                                      int64_t d, typename V::S* out, int64_t out_row) {
   using P = Arithmetic<V, T>;
   constexpr int MR = score_rows, NC = score_columns;
@@ -125,28 +127,29 @@ template <class V, class T>
     }
 }
 
-// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed.
+// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there.
 template <class V, class T, int NV>
 [[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
-                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out, int64_t out_row) {
+                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out, int64_t out_row,
+                                   bool more = false) {
   using P = Arithmetic<V, T>;
   constexpr int MR = sum_rows;
-  for (int64_t i0 = 0; i0 < rows; i0 += MR) {
-    const int64_t mr = min_of<int64_t>(MR, rows - i0);
-    const typename P::Left* ar[MR];  // the last row stands in for those that are not there
+  int64_t begin = 0;
+  do {  // sums of 128 terms, then of these: one long sum would round more than a library's product does. So much of b stays in
+        // the first cache for all rows.
+    const int64_t end = min_of(steps, begin + sum_terms);
+    for (int64_t i0 = 0; i0 < rows; i0 += MR) {
+      const int64_t mr = min_of<int64_t>(MR, rows - i0);
+      const typename P::Left* ar[MR];  // the last row stands in for those that are not there
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
-    const typename P::Right* bk = b;
-    int64_t k = 0;
-    do {  // sums of 128 terms, then of these: one long sum would round more than a library's product does
-      const int64_t end = min_of<int64_t>(steps, k + 128);
+      for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
+      const typename P::Right* bk = b;
       typename V::R acc[MR][NV];
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) acc[i][v] = V::set1(0);
-      const bool first = k == 0;
-      for (; k < end; ++k, bk += NV * P::vector) {
+      for (int64_t k = begin; k < end; ++k, bk += NV * P::vector) {
         typename P::Operand bv[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) bv[v] = P::right(bk + v * P::vector);
@@ -163,14 +166,80 @@ template <class V, class T, int NV>
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) {
             typename V::S* const to = out + (i0 + i) * out_row + v * V::L;
-            V::store(to, first ? acc[i][v] : V::add(V::load(to), acc[i][v]));
+            V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
           }
-    } while (k < steps);
-  }
+    }
+    more = true;
+    b += (end - begin) * NV * P::vector;
+    begin = end;
+  } while (begin < steps);
 }
 
 template <class V>
 constexpr int64_t panel = sum_vectors* V::L;
+
+// The same from panels of b^T, for `columns` of b's b_rows rows, rounded up to whole vectors (what lies beyond the last row is
+// garbage): no sums of lanes, and b comes from the second cache once per block of rows instead of once per score_rows. Memory:
+// sum_terms x (panel + rows) numbers.
+template <class V, class T>
+[[gnu::noinline]] static void scores_by_panels(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
+                                               int64_t b_rows, int64_t d, typename V::S* out, int64_t out_row,
+                                               typename V::S* memory) {
+  using S = typename V::S;
+  S *const right = memory, *const left = right + sum_terms * panel<V>;
+  int64_t k0 = 0;
+  do {
+    const int64_t terms = min_of(sum_terms, d - k0);
+    for (int64_t i = 0; i < rows; ++i)  // fp32 too: rows a page apart would fall into one set of the first cache
+      for (int64_t k = 0; k < terms; k += V::L) {
+        const T* const from = a + i * a_row + k0 + k;
+        V::store(left + i * sum_terms + k, terms - k >= V::L ? V::load(from) : part_of<V>(from, terms - k));
+      }
+    for (int64_t j0 = 0; j0 < columns;) {
+      const bool whole = columns - j0 >= panel<V>;
+      const int64_t width = whole ? panel<V> : V::L;
+      for (int64_t v = 0; v < width; v += V::L) {
+        int64_t at[V::L];
+        for (int64_t l = 0; l < V::L; ++l) at[l] = min_of(j0 + v + l, b_rows - 1) * b_row;
+        int64_t k = 0;
+        for (; k + V::L <= terms; k += V::L) V::transpose(b + k0 + k, at, right + k * width + v, width);
+        for (; k < terms; ++k)
+          for (int64_t l = 0; l < V::L; ++l) right[k * width + v + l] = V::scalar(b[at[l] + k0 + k]);
+      }
+      if (whole)
+        sums<V, S, sum_vectors>(left, sum_terms, 1, rows, right, terms, out + j0, out_row, k0 > 0);
+      else
+        sums<V, S, 1>(left, sum_terms, 1, rows, right, terms, out + j0, out_row, k0 > 0);
+      j0 += width;
+    }
+    k0 += terms;
+  } while (k0 < d);
+}
+
+// out[i][j] = a_i . b_j, `rows` of `all_rows` rows of a; `out_row` holds whole vectors. How a score is added up depends neither on
+// `rows` nor on which of the two is a: blocks of queries and blocks of keys find the same scores.
+template <class V, class T>
+static void scores(const T* a, int64_t a_row, int64_t rows, int64_t all_rows, const T* b, int64_t b_row, int64_t columns, int64_t d,
+                   typename V::S* out, int64_t out_row) {
+  using S = typename V::S;
+  if constexpr (Arithmetic<V, T>::step == V::L) {  // no instruction takes pairs of T
+    if (all_rows >= panel<V> && columns >= panel<V>) {
+      int64_t by_panels = columns / panel<V> * panel<V>;
+      if (columns - by_panels > score_columns) by_panels = columns;
+      const int64_t rest = columns - by_panels, width = round_up(rows, V::L);
+      const int64_t most = sum_terms * (panel<V> + max_of(rows, rest));
+      S* const memory = static_cast<S*>(scratch(2, static_cast<size_t>(most + rest * width) * sizeof(S)));
+      scores_by_panels<V>(a, a_row, rows, b, b_row, by_panels, columns, d, out, out_row, memory);
+      if (rest == 0) return;
+      S* const turned = memory + most;  // few columns, which would leave a vector of them empty: a's rows take their place
+      scores_by_panels<V>(b + by_panels * b_row, b_row, rest, a, a_row, rows, rows, d, turned, width, memory);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < rest; ++j) out[i * out_row + by_panels + j] = turned[j * width + i];
+      return;
+    }
+  }
+  dots<V>(a, a_row, rows, b, b_row, columns, d, out, out_row);
+}
 
 // The left factor of the sums: element (i, k) at data[i * row + k * step].
 template <class L>
@@ -317,16 +386,24 @@ static constexpr int64_t padded(int64_t m) {
   return round_up(m, 64 / static_cast<int64_t>(sizeof(S)));
 }
 
+// s[m .. padded m) = value. Whole vectors, which the loops after this one load again.
+template <class V>
+static inline void pad(typename V::S* s, int64_t m, typename V::S value) {
+  using S = typename V::S;
+  alignas(64) static const S places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t j = m / V::L * V::L; j < padded<S>(m); j += V::L)
+    V::store(s + j, V::less(V::load(places), V::set1(static_cast<S>(m - j)), V::load(s + j), V::set1(value)));
+}
+
 // s[0 .. m) *= scale; what is not seen, and the padding, becomes -inf (softmax) or 0 (count). Returns how many are seen.
 template <class V>
 static int64_t scaled(const Relation& r, typename V::S* s, int64_t m, const Byte* mask, int64_t mask_step) {
   using S = typename V::S;
   const S hidden = r.count ? S(0) : -S(__builtin_inff());
   const typename V::R scale = V::set1(static_cast<S>(r.scale));
-  for (int64_t j = m; j < padded<S>(m); ++j) s[j] = 0;
   if (r.scale != 1)
     for (int64_t j = 0; j < m; j += V::L) V::store(s + j, V::mul(V::load(s + j), scale));
-  for (int64_t j = m; j < padded<S>(m); ++j) s[j] = hidden;
+  pad<V>(s, m, hidden);
   if (!mask) return m;
   int64_t seen = 0;
   for (int64_t j = 0; j < m; ++j) {
@@ -377,7 +454,7 @@ template <class V, class T>
 static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t rows, typename V::S* s, Byte* dead,
                     Query<typename V::S>* queries) {
   const int64_t ld = padded<typename V::S>(r.M);
-  scores<V, T>(at<const T>(r.query, b, g, n), r.query.row, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, r.D, s, ld);
+  scores<V, T>(at<const T>(r.query, b, g, n), r.query.row, rows, r.N, at<const T>(r.key, b, g, 0), r.key.row, r.M, r.D, s, ld);
   bool any = false;
   for (int64_t i = 0; i < rows; ++i) {
     Query<typename V::S> q;
@@ -389,14 +466,18 @@ static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t 
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-// Queries per task: enough tasks for the threads, and a block of weights that stays in the cache.
+// Queries per task: as few tasks as keep all threads busy, because each packs keys and values again, and a block of weights that
+// stays in the cache. others: samples (and gates, where a task takes one).
 static int64_t block_of(int64_t queries, int64_t keys, int64_t others, int threads) {
-  int64_t block = max_of<int64_t>(1, min_of<int64_t>(70, (1 << 18) / max_of<int64_t>(1, keys)));
-  if (threads > 1) {
-    const int64_t wanted = (3 * threads + others - 1) / max_of<int64_t>(1, others);
-    block = min_of(block, max_of<int64_t>(14, (queries + wanted - 1) / wanted));
+  int64_t block = max_of<int64_t>(1, min_of<int64_t>(140, (1 << 18) / max_of<int64_t>(1, keys)));
+  if (others % threads != 0 && others < 3 * threads) {
+    int64_t shared = others, pieces = threads;  // a sample's tasks, so that the threads share all of them equally
+    for (int64_t rest; (rest = pieces % shared) != 0; shared = rest) pieces = shared;
+    pieces = threads / shared;
+    block = min_of(block, max_of<int64_t>(14, (queries + pieces - 1) / pieces));
   }
-  if (queries <= block + block / 2) return max_of<int64_t>(1, queries);
+  if (queries <= block + block / 2 && (block >= queries || others % threads == 0 || others >= 3 * threads))
+    return max_of<int64_t>(1, queries);
   return block;
 }
 
@@ -546,7 +627,7 @@ static typename V::S score_gradient(const Relation& r, const typename V::S* p, t
   using S = typename V::S;
   using R = typename V::R;
   const int64_t m = r.M;
-  for (int64_t j = m; j < padded<S>(m); ++j) dp[j] = 0;
+  pad<V>(dp, m, 0);
   const R scale = V::set1(static_cast<S>(r.scale));
   if (r.count) {
     const R seen = V::set1(count);
@@ -596,7 +677,7 @@ static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_
   Query<S>* const own = queries ? queries : m.queries;
   const bool any = weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
   const T* const grad = at<const T>(q.grad, b, g, n);
-  scores<V, T>(grad, q.grad.row, rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld);
+  scores<V, T>(grad, q.grad.row, rows, r.N, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld);
   for (int64_t i = 0; i < rows; ++i) {
     own[i].delta = score_gradient<V>(r, m.p + i * ld, m.ds + i * ld, mask_of(r, b, n + i), own[i].sum);
     if (m.dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
@@ -626,14 +707,14 @@ static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t 
     if (n < r.N) any |= m.dead[n] = one.sum == 0;
   }
   const T* const grad = at<const T>(q.grad, b, g, 0);
-  scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D, m.p, ld);
-  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, grad, q.grad.row, r.N, r.E, m.ds, ld);
+  scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D, m.p, ld);
+  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, r.M, grad, q.grad.row, r.N, r.E, m.ds, ld);
   const R scale = V::set1(static_cast<S>(r.scale));
   for (int64_t i = 0; i < rows; ++i) {
     S *const p = m.p + i * ld, *const ds = m.ds + i * ld;
     const Byte* const mask = r.mask ? r.mask + b * r.mask_batch + (j + i) * r.mask_key : nullptr;
     scaled<V>(r, p, r.N, mask, r.mask_row);
-    for (int64_t n = r.N; n < ld; ++n) ds[n] = 0;
+    pad<V>(ds, r.N, 0);
     for (int64_t n = 0; n < r.N; n += V::L) {
       const R sum = V::load(m.sum + n), d = V::load(ds + n);
       if (r.count) {

@@ -1,7 +1,8 @@
-// nonlocal_gates on CUDA devices: the plain kernels (any sizes, dtype, strides and masks) and the launches.
+// nonlocal_gates on CUDA devices: the plain kernels (any sizes, dtype, strides and masks) and the choice of kernel.
 #include "cuda/nonlocal_gates.h"
 
 #include "common/nonlocal_gates_gpu_plan.h"
+#include "common/nonlocal_gates_library.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
@@ -419,12 +420,6 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
-#ifdef RCU_OPS_SM90A
-constexpr bool with_clusters = true;
-#else
-constexpr bool with_clusters = false;
-#endif
-
 // ---- launches ------------------------------------------------------------------------------------------------------------
 
 template <typename Kernel, typename Problem, typename... More>
@@ -440,7 +435,7 @@ Error launch_forward(const Forward& p, Stream stream, RelateKernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   if (kernel == RelateKernel::best) {
-    const TileRelatePlan tile = plan_tile_relate(r, p.gates == 4, gpu, with_clusters);
+    const TileRelatePlan tile = plan_tile_relate(r, p.gates == 4, gpu);
     if (!tile.why_not) {
       if (tile.blocks > most_blocks) return "nonlocal_gates: too many rows for one launch";
       return tile.cluster ? launch_cluster_relate(p, tile, stream) : launch_tile_relate(p, tile, stream);
@@ -452,9 +447,14 @@ Error launch_forward(const Forward& p, Stream stream, RelateKernel kernel) {
 }
 
 template <typename S>
-Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream) {
+Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream, RelateKernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
+  if constexpr (sizeof(S) == 4)
+    if (kernel == RelateKernel::best) {
+      const TileGradientPlan of_queries = plan_tile_gradient(p, false, gpu), of_keys = plan_tile_gradient(p, true, gpu);
+      if (!of_queries.why_not) return launch_tile_gradients(p, of_queries, of_keys, queries, stream);
+    }
   if (Error error = launch_plain("nonlocal_gates plain_query_gradient", plain_query_gradient<S>, p,
                                  plan_plain_query_gradient(p.relation, gpu), stream, queries);
       !error.empty())
@@ -468,7 +468,18 @@ Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream) {
 Text describe_relate(const Relation& r, bool step) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
-  return describe_forward(r, step, gpu, with_clusters);
+  return describe_forward(r, step, gpu);
+}
+
+Text describe_relate(const AttentionGrad& p) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  return describe_gradients(p, gpu);
+}
+
+bool library_is_faster(const Relation& r) {
+  Gpu gpu;
+  return current_gpu(gpu).empty() && !why_not_library_on_gpu(r, gpu.architecture);
 }
 
 Scratch scratch_of(const Attention&) { return {}; }
@@ -489,9 +500,9 @@ Text relate(const Step& p, void*, Stream stream, RelateKernel kernel) {
   return launch_forward(f, stream, kernel);
 }
 
-Text relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel) {
-  return p.relation.dtype == DType::f64 ? launch_gradients(p, static_cast<double*>(scratch), stream)
-                                        : launch_gradients(p, static_cast<float*>(scratch), stream);
+Text relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel kernel) {
+  return p.relation.dtype == DType::f64 ? launch_gradients(p, static_cast<double*>(scratch), stream, kernel)
+                                        : launch_gradients(p, static_cast<float*>(scratch), stream, kernel);
 }
 
 Text relate(const StepGrad& p, void* scratch, Stream stream, RelateKernel kernel) {

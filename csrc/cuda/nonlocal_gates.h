@@ -7,11 +7,15 @@
 
 namespace rcu_ops::cuda {
 
-// Which forward kernel runs: what the planner prefers, or the one that runs everything.
+// Which kernel runs: what the planner prefers, or the one that runs everything.
 enum class RelateKernel { best, plain };
 
-// How relate() would run a forward pass on the current device, in words.
+// How relate() would run a forward pass, or gradients, on the current device, in words.
 Text describe_relate(const Relation& relation, bool step);
+Text describe_relate(const AttentionGrad& problem);
+
+// Whether PyTorch's own attention is to be taken on the current device (common/nonlocal_gates_library.h).
+bool library_is_faster(const Relation& relation);
 
 // What the calls below need as `scratch` on the current device.
 Scratch scratch_of(const Attention& problem);

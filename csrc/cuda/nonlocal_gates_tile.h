@@ -19,9 +19,37 @@ namespace rcu_ops::cuda {
 Error launch_tile_relate(const Forward& problem, const TileRelatePlan& plan, Stream stream);
 Error launch_cluster_relate(const Forward& problem, const TileRelatePlan& plan, Stream stream);  // nonlocal_gates_sm90.cu
 
+Error launch_tile_gradients(const AttentionGrad& problem, const TileGradientPlan& of_queries, const TileGradientPlan& of_keys,
+                            float* queries, Stream stream);  // nonlocal_gates_gradients.cu
+
 struct alignas(16) Word {
   uint32_t v[4];
 };
+
+// 16 bytes to shared memory, or zeros where there is nothing to copy.
+template <typename T>
+__device__ __forceinline__ void copy_word(unsigned char* to, const T* from) {
+  if (from)
+    async_copy<16>(to, from);
+  else
+    *reinterpret_cast<Word*>(to) = Word{};
+}
+
+// Runs take(i, slot_of(i)) for every stage i, the next one on its way meanwhile, in two slots. All threads.
+template <typename Slot, typename Fetch, typename Take>
+__device__ __forceinline__ void staged(int stages, Slot slot_of, Fetch fetch, Take take) {
+  block_barrier();  // both slots are free
+  if (stages > 0) fetch(0, slot_of(0));
+  async_commit();
+  for (int i = 0; i < stages; ++i) {
+    async_wait<0>();
+    block_barrier();  // stage i is here for all threads, and stage i - 1 has been used
+    if (i + 1 < stages) fetch(i + 1, slot_of(i + 1));
+    async_commit();
+    take(i, slot_of(i));
+  }
+  async_wait<0>();
+}
 
 // out = w value (common/nonlocal_gates.h) for T in {bf16, half}, MT in {1, 2}.
 //
@@ -74,26 +102,6 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
     int64_t b, g;
     return problem_of(q, b, g) ? static_cast<const T*>(rows.data) + b * rows.batch + g * rows.gate : nullptr;
   };
-  const auto copy_word = [](unsigned char* to, const T* from) {
-    if (from)
-      async_copy<16>(to, from);
-    else
-      *reinterpret_cast<Word*>(to) = Word{};
-  };
-  // Runs take(slot) for every stage, the next one on its way meanwhile.
-  const auto pipeline = [&](int stages, auto fetch, auto take) {
-    block_barrier();  // both slots are free
-    if (stages > 0) fetch(0, slot_of(0));
-    async_commit();
-    for (int i = 0; i < stages; ++i) {
-      async_wait<0>();
-      block_barrier();  // stage i is here for all threads, and stage i - 1 has been used
-      if (i + 1 < stages) fetch(i + 1, slot_of(i + 1));
-      async_commit();
-      take(i, slot_of(i));
-    }
-    async_wait<0>();
-  };
   float acc[MT][4][4];
   const auto clear = [&] {
 #pragma unroll
@@ -130,8 +138,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
   const int stages = all_stages > begin ? (all_stages - begin + step - 1) / step : 0;
   for (int key0 = 0; key0 < padded; key0 += keys) {
     clear();
-    pipeline(
-        stages,
+    staged(
+        stages, slot_of,
         [&](int i, unsigned char* slot) {
           const int word = thread % 4;
           const int64_t channel = static_cast<int64_t>(begin + i * step) * 32 + 8 * word;
@@ -229,8 +237,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
   for (int64_t slice = share; slice * width < r.E; slice += plan.shares) {
     const int64_t channel0 = slice * width;
     clear();
-    pipeline(
-        value_stages,
+    staged(
+        value_stages, slot_of,
         [&](int i, unsigned char* slot) {
           const int word = thread % 8, key = thread / 8;
           const int64_t channel = channel0 + 8 * word;

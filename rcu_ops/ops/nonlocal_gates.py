@@ -484,7 +484,28 @@ def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
         multiprocessors=gpu.multi_processor_count,
         shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
         misalignment=misalignment,
+        sm90a="sm_90a" in (_library.build_record().get("architectures") or ()),
     )["text"]  # fmt: skip
+
+
+def _attention_plan(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool, *, kernels: str
+) -> str:
+    """Whether PyTorch's own attention runs the forward pass, or why not, and how the kernels run what they run."""
+    native = _library.native()
+    if native is None:
+        return kernels
+    (b, n, d), (m, e) = query.shape, value.shape[1:]
+    architecture = None
+    if query.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(query.device)
+        architecture = 10 * gpu.major + gpu.minor
+    why_not = native.nonlocal_gates_why_not_library(
+        b, n, m, d, e, str(query.dtype).removeprefix("torch."), mask is not None, count, architecture
+    )
+    if why_not is None:
+        return f"forward: PyTorch's scaled_dot_product_attention, which is faster here; gradients: {kernels}"
+    return f"{kernels}; not PyTorch's attention: {why_not}"
 
 
 def _triton_plan(query: Tensor, key: Tensor, *_: Any) -> str:
@@ -515,11 +536,16 @@ ATTENTION = register(
                 "cuda",
                 _BINARY.attention,
                 _predicates.why_not_cuda("nonlocal_attention", "nonlocal_gates"),
-                lambda *a: _cuda_plan("attend", *a[:3]),
+                lambda *a: _attention_plan(*a, kernels=_cuda_plan("attend", *a[:3])),
                 _evidence.experimental("nonlocal_gates"),
             ),
             Backend("triton", _TRITON.attention, _why_not_triton("nonlocal_attention"), _triton_plan),
-            Backend("cpu", _BINARY.attention, _predicates.why_not_cpu("nonlocal_attention"), _cpu_plan),
+            Backend(
+                "cpu",
+                _BINARY.attention,
+                _predicates.why_not_cpu("nonlocal_attention"),
+                lambda *a: _attention_plan(*a, kernels=_cpu_plan()),
+            ),
             Backend("reference", _run_reference_attention, _predicates.why_not_reference),
         ),
         check=_check_attention,

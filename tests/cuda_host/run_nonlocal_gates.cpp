@@ -1,6 +1,8 @@
 // Cases of nonlocal_gates: ops attend, attend_grad, step, step_grad. Sizes B, G, N, M, D, E; plain: on the plain kernels
 // whatever the planner prefers; tensors by the names of common/nonlocal_gates.h, rows [B,G,rows,columns] (cell and what is like
 // it [B,1,rows,columns]); mask [B,N,M].
+#include <type_traits>
+
 #include "case.h"
 #include "cuda/nonlocal_gates.h"
 
@@ -32,7 +34,18 @@ Relation relation(const Case& c) {
 template <typename Problem>
 std::string run(const Case& c, std::string& plan, bool step, const Problem& p) {
   const auto kernel = c.integer("plain") ? cuda::RelateKernel::plain : cuda::RelateKernel::best;
+<<<<<<< HEAD
   plan = c.integer("plain") ? "plain" : cuda::describe_relate(p.relation, step).c_str();
+=======
+  if (c.integer("plain"))
+    plan = "plain";
+  else if constexpr (std::is_same_v<Problem, AttentionGrad>)
+    plan = cuda::describe_relate(p);
+  else
+    plan = cuda::describe_relate(p.relation, step);
+  if constexpr (std::is_same_v<Problem, StepGrad>)
+    if (!c.integer("plain")) plan += "; " + cuda::describe_relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue});
+>>>>>>> 388f336 (nonlocal_gates: gradients on the matrix unit; PyTorch's attention where it is faster; CPU scores by panels, fewer and larger tasks)
   return cuda_host::with_scratch(cuda::scratch_of(p), [&](void* scratch) { return cuda::relate(p, scratch, nullptr, kernel); });
 }
 

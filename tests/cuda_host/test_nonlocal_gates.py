@@ -141,8 +141,55 @@ def test_on_the_matrix_unit(machine, dtype, kernel, seed) -> None:
         assert not machine.plan.startswith("plain")
         assert_close_to_reference(got, exact.attention(*arguments, **options), eager(*arguments, **options))
     check_step(machine, (1, 35, 72, 136), dtype)
-    assert words in machine.plan
+    assert words in machine.plan and "gradients" in machine.plan
     check_step(machine, (2, 9, 24, 72), dtype, (True, False), False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(torch.bfloat16, "alone"), (torch.bfloat16, "shares"), (torch.float16, "shares")], ids=str
+)
+def test_gradients_on_the_matrix_unit(machine, dtype, kernel, seed) -> None:
+    machine.seed = seed
+    machine.device, _ = TILES[kernel]
+    # several samples; blocks that are not full; several tiles of the other side, slices of channels, stages of depth
+    for shape, masked, normalize in (
+        ((3, 5, 7, 16, 16), False, "softmax"),
+        ((1, 49, 49, 72, 136), True, "softmax"),
+        ((1, 20, 196, 32, 8), True, "count"),
+        ((1, 130, 35, 200, 24), False, "count"),
+        ((1, 40, 130, 8, 264), False, "softmax"),
+    ):
+        mask = random_mask(*shape[:3]) if masked else None
+        check_attention(machine, shape, dtype, mask=mask, scale=1.3, normalize=normalize)
+        assert "keys, on the matrix unit" in machine.plan
+    check_step(machine, (1, 35, 72, 136), dtype, wide=False)
+
+
+def test_shares_of_gradients_change_no_bit(machine) -> None:
+    arguments, grad = inputs((1, 40, 70, 200, 264), torch.bfloat16), torch.randn(1, 40, 264).bfloat16()
+    found = []
+    for multiprocessors, machine.seed in ((1, 0), (64, 1), (64, 2)):
+        machine.device = {"multiprocessors": multiprocessors}
+        found.append(attention_gradients(machine, grad, *arguments))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_dead_queries_reach_no_gradient_on_the_matrix_unit(machine) -> None:
+    query, key, value = (t.bfloat16() for t in inputs((1, 6, 40, 8, 16)))
+    mask = torch.ones(1, 6, 40, dtype=torch.bool)
+    mask[0, 2], mask[0, :, 7] = False, False
+    grad = torch.randn(1, 6, 16).bfloat16()
+    query[0, 2], grad[0, 2] = torch.inf, torch.nan  # of a query that sees nothing
+    value[0, 7] = torch.inf  # of a key that nobody sees
+    results = attention_gradients(machine, grad, query, key, value, mask=mask)
+    assert torch.equal(results[0][0, 2], torch.zeros(8).bfloat16())
+    assert not results[1][0, 7].any() and not results[2][0, 7].any()
+    rows, keys = [0, 1, 3, 4, 5], [j for j in range(40) if j != 7]
+    alive = query[:, rows], key[:, keys], value[:, keys]
+    want = exact.attention_gradients(grad[:, rows], *alive)
+    rough = gradients(eager, alive, [grad[:, rows]])
+    for g, w, e in zip((results[0][:, rows], *(r[:, keys] for r in results[1:])), want, rough, strict=True):
+        assert_close_to_reference(g, w, e)
 
 
 def test_one_bit_pattern_whatever_the_schedule(machine) -> None:
@@ -241,7 +288,7 @@ def test_empty_sizes(machine, shape, normalize) -> None:
 def test_sanitizers(machine_with, sanitizer, seed) -> None:
     machine = machine_with(sanitizer, seed=seed)
     check_attention(machine, (1, 5, 70, 33, 36), torch.bfloat16, "every_other_row", mask=random_mask(1, 5, 70))
-    check_step(machine, (2, 35, 24, 40), torch.float32, wide=False)
+    check_step(machine, (1, 35, 10, 20), torch.float32, wide=False)
     machine.device = {"shared_bytes": 42 * 1024}
     check_attention(machine, (1, 33, 100, 20, 40), torch.float32)
     for kernel in ("shares", "cluster"):

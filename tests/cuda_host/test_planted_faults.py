@@ -84,8 +84,18 @@ def relate(machine: Machine) -> None:
 
 def relate_tiles(machine: Machine) -> None:
     machine.device, words = relations.TILES["alone"]
-    relations.check_attention(machine, (1, 20, 70, 72, 72), torch.bfloat16)
+    relations.check_step(machine, (1, 70, 72, 72), torch.bfloat16)
     assert words in machine.plan
+
+
+def relate_gradients(machine: Machine) -> None:
+    machine.device, _ = relations.TILES["shares"]
+    relations.check_attention(machine, (1, 40, 70, 72, 136), torch.bfloat16, mask=relations.random_mask(1, 40, 70))
+    assert "on the matrix unit" in machine.plan
+
+
+def dead_queries(machine: Machine) -> None:
+    relations.test_dead_queries_reach_no_gradient_on_the_matrix_unit(machine)
 
 
 def relate_clusters(machine: Machine) -> None:
@@ -194,7 +204,7 @@ def closed_gate(machine: Machine) -> None:
 SHORT, PRODUCTS = "cycle_consistency_short.cu", "cycle_consistency_products.cu"
 TILE, WIDE, STEP, SM90 = (f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "sm90"))
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
-RELATE, RELATE_BODY = "nonlocal_gates.cu", "nonlocal_gates_tile.h"
+RELATE, RELATE_BODY, GRADIENTS = "nonlocal_gates.cu", "nonlocal_gates_tile.h", "nonlocal_gates_gradients.cu"
 BARRIER = "    block_barrier();\n"
 FAULTS = [
     Fault("no barrier before the product", f"{BARRIER}\n    // Phase 2.", "\n    // Phase 2.", forward),
@@ -394,6 +404,37 @@ FAULTS = [
         "thread",
         "nonlocal_gates_sm90.cu",
     ),
+    Fault(
+        "no barrier between the maps and the weights",
+        "  block_barrier();  // the maps are complete\n",
+        "",
+        relate_gradients,
+        "thread",
+        GRADIENTS,
+    ),
+    Fault(
+        "a row is overwritten while it is read",
+        "    warp_barrier();  // all lanes have read the row\n",
+        "",
+        relate_gradients,
+        "thread",
+        GRADIENTS,
+    ),
+    Fault(
+        "the products of the gradient where the weights belong",
+        "row_of(of_value ? 1 : 0, row16",
+        "row_of(0, row16",
+        relate_gradients,
+        file=GRADIENTS,
+    ),
+    Fault("a dead query's row reaches the keys", "there && totals_of[n] != 0", "there", dead_queries, file=GRADIENTS),
+    Fault(
+        "the peak of another query",
+        "peak = peaks_of[query]",
+        "peak = peaks_of[query ^ 1]",
+        relate_gradients,
+        file=GRADIENTS,
+    ),
     Fault("rows beyond the last", "e < Tile * (R - rows)", "e < 0", weight_gradient, file=WEIGHT_GRAD),
     Fault(
         "a and b hold the same channels", "+ 8 * n, k, true)", "+ 8 * n, k, false)", weight_gradient, file=WEIGHT_GRAD
@@ -543,6 +584,7 @@ FEWER = {
     "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
     "nonlocal_gates_sm90.cu": [("<__half, ", "<__nv_bfloat16, ")],
     PRODUCTS: [("align_as<__half>", "align_as<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
+    GRADIENTS: [("launch_as<__half>", "launch_as<__nv_bfloat16>")],
     SHORT: [("<__half>", "<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
     "cycle_consistency.cu": [
         (f"align_as<{kind}>", "align_as<float>") for kind in ("double", "__half", "__nv_bfloat16")
@@ -596,6 +638,8 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         step,
         relate,
         relate_tiles,
+        relate_gradients,
+        dead_queries,
         relate_clusters,
         short_cycle,
         long_cycle,

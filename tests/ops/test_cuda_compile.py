@@ -54,6 +54,7 @@ REGISTERS = {
     "align_tile": 255,  # 1 block of 256, whose shared memory leaves no room for a second
     "tile_relate": 128,  # 2 blocks of 256
     "cluster_relate": 128,  # 2 blocks of 256
+    "tile_gradient": 128,  # 2 blocks of 256
     "plain_relate": 128,  # 2 blocks of 256
     "plain_query_gradient": 128,
     "plain_key_gradient": 128,
@@ -83,6 +84,7 @@ MATRIX_INSTRUCTIONS = {
     "hopper_scan": "HGMMA",
     "tile_relate": "HMMA",
     "cluster_relate": "HMMA",
+    "tile_gradient": "HMMA",
     "fast_gru_steps": "HMMA",
     "fast_gru_steps_backward": "HMMA",
     "matrix_weight_grad": "HMMA",

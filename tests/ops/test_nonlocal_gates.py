@@ -181,6 +181,34 @@ def test_empty_sizes(backend, shape, normalize) -> None:
         torch.testing.assert_close(g, w.float())
 
 
+def test_the_librarys_attention_where_it_is_faster(backend) -> None:
+    """Taken for the forward pass; dead queries, poison and derivatives of any order are as everywhere."""
+    query, key, value = inputs((2, 130, 770, 16, 16))
+    said = str(rcu_ops.explain("nonlocal_attention", query, key, value))
+    if backend == "cpu" and _library.native() is not None:
+        assert "forward: PyTorch's scaled_dot_product_attention" in said
+        assert "not PyTorch's attention: " in str(rcu_ops.explain("nonlocal_attention", query[:, :4], key, value))
+    grad = torch.randn(2, 130, 16)
+    got = gradients(rcu_ops.nonlocal_attention, (query, key, value), [grad])
+    rough = gradients(eager, (query, key, value), [grad])
+    for g, w, e in zip(got, exact.attention_gradients(grad, query, key, value), rough, strict=True):
+        assert_close_to_reference(g, w, e)
+    key[..., 0] = key[..., 0].abs() + 0.5
+    query[0, 2, 0] = -torch.inf  # all its scores are -inf
+    out = rcu_ops.nonlocal_attention(query, key, value, scale=0.7)
+    assert torch.equal(out[0, 2], torch.zeros(16)) and out.isfinite().all() and out.is_contiguous()
+    alive = [n for n in range(130) if n != 2]
+    want, rough = (f(query[:, alive], key, value, scale=0.7) for f in (exact.attention, eager))
+    assert_close_to_reference(out[:, alive], want, rough)
+    leaves = [t[:1].detach().nan_to_num(neginf=0.0).requires_grad_() for t in (query, key, value)]
+    (dq,) = torch.autograd.grad(rcu_ops.nonlocal_attention(*leaves).square().sum(), leaves[:1], create_graph=True)
+    second = torch.autograd.grad(dq.square().sum(), leaves)
+    assert all(s.isfinite().all() and s.any() for s in second)
+    with torch.autocast("cpu", torch.bfloat16):  # of a direct caller: the kernels' dtype is the inputs'
+        direct = torch.ops.rcu_ops.nonlocal_attention(*(t.detach() for t in leaves), None, 1.0, False)
+    assert direct.dtype == torch.float32
+
+
 def test_agrees_with_the_librarys_attention(backend) -> None:
     query, key, value = inputs((6, 20, 30, 16, 24))
     mask = torch.rand(6, 20, 30) > 0.3

@@ -88,6 +88,69 @@ def test_when_the_matrix_unit_is_used() -> None:
         assert text.startswith("plain: ") and why in text
 
 
+def test_clusters_need_code_for_them() -> None:
+    sizes = (24, 4, 49, 49, 1024, 1024, "bfloat16")
+    assert not native.nonlocal_gates_gpu_tile_plan(True, *sizes, **GPUS[2], sm90a=False)["cluster"]
+    text = native.nonlocal_gates_gpu_plan("step", *sizes, **GPUS[2], sm90a=False)["text"]
+    assert text.startswith("tiles: ")
+    assert native.nonlocal_gates_gpu_plan("step", *sizes, **GPUS[2])["text"].startswith("clusters of 4")
+
+
+def test_when_gradients_run_on_the_matrix_unit() -> None:
+    plan = native.nonlocal_gates_gpu_gradient_plan
+    for positions, of_keys, gpu in itertools.product((49, 196, 256), (False, True), GPUS):
+        found = plan(of_keys, 24, 4, positions, positions, 1024, 1024, "float16", **gpu)
+        assert found["why_not"] is None and found["shared_bytes"] <= gpu["shared_bytes"]
+        assert found["tiles"] == -(-positions // 32) and found["padded"] == -(-positions // 64) * 64
+        assert found["blocks"] == 96 * found["tiles"] * found["shares"]
+        assert 32 * (found["padded"] + 4) * 8 + 128 + 2 * 96 * 128 == found["shared_bytes"]
+    few = plan(True, 1, 4, 49, 49, 1024, 1024, "bfloat16", **GPUS[2])
+    assert few["shares"] == 16 and plan(False, 1, 4, 49, 49, 1024, 1024, "bfloat16", **GPUS[2])["shares"] == 8
+    text = native.nonlocal_gates_gpu_plan("step", 24, 4, 49, 49, 1024, 1024, "bfloat16")["text"]
+    assert "gradients 192 blocks of 32 queries, then 192 of 32 keys, on the matrix unit" in text
+    for changed, why in (
+        ({"dtype": "float32"}, "16-bit"),
+        ({"m": 300}, "more than 256 queries or keys"),
+        ({"n": 300}, "more than 256 queries or keys"),
+        ({"e": 36}, "multiple of 8"),
+        ({"misalignment": 4}, "aligned to 16 bytes"),
+        ({"m": 256, "shared_bytes": 64 * 1024}, "shared memory"),
+        ({"b": 0}, "nothing"),
+    ):
+        sizes = {"b": 2, "g": 1, "n": 40, "m": 40, "d": 64, "e": 64, "dtype": "bfloat16"} | changed
+        assert why in plan(False, **sizes)["why_not"] and why in plan(True, **sizes)["why_not"]
+        text = native.nonlocal_gates_gpu_plan("key_gradient", **sizes)["text"]
+        assert text.startswith("gradients plain: ") and why in text
+
+
+def test_when_the_librarys_attention_is_taken() -> None:
+    why_not = native.nonlocal_gates_why_not_library
+    assert why_not(2, 1568, 1568, 128, 128, "float32") is None
+    assert why_not(2, 1568, 1568, 512, 512, "float32") is None
+    for changed, why in (
+        ({"m": 767}, "so few positions"),
+        ({"n": 49}, "so few positions"),
+        ({"d": 512, "e": 512}, "so few positions"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"masked": True}, "mask"),
+        ({"count": True}, "softmax alone"),
+        ({"e": 64}, "as wide as keys"),
+    ):
+        sizes = {"b": 2, "n": 800, "m": 800, "d": 128, "e": 128, "dtype": "float32"} | changed
+        assert why in why_not(**sizes)
+    assert why_not(96, 49, 49, 256, 256, "bfloat16", architecture=80) is None
+    for changed, why in (
+        ({"d": 264, "e": 264}, "8 to 256 channels"),
+        ({"d": 36, "e": 36}, "in eights"),
+        ({"dtype": "float32"}, "16-bit"),
+        ({"masked": True}, "masks"),
+        ({"architecture": 75}, "sm_80"),
+        ({"m": 0}, "nothing"),
+    ):
+        sizes = {"b": 2, "n": 40, "m": 40, "d": 128, "e": 128, "dtype": "float16", "architecture": 90} | changed
+        assert why in why_not(**sizes)
+
+
 def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match="kind: expected attend, step"):
         native.nonlocal_gates_gpu_plan("other", 1, 1, 1, 1, 1, 1, "float32")
