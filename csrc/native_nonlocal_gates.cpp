@@ -30,17 +30,13 @@ Relation relation_of(int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int6
   return r;
 }
 
-<<<<<<< HEAD
-py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
-=======
-AttentionGrad gradients_of(const Relation& r) {  // with contiguous tensors like the relation's
+AttentionGrad nonlocal_gates_gradients(const Relation& r) {  // with contiguous tensors like the relation's
   Rows grad = r.query;
   grad.batch = r.G * r.N * r.E, grad.gate = r.N * r.E, grad.row = r.E;
   return {r, grad, r.query, r.key, r.value};
 }
 
-py::dict gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
->>>>>>> 388f336 (nonlocal_gates: gradients on the matrix unit; PyTorch's attention where it is faster; CPU scores by panels, fewer and larger tasks)
+py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
                   const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment,
                   bool sm90a, int64_t begin, int64_t end) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
@@ -61,12 +57,8 @@ py::dict gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int6
     places.emplace_back(at.problem, at.row0, at.rows, at.split);
   }
   py::dict found;
-<<<<<<< HEAD
-  found["text"] = (forward ? cuda::describe_forward(r, step, gpu) : cuda::describe(plan)).c_str();
-=======
-  found["text"] = forward ? cuda::describe_forward(r, step, gpu) + "; " + cuda::describe_gradients(gradients_of(r), gpu)
-                          : cuda::describe_gradients(gradients_of(r), gpu);
->>>>>>> 388f336 (nonlocal_gates: gradients on the matrix unit; PyTorch's attention where it is faster; CPU scores by panels, fewer and larger tasks)
+  const Text gradients = cuda::describe_gradients(nonlocal_gates_gradients(r), gpu);
+  found["text"] = (forward ? std::string(cuda::describe_forward(r, step, gpu).c_str()) + "; " : "") + gradients.c_str();
   found["resident"] = plan.resident;
   found["chunk"] = plan.chunk;
   found["slice"] = plan.slice;
@@ -77,13 +69,8 @@ py::dict gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int6
   return found;
 }
 
-<<<<<<< HEAD
 py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
-                       int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment) {
-=======
-py::dict gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
                        int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment, bool sm90a) {
->>>>>>> 388f336 (nonlocal_gates: gradients on the matrix unit; PyTorch's attention where it is faster; CPU scores by panels, fewer and larger tasks)
   const cuda::TileRelatePlan plan = cuda::plan_tile_relate(relation_of(b, g, n, m, d, e, dtype, misalignment), step,
                                                            gpu_of(architecture, multiprocessors, shared_bytes, sm90a));
   py::dict found;
@@ -98,12 +85,12 @@ py::dict gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, in
   return found;
 }
 
-py::dict gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
                            const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes,
                            int64_t misalignment) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
   const cuda::TileGradientPlan plan =
-      cuda::plan_tile_gradient(gradients_of(r), of_keys, gpu_of(architecture, multiprocessors, shared_bytes));
+      cuda::plan_tile_gradient(nonlocal_gates_gradients(r), of_keys, gpu_of(architecture, multiprocessors, shared_bytes));
   py::dict found;
   found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
   found["padded"] = plan.padded;
@@ -114,7 +101,7 @@ py::dict gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_
   return found;
 }
 
-std::optional<std::string> why_not_library(int64_t b, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
+std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
                                            bool masked, bool count, std::optional<int> architecture) {
   static const uint8_t some_mask = 1;
   Relation r = relation_of(b, 1, n, m, d, e, dtype, 0);
@@ -127,15 +114,11 @@ std::optional<std::string> why_not_library(int64_t b, int64_t n, int64_t m, int6
 }  // namespace
 
 void bind_nonlocal_gates(py::module_& m) {
-<<<<<<< HEAD
-  m.def("nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
-=======
-  m.def("nonlocal_gates_why_not_library", &why_not_library, py::arg("b"), py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"),
+  m.def("nonlocal_gates_why_not_library", &nonlocal_gates_why_not_library, py::arg("b"), py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"),
         py::arg("dtype"), py::arg("masked") = false, py::arg("count") = false, py::arg("architecture") = py::none(),
         "Why the forward pass of nonlocal_attention with query [b, n, d], key [b, m, d], value [b, m, e] is not left to PyTorch's "
         "scaled_dot_product_attention, or None where it is faster and taken. architecture: of a GPU; None: the CPU.");
-  m.def("nonlocal_gates_gpu_plan", &gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
->>>>>>> 388f336 (nonlocal_gates: gradients on the matrix unit; PyTorch's attention where it is faster; CPU scores by panels, fewer and larger tasks)
+  m.def("nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
         py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0, py::arg("sm90a") = true, py::arg("begin") = 0,
         py::arg("end") = 0,
@@ -149,7 +132,7 @@ void bind_nonlocal_gates(py::module_& m) {
         py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0, py::arg("sm90a") = true,
         "The same of the matrix-unit kernels: why_not (None: they run it), cluster, rows, padded, shares, tiles, blocks, "
         "shared_bytes.");
-  m.def("nonlocal_gates_gpu_gradient_plan", &gpu_gradient_plan, py::arg("of_keys"), py::arg("b"), py::arg("g"), py::arg("n"),
+  m.def("nonlocal_gates_gpu_gradient_plan", &nonlocal_gates_gpu_gradient_plan, py::arg("of_keys"), py::arg("b"), py::arg("g"), py::arg("n"),
         py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
         "The same of the gradients on the matrix unit, of the queries or of_keys: why_not, padded, shares, tiles, blocks, "

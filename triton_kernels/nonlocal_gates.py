@@ -24,11 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.reference.nonlocal_gates import lstm_gates, lstm_gates_backward
 from rcu_ops.triton_kernels.recurrent_conv import Launch
 
 #: The most keys whose weights are one tile.
 WHOLE = 256
+#: The most positions of a step in one kernel. Of more, the weights of four gates do not fit the registers: every warp
+#: holds a whole copy of them, as operands of the matrix unit.
+FUSED = 64
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
@@ -380,6 +382,43 @@ def _gate(
     return x.to(tl.float32) + tl.where((total == 0.0)[:, None], 0.0, relation)
 
 
+@triton.jit
+def _pre_activation(gate, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane):
+    x = _load(x_gates + gate * x_gate, rows, p, x_row, channel, e).to(tl.float32)
+    return x + _load(relations + gate * plane, rows, p, e, channel, e).to(tl.float32)
+
+
+@triton.jit
+def _update_cell(
+    i, f, o, g, cell, grad_h, grad_c, h, c, dx_gates, dcell, rows, batch, p, channel, e,
+    cell_batch, cell_row, grad_h_batch, grad_h_row, grad_c_batch, grad_c_row, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    # From the gates of a tile to h and c, or dx_gates and dcell.
+    before = _load(cell + batch * cell_batch, rows, p, cell_row, channel, e).to(tl.float32)
+    after = f * before + i * g
+    squashed = _tanh(after)
+    mask = (rows < p)[:, None] & (channel < e)[None, :]
+    to = (batch * p + rows)[:, None] * e + channel[None, :]
+    if BACKWARD:
+        dh = tl.zeros(squashed.shape, tl.float32)
+        if grad_h is not None:
+            dh = _load(grad_h + batch * grad_h_batch, rows, p, grad_h_row, channel, e).to(tl.float32)
+        dc = dh * o * (1.0 - squashed * squashed)
+        if grad_c is not None:
+            dc += _load(grad_c + batch * grad_c_batch, rows, p, grad_c_row, channel, e)
+        gates = dx_gates + (batch * 4 * p + rows)[:, None] * e + channel[None, :]
+        plane = tl.cast(p, tl.int64) * e
+        kind: tl.constexpr = dx_gates.dtype.element_ty
+        tl.store(gates, (dc * g * i * (1.0 - i)).to(kind), mask=mask)
+        tl.store(gates + plane, (dc * before * f * (1.0 - f)).to(kind), mask=mask)
+        tl.store(gates + 2 * plane, (dh * squashed * o * (1.0 - o)).to(kind), mask=mask)
+        tl.store(gates + 3 * plane, (dc * i * (1.0 - g * g)).to(kind), mask=mask)
+        tl.store(dcell + to, (dc * f).to(dcell.dtype.element_ty), mask=mask)
+    else:
+        tl.store(c + to, after, mask=mask)
+        tl.store(h + to, (o * squashed).to(h.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["p", "d", "e"])
 def step_kernel(
     x_gates, query, key, value, cell, grad_h, grad_c, h, c, dx_gates, dcell, p, d, e,
@@ -428,29 +467,37 @@ def step_kernel(
                            value_row, PRECISION))  # fmt: skip
         g = _tanh(_gate(3, w3, t3, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
                         value_row, PRECISION))  # fmt: skip
-        before = _load(cell + batch * cell_batch, rows, p, cell_row, channel, e).to(tl.float32)
-        after = f * before + i * g
-        squashed = _tanh(after)
-        mask = (rows < p)[:, None] & (channel < e)[None, :]
-        to = (batch * p + rows)[:, None] * e + channel[None, :]
-        if BACKWARD:
-            dh = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-            if grad_h is not None:
-                dh = _load(grad_h + batch * grad_h_batch, rows, p, grad_h_row, channel, e).to(tl.float32)
-            dc = dh * o * (1.0 - squashed * squashed)
-            if grad_c is not None:
-                dc += _load(grad_c + batch * grad_c_batch, rows, p, grad_c_row, channel, e)
-            gates = dx_gates + (batch * 4 * p + rows)[:, None] * e + channel[None, :]
-            plane = tl.cast(p, tl.int64) * e
-            kind: tl.constexpr = dx_gates.dtype.element_ty
-            tl.store(gates, (dc * g * i * (1.0 - i)).to(kind), mask=mask)
-            tl.store(gates + plane, (dc * before * f * (1.0 - f)).to(kind), mask=mask)
-            tl.store(gates + 2 * plane, (dh * squashed * o * (1.0 - o)).to(kind), mask=mask)
-            tl.store(gates + 3 * plane, (dc * i * (1.0 - g * g)).to(kind), mask=mask)
-            tl.store(dcell + to, (dc * f).to(dcell.dtype.element_ty), mask=mask)
-        else:
-            tl.store(c + to, after, mask=mask)
-            tl.store(h + to, (o * squashed).to(h.dtype.element_ty), mask=mask)
+        _update_cell(
+            i, f, o, g, cell, grad_h, grad_c, h, c, dx_gates, dcell, rows, batch, p, channel, e,
+            cell_batch, cell_row, grad_h_batch, grad_h_row, grad_c_batch, grad_c_row, BACKWARD,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["p", "e"])
+def cell_kernel(
+    x_gates, relations, cell, grad_h, grad_c, h, c, dx_gates, dcell, p, e,
+    x_batch, x_gate, x_row, cell_batch, cell_row, grad_h_batch, grad_h_row, grad_c_batch, grad_c_row,
+    BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The cell update of a step whose relations [b, 4, p, e], contiguous, are there; outputs as step_kernel's.
+
+    Program (i, b) owns BLOCK_N positions and BLOCK_E channels of a sample. Bound by memory.
+    """
+    slices = (e + BLOCK_E - 1) // BLOCK_E
+    block, batch = tl.program_id(0) // slices, tl.program_id(1).to(tl.int64)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = tl.program_id(0) % slices * BLOCK_E + tl.arange(0, BLOCK_E)
+    x_gates += batch * x_batch
+    plane = tl.cast(p, tl.int64) * e
+    relations += batch * 4 * plane
+    i = _sigmoid(_pre_activation(0, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    f = _sigmoid(_pre_activation(1, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    o = _sigmoid(_pre_activation(2, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    g = _tanh(_pre_activation(3, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    _update_cell(
+        i, f, o, g, cell, grad_h, grad_c, h, c, dx_gates, dcell, rows, batch, p, channel, e,
+        cell_batch, cell_row, grad_h_batch, grad_h_row, grad_c_batch, grad_c_row, BACKWARD,
+    )  # fmt: skip
 
 
 # ---- configurations and launches ----------------------------------------------------------------------------------
@@ -565,7 +612,10 @@ def plan_step(
     value: Tensor,
     cell: Tensor,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
-    """(h, c), or with ``grads`` (dx_gates, dcell), to be filled, and the launches that fill them. P <= WHOLE."""
+    """(h, c), or with ``grads`` (dx_gates, dcell), to be filled, and the launches that fill them.
+
+    Up to FUSED positions one kernel; beyond, the relations first (one tensor like x_gates), then the cell update.
+    """
     x_gates, query, key, value, cell = _rows(x_gates, query, key, value, cell)
     grads = None if grads is None else tuple(_rows(*grads))
     b, _, p, e = x_gates.shape
@@ -577,17 +627,23 @@ def plan_step(
         outputs = (None, None, *results)
     if b * p * e == 0:
         return results, []
+    grad_h, grad_c = grads or (None, None)
+    beside = (*_strides(cell, 2), *_strides(grad_h, 2), *_strides(grad_c, 2))
+    if p > FUSED:
+        relations, launches = plan_attention(*(t.flatten(0, 1) for t in (query, key, value)), None, 1.0, False)
+        arguments = (
+            x_gates, relations, cell, grad_h, grad_c, *outputs, p, e, *_strides(x_gates, 3), *beside,
+        )  # fmt: skip
+        constants = {"BACKWARD": grads is not None, "BLOCK_N": 16, "BLOCK_E": 64}
+        grid = triton.cdiv(p, 16) * triton.cdiv(e, 64), b
+        return results, [*launches, Launch(cell_kernel, grid, arguments, constants, 4, 1)]
     _, block_m, block, _, _ = _tiles(p, query.dtype)
-    block_n = 16
-    slice_e = 16 if block_m > 64 else 32
-    block = min(block, slice_e) if block_m > 64 else block
+    block_n, slice_e = 16, 32
     blocks = triton.cdiv(p, block_n)
     split = _split(blocks * b, triton.cdiv(e, slice_e))
-    grad_h, grad_c = grads or (None, None)
     arguments = (
         x_gates, query, key, value, cell, grad_h, grad_c, *outputs, p, query.shape[3], e,
-        *_strides(x_gates, 3), *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *_strides(cell, 2),
-        *_strides(grad_h, 2), *_strides(grad_c, 2),
+        *_strides(x_gates, 3), *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *beside,
     )  # fmt: skip
     constants = {
         "BACKWARD": grads is not None, "SPLIT": split, "PRECISION": _precision(query.dtype),
@@ -621,16 +677,8 @@ def attention_backward(
     return results
 
 
-def _pre_activations(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    relations = attention(*(t.flatten(0, 1) for t in (query, key, value)), None, 1.0, False)
-    return x_gates.float() + relations.view_as(x_gates)
-
-
 def step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """``rcu_ops::relational_lstm_step``. Beyond WHOLE positions: the attention kernel, and PyTorch for the gates."""
-    if x_gates.shape[2] > WHOLE:
-        h, c = lstm_gates(_pre_activations(x_gates, query, key, value), cell.float())
-        return h.to(x_gates.dtype), c
+    """``rcu_ops::relational_lstm_step``."""
     results, launches = plan_step(None, x_gates, query, key, value, cell)
     _run(launches, x_gates.device)
     return results
@@ -646,13 +694,8 @@ def step_backward(
     cell: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``rcu_ops::relational_lstm_step_backward``."""
-    if x_gates.shape[2] > WHOLE:
-        a = _pre_activations(x_gates, query, key, value)
-        da, dc = lstm_gates_backward(a, cell.float(), grad_h, grad_c)
-        dx_gates, dcell = da.to(x_gates.dtype), dc.to(cell.dtype)
-    else:
-        (dx_gates, dcell), launches = plan_step((grad_h, grad_c), x_gates, query, key, value, cell)
-        _run(launches, x_gates.device)
+    (dx_gates, dcell), launches = plan_step((grad_h, grad_c), x_gates, query, key, value, cell)
+    _run(launches, x_gates.device)
     flat = (t.flatten(0, 1) for t in (dx_gates, query, key, value))
     gradients = attention_backward(*flat, None, 1.0, False)
     dquery, dkey, dvalue = (g.view(t.shape) for g, t in zip(gradients, (query, key, value), strict=True))

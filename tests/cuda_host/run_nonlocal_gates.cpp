@@ -34,18 +34,15 @@ Relation relation(const Case& c) {
 template <typename Problem>
 std::string run(const Case& c, std::string& plan, bool step, const Problem& p) {
   const auto kernel = c.integer("plain") ? cuda::RelateKernel::plain : cuda::RelateKernel::best;
-<<<<<<< HEAD
-  plan = c.integer("plain") ? "plain" : cuda::describe_relate(p.relation, step).c_str();
-=======
   if (c.integer("plain"))
     plan = "plain";
   else if constexpr (std::is_same_v<Problem, AttentionGrad>)
-    plan = cuda::describe_relate(p);
+    plan = cuda::describe_relate(p).c_str();
   else
-    plan = cuda::describe_relate(p.relation, step);
+    plan = cuda::describe_relate(p.relation, step).c_str();
   if constexpr (std::is_same_v<Problem, StepGrad>)
-    if (!c.integer("plain")) plan += "; " + cuda::describe_relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue});
->>>>>>> 388f336 (nonlocal_gates: gradients on the matrix unit; PyTorch's attention where it is faster; CPU scores by panels, fewer and larger tasks)
+    if (!c.integer("plain"))
+      plan = plan + "; " + cuda::describe_relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}).c_str();
   return cuda_host::with_scratch(cuda::scratch_of(p), [&](void* scratch) { return cuda::relate(p, scratch, nullptr, kernel); });
 }
 

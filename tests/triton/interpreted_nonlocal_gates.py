@@ -135,6 +135,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for dtype in (fp32, fp16):
             arguments = (shape, dtype, ("both", "h", "c")[index % 3], index % 2 == 0, layouts[index % len(layouts)])
             yield f"step {arguments}", lambda a=arguments: step(*a)
+    yield "step of relations made before", lambda: step((2, 70, 8, 70), fp32, "h", False)
     yield "step of many positions", lambda: step((1, 260, 4, 5), fp16, "both", True)
     for dtype in (fp32, fp16):
         yield f"dead {dtype}", lambda dtype=dtype: dead_queries(dtype)
