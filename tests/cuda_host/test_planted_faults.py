@@ -391,7 +391,7 @@ FAULTS = [
     Fault("a sum that keeps its old peak", "= exp(query.peak - next.base());", "= 1;", relate, file=RELATE),
     Fault(
         "no wait for a stage of scores",
-        "async_wait<0>();\n      block_barrier();  // stage i",
+        "async_wait<0>();\n    block_barrier();  // stage i",
         "block_barrier();  // stage i",
         relate_tiles,
         file="nonlocal_gates_tile.cu",
