@@ -425,11 +425,51 @@ def _differentiable(
     return call
 
 
+def _why_not_library(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> str | None:
+    """Why PyTorch's own attention does not run the forward pass, or None where it is faster and does."""
+    native = _library.native()
+    if native is None:
+        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
+    architecture = None
+    if query.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(query.device)
+        architecture = 10 * gpu.major + gpu.minor
+    (b, n, d), (m, e) = query.shape, value.shape[1:]
+    dtype = str(query.dtype).removeprefix("torch.")
+    why_not: str | None = native.nonlocal_gates_why_not_library(
+        b, n, m, d, e, dtype, mask is not None, count, architecture
+    )
+    return why_not
+
+
+def _attention_plan(*args: Any, kernels: str) -> str:
+    """Who runs the forward pass, and how the kernels run what they run."""
+    why_not = _why_not_library(*args)
+    if why_not is None:
+        return f"forward: PyTorch's scaled_dot_product_attention, which is faster here; gradients: {kernels}"
+    return f"{kernels}; not PyTorch's attention: {why_not}"
+
+
 def _triton_kernel(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return getattr(_triton.kernels("nonlocal_gates"), name)(*args)
 
     return run
+
+
+def _triton_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> Tensor:
+    """The Triton kernel, or PyTorch's attention (which gives dead queries zeros on a GPU) where that is faster."""
+    if _why_not_library(query, key, value, mask, scale, count) is None:
+        heads = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
+        if out.dtype == query.dtype:  # autocast may have made another of it
+            return out.contiguous()
+    found: Tensor = _triton_kernel("attention")(query, key, value, mask, scale, count)
+    return found
 
 
 _BINARY = _Operators("", {})
@@ -438,7 +478,7 @@ _TRITON = _Operators(
     dict(
         zip(
             _DEFINITIONS,
-            map(_triton_kernel, ("attention", "attention_backward", "step", "step_backward")),
+            (_triton_attention, *map(_triton_kernel, ("attention_backward", "step", "step_backward"))),
             strict=True,
         )
     ),
@@ -488,26 +528,6 @@ def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     )["text"]  # fmt: skip
 
 
-def _attention_plan(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool, *, kernels: str
-) -> str:
-    """Whether PyTorch's own attention runs the forward pass, or why not, and how the kernels run what they run."""
-    native = _library.native()
-    if native is None:
-        return kernels
-    (b, n, d), (m, e) = query.shape, value.shape[1:]
-    architecture = None
-    if query.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(query.device)
-        architecture = 10 * gpu.major + gpu.minor
-    why_not = native.nonlocal_gates_why_not_library(
-        b, n, m, d, e, str(query.dtype).removeprefix("torch."), mask is not None, count, architecture
-    )
-    if why_not is None:
-        return f"forward: PyTorch's scaled_dot_product_attention, which is faster here; gradients: {kernels}"
-    return f"{kernels}; not PyTorch's attention: {why_not}"
-
-
 def _triton_plan(query: Tensor, key: Tensor, *_: Any) -> str:
     return _triton.kernels("nonlocal_gates").describe(query, key)
 
@@ -539,7 +559,12 @@ ATTENTION = register(
                 lambda *a: _attention_plan(*a, kernels=_cuda_plan("attend", *a[:3])),
                 _evidence.experimental("nonlocal_gates"),
             ),
-            Backend("triton", _TRITON.attention, _why_not_triton("nonlocal_attention"), _triton_plan),
+            Backend(
+                "triton",
+                _TRITON.attention,
+                _why_not_triton("nonlocal_attention"),
+                lambda *a: _attention_plan(*a, kernels=_triton_plan(*a)),
+            ),
             Backend(
                 "cpu",
                 _BINARY.attention,

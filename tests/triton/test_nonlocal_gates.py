@@ -11,6 +11,7 @@ import torch
 
 import rcu_ops
 from rcu_ops.ops import _selftest, _triton
+from rcu_ops.ops import nonlocal_gates as operators
 from tests.triton import resources
 
 NAMES = ("nonlocal_attention", "relational_lstm_step")
@@ -48,6 +49,17 @@ def test_opcheck() -> None:
     gates = torch.randn(2, 4, 3, 5)
     step = (gates.requires_grad_(), gates, gates, gates, gates[:, 0].detach())
     torch.library.opcheck(ops.relational_lstm_step_triton.default, step, test_utils=tests)
+
+
+def test_the_librarys_attention_is_taken_where_the_planner_says_so(monkeypatch) -> None:
+    query, key, value = torch.randn(2, 9, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
+    monkeypatch.setattr(operators, "_triton_kernel", lambda name: lambda *args: f"the kernel {name}")
+    assert operators._triton_attention(query, key, value, None, 0.5, False) == "the kernel attention"
+    monkeypatch.setattr(operators, "_why_not_library", lambda *args: None)
+    got = operators._triton_attention(query, key, value, None, 0.5, False)
+    torch.testing.assert_close(got, torch.softmax(0.5 * query @ key.mT, -1) @ value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert operators._triton_attention(query, key, value, None, 0.5, False) == "the kernel attention"
 
 
 def launches(kind: str, positions: int, width: int, dtype: torch.dtype) -> list:
