@@ -32,10 +32,11 @@ Tensor transposed(const Tensor& matrix) {
   return torch::stable::transpose(copy, 0, 1);
 }
 
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+// mm, or bmm of as many matrices.
+void multiply(const char* name, const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
 }
 
@@ -68,6 +69,13 @@ struct Matrix {
   Tensor tensor() const {
     const int64_t shape[2] = {by_column ? columns : features, by_column ? features : columns}, strides[2] = {pitch, 1};
     return torch::stable::from_blob(data, Sizes(shape, 2), Sizes(strides, 2), memory.device(), scalar);
+  }
+  // `count` pieces of `width` columns from the begin-th on: [piece][features][width], or [piece][width][features].
+  Tensor pieces(int64_t begin, int64_t width, int64_t count) const {
+    const int64_t shape[3] = {count, by_column ? width : features, by_column ? features : width};
+    const int64_t strides[3] = {width * (by_column ? pitch : 1), pitch, 1};
+    char* first = part(true, begin, width).data;
+    return torch::stable::from_blob(first, Sizes(shape, 3), Sizes(strides, 3), memory.device(), scalar);
   }
   Matrix part(bool of_columns, int64_t begin, int64_t count) const {
     Matrix m = *this;
@@ -142,9 +150,9 @@ class Temporaries {
 // out = weight in, over features.
 void product(const Matrix& out, const Tensor& weight, const Matrix& in) {
   if (out.by_column)
-    multiply(in.tensor(), transposed(weight), out.tensor());
+    multiply("aten::mm", in.tensor(), transposed(weight), out.tensor());
   else
-    multiply(weight, in.tensor(), out.tensor());
+    multiply("aten::mm", weight, in.tensor(), out.tensor());
 }
 
 // ---- passes ----------------------------------------------------------------------------------------------------
@@ -178,20 +186,35 @@ Elementwise over(const Problem& p, Pass kind, int64_t features, int64_t columns,
 // rounding error does not grow with the number of columns; for large ones adding the pieces would cost as much as the
 // product, and 16-bit pieces would each be rounded.
 void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const Matrix& in) {
-  const auto piece = [&](const Tensor& to, int64_t begin, int64_t count) {
+  constexpr int64_t piece = 64, most = 64, small = 1 << 16;  // columns of a piece, and pieces in one call
+  const int64_t size = d.features * in.features, pieces = d.columns / piece;
+  const auto whole = [&](const Tensor& to, int64_t begin, int64_t count) {
     const Tensor a = d.part(true, begin, count).tensor(), b = in.part(true, begin, count).tensor();
-    if (d.by_column)
-      multiply(transposed(a), b, to);
-    else
-      multiply(a, transposed(b), to);
+    d.by_column ? multiply("aten::mm", transposed(a), b, to) : multiply("aten::mm", a, transposed(b), to);
   };
-  constexpr int64_t columns = 64, small = 1 << 16;
-  const int64_t size = d.features * in.features;
-  if (p.state != p.scalar || size > small || d.columns <= columns) return piece(out, 0, d.columns);
+  if (p.state != p.scalar || size > small || pieces < 2) return whole(out, 0, d.columns);
+  const Tensor products = empty_of(out, {pieces < most ? pieces : most, d.features, in.features});
   const Tensor more = empty_of(out, {d.features, in.features});
-  piece(out, 0, columns);
-  for (int64_t begin = columns; begin < d.columns; begin += columns) {
-    piece(more, begin, d.columns - begin < columns ? d.columns - begin : columns);
+  for (int64_t begin = 0; begin < d.columns;) {
+    Tensor to = begin == 0 ? out : more;
+    const int64_t left = (d.columns - begin) / piece, count = left < most ? left : most;
+    if (count == 0) {
+      whole(to, begin, d.columns - begin);
+      begin = d.columns;
+    } else {
+      Tensor some = products;
+      some = torch::stable::narrow(some, 0, 0, count);
+      Tensor a = d.pieces(begin, piece, count), b = in.pieces(begin, piece, count);
+      if (d.by_column)
+        a = torch::stable::transpose(a, 1, 2);
+      else
+        b = torch::stable::transpose(b, 1, 2);
+      multiply("aten::bmm", a, b, some);
+      const int64_t over_pieces[] = {0};
+      torch::stable::sum_out(to, some, Sizes(over_pieces, 1));
+      begin += count * piece;
+    }
+    if (pointer(to) == pointer(out)) continue;
     Elementwise sum;
     sum.dtype = p.dtype;
     sum.length = size;

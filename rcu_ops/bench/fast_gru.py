@@ -119,6 +119,22 @@ def library_features(x: Tensor, weights: Sequence[Tensor], o0: Tensor | None = N
     return out.view(n, k, c, *positions)
 
 
+def differentiable_rows(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """:func:`library_rows` for autograd: nothing in place, so that each step's gates stay for its backward pass."""
+    ux, uo, w, vx, vo = weights
+    n, k, c, *positions = x.shape
+    rows = x.permute(1, 0, 3, 4, 5, 2).reshape(k, -1, c)
+    hidden, candidates = (torch.matmul(rows[1:], weight.T) for weight in (ux, vx))
+    half, o = ux.shape[0] // 2, rows[0]
+    states = [o]
+    for step in range(k - 1):
+        h = torch.addmm(hidden[step], o, uo.T).relu()
+        r, z = torch.mm(h[:, :half], w[0].T).sigmoid(), torch.mm(h[:, half:], w[1].T).sigmoid()
+        o = torch.lerp(o, torch.addmm(candidates[step], r * o, vo.T).tanh(), z)
+        states.append(o)
+    return torch.stack(states).view(k, n, *positions, c).permute(1, 0, 5, 2, 3, 4)
+
+
 Loop = Callable[..., Tensor]
 LOOPS: dict[str, Loop] = {"positions as rows": library_rows, "features as rows": library_features}
 
@@ -182,16 +198,20 @@ class _Recurrence(Case):
         return str(explanation.backend), explanation.plan
 
     def candidates(self) -> Sequence[Candidate]:
-        """Ours, the reference in eager mode, compiled, and the library loops."""
+        """Ours, the reference in eager mode, compiled, the library loops, and on a GPU these under a CUDA graph."""
         found = [self._own_candidate(OURS, self._ours)]
         if self.device.type == "cuda":
             found += [self._own_candidate(name, with_backend(name, self._ours)) for name in ("cuda", "triton")]
         found.append(Candidate.simple("eager", self._by_reference))
         if self.compile:
             found.append(Candidate("compile", {"torch.compile": Variant(self.compiled())}))
-        if not self.training:
-            loops = {name: Variant(self._bind_loop(loop)) for name, loop in LOOPS.items()}
-            found.append(Candidate("library loop", on_device(loops, self.device)))
+        if self.training:
+            loops = {"positions as rows": Variant(self._bind_loop(differentiable_rows))}
+            return [*found, Candidate("library loop", loops)]
+        loops = {name: Variant(self._bind_loop(loop)) for name, loop in LOOPS.items()}
+        found.append(Candidate("library loop", loops))
+        if self.device.type == "cuda":
+            found.append(Candidate("graphed loop", on_device(loops, self.device)))
         return found
 
     def compiled(self) -> Bind:
@@ -205,8 +225,8 @@ class _Recurrence(Case):
 
     def _bind_loop(self, loop: Loop) -> Bind:
         def run(x: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-            weights, o0 = arguments[:5], arguments[5].to(x.dtype) if len(arguments) > 5 else None
-            o = loop(x, weights, o0)
+            weights, more = arguments[:5], (o0.to(x.dtype) for o0 in arguments[5:])
+            o = loop(x, weights, *more)
             return o, o[:, -1].float()
 
         return lambda inputs: lambda: self._results(run, inputs)

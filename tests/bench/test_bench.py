@@ -236,6 +236,16 @@ def test_every_fast_gru_loop_is_right(kind, loop, layout):
 
 
 @pytest.mark.parametrize("kind", [fast_gru.Forward, fast_gru.ForwardBackward, fast_gru.Step])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fast_gru_has_all_its_baselines(kind, device):
+    case = kind(fast_gru.SMALL[0], torch.float32, "contiguous", torch.device(device))
+    graphed = {"graphed loop"} if device == "cuda" and not case.training else set()
+    backends = {"cuda", "triton"} if device == "cuda" else set()
+    wanted = {OURS, "eager", "compile", "library loop"} | graphed | backends
+    assert {c.name for c in case.candidates()} == wanted
+
+
+@pytest.mark.parametrize("kind", [fast_gru.Forward, fast_gru.ForwardBackward, fast_gru.Step])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_fast_gru_cases_run_through(kind, dtype):
     case = kind(fast_gru.Shape(2, 3, 16, 4, 1, 3), dtype, "contiguous", CPU, compile=False)
