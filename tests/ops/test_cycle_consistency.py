@@ -218,12 +218,13 @@ def test_explain_names_the_form_and_its_reason() -> None:
     if "cpu" not in BACKENDS or _library.native() is None:
         pytest.skip("the CPU kernels or their planner are not built")
 
-    def plan(frames: int, dtype: torch.dtype = torch.float32) -> str:
-        x = torch.zeros(1, frames, 64, dtype=dtype)
+    def plan(frames: int, dtype: torch.dtype = torch.float32, channels: int = 64) -> str:
+        x = torch.zeros(1, frames, channels, dtype=dtype)
         return str(rcu_ops.explain("cycle_consistency", x, x).plan)
 
     assert "within each sequence: at most 64 frames" in plan(16)
-    assert "differences: fewer than 96 frames" in plan(80)
+    assert "differences: fewer than 96 frames" in plan(80, channels=63)
+    assert "by products on centred frames" in plan(65)
     assert "differences: float64" in plan(200, torch.float64)
     assert "by products on centred frames" in plan(200)
     loss = rcu_ops.explain("temporal_cycle_loss", torch.zeros(1, 100, 64), torch.zeros(1, 20, 64)).plan
