@@ -8,14 +8,18 @@
 //           and the queries' numbers broadcast; few rows, and pairs of bf16, are dot products. Products with the weights:
 //           sums of rows by panels of channels, the weights broadcast.
 // Tasks.    Forward: (sample, gate, block of queries), a step takes all four gates of its block so that the cell update
-//           follows while the gates are in the cache. Backward: the samples and gates whole when their maps are small, else
-//           blocks of queries (dquery, and three numbers per query), then blocks of keys (dkey, dvalue, maps recomputed).
-// Scratch.  Per task the weights of its block and a panel of results; never a map of the batch, never the gates.
+//           follows while the gates are in the cache. Backward: (sample, gate) where they keep all threads busy, block of queries
+//           by block, else blocks of queries (dquery, and three numbers per query), then blocks of keys (dkey, dvalue, maps
+//           recomputed). A step's goes in rounds of a few samples and a block of queries: gates by blocks, then gradients by
+//           (sample, gate) from the weights that the gates left.
+// Scratch.  Per task the weights of its block and a panel of results, per round the weights of its queries, up to 2^20 numbers
+//           per thread; never a map of the batch, never the gates.
 // Aliasing. Outputs must not overlap inputs or each other.
 // Order.    A score sums over the channels in order, 128 at a time (a dot product: V::L sums, one per lane, added at the end), a result
 //           over the keys in the same way. Neither depends on the blocks, so results do not depend on the number of threads.
 // Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials, about
-//           20 operations for a vector of numbers, are N M + 5 N E / 4 per gate.
+//           20 operations for a vector of numbers, are N M + 5 N E / 4 per gate. Products of N M D or N M E: forward 2,
+//           backward 5 (7 where keys have blocks of their own), a step's 6 (9).
 //
 // The including file defines, in the namespace: Floats and Doubles (vectors_<isa>.h) and the blocks' sizes
 // score_rows x score_columns and sum_rows x sum_vectors.
@@ -258,13 +262,13 @@ static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int
 template <class V, class T>
 static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row, int64_t K,
                           const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
-                          typename Arithmetic<V, T>::Right* packed) {
+                          typename Arithmetic<V, T>::Right* packed, bool more = false) {
   using P = Arithmetic<V, T>;
   P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : panel<V>, packed);
   if (n <= V::L)
-    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row);
+    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more);
   else
-    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row);
+    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more);
 }
 
 // Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the bytes.
@@ -292,20 +296,28 @@ struct Workspace {
   }
 };
 
-// out = a b for all n columns, leaving out the k of `dead_k`; rows of out of `dead_row` are zero.
+// out = a b for all n columns, leaving out the k of `dead_k`; rows of out of `dead_row` are zero. With `more`, added to what is
+// there, which the caller keeps to numbers as wide as the sums.
 template <class V, class T>
 static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_row, int64_t K,
-                    const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row, const Workspace<V, T>& w) {
+                    const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row, const Workspace<V, T>& w,
+                    bool more = false) {
   const auto left = left_of<V, T>(a, a_row, a_k, rows, K, w.left);
   for (int64_t from = 0; from < n; from += panel<V>) {
     const int64_t width = min_of(panel<V>, n - from);
     if constexpr (sizeof(T) == sizeof(typename V::S)) {
       if (width == panel<V>) {
-        sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right);
+        sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, more);
         continue;
       }
     }
-    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, w.tile, panel<V>, w.right);
+    if (more)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < width; j += V::L) {
+          const T* there = out + i * out_row + from + j;
+          V::store(w.tile + i * panel<V> + j, j + V::L <= width ? V::load(there) : part_of<V>(there, width - j));
+        }
+    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, w.tile, panel<V>, w.right, more);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; j += V::L) {
         const typename V::R v = V::load(w.tile + i * panel<V> + j);
@@ -486,7 +498,7 @@ struct Job {
   const P& problem;
   int64_t block, blocks;
   void* shared = nullptr;
-  bool whole = false;
+  int64_t sample = 0, query = 0, samples = 0, queries = 0;  // where a step's round begins, and how many
 };
 
 template <class J>
@@ -549,19 +561,27 @@ static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64
   }
 }
 
+// The weights of some queries of a sample's gates: query i of gate g at s + (g * gate + i) * padded M, and whether it is dead.
+template <class S>
+struct Maps {
+  S* s = nullptr;
+  Byte* dead = nullptr;
+  int64_t gate = 0;
+};
+
 template <class V, class T>
 struct GateMemory {
-  typename V::S *s, *tile;  // [4][rows][padded M], [4][rows][panel]
+  Maps<typename V::S> maps;  // the caller's, if it keeps them
+  typename V::S* tile;       // [4][rows][panel]
   typename Arithmetic<V, T>::Left* left;
   typename Arithmetic<V, T>::Right* right;
-  Byte* dead;  // [4][rows]
   size_t bytes;
-  GateMemory(Pieces m, const Relation& r, int64_t rows) {
+  GateMemory(Pieces m, const Relation& r, int64_t rows, const Maps<typename V::S>& kept = {}) : maps(kept) {
     using S = typename V::S;
     using P = Arithmetic<V, T>;
-    s = m.take<S>(4 * rows * padded<S>(r.M)), tile = m.take<S>(4 * rows * panel<V>);
+    if (!kept.s) maps = {m.take<S>(4 * rows * padded<S>(r.M)), m.take<Byte>(4 * rows), rows};
+    tile = m.take<S>(4 * rows * panel<V>);
     left = m.take<typename P::Left>(4 * P::left_size(rows, r.M)), right = m.take<typename P::Right>(P::right_size(r.M, panel<V>));
-    dead = m.take<Byte>(4 * rows);
     bytes = m.used;
   }
 };
@@ -569,14 +589,14 @@ struct GateMemory {
 // The gates of positions [n, n + rows), panel by panel of channels: finish(row, channel, width, a[4]) gets the
 // pre-activations of V::L channels, of which `width` are there.
 template <class V, class T, class Finish>
-static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, int64_t rows, Pieces memory, Finish finish) {
+static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, int64_t rows, const GateMemory<V, T>& m,
+                  Finish finish) {
   using S = typename V::S;
-  const int64_t ld = padded<S>(r.M), map = rows * ld, area = rows * panel<V>;
-  const GateMemory<V, T> m(memory, r, rows);
+  const int64_t ld = padded<S>(r.M), map = m.maps.gate * ld, area = rows * panel<V>;
   Left<typename Arithmetic<V, T>::Left> left[4];
   for (int64_t g = 0; g < 4; ++g) {
-    weights<V, T>(r, b, g, n, rows, m.s + g * map, m.dead + g * rows, nullptr);
-    left[g] = left_of<V, T>(m.s + g * map, ld, 1, rows, r.M, m.left + g * Arithmetic<V, T>::left_size(rows, r.M));
+    weights<V, T>(r, b, g, n, rows, m.maps.s + g * map, m.maps.dead + g * m.maps.gate, nullptr);
+    left[g] = left_of<V, T>(m.maps.s + g * map, ld, 1, rows, r.M, m.left + g * Arithmetic<V, T>::left_size(rows, r.M));
   }
   for (int64_t from = 0; from < r.E; from += panel<V>) {
     const int64_t width = min_of(panel<V>, r.E - from);
@@ -589,7 +609,7 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
         for (int64_t g = 0; g < 4; ++g) {
           const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
           a[g] = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
-          if (!m.dead[g * rows + i]) a[g] = V::add(a[g], V::load(m.tile + g * area + i * panel<V> + j));
+          if (!m.maps.dead[g * m.maps.gate + i]) a[g] = V::add(a[g], V::load(m.tile + g * area + i * panel<V> + j));
         }
         finish(n + i, from + j, width - j, a);
       }
@@ -602,7 +622,7 @@ static void step_task(void* context, int64_t index) {
   const Step& p = job.problem;
   const Relation& r = p.relation;
   const int64_t b = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
-  const Pieces memory{static_cast<char*>(scratch(1, GateMemory<V, T>({}, r, rows).bytes)), 0};
+  const GateMemory<V, T> memory({static_cast<char*>(scratch(1, GateMemory<V, T>({}, r, rows).bytes)), 0}, r, rows);
   gates<V, T>(r, p.x_gates, b, n, rows, memory, [&](int64_t row, int64_t j, int64_t width, const R* a) {
     const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
     const R c = V::fma(f, load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width), V::mul(i, g));
@@ -654,8 +674,8 @@ struct GradMemory {  // for maps of rows x columns
   S *peak, *sum, *delta;
   Workspace<V, T> work;
   size_t bytes;
-  GradMemory(Pieces m, int64_t rows, int64_t columns)
-      : p(m.take<S>(rows * padded<S>(columns))),
+  GradMemory(Pieces m, int64_t rows, int64_t columns, bool kept = false)
+      : p(kept ? nullptr : m.take<S>(rows * padded<S>(columns))),
         ds(m.take<S>(rows * padded<S>(columns))),
         dead(m.take<Byte>(max_of(rows, columns))),
         queries(m.take<Query<S>>(rows)),
@@ -666,29 +686,41 @@ struct GradMemory {  // for maps of rows x columns
         bytes(m.used) {}
 };
 
-// Queries [n, n + rows): dquery, and with all queries in the block also dkey and dvalue, else what the keys' pass needs.
+// Queries [n, n + rows): dquery, and with `keys` their part of dkey and dvalue, else what the keys' pass needs, in `queries`.
+// n a multiple of sum_terms then: dkey and dvalue are added up as if all queries were in the block. kept: the weights, where they
+// were found before.
 template <class V, class T>
-static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows, bool whole, Pieces memory,
-                            Query<typename V::S>* queries) {
+static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows, bool keys, Pieces memory,
+                            Query<typename V::S>* queries, const Maps<typename V::S>& kept = {}) {
   using S = typename V::S;
   const Relation& r = q.relation;
   const int64_t ld = padded<S>(r.M);
-  const GradMemory<V, T> m(memory, rows, r.M);
+  const GradMemory<V, T> m(memory, rows, r.M, kept.s);
+  const S* p = kept.s;
+  const Byte* dead = kept.dead;
   Query<S>* const own = queries ? queries : m.queries;
-  const bool any = weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
+  bool any = false;
+  if (p) {
+    for (int64_t i = 0; i < rows; ++i) any |= dead[i];
+  } else {
+    any = weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
+    p = m.p, dead = m.dead;
+  }
   const T* const grad = at<const T>(q.grad, b, g, n);
   scores<V, T>(grad, q.grad.row, rows, r.N, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld);
   for (int64_t i = 0; i < rows; ++i) {
-    own[i].delta = score_gradient<V>(r, m.p + i * ld, m.ds + i * ld, mask_of(r, b, n + i), own[i].sum);
-    if (m.dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
+    const S count = r.count ? own[i].sum : S(0);
+    const S delta = score_gradient<V>(r, p + i * ld, m.ds + i * ld, mask_of(r, b, n + i), count);
+    if (queries) queries[i].delta = delta;
+    if (dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
   }
-  const Byte* const dead = any ? m.dead : nullptr;
+  if (!any) dead = nullptr;
   product<V, T>(m.ds, ld, 1, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr, dead, r.D, at<T>(q.dquery, b, g, n),
                 q.dquery.row, m.work);
-  if (!whole) return;
-  product<V, T>(m.ds, 1, ld, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead, nullptr, r.D, at<T>(q.dkey, b, g, 0),
-                q.dkey.row, m.work);
-  product<V, T>(m.p, 1, ld, r.M, grad, q.grad.row, r.N, dead, nullptr, r.E, at<T>(q.dvalue, b, g, 0), q.dvalue.row, m.work);
+  if (!keys) return;
+  product<V, T>(m.ds, 1, ld, r.M, at<const T>(r.query, b, g, n), r.query.row, rows, dead, nullptr, r.D, at<T>(q.dkey, b, g, 0),
+                q.dkey.row, m.work, n > 0);
+  product<V, T>(p, 1, ld, r.M, grad, q.grad.row, rows, dead, nullptr, r.E, at<T>(q.dvalue, b, g, 0), q.dvalue.row, m.work, n > 0);
 }
 
 // Keys [j, j + rows): dkey and dvalue, from the transposed maps, recomputed.
@@ -746,7 +778,17 @@ static void query_gradients_task(void* context, int64_t index) {
   const int64_t bg = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
   const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, rows, r.M).bytes)), 0};
   auto* const queries = static_cast<Query<typename V::S>*>(job.shared);
-  query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, rows, job.whole, memory, queries ? queries + bg * r.N + n : nullptr);
+  query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, rows, false, memory, queries + bg * r.N + n);
+}
+
+// A sample and gate, block of queries by block.
+template <class V, class T>
+static void gradients_task(void* context, int64_t bg) {
+  const Job<AttentionGrad>& job = *static_cast<const Job<AttentionGrad>*>(context);
+  const Relation& r = job.problem.relation;
+  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, job.block, r.M).bytes)), 0};
+  for (int64_t n = 0; n < r.N; n += job.block)
+    query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, min_of(job.block, r.N - n), true, memory, nullptr);
 }
 
 template <class V, class T>
@@ -759,10 +801,16 @@ static void key_gradients_task(void* context, int64_t index) {
                       static_cast<const Query<typename V::S>*>(job.shared) + bg * r.N);
 }
 
-// Whether a sample's maps stay in the cache, and there is a task for every thread without cutting samples up.
-static bool whole_maps(const Relation& r, int64_t maps, int64_t tasks, int threads) {
-  return r.N * r.M * maps <= 1 << 18 && tasks >= threads;
+// Queries at a time where a task takes all queries of a sample and gate, 0 if it may not: a block whose `maps` stay in the cache.
+// dkey and dvalue add up over the blocks where they lie, so that 16-bit ones allow one block alone.
+static int64_t whole_block(const Relation& r, int64_t maps, bool narrow) {
+  if (r.N * r.M * maps <= 1 << 18) return r.N;
+  if (r.M * maps > 1 << 13) return 0;
+  const int64_t block = min_of(r.N, r.M * maps > 1 << 11 ? sum_terms : 2 * sum_terms);
+  return narrow && block < r.N ? 0 : block;
 }
+// Whether whole samples pay, `tasks` for the threads to share: 5 products each, blocks 7 that can be shared evenly.
+static bool shared_evenly(int64_t tasks, int threads) { return (tasks + threads - 1) / threads * threads * 5 <= tasks * 7; }
 
 template <class V, class T>
 static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
@@ -780,8 +828,9 @@ static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
     }
     return;
   }
-  if (whole_maps(r, 2, samples, parallel.threads)) {
-    run(parallel, Job<AttentionGrad>{p, r.N, 1, nullptr, true}, samples, query_gradients_task<V, T>);
+  const int64_t whole = whole_block(r, 2, sizeof(T) < sizeof(S));
+  if (whole && shared_evenly(samples, parallel.threads)) {
+    run(parallel, Job<AttentionGrad>{p, whole, 1}, samples, gradients_task<V, T>);
     return;
   }
   void* const shared = scratch(0, static_cast<size_t>(samples * r.N) * sizeof(Query<S>));
@@ -791,6 +840,20 @@ static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
   run(parallel, Job<AttentionGrad>{p, keys, key_blocks, shared}, samples * key_blocks, key_gradients_task<V, T>);
 }
 
+// The weights of a step's round, kept from the gates for the gradients: [samples][4][queries][padded M], then which are dead.
+template <class S>
+static size_t kept_bytes(const Relation& r, int64_t samples, int64_t queries) {
+  return static_cast<size_t>(samples * 4 * queries) * (static_cast<size_t>(padded<S>(r.M)) * sizeof(S) + 1);
+}
+template <class V>
+static Maps<typename V::S> kept_maps(const Job<StepGrad>& job, int64_t sample, int64_t g, int64_t n) {
+  using S = typename V::S;
+  if (!job.shared) return {};
+  S* const s = static_cast<S*>(job.shared);
+  const int64_t ld = padded<S>(job.problem.relation.M), row = (sample * 4 + g) * job.queries + n;
+  return {s + row * ld, reinterpret_cast<Byte*>(s + job.samples * 4 * job.queries * ld) + row, job.queries};
+}
+
 // The gates' part of the step's backward pass: dx_gates and dcell.
 template <class V, class T>
 static void gate_gradients_task(void* context, int64_t index) {
@@ -798,8 +861,11 @@ static void gate_gradients_task(void* context, int64_t index) {
   const Job<StepGrad>& job = *static_cast<const Job<StepGrad>*>(context);
   const StepGrad& p = job.problem;
   const Relation& r = p.relation;
-  const int64_t b = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
-  const Pieces memory{static_cast<char*>(scratch(1, GateMemory<V, T>({}, r, rows).bytes)), 0};
+  const int64_t b = job.sample + index / job.blocks, from = index % job.blocks * job.block, n = job.query + from;
+  const int64_t rows = min_of(job.block, job.queries - from);
+  const Maps<typename V::S> kept = kept_maps<V>(job, index / job.blocks, 0, from);
+  const size_t bytes = GateMemory<V, T>({}, r, rows, kept).bytes;
+  const GateMemory<V, T> memory({static_cast<char*>(scratch(1, bytes)), 0}, r, rows, kept);
   gates<V, T>(r, p.x_gates, b, n, rows, memory, [&](int64_t row, int64_t j, int64_t width, const R* a) {
     const R one = V::set1(1), zero = V::set1(0);
     const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
@@ -818,12 +884,39 @@ static void gate_gradients_task(void* context, int64_t index) {
   });
 }
 
+// The gradients of a gate from the round's queries, whose weights were kept.
+template <class V, class T>
+static void kept_gradients_task(void* context, int64_t index) {
+  const Job<StepGrad>& job = *static_cast<const Job<StepGrad>*>(context);
+  const StepGrad& p = job.problem;
+  const Relation& r = p.relation;
+  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, job.queries, r.M, true).bytes)), 0};
+  const int64_t sample = index / 4, g = index % 4;
+  query_gradients<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, job.sample + sample, g, job.query, job.queries, true, memory,
+                        nullptr, kept_maps<V>(job, sample, g, 0));
+}
+
 template <class V, class T>
 static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
+  using S = typename V::S;
   const Relation& r = p.relation;
-  const int64_t block = block_of(r.N, r.M, r.B, parallel.threads), blocks = (r.N + block - 1) / block;
-  run(parallel, Job<StepGrad>{p, block, blocks}, r.B * blocks, gate_gradients_task<V, T>);
-  attend_grad_as<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel);
+  const int threads = parallel.threads;
+  // Rounds of a sample per thread (more, if they are small) and a block of its queries: weights and dx_gates wait in the cache
+  // for the gradients.
+  int64_t queries = whole_block(r, 4, sizeof(T) < sizeof(S));
+  const bool kept = queries > 0 && r.M > 0 && shared_evenly(4 * r.B, threads);
+  if (!kept) queries = r.N;
+  const int64_t share = max_of<int64_t>(1, (1 << 18) / (4 * max_of<int64_t>(1, queries) * (r.M + r.D + r.E + 1)));
+  const int64_t samples = kept ? min_of(r.B, threads * share) : r.B;
+  void* const maps = kept ? scratch(0, kept_bytes<S>(r, samples, queries)) : nullptr;
+  for (int64_t b = 0; b < r.B; b += samples)
+    for (int64_t n = 0; n < r.N; n += queries) {
+      const int64_t some = min_of(samples, r.B - b), rows = min_of(queries, r.N - n), block = block_of(rows, r.M, some, threads);
+      const Job<StepGrad> job{p, block, (rows + block - 1) / block, maps, b, n, some, rows};
+      run(parallel, job, some * job.blocks, gate_gradients_task<V, T>);
+      if (kept) run(parallel, job, some * 4, kept_gradients_task<V, T>);
+    }
+  if (!kept) attend_grad_as<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel);
 }
 
 }  // namespace

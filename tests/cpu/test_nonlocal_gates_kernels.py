@@ -78,6 +78,46 @@ def test_samples_whole_or_in_blocks_give_the_same_bits(isa) -> None:  # noqa: F8
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.parametrize("count", [False, True])
+def test_long_samples_add_up_block_by_block(isa, count) -> None:  # noqa: F811
+    """Gradients of keys and values over blocks of queries, the second of which holds dead queries alone."""
+    arguments, grad = inputs((1, 520, 310, 20, 54), torch.float32), torch.randn(1, 520, 54)
+    mask, threads = random_mask(1, 520, 310), torch.get_num_threads()
+    mask[:, 256:512] = False
+    options = {"mask": mask, "scale": 0.9, "normalize": "count" if count else "softmax"}
+    call = functools.partial(attend, mask=mask, count=count)
+    try:
+        torch.set_num_threads(1)
+        whole = gradients(call, arguments, [grad])
+        torch.set_num_threads(3)
+        parts = gradients(call, arguments, [grad])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    wanted = exact.attention_gradients(grad, *arguments, **options)
+    rough = gradients(functools.partial(eager, **options), arguments, [grad])
+    for got, want, e in zip(whole, wanted, rough, strict=True):
+        assert_close_to_reference(got, want, e)
+
+
+def test_steps_of_many_positions_go_in_rounds(isa) -> None:  # noqa: F811
+    """A step's weights are kept for a block of queries, and give the bits of weights that are recomputed."""
+    step, threads = step_inputs((2, 290, 20, 54)), torch.get_num_threads()
+    grads = [torch.randn(2, 290, 54) for _ in range(2)]
+    results = []
+    try:
+        for count in (1, 2, 13):
+            torch.set_num_threads(count)
+            results.append(gradients(kernels.relational_lstm_step, step, grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    wanted, rough = exact.step_gradients(*grads, *step), gradients(eager_step, step, grads)
+    for got, want, e in zip(results[0], wanted, rough, strict=True):
+        assert_close_to_reference(got, want, e)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
