@@ -212,8 +212,8 @@ void matrix_block(Word word, const Scan& p, const cuda::ScanPlan& plan, int64_t 
         word, p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes, touched);
   const auto as = [&](auto padded) {
     constexpr int C = decltype(padded)::value, columns = cuda::tile_positions(C);
-    for (int warp = 0; warp < cuda::tile_warps; ++warp)
-      copied_tile<C, columns, Channels>(word, p, (block * cuda::tile_warps + warp) * columns, 32, plan.tile->slot_pitch,
+    for (int warp = 0; warp < plan.tile->warps; ++warp)
+      copied_tile<C, columns, Channels>(word, p, (block * plan.tile->warps + warp) * columns, 32, plan.tile->slot_pitch,
                                                plan.tile->slot_bytes, touched);
   };
   switch (plan.tile->padded_channels) {

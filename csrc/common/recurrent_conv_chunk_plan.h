@@ -58,8 +58,9 @@ inline double cycles_per_frame(const Scan& p, const ScanPlan& plan, const Gpu& g
     return waves * ((product > moved ? product : moved) + barrier);
   };
   if (plan.tile) {
-    const double columns = tile_warps * plan.tile->positions, padded = plan.tile->padded_channels;
-    return blocks(columns * padded * padded / (0.6 * rates.matrix), columns, 400);
+    const double columns = plan.tile->warps * plan.tile->positions, padded = plan.tile->padded_channels;
+    const double barrier = plan.tile->warps < tile_warps ? 400 / waves : 400;  // blocks chosen to find room at once wait together
+    return blocks(columns * padded * padded / (0.6 * rates.matrix), columns, barrier);
   }
   if (plan.wide) return blocks(wide_positions * products * wide_most_channels * wide_most_channels / (C * C), wide_positions, 400);
   if (plan.hopper) {

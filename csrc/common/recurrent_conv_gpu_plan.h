@@ -76,13 +76,15 @@ inline constexpr int statistics_floats = 5;  // of batch normalisation, in share
 
 // ---- the matrix-unit scan: 16-bit data, up to 128 channels ---------------------------------------------------------
 
-inline constexpr int tile_warps = 4;
+inline constexpr int tile_warps = 4;           // of a block, at most
+inline constexpr int tile_resident_warps = 8;  // of a multiprocessor, for which the kernel's registers are sure to suffice
 inline constexpr int tile_most_channels = 128;
 
 // A warp owns `positions` columns for all frames, independently of the other warps of its block.
 struct TileScanPlan {
   int padded_channels = 0;  // 32, 64 or 128
   int positions = 0;        // of a warp
+  int warps = tile_warps;   // of a block; fewer, to spread few positions over all multiprocessors
   bool along_channels = false;  // which way memory is contiguous in x, y and the residual alike; else along columns
   int vector_bytes = 0;     // 16, 8, 4 or 2: the widest word that every row of those tensors is aligned to
   int stages = 0;           // frames in flight or in use: 3, or 2 where shared memory is short
@@ -155,22 +157,39 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   plan.vector_bytes = words.bytes;
   plan.padded_channels = p.C <= 32 ? 32 : p.C <= 64 ? 64 : 128;
   plan.positions = tile_positions(plan.padded_channels);
-  plan.blocks = ceil_div(p.N * p.H * p.W, tile_warps * plan.positions);
   plan.slot_pitch = 2 * (plan.along_channels ? plan.padded_channels : plan.positions) + 16;
   plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? plan.positions : plan.padded_channels);
   plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
-  const int64_t tables = 3 + (p.norm.moments ? 3 : p.norm.partial ? statistics_floats * tile_warps : 0);
-  plan.offsets_at = plan.numbers_at + tables * 4 * plan.padded_channels;
-  plan.slots_at = plan.offsets_at + 5 * 8 * tile_warps * plan.positions;
-  for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
-    plan.shared_bytes = plan.slots_at + tile_warps * plan.stages * plan.slot_bytes * (p.residual.data ? 2 : 1);
-    if (plan.shared_bytes <= gpu.shared_bytes) return plan;
+  // Warps share nothing but W, so that blocks of fewer are as good, but for more copies of W. The waves decide: the fewest columns on
+  // the multiprocessor that has most of them, where all its blocks find room at once (each takes 1 KiB more than it asks for); of
+  // equals, the most warps.
+  const int64_t columns = p.N * p.H * p.W;
+  std::optional<TileScanPlan> best;
+  int64_t least = 0;
+  for (plan.warps = tile_warps; plan.warps >= 1; plan.warps /= 2) {
+    const int64_t tables = 3 + (p.norm.moments ? 3 : p.norm.partial ? statistics_floats * plan.warps : 0);
+    plan.offsets_at = plan.numbers_at + tables * 4 * plan.padded_channels;
+    plan.slots_at = plan.offsets_at + 5 * 8 * plan.warps * plan.positions;
+    plan.blocks = ceil_div(columns, plan.warps * plan.positions);
+    for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
+      plan.shared_bytes = plan.slots_at + plan.warps * plan.stages * plan.slot_bytes * (p.residual.data ? 2 : 1);
+      if (plan.shared_bytes <= gpu.shared_bytes) break;
+    }
+    if (plan.stages < 2) continue;
+    const int64_t together = ceil_div(plan.blocks, gpu.multiprocessors);
+    int64_t most = together * plan.warps * plan.positions;
+    if (most > round_up(columns, plan.positions)) most = round_up(columns, plan.positions);
+    const bool room = together * plan.warps <= tile_resident_warps &&
+                      together * (plan.shared_bytes + 1024) <= gpu.shared_bytes + 1024;
+    if (best && (most >= least || !room)) continue;
+    best = plan, least = most;
   }
-  return refuse("too little shared memory");
+  if (!best) return refuse("too little shared memory");
+  return best;
 }
 
 inline Text describe(const TileScanPlan& plan) {
-  return "tile: " + to_text(plan.blocks) + " blocks of " + to_text(tile_warps) + " x " +
+  return "tile: " + to_text(plan.blocks) + " blocks of " + to_text(plan.warps) + " x " +
          to_text(plan.positions) + " columns, channels padded to " + to_text(plan.padded_channels) +
          (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) +
          " bytes, " + to_text(plan.stages) + " stages";

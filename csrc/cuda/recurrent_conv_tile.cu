@@ -13,15 +13,16 @@
 namespace rcu_ops::cuda {
 namespace {
 
-constexpr int tile_threads = 32 * tile_warps;
+constexpr int tile_threads = 32 * tile_warps;  // at most; the planner may take blocks of fewer
 template <int PaddedChannels>
 constexpr int rows_of_warp = tile_positions(PaddedChannels);
 
 // One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {2, 4, 8}.
 //
 // Layout.   x, y and the residual have contiguous channels (Channels) or contiguous columns (otherwise), any other strides.
-// Work.     A block is 4 warps; a warp owns M = 32 columns (16 for KT = 8) for all frames and meets the others only after
-//           W has been staged. Rows of the matrix product are columns of the problem, its columns output channels: the
+// Work.     A block is plan.warps warps: 4, or 2 or 1 where that leaves less to the busiest multiprocessor. A warp owns M = 32
+//           columns (16 for KT = 8) for all frames and meets the others only after W has been staged, so that no bit depends
+//           on how many there are. Rows of the matrix product are columns of the problem, its columns output channels: the
 //           accumulator fragments d[M][16 KT] (mma.h) are the state in fp32, and rounded to T they are, register by
 //           register, the a fragments of the next frame's product. W[out][in] in shared memory is b as it stands.
 // State.    v' = alpha * (W round(v) + diag(W) * (v - round(v)) + x): the matrix unit sees the state rounded to T, and the
@@ -32,6 +33,8 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 //           same slot then takes y by stmatrix, and goes out in words of vector_bytes. A slot is rewritten only after the
 //           warp barrier of the next frame, so one barrier per frame orders loads, one more x's readers against y's writers,
 //           and one y's writers against those who copy it out.
+//           W is staged by 16-byte asynchronous copies where its rows allow, else by batches of loads: a block of one warp
+//           has no others to hide behind the latency of one load after another.
 // Padding.  Channels from C on have zero weights and are set to zero in the state every frame: an infinite state in another
 //           channel must not reach them as 0 * inf. Columns beyond the last are computed on zeros and not stored.
 // Norm.     Batch normalisation (ScanNorm): its statistics of y are added up where y lies in the slot, a lane per channel, column after
@@ -44,7 +47,8 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 //           from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and y need
 //           from HBM, the reason why more channels want another kernel.
 template <typename T, int KT, bool Channels>
-__global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const TileScanPlan plan) {
+__global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps)
+    tile_scan(const Scan p, const TileScanPlan plan) {
   constexpr int CP = 16 * KT, M = rows_of_warp<CP>, MT = M / 16, NT = 2 * KT, weight_pitch = CP + 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = static_cast<int>(p.C);
   const int fragment_row = lane / 4, fragment_pair = lane % 4 * 2;
@@ -68,19 +72,47 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
   float* wide = reinterpret_cast<float*>(slots);
 
   const T* w = static_cast<const T*>(p.weight);
-  for (int i = threadIdx.x; i < CP * CP; i += tile_threads) {
+  const int threads = static_cast<int>(blockDim.x);
+  if (p.weight_in == 1 && C % 8 == 0 && p.weight_out % 8 == 0 && reinterpret_cast<uintptr_t>(w) % 16 == 0) {
+    for (int i = threadIdx.x; i < CP * CP / 8; i += threads) {
+      const int output = i / (CP / 8), input = i % (CP / 8) * 8;
+      T* to = weight + output * weight_pitch + input;
+      if (output < C && input < C)
+        async_copy<16>(to, w + output * p.weight_out + input);
+      else
+        *reinterpret_cast<uint4*>(to) = uint4{};
+    }
+    async_commit();
+  } else {
+    // A warp takes rows of W as they lie in memory, inputs or outputs, so many together.
+    constexpr int pieces = CP / 32, rows = CP == 32 ? 8 : 32 / pieces;
+    static_assert(CP % (tile_warps * rows) == 0);
     const bool along_inputs = p.weight_in == 1;
-    const int output = along_inputs ? i / CP : i % CP, input = along_inputs ? i % CP : i / CP;
-    weight[output * weight_pitch + input] =
-        output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : narrow<T>(0.0f);
+    const int64_t row_step = along_inputs ? p.weight_out : p.weight_in, step = along_inputs ? 1 : p.weight_out;
+    const int row_pitch = along_inputs ? weight_pitch : 1, along = along_inputs ? 1 : weight_pitch;
+    for (int row0 = warp; row0 < CP; row0 += rows * plan.warps) {
+      T loaded[rows][pieces];
+#pragma unroll
+      for (int j = 0; j < rows; ++j)
+#pragma unroll
+        for (int k = 0; k < pieces; ++k) {
+          const int row = row0 + j * plan.warps, at = lane + 32 * k;
+          loaded[j][k] = row < C && at < C ? w[row * row_step + at * step] : narrow<T>(0.0f);
+        }
+#pragma unroll
+      for (int j = 0; j < rows; ++j)
+#pragma unroll
+        for (int k = 0; k < pieces; ++k)
+          weight[(row0 + j * plan.warps) * row_pitch + (lane + 32 * k) * along] = loaded[j][k];
+    }
   }
-  for (int c = threadIdx.x; c < CP; c += tile_threads) {
+  for (int c = threadIdx.x; c < CP; c += threads) {
     diagonal[c] = c < C ? widen(w[c * (p.weight_out + p.weight_in)]) : 0.0f;
     scale[c] = p.scale && c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
     shift[c] = p.scale && c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
     if (p.norm.moments) fill_norm_tables(p.norm, C, c, scale, shift, mean, mean + CP, mean + 2 * CP);
   }
-  const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * tile_warps + warp) * M;
+  const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * plan.warps + warp) * M;
   const int64_t columns_left = p.N * p.H * p.W - column0;
   const int columns = columns_left <= 0 ? 0 : columns_left < M ? static_cast<int>(columns_left) : M;
   if (lane < columns) {
@@ -90,6 +122,7 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
     first_offset[lane] = column_offset(p, p.first, column0 + lane);
     last_offset[lane] = column_offset(p, p.last, column0 + lane);
   }
+  async_wait<0>();
   block_barrier();
   if (columns == 0) return;
 
@@ -280,8 +313,8 @@ __global__ void __launch_bounds__(tile_threads, 2) tile_scan(const Scan p, const
 template <typename T, int KT>
 Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
   return launch("recurrent_conv tile_scan", plan.along_channels ? tile_scan<T, KT, true> : tile_scan<T, KT, false>,
-                dim3(static_cast<unsigned>(plan.blocks)), dim3(tile_threads), static_cast<size_t>(plan.shared_bytes), stream,
-                p, plan);
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(32 * plan.warps)),
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 template <typename T>

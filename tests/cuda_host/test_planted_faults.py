@@ -44,10 +44,18 @@ def backward(machine: Machine) -> None:
 
 
 def tile(machine: Machine) -> None:
-    for shape, layout in (((1, 60, 5, 6, 6), "contiguous"), ((1, 60, 5, 5, 7), "channels_last")):
+    for shape, layout, warps in (((1, 60, 5, 6, 6), "contiguous", 4), ((1, 60, 5, 5, 7), "channels_last", 1)):
+        machine.device = {"multiprocessors": 1 if warps == 4 else 108}
         x, weight, h0 = (v.contiguous() for v in inputs(shape, torch.bfloat16))
         check_forward(machine, LAYOUTS[layout](x), weight, h0.float(), False, False)
-        assert machine.plan.startswith("tile")
+        assert machine.plan.startswith("tile") and f"blocks of {warps} x" in machine.plan
+
+
+def tile_by_words(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 1}
+    x, weight, h0 = inputs((1, 64, 3, 6, 20), torch.bfloat16)
+    check_forward(machine, x, weight, h0.float(), False, False)
+    assert "blocks of 4 x" in machine.plan
 
 
 def wide(machine: Machine) -> None:
@@ -130,6 +138,7 @@ def tile_long(machine: Machine) -> None:
 
 
 def norm_in_tile(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 1}
     for layout in ("contiguous", "channels_last_3d"):
         check_fused(machine, (2, 60, 3, 7, 7), torch.bfloat16, layout, "tile")
 
@@ -279,6 +288,15 @@ FAULTS = [
     ),
     Fault("x is not transposed", "load_matrix<4, !Channels>(x,", "load_matrix<4, false>(x,", tile, file=TILE),
     Fault("no wait for an asynchronous copy", "async_wait<1>();", "async_wait<2>();", tile, file=TILE),
+    Fault(
+        "W is not waited for",
+        "async_wait<0>();\n  block_barrier();",
+        "block_barrier();",
+        tile_by_words,
+        "thread",
+        file=TILE,
+    ),
+    Fault("all warps keep one table", "mean + warp * statistics_floats * CP", "mean", norm_in_tile, file=TILE),
     Fault("no warp barrier after the wait", "warp_barrier();  // frame i", "// frame i", tile, "thread", file=TILE),
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
@@ -628,6 +646,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         forward_in_pieces,
         backward,
         tile,
+        tile_by_words,
         tile_long,
         norm_in_tile,
         wide,

@@ -359,7 +359,7 @@ WIDE = [
 @pytest.mark.parametrize(("shape", "layout", "plan"), TILES + WIDE, ids=lambda v: str(v).replace(" ", "")[:24])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_way_to_cut_the_matrix_unit_scan(machine, shape, layout, plan, dtype, seed) -> None:
-    machine.seed = seed
+    machine.seed, machine.device = seed, {"multiprocessors": 1}
     x, weight, h0 = inputs(shape, dtype)
     x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(shape).to(dtype))
     check_forward(machine, x, weight, h0.float(), True, False)
@@ -367,6 +367,41 @@ def test_every_way_to_cut_the_matrix_unit_scan(machine, shape, layout, plan, dty
     check_forward(machine, x, weight, None, False, True)
     check_backward(machine, grad_h, h0.float(), x, weight, h0, False, False)
     check_backward(machine, None, h0.float(), x, weight, None, True, True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("multiprocessors", "words"), [(2, "2 blocks of 2 x"), (4, "3 blocks of 1 x")])
+@pytest.mark.parametrize("channels", [20, 128])
+def test_few_positions_are_spread_over_blocks_of_fewer_warps(machine, channels, multiprocessors, words, layout) -> None:
+    """And not one bit is another: warps are independent of their block."""
+    x, weight, h0 = inputs((2, channels, 3, 6, 7 if channels < 65 else 4), torch.bfloat16)
+    x = LAYOUTS[layout](x)
+    found = []
+    for machine.device in ({"multiprocessors": 1}, {"multiprocessors": multiprocessors}):
+        found.append([*machine.forward(x, weight, h0), *machine.backward(x, h0.float(), x, weight, h0)])
+    check_forward(machine, x, weight, h0.float(), False, False)
+    assert words in machine.plan
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_of_any_alignment_and_pitch(machine) -> None:
+    """W comes into shared memory by words or by numbers: the same bits, in blocks of 4 warps and of 1."""
+    for shape in ((1, 64, 2, 3, 5), (1, 40, 2, 3, 5), (1, 128, 2, 3, 5)):
+        c = shape[1]
+        x, weight, h0 = inputs(shape, torch.bfloat16)
+        want = machine.forward(x, weight, h0)
+        ways = (
+            torch.empty(c * c + 1, dtype=torch.bfloat16)[1:].view(c, c),  # not aligned
+            torch.full((c, c + 8), torch.nan, dtype=torch.bfloat16)[:, :c],  # words with a pitch
+            torch.full((c, c + 4), torch.nan, dtype=torch.bfloat16)[:, :c],  # rows that are not aligned
+            torch.full((c, c), torch.nan, dtype=torch.bfloat16).T,
+            torch.full((c, 2 * c), torch.nan, dtype=torch.bfloat16)[:, ::2],
+        )
+        for multiprocessors in (1, 108):
+            machine.device = {"multiprocessors": multiprocessors}
+            for way in ways:
+                got = machine.forward(x, way.copy_(weight), h0)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -489,12 +524,12 @@ def test_matrix_unit_epilogue_with_two_stages(machine, layout) -> None:
     options: dict[str, Any] = {"scale": channels, "shift": -channels, "residual": residual, "relu": True}
     want, want_n = machine.forward(x, weight, h0, **options)
     assert "3 stages" in machine.plan
-    machine.device = {"shared_bytes": 100 * 1024}
+    machine.device = {"shared_bytes": 100 * 1024, "multiprocessors": 1}
     y, h_n = machine.forward(x, weight, h0, **options)
     assert "2 stages" in machine.plan
     assert torch.equal(y, want)
     assert torch.equal(h_n, want_n)
-    machine.device = {"shared_bytes": 60 * 1024}
+    machine.device = {"shared_bytes": 24 * 1024}
     machine.forward(x, weight, h0, **options)
     assert "too little shared memory" in machine.plan
 
@@ -644,7 +679,7 @@ def test_weight_gradient_of_the_matrix_unit_in_integers(machine) -> None:
 # ---- sanitizers ---------------------------------------------------------------------------------------------------
 
 SANITIZED = [
-    ((1, 64, 3, 5, 5), torch.bfloat16, "contiguous", {}),
+    ((1, 64, 3, 5, 5), torch.bfloat16, "contiguous", {"multiprocessors": 1}),
     ((2, 24, 3, 4, 4), torch.float16, "contiguous", {}),
     ((1, 128, 4, 3, 7), torch.bfloat16, "channels_last", {}),
     ((1, 20, 4, 3, 7), torch.float16, "channels_last", {}),

@@ -294,6 +294,20 @@ def test_chunks_follow_what_the_device_is_good_at() -> None:
         assert taken == sorted(taken, reverse=True) and taken[0] and not taken[-1]
 
 
+def test_few_positions_are_spread_over_blocks_of_fewer_warps() -> None:
+    """The fewest columns on the busiest multiprocessor of 132; of equals, the most warps: fewest copies of W."""
+    for shape, words in (
+        ((16, 64, 16, 56, 56), "tile: 392 blocks of 4 x 32 columns"),  # three blocks of 128 on the busiest
+        ((16, 128, 16, 28, 28), "tile: 392 blocks of 2 x 16 columns"),  # three of 32, against two of 64
+        ((1, 64, 16, 56, 56), "tile: 98 blocks of 1 x 32 columns"),
+        ((1, 64, 16, 112, 112), "tile: 392 blocks of 1 x 32 columns"),
+        ((1, 128, 16, 28, 28), "tile: 49 blocks of 1 x 16 columns"),
+        ((1, 32, 16, 160, 132), "tile: 660 blocks of 1 x 32 columns"),  # five of 32, against three of 64
+        ((1, 32, 16, 160, 264), "tile: 330 blocks of 4 x 32 columns"),  # not five of 64: 10 warps are too many
+    ):
+        assert chunk_plan(shape, "bfloat16")["text"].startswith(words), chunk_plan(shape, "bfloat16")["text"]
+
+
 def test_which_scans_take_batch_normalisation() -> None:
     """The matrix unit's of up to 256 channels, but not by warpgroups, and not where frames are cut into chunks."""
     for shape, dtype, columns in (
