@@ -489,10 +489,12 @@ def _cpu_plan(
     x: Tensor, ux: Tensor, uo: Tensor, w: Tensor, vx: Tensor, vo: Tensor, o0: Tensor | None, save: bool
 ) -> str:
     native = _library.native()
+    if native is None:
+        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
     n, k, c, *positions = x.shape
     columns, threads = n * math.prod(positions), torch.get_num_threads()
     dtype = str(x.dtype).removeprefix("torch.")
-    if native is None or not native.fast_gru_by_columns(columns, c, ux.shape[0] // 2, dtype, threads=threads):
+    if not native.fast_gru_by_columns(columns, c, ux.shape[0] // 2, dtype, threads=threads):
         return _plan(x, ux, uo, w, vx, vo, o0, save)
     return (
         f"{k - int(o0 is None)} steps of {columns} columns, each column through all steps in one core's caches, "
