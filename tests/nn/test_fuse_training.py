@@ -160,7 +160,9 @@ def _train_in_a_group(rank: int, directory: str) -> None:
             y.backward(grad)
         gradients = {name: p.grad for name, p in fused.named_parameters()}
         torch.save({"y": y.detach(), "grads": gradients, "state": fused.state_dict()}, folder / f"{backend}{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # past the interpreter's end, where gloo's threads may still run and abort the process
 
 
 def test_processes_share_statistics(tmp_path: Path) -> None:
