@@ -56,7 +56,7 @@ class Family:
         self, definitions: dict[str, Definition], suffix: str = "", cuda: dict[str, Callable[..., Any]] | None = None
     ) -> None:
         self._operators: dict[str, Callable[..., Any]] = {}
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self._functions: dict[str, type[torch.autograd.Function]] = {}
         for name, definition in definitions.items():
             full = f"{name}{suffix}"
             _schema.define(
@@ -74,9 +74,7 @@ class Family:
                 self._differentiable(name, full, definition, rule)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        if _transforms.transformed():
-            return self._functions.get(name, self._operators[name])
-        return functools.partial(_transforms.call, self._operators[name])
+        return functools.partial(_transforms.call, self._operators[name], function=self._functions.get(name))
 
     def _differentiable(self, name: str, full: str, definition: Definition, rule: Callable[..., Any]) -> None:
         operator, of_definition = self._operators[name], definition.backward
@@ -101,7 +99,7 @@ class Family:
             setup_context = staticmethod(setup)
             vmap = staticmethod(rule)
 
-        self._functions[name] = Function.apply
+        self._functions[name] = Function
 
 
 def _fold_into_batch(operator: Callable[..., Any]) -> Callable[..., Any]:

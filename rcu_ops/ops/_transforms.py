@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 
 
-def transformed() -> bool:
-    """Whether a functorch transform is active, which gradients registered with torch.library do not serve."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def call(operator: Callable[..., Any], *args: Any, function: type[torch.autograd.Function] | None = None) -> Any:
+    """``operator(*args)``, also under functorch transforms, which gradients registered with torch.library do not serve.
 
+    Without such a transform it goes past the operator's gradient where, by its own condition, that is not asked for: a
+    Python kernel in front of the compiled one, a fixed cost that a small step of a stream notices.
 
-def call(operator: Callable[..., Any], *args: Any) -> Any:
-    """``operator(*args)``, past the operator's gradient where, by its own condition, that is not asked for.
-
-    A gradient registered with torch.library is a Python kernel in front of the compiled one: a fixed cost that a small
-    step of a stream notices.
+    Args:
+        function: the operator as a ``torch.autograd.Function`` for transforms, or None if it has no gradient.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-    ):
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    if torch._C._are_functorch_transforms_active():
+        return operator(*args) if function is None else function.apply(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _family, _selftest, _triton
+from rcu_ops.ops import _checks, _family, _planner, _selftest, _triton
 from rcu_ops.ops._family import Definition, Family
 from rcu_ops.ops._registry import Operator, register
 from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present
@@ -502,7 +502,7 @@ def _plan(words: Any, kinds: tuple[str, ...]) -> Any:
     def plan(a: Tensor, b: Tensor, *_: Any) -> str:
         native = _library.native()
         if native is None:
-            return "the planner's words need the module rcu_ops._native, which was not built for this Python"
+            return _planner.NO_WORDS
         dtype = str(a.dtype).removeprefix("torch.")
         found = {kind: words(native, a, kind, a.shape[1] if kind == "back" else b.shape[1], dtype) for kind in kinds}
         if len(set(found.values())) == 1:
@@ -519,7 +519,6 @@ def _cpu_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str:
 def _cuda_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str:
     if a.shape[0] == 0:
         return "nothing to run"
-    gpu = torch.cuda.get_device_properties(a.device)
     n, t, c = a.shape
     return native.cycle_consistency_gpu_plan(
         kind,
@@ -528,9 +527,7 @@ def _cuda_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str
         keys,
         c,
         dtype,
-        architecture=10 * gpu.major + gpu.minor,
-        multiprocessors=gpu.multi_processor_count,
-        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+        **_planner.gpu_limits(a.device),
     )["text"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _selftest, _transforms, _triton
+from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.fast_gru import fast_gru_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
@@ -430,17 +430,12 @@ class _Operators:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """o and o_n, also under functorch transforms."""
-        if _transforms.transformed():
-            o, o_n, _, _ = self._forward_function.apply(*args)
-        else:
-            o, o_n, _, _ = _transforms.call(self._forward_operator, *args)
+        o, o_n, _, _ = _transforms.call(self._forward_operator, *args, function=self._forward_function)
         return o, o_n
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
         """fast_gru_backward, also under functorch transforms."""
-        if _transforms.transformed():
-            return self._backward_function.apply(*args)
-        return _transforms.call(self._backward_operator, *args)
+        return _transforms.call(self._backward_operator, *args, function=self._backward_function)
 
 
 def _triton_kernel(name: str) -> Callable[..., Any]:
@@ -490,7 +485,7 @@ def _cpu_plan(
 ) -> str:
     native = _library.native()
     if native is None:
-        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
+        return _planner.NO_WORDS
     n, k, c, *positions = x.shape
     columns, threads = n * math.prod(positions), torch.get_num_threads()
     dtype = str(x.dtype).removeprefix("torch.")
@@ -504,9 +499,11 @@ def _cpu_plan(
 
 def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
     native = _library.native()
-    if native is None or x.numel() == 0:
+    if native is None:
+        return _planner.NO_WORDS
+    if x.numel() == 0:
         return _plan(x, ux, *rest)
-    gpu = torch.cuda.get_device_properties(x.device)
+    limits = _planner.gpu_limits(x.device)
     n, _, c, *positions = x.shape
     forward, backward = (
         native.fast_gru_gpu_plan(
@@ -514,9 +511,7 @@ def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
             c,
             ux.shape[0] // 2,
             str(x.dtype).removeprefix("torch."),
-            architecture=10 * gpu.major + gpu.minor,
-            multiprocessors=gpu.multi_processor_count,
-            shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+            **limits,
             backward=backward,
         )
         for backward in (False, True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _predicates, _schema, _selftest, _transforms, _triton
+from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
@@ -420,7 +420,7 @@ def _differentiable(
         vmap = staticmethod(rule)
 
     def call(*args: Any) -> Any:
-        return Function.apply(*args) if _transforms.transformed() else _transforms.call(operator, *args)
+        return _transforms.call(operator, *args, function=Function)
 
     return call
 
@@ -431,11 +431,8 @@ def _why_not_library(
     """Why PyTorch's own attention does not run the forward pass, or None where it is faster and does."""
     native = _library.native()
     if native is None:
-        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
-    architecture = None
-    if query.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(query.device)
-        architecture = 10 * gpu.major + gpu.minor
+        return _planner.NO_WORDS
+    architecture = _planner.gpu_limits(query.device)["architecture"] if query.device.type == "cuda" else None
     (b, n, d), (m, e) = query.shape, value.shape[1:]
     dtype = str(query.dtype).removeprefix("torch.")
     why_not: str | None = native.nonlocal_gates_why_not_library(
@@ -449,6 +446,8 @@ def _attention_plan(*args: Any, kernels: str) -> str:
     why_not = _why_not_library(*args)
     if why_not is None:
         return f"forward: PyTorch's scaled_dot_product_attention, which is faster here; gradients: {kernels}"
+    if why_not == _planner.NO_WORDS:
+        return f"{kernels}; {why_not}"
     return f"{kernels}; not PyTorch's attention: {why_not}"
 
 
@@ -509,8 +508,7 @@ def _why_not_triton(operator: str) -> Callable[..., str | None]:
 def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     native = _library.native()
     if native is None:
-        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
-    gpu = torch.cuda.get_device_properties(query.device)
+        return _planner.NO_WORDS
     b, *gates, n, d = query.shape
     misalignment = 0
     for tensor in (query, key, value):
@@ -520,11 +518,9 @@ def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     return native.nonlocal_gates_gpu_plan(
         kind, b, *(gates or [1]), n, key.shape[-2], d, value.shape[-1],
         str(query.dtype).removeprefix("torch."),
-        architecture=10 * gpu.major + gpu.minor,
-        multiprocessors=gpu.multi_processor_count,
-        shared_bytes=getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block),
+        **_planner.gpu_limits(query.device),
         misalignment=misalignment,
-        sm90a="sm_90a" in (_library.build_record().get("architectures") or ()),
+        sm90a=_planner.holds_sm90a(),
     )["text"]  # fmt: skip
 
 

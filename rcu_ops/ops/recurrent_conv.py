@@ -14,6 +14,7 @@ from rcu_ops import _library, reference
 from rcu_ops.ops import (
     _checks,
     _evidence,
+    _planner,
     _predicates,
     _recurrent_conv_chunked,  # noqa: F401 - defines the operator that the bindings call
     _schema,
@@ -496,18 +497,12 @@ class _Operators:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         """recurrent_conv, also under functorch transforms."""
-        if _transforms.transformed():
-            h, h_n = self._forward_function.apply(*args)
-        else:
-            h, h_n = _transforms.call(self._forward_operator, *args)
+        h, h_n = _transforms.call(self._forward_operator, *args, function=self._forward_function)
         return h, h_n
 
     def backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """recurrent_conv_backward, also under functorch transforms."""
-        if _transforms.transformed():
-            dx, dweight, dh0 = self._backward_function.apply(*args)
-        else:
-            dx, dweight, dh0 = _transforms.call(self._backward_operator, *args)
+        dx, dweight, dh0 = _transforms.call(self._backward_operator, *args, function=self._backward_function)
         return dx, dweight, dh0
 
     def affine_act(self, *args: Any) -> tuple[Tensor, Tensor]:
@@ -569,12 +564,11 @@ def cuda_plan(
     """
     native = _library.native()
     if native is None:
-        return "the planner's words need the module rcu_ops._native, which was not built for this Python"
-    gpu = torch.cuda.get_device_properties(x.device)
+        return _planner.NO_WORDS
+    limits = _planner.gpu_limits(x.device)
     misalignment = 0
     for tensor in (x, residual):
         misalignment |= 0 if tensor is None else tensor.data_ptr() % 16
-    shared_bytes = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
     dtype, like_x = str(x.dtype).removeprefix("torch."), torch.empty_like(x, device="meta").stride()
     text = native.recurrent_conv_gpu_plan(
         x.shape,
@@ -586,16 +580,14 @@ def cuda_plan(
         with_state=h0 is not None,
         reverse=reverse,
         statistics=statistics,
-        architecture=10 * gpu.major + gpu.minor,
-        multiprocessors=gpu.multi_processor_count,
-        shared_bytes=shared_bytes,
-        sm90a="sm_90a" in _library.build_record().get("architectures", ()),
+        **limits,
+        sm90a=_planner.holds_sm90a(),
     )["text"]
     if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
         return text
     first = None if h0 is None else (h0.stride(0), h0.stride(1), 0, h0.stride(2), h0.stride(3))
     summed = native.recurrent_conv_gpu_weight_grad(
-        x.shape, dtype, like_x, like_x, first, reverse=reverse, shared_bytes=shared_bytes
+        x.shape, dtype, like_x, like_x, first, reverse=reverse, shared_bytes=limits["shared_bytes"]
     )["text"]
     return f"{text}; gradient of the weight: {summed}"
 
@@ -607,7 +599,7 @@ def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
 def _cpu_plan(x: Tensor, h0: Tensor | None, residual: Tensor | None = None) -> str:
     native = _library.native()
     if native is None:
-        return "one scan; the planner's words need the module rcu_ops._native, which was not built for this Python"
+        return f"one scan; {_planner.NO_WORDS}"
     n, c, t, height, width = x.shape
     return native.recurrent_conv_plan(
         n,
