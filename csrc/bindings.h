@@ -1,8 +1,8 @@
 // What every op's bindings share: checks for direct torch.ops callers, allocation, threads, scratch memory and streams.
 //
-// bindings_<op>.cpp are the only files that see torch. They register the op's kernels with PyTorch through LibTorch's stable
-// ABI (the schemas are defined in Python, rcu_ops/ops), check arguments cheaply, allocate outputs and hand raw pointers to the
-// kernels of the tensor's device. One binary serves every torch from 2.11 on.
+// bindings_<op>.cpp are the only files that see torch. They register the op's kernels with PyTorch through LibTorch's
+// stable ABI (the schemas are defined in Python, rcu_ops/ops), check arguments cheaply, allocate outputs and hand raw
+// pointers to the kernels of the tensor's device. One binary serves every torch from 2.11 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -52,7 +52,8 @@ inline std::string shape_text(Sizes sizes) {
 
 inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
-inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected, const char* what) {
+inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
+                        const char* what) {
   const Sizes sizes = tensor.sizes();
   bool same = sizes.size() == expected.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected.begin()[i];
@@ -66,8 +67,8 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expec
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType one, ScalarType other) {
-  check(tensor.scalar_type() == one || tensor.scalar_type() == other, name, ": expected dtype ", dtype_text(one), " or ",
-        dtype_text(other), ", got ", dtype_text(tensor.scalar_type()));
+  check(tensor.scalar_type() == one || tensor.scalar_type() == other, name, ": expected dtype ", dtype_text(one),
+        " or ", dtype_text(other), ", got ", dtype_text(tensor.scalar_type()));
 }
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& like, const char* like_name) {
@@ -87,7 +88,9 @@ inline DType dtype_of(const char* name, const Tensor& tensor) {
   return {};
 }
 
-inline ScalarType state_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType state_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // ---- allocation ------------------------------------------------------------------------------------------------
 
@@ -112,7 +115,8 @@ inline void run_tasks(void*, int64_t count, void (*task)(void*, int64_t), void* 
   Tasks tasks{task, context, count};
   const auto worker = [](int64_t, int64_t, void* self) {
     auto& tasks = *static_cast<Tasks*>(self);
-    for (int64_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;) tasks.task(tasks.context, i);
+    for (int64_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;)
+      tasks.task(tasks.context, i);
   };
   const int64_t threads = torch::stable::get_num_threads();
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, threads < count ? threads : count, 1, worker, &tasks));
@@ -123,8 +127,8 @@ inline Parallel cpu_threads() {
 }
 
 #ifdef RCU_OPS_WITH_CUDA
-// On the current stream of `like`'s device. The scratch goes back to the caching allocator, which hands it out again in the
-// order of that stream.
+// On the current stream of `like`'s device. The scratch goes back to the caching allocator, which hands it out again in
+// the order of that stream.
 template <class Problem, class ScratchOf, class Run>
 void launch_on_gpu(const Problem& problem, const Tensor& like, ScratchOf scratch_of, Run run) {
   const int32_t device = like.get_device_index();

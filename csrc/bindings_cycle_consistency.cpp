@@ -34,8 +34,8 @@ Alignment problem_of(Align kind, const Tensor& a, const Tensor& b, const std::op
   p.N = a.size(0), p.T = a.size(1), p.C = a.size(2);
   check(b.dim() == 3, "b: expected [N,S,C], got ", b.dim(), " dimensions");
   p.S = b.size(1);
-  check(p.T > 0 && p.S > 0 && p.C > 0, "a, b: expected at least one frame and one channel, got ", shape_text(a.sizes()), " and ",
-        shape_text(b.sizes()));
+  check(p.T > 0 && p.S > 0 && p.C > 0, "a, b: expected at least one frame and one channel, got ", shape_text(a.sizes()),
+        " and ", shape_text(b.sizes()));
   check_shape("b", b, {p.N, p.S, p.C}, "[N,S,C]");
   check_dtype("b", b, a.scalar_type());
   check_device("b", b, a, "a");
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> soft_nearest_neighbor(Tensor a, Tensor b, std::option
   return {soft, index};
 }
 
-std::tuple<Tensor, Tensor> soft_nearest_neighbor_backward(Tensor grad_soft, Tensor a, Tensor b, std::optional<Tensor> mask_b,
-                                                          double temperature) {
+std::tuple<Tensor, Tensor> soft_nearest_neighbor_backward(Tensor grad_soft, Tensor a, Tensor b,
+                                                          std::optional<Tensor> mask_b, double temperature) {
   Alignment p = problem_of(Align::soft_backward, a, b, std::nullopt, mask_b, temperature);
   check_shape("grad_soft", grad_soft, {p.N, p.T, p.C}, "[N,T,C]");
   check_dtype("grad_soft", grad_soft, a.scalar_type());
@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor> soft_nearest_neighbor_backward(Tensor grad_soft, Tens
   return {da, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cycle_consistency(Tensor a, Tensor b, std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
-                                                     double temperature) {
+std::tuple<Tensor, Tensor, Tensor> cycle_consistency(Tensor a, Tensor b, std::optional<Tensor> mask_a,
+                                                     std::optional<Tensor> mask_b, double temperature) {
   Alignment p = problem_of(Align::cycle, a, b, mask_a, mask_b, temperature);
   Tensor gate = empty_as(a, {p.N}, ScalarType::Bool);
   Tensor index_ab = empty_as(a, {p.N, p.T}, ScalarType::Long), index_ba = empty_as(a, {p.N, p.S}, ScalarType::Long);
@@ -99,8 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> cycle_back(Tensor soft, Tensor a, std::option
   return {log_probability, mean, variance};
 }
 
-std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tensor grad_mean, Tensor grad_variance, Tensor soft,
-                                               Tensor a, std::optional<Tensor> mask_a, double temperature) {
+std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tensor grad_mean, Tensor grad_variance,
+                                               Tensor soft, Tensor a, std::optional<Tensor> mask_a,
+                                               double temperature) {
   Alignment p = problem_of(Align::back_backward, soft, a, mask_a, mask_a, temperature);
   check(p.T == p.S, "a: expected as many frames as soft, got ", p.S, " and ", p.T);
   const Tensor* given[3] = {&grad_log_probability, &grad_mean, &grad_variance};
@@ -123,11 +124,11 @@ std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tens
 }  // namespace
 }  // namespace rcu_ops::bindings
 
-#define RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m)                                                                          \
-  m.impl("soft_nearest_neighbor", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor));                              \
-  m.impl("soft_nearest_neighbor_backward", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor_backward));            \
-  m.impl("cycle_consistency", TORCH_BOX(&rcu_ops::bindings::cycle_consistency));                                      \
-  m.impl("cycle_back", TORCH_BOX(&rcu_ops::bindings::cycle_back));                                                    \
+#define RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m)                                                               \
+  m.impl("soft_nearest_neighbor", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor));                   \
+  m.impl("soft_nearest_neighbor_backward", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor_backward)); \
+  m.impl("cycle_consistency", TORCH_BOX(&rcu_ops::bindings::cycle_consistency));                           \
+  m.impl("cycle_back", TORCH_BOX(&rcu_ops::bindings::cycle_back));                                         \
   m.impl("cycle_back_backward", TORCH_BOX(&rcu_ops::bindings::cycle_back_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }

@@ -1,11 +1,11 @@
 // fast_gru: its steps as PyTorch operators (see bindings.h).
 //
-// The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current stream and
-// graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass (common/fast_gru.h) of
-// the tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared memory
-// (common/fast_gru_gpu_plan.h) one launch makes all steps between the products of all clips, forward or backward; and few
-// weights or few columns on the CPU are left to a kernel that takes columns through all steps (fast_gru::by_columns). Nothing
-// depends on values, and nothing is read back from a device.
+// The products are PyTorch's own, called into memory laid out here, so that oneDNN or MKL and cuBLAS, the current
+// stream and graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass
+// (common/fast_gru.h) of the tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared
+// memory (common/fast_gru_gpu_plan.h) one launch makes all steps between the products of all clips, forward or
+// backward; and few weights or few columns on the CPU are left to a kernel that takes columns through all steps
+// (fast_gru::by_columns). Nothing depends on values, and nothing is read back from a device.
 #include <vector>
 
 #include "bindings.h"
@@ -46,10 +46,10 @@ struct Problem {
   DType dtype{};
   ScalarType scalar{}, state{};
   int64_t N = 0, K = 0, C = 0, R = 0, P = 0;  // P: positions of a clip
-  int64_t sizes[3] = {};                       // L, H, W
-  int64_t first = 0, steps = 0;                // the first clip that is a step, and how many are
-  bool innermost = false;                      // channels are innermost in x, and in what is returned
-  bool by_column = false;                      // matrices lie [columns][features]
+  int64_t sizes[3] = {};                      // L, H, W
+  int64_t first = 0, steps = 0;               // the first clip that is a step, and how many are
+  bool innermost = false;                     // channels are innermost in x, and in what is returned
+  bool by_column = false;                     // matrices lie [columns][features]
 #ifdef RCU_OPS_WITH_CUDA
   std::optional<fast_gru::PersistentPlan> persistent;  // one launch makes all steps of a forward pass
 #endif
@@ -88,7 +88,7 @@ struct Matrix {
   // As a tensor [N,steps,C,L,H,W] of the sequence.
   std::array<int64_t, 6> sequence_strides(const Problem& p) const {
     const int64_t place = by_column ? pitch : 1, width = p.sizes[2], height = p.sizes[1];
-    return {p.P * place,  p.step_columns() * place, by_column ? 1 : pitch, height * width * place, width * place, place};
+    return {p.P * place, p.step_columns() * place, by_column ? 1 : pitch, height * width * place, width * place, place};
   }
   Tensor sequence(const Problem& p) const {
     const int64_t steps = columns / (p.step_columns() ? p.step_columns() : 1);
@@ -112,9 +112,9 @@ Matrix matrix_in(const Problem& p, const Tensor& memory, int64_t features, int64
   return m;
 }
 
-// Matrices that live as long as one call. Memory fresh from the system costs a page fault per 4 KB, as much as a pass over
-// it, so on the CPU they lie in the thread's scratch memory, up to what a thread may keep; beyond, and on a GPU, in tensors
-// of their own.
+// Matrices that live as long as one call. Memory fresh from the system costs a page fault per 4 KB, as much as a pass
+// over it, so on the CPU they lie in the thread's scratch memory, up to what a thread may keep; beyond, and on a GPU,
+// in tensors of their own.
 class Temporaries {
  public:
   Temporaries(const Problem& p, const Tensor& like, int64_t bytes) : problem_(p), like_(like) {
@@ -182,9 +182,9 @@ Elementwise over(const Problem& p, Pass kind, int64_t features, int64_t columns,
   return pass;
 }
 
-// out [features of d, features of in] = sum over columns of d in^T. Sums of small results are made in pieces, so that their
-// rounding error does not grow with the number of columns; for large ones adding the pieces would cost as much as the
-// product, and 16-bit pieces would each be rounded.
+// out [features of d, features of in] = sum over columns of d in^T. Sums of small results are made in pieces, so that
+// their rounding error does not grow with the number of columns; for large ones adding the pieces would cost as much as
+// the product, and 16-bit pieces would each be rounded.
 void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const Matrix& in) {
   constexpr int64_t piece = 64, most = 64, small = 1 << 16;  // columns of a piece, and pieces in one call
   const int64_t size = d.features * in.features, pieces = d.columns / piece;
@@ -255,7 +255,9 @@ Matrix as_matrix(const Problem& p, const Tensor& sequence, Temporaries& temporar
 }
 
 // A state [N,C,L,H,W] or a clip: as the output sequence lies, positions (and features) of a sample without a gap.
-Plane plane_of(const Tensor& state) { return {.data = pointer(state), .row = state.stride(1), .segment = state.stride(0)}; }
+Plane plane_of(const Tensor& state) {
+  return {.data = pointer(state), .row = state.stride(1), .segment = state.stride(0)};
+}
 
 bool adjacent(const Problem& p, const Tensor& sequence) {
   std::array<int64_t, 6> wanted{sequence.stride(0), sequence.stride(1), p.by_column ? 1 : sequence.stride(2), 0, 0, 0};
@@ -298,8 +300,8 @@ std::optional<fast_gru::PersistentPlan> one_launch(const Problem& p, const Tenso
 }
 #endif
 
-Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo,
-                const std::optional<Tensor>& o0) {
+Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx,
+                const Tensor& vo, const std::optional<Tensor>& o0) {
   check(x.dim() == 6, "x: expected [N,K,C,L,H,W], got ", x.dim(), " dimensions");
   Problem p;
   p.dtype = dtype_of("x", x);
@@ -309,7 +311,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   for (int i = 0; i < 3; ++i) p.sizes[i] = x.size(3 + i);
   p.P = p.sizes[0] * p.sizes[1] * p.sizes[2];
   check(p.K > 0 && p.C > 0, "x: expected at least one clip and one channel, got ", shape_text(x.sizes()));
-  check(ux.dim() == 2 && ux.size(0) > 0 && ux.size(0) % 2 == 0, "weight_ux: expected [2R,C], got ", shape_text(ux.sizes()));
+  check(ux.dim() == 2 && ux.size(0) > 0 && ux.size(0) % 2 == 0, "weight_ux: expected [2R,C], got ",
+        shape_text(ux.sizes()));
   p.R = ux.size(0) / 2;
   const Tensor* given[weights] = {&ux, &uo, &w, &vx, &vo};
   const char* names[weights] = {"weight_ux", "weight_uo", "weight_w", "weight_vx", "weight_vo"};
@@ -330,8 +333,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.first = o0 ? 0 : 1;
   p.steps = p.K - p.first;
   p.innermost = x.stride(2) == 1;
-  // Where a product reads more weights than states, CPU libraries are 5 to 18 % faster on [columns][features]: more than it costs
-  // to reorder the sequences.
+  // Where a product reads more weights than states, CPU libraries are 5 to 18 % faster on [columns][features]: more
+  // than it costs to reorder the sequences.
   p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= 256);
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
@@ -357,10 +360,11 @@ Saved saved_in(const Problem& p, const Tensor& hidden, const Tensor& gates) {
           matrix_in(p, gates, p.C, p.columns(), size), matrix_in(p, gates, p.C, p.columns(), 2 * size)};
 }
 
-// One step, or any number of them whose states are known: from h = U_x x and c = V_x x in place to the gates. low is the state
-// in the data's type, state in the arithmetic's; without `advance` there is no new state.
-void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& state, const Saved& s, const Matrix& wide_product,
-          const Matrix& c_product, const Matrix& gated, bool advance = false, Plane low_out = {}, Plane out = {}) {
+// One step, or any number of them whose states are known: from h = U_x x and c = V_x x in place to the gates. low is
+// the state in the data's type, state in the arithmetic's; without `advance` there is no new state.
+void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& state, const Saved& s,
+          const Matrix& wide_product, const Matrix& c_product, const Matrix& gated, bool advance = false,
+          Plane low_out = {}, Plane out = {}) {
   const int64_t columns = low.columns;
   product(wide_product, w.uo, low);
   run(over(p, Pass::hidden, 2 * p.R, columns, {s.hidden.plane(p), wide_product.plane(p)}), low.memory);
@@ -375,8 +379,8 @@ void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& s
 
 #ifdef RCU_OPS_WITH_CUDA
 // All steps in one launch: hidden and candidate hold the products of x, state (fp32) the first state and then the last.
-void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save, const Matrix& state,
-                         const Tensor& o, Temporaries& temporaries) {
+void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
+                         const Matrix& state, const Tensor& o, Temporaries& temporaries) {
   const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
   const Tensor both = torch::stable::contiguous(w_both);
   fast_gru::Steps steps;
@@ -403,7 +407,8 @@ void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_bot
 // A sequence as cpu::columns takes it, or a dense copy that `memory` keeps.
 fast_gru::View view_of(const Problem& p, Tensor sequence, std::optional<Tensor>* memory = nullptr) {
   const int64_t channel = sequence.stride(2);
-  int64_t position = 0, next = 0;  // strides of the first dimension with more than one position, and of the one around it
+  // Strides of the first dimension with more than one position, and of the one around it.
+  int64_t position = 0, next = 0;
   bool adjacent = true;
   for (int i = 5; i > 2; --i) {
     if (sequence.size(i) == 1) continue;
@@ -442,7 +447,8 @@ void steps_by_columns(const Problem& p, const Tensor& x, const std::array<Tensor
   all.start = view_of(p, as_sequence(start), &copies[1]);
   all.out = view_of(p, clips(o, p.first, p.steps));
   all.last = view_of(p, as_sequence(o_n));
-  all.hidden = view_of(p, s.hidden), all.r = view_of(p, s.r), all.z = view_of(p, s.z), all.candidate = view_of(p, s.candidate);
+  all.hidden = view_of(p, s.hidden), all.r = view_of(p, s.r), all.z = view_of(p, s.z),
+  all.candidate = view_of(p, s.candidate);
   cpu::columns(all, cpu_threads());
 }
 
@@ -507,7 +513,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     product(s.candidate, vx, inputs);
   }
   for (int64_t k = 0; k < p.steps; ++k) {
-    const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z, s.candidate.step(p, k)};
+    const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z,
+                    s.candidate.step(p, k)};
     step(p, weight, low, state, now, wide_product, c_product, gated, true, one_type ? Plane{} : low.plane(p),
          p.copied() ? Plane{} : plane_of(clip(o, p.first + k)));
     if (p.copied()) copy(clips(o, p.first + k, 1), low.sequence(p));
@@ -522,9 +529,9 @@ struct Gradients {  // as d_output, d_gates and d_hidden write them
 };
 
 // All steps' gradients in one launch; carry (fp32) holds that of the last state and then that of the first.
-void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& plan, const Weights& w, const Tensor& w_both,
-                             const Saved& s, const Matrix& before, const std::optional<Tensor>& grad_o, const Matrix& carry,
-                             const Gradients& d) {
+void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& plan, const Weights& w,
+                             const Tensor& w_both, const Saved& s, const Matrix& before,
+                             const std::optional<Tensor>& grad_o, const Matrix& carry, const Gradients& d) {
   const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
   const Tensor both = torch::stable::contiguous(w_both);
   fast_gru::StepsBackward steps;
@@ -548,8 +555,8 @@ void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& p
 #endif
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> grad_o, std::optional<Tensor> grad_o_n, Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
-    std::optional<Tensor> o0, Tensor o, Tensor hidden, Tensor gates, bool need_x, bool need_weights) {
+    std::optional<Tensor> grad_o, std::optional<Tensor> grad_o_n, Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx,
+    Tensor vo, std::optional<Tensor> o0, Tensor o, Tensor hidden, Tensor gates, bool need_x, bool need_weights) {
   const Problem p = checked(x, ux, uo, w, vx, vo, o0);
   const Weights weight = split(ux, uo, w, vx, vo);
   const auto [N, K, C, L, H, W] = std::array{p.N, p.K, p.C, p.sizes[0], p.sizes[1], p.sizes[2]};
@@ -608,8 +615,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   };
   if (M == 0) return result();
 
-  Temporaries temporaries(p, x, Temporaries::bytes_of(C, M, p.state) + 2 * Temporaries::bytes_of(C, M, p.scalar) +
-                                    6 * Temporaries::bytes_of(C, S, p.scalar) + Temporaries::bytes_of(2 * p.R, S, p.scalar));
+  Temporaries temporaries(p, x,
+                          Temporaries::bytes_of(C, M, p.state) + 2 * Temporaries::bytes_of(C, M, p.scalar) +
+                              6 * Temporaries::bytes_of(C, S, p.scalar) + Temporaries::bytes_of(2 * p.R, S, p.scalar));
   const Matrix carry = temporaries.take(C, M, p.state);
   if (grad_o_n) {
     copy(carry.sequence(p), as_sequence(*grad_o_n));
@@ -646,13 +654,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         state = temporaries.take(C, S, p.state);
         copy(state.tensor(), before.tensor());
       }
-      step(p, weight, before, state, s, temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar), gated);
+      step(p, weight, before, state, s, temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar),
+           gated);
     }
     const Matrix du = temporaries.take(2 * p.R, S, p.scalar), dc = temporaries.take(C, S, p.scalar),
                  dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);
     const auto one_by_one = [&] {
       const Matrix q = temporaries.take(C, M, p.scalar), from_later = temporaries.take(C, M, p.scalar);
-      const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr), wz_t = transposed(weight.wz);
+      const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr),
+                   wz_t = transposed(weight.wz);
       for (int64_t k = p.steps - 1; k >= 0; --k) {
         const auto at = [&](const Matrix& m) { return m.step(p, k).plane(p); };
         run(over(p, Pass::d_output, C, M,

@@ -11,7 +11,8 @@
 namespace rcu_ops::bindings {
 namespace {
 
-// The kernels read rows of unit stride. A tensor whose last dimension is strided is copied; all others lie where they are.
+// The kernels read rows of unit stride. A tensor whose last dimension is strided is copied; all others lie where they
+// are.
 Tensor with_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) < 2 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
@@ -45,8 +46,8 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& like, cons
   check_device(name, tensor, like, like_name);
 }
 
-Relation relation_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double scale,
-                     bool count) {
+Relation relation_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                     double scale, bool count) {
   check(query.dim() == 3, "query: expected [B,N,D], got ", query.dim(), " dimensions");
   check(key.dim() == 3, "key: expected [B,M,D], got ", key.dim(), " dimensions");
   check(value.dim() == 3, "value: expected [B,M,Dv], got ", value.dim(), " dimensions");
@@ -83,14 +84,21 @@ bool library_is_faster(const Relation& r, const Tensor& like) {
 Tensor library_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   using torch::stable::detail::from;
   const auto head = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
-  std::array<StableIValue, 8> stack{from(head(query)), from(head(key)), from(head(value)), from(std::nullopt), from(0.0),
-                                    from(false), from(std::optional<double>(scale)), from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 8> stack{from(head(query)),
+                                    from(head(key)),
+                                    from(head(value)),
+                                    from(std::nullopt),
+                                    from(0.0),
+                                    from(false),
+                                    from(std::optional<double>(scale)),
+                                    from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::contiguous(torch::stable::squeeze(torch::stable::detail::to<Tensor>(stack[0]), 1));
 }
 
-// Whether every row of a CPU tensor of fp32 begins with a number. Where the library gives NaN for a query whose scores are all
-// -inf, and zeros are asked for, all of its row is NaN.
+// Whether every row of a CPU tensor of fp32 begins with a number. Where the library gives NaN for a query whose scores
+// are all -inf, and zeros are asked for, all of its row is NaN.
 bool rows_are_numbers(const Tensor& out, const Relation& r) {
   const auto* first = static_cast<const float*>(pointer(out));
   bool numbers = true;
@@ -98,13 +106,16 @@ bool rows_are_numbers(const Tensor& out, const Relation& r) {
   return numbers;
 }
 
-Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale, bool count) {
+Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale,
+                          bool count) {
   query = with_rows(query), key = with_rows(key), value = with_rows(value);
   Attention p{relation_of(query, key, value, mask, scale, count), {}};
   if (library_is_faster(p.relation, query)) {
     const Tensor found = library_attention(query, key, value, scale);
-    // Not where autocast made another dtype of it, nor where a query may be dead: flash attention on a GPU gives it zeros by itself.
-    if (found.scalar_type() == query.scalar_type() && (query.is_cuda() || rows_are_numbers(found, p.relation))) return found;
+    // Not where autocast made another dtype of it, nor where a query may be dead: flash attention on a GPU gives it
+    // zeros by itself.
+    if (found.scalar_type() == query.scalar_type() && (query.is_cuda() || rows_are_numbers(found, p.relation)))
+      return found;
   }
   Tensor out = empty_of(query, {p.relation.B, p.relation.N, p.relation.E});
   p.out = rows_of(out);
@@ -119,7 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_backward(Tensor grad, Tens
   const Relation& r = p.relation;
   check_shape("grad", grad, {r.B, r.N, r.E}, "[B,N,Dv]");
   check_like("grad", grad, query, "query");
-  Tensor dquery = empty_of(query, {r.B, r.N, r.D}), dkey = empty_of(key, {r.B, r.M, r.D}), dvalue = empty_of(value, {r.B, r.M, r.E});
+  Tensor dquery = empty_of(query, {r.B, r.N, r.D}), dkey = empty_of(key, {r.B, r.M, r.D}),
+         dvalue = empty_of(value, {r.B, r.M, r.E});
   p.grad = rows_of(grad), p.dquery = rows_of(dquery), p.dkey = rows_of(dkey), p.dvalue = rows_of(dvalue);
   launch(p, query);
   return {dquery, dkey, dvalue};
@@ -150,7 +162,8 @@ P step_of(const Tensor& x_gates, const Tensor& query, const Tensor& key, const T
 }
 
 std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell) {
-  x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value), cell = with_rows(cell);
+  x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value),
+  cell = with_rows(cell);
   Step p = step_of<Step>(x_gates, query, key, value, cell);
   const Relation& r = p.relation;
   Tensor h = empty_of(x_gates, {r.B, r.N, r.E});
@@ -162,10 +175,12 @@ std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward(std::optional<Tensor> grad_h,
-                                                                                 std::optional<Tensor> grad_c, Tensor x_gates,
-                                                                                 Tensor query, Tensor key, Tensor value,
+                                                                                 std::optional<Tensor> grad_c,
+                                                                                 Tensor x_gates, Tensor query,
+                                                                                 Tensor key, Tensor value,
                                                                                  Tensor cell) {
-  x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value), cell = with_rows(cell);
+  x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value),
+  cell = with_rows(cell);
   StepGrad p = step_of<StepGrad>(x_gates, query, key, value, cell);
   const Relation& r = p.relation;
   check(grad_h || grad_c, "grad_h, grad_c: expected at least one of them, got none");
@@ -194,12 +209,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward
 }  // namespace
 }  // namespace rcu_ops::bindings
 
-#define RCU_OPS_REGISTER(key)                                                                                 \
-  STABLE_TORCH_LIBRARY_IMPL(rcu_ops, key, m) {                                                                \
-    m.impl("nonlocal_attention", TORCH_BOX(&rcu_ops::bindings::nonlocal_attention));                          \
-    m.impl("nonlocal_attention_backward", TORCH_BOX(&rcu_ops::bindings::nonlocal_attention_backward));        \
-    m.impl("relational_lstm_step", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step));                      \
-    m.impl("relational_lstm_step_backward", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_backward));    \
+#define RCU_OPS_REGISTER(key)                                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(rcu_ops, key, m) {                                                             \
+    m.impl("nonlocal_attention", TORCH_BOX(&rcu_ops::bindings::nonlocal_attention));                       \
+    m.impl("nonlocal_attention_backward", TORCH_BOX(&rcu_ops::bindings::nonlocal_attention_backward));     \
+    m.impl("relational_lstm_step", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step));                   \
+    m.impl("relational_lstm_step_backward", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_backward)); \
   }
 RCU_OPS_REGISTER(CPU)
 #ifdef RCU_OPS_WITH_CUDA

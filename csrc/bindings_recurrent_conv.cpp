@@ -11,14 +11,16 @@ namespace rcu_ops::bindings {
 
 View sequence_view(const Tensor& tensor) {  // [N,C,T,H,W]
   const Sizes s = tensor.strides();
-  return {.data = pointer(tensor), .dtype = dtype_of("tensor", tensor), .n = s[0], .c = s[1], .t = s[2], .h = s[3], .w = s[4]};
+  const DType dtype = dtype_of("tensor", tensor);
+  return {.data = pointer(tensor), .dtype = dtype, .n = s[0], .c = s[1], .t = s[2], .h = s[3], .w = s[4]};
 }
 
 namespace {
 
 View state_view(const Tensor& tensor) {  // [N,C,H,W]
   const Sizes s = tensor.strides();
-  return {.data = pointer(tensor), .dtype = dtype_of("tensor", tensor), .n = s[0], .c = s[1], .t = 0, .h = s[2], .w = s[3]};
+  const DType dtype = dtype_of("tensor", tensor);
+  return {.data = pointer(tensor), .dtype = dtype, .n = s[0], .c = s[1], .t = 0, .h = s[2], .w = s[3]};
 }
 
 // torch.empty_like(x.select(2, 0), dtype=state dtype): the state in x's memory format.
@@ -44,10 +46,12 @@ ScalarType scalar_of(DType dtype) {
   }
 }
 
-// The library form in chunks of frames side by side is an operator made of PyTorch's, rcu_ops/ops/_recurrent_conv_chunked.py.
+// The library form in chunks of frames side by side is an operator made of PyTorch's,
+// rcu_ops/ops/_recurrent_conv_chunked.py.
 void run_chunked(const Scan& p, int64_t frames, const Tensor& like) {
   using torch::stable::detail::from;
-  const auto blob = [&](const void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, DType dtype) {
+  const auto blob = [&](const void* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                        DType dtype) {
     return torch::stable::from_blob(const_cast<void*>(data), Sizes(sizes.begin(), sizes.size()),
                                     Sizes(strides.begin(), strides.size()), like.device(), scalar_of(dtype));
   };
@@ -82,10 +86,12 @@ void run_chunked(const Scan& p, int64_t frames, const Tensor& like) {
       from(p.relu),
       from(p.reverse),
   };
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("rcu_ops::recurrent_conv_chunked_", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("rcu_ops::recurrent_conv_chunked_", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-// Frames of the library form's chunks, 0 where it is not taken. Kernels of the CPU have chunks of their own; there it is for proofs.
+// Frames of the library form's chunks, 0 where it is not taken. Kernels of the CPU have chunks of their own; there it
+// is for proofs.
 int64_t library_chunk(const Scan& p, const Tensor& like) {
   if (!can_be_chunked(p)) return 0;
   const auto forced = forced_chunk();
@@ -173,8 +179,9 @@ std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional
   return {h, h_n};
 }
 
-std::tuple<Tensor, Tensor> recurrent_conv_with_statistics(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& h0,
-                                                          bool mean, std::optional<Tensor>& partial, int64_t& columns) {
+std::tuple<Tensor, Tensor> recurrent_conv_with_statistics(const Tensor& x, const Tensor& weight,
+                                                          const std::optional<Tensor>& h0, bool mean,
+                                                          std::optional<Tensor>& partial, int64_t& columns) {
   Scan p = forward_problem(x, weight, h0, mean);
   Tensor h = torch::stable::empty_like(x), h_n = empty_state(x);
   p.y = sequence_view(h);
@@ -192,8 +199,8 @@ std::tuple<Tensor, Tensor> recurrent_conv_with_statistics(const Tensor& x, const
 namespace {
 
 std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift,
-                                                     std::optional<Tensor> h0, std::optional<Tensor> residual, bool mean,
-                                                     bool relu) {
+                                                     std::optional<Tensor> h0, std::optional<Tensor> residual,
+                                                     bool mean, bool relu) {
   Scan p = forward_problem(x, weight, h0, mean);
   Tensor contiguous[2];
   const Tensor* given[2] = {&scale, &shift};
@@ -225,10 +232,13 @@ std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Te
 
 namespace {
 
-// norm: of batch normalisation after the scan, whose h is `h` and whose gradient is grad_h; nothing where the kernel does not take it.
-std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<Tensor>& grad_h, const std::optional<Tensor>& grad_h_n,
-                                                           const Tensor& h, const Tensor& weight, const std::optional<Tensor>& h0,
-                                                           bool mean, bool reverse, bool need_weight_grad, const ScanNorm* norm) {
+// norm: of batch normalisation after the scan, whose h is `h` and whose gradient is grad_h; nothing where the kernel
+// does not take it.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<Tensor>& grad_h,
+                                                           const std::optional<Tensor>& grad_h_n, const Tensor& h,
+                                                           const Tensor& weight, const std::optional<Tensor>& h0,
+                                                           bool mean, bool reverse, bool need_weight_grad,
+                                                           const ScanNorm* norm) {
   Scan p = forward_problem(h, weight, h0, mean);
   check(grad_h || grad_h_n, "grad_h, grad_h_n: expected at least one of them, got none");
   p.x = {};
@@ -290,11 +300,9 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor>
   return *backward(grad_h, grad_h_n, h, weight, h0, mean, reverse, need_weight_grad, nullptr);
 }
 
-std::optional<std::tuple<Tensor, Tensor, Tensor>> recurrent_conv_backward_of_norm(const Tensor& dz,
-                                                                                  const std::optional<Tensor>& grad_h_n,
-                                                                                  const Tensor& h, const Tensor& weight,
-                                                                                  const std::optional<Tensor>& h0, bool mean,
-                                                                                  bool need_weight_grad, const ScanNorm& norm) {
+std::optional<std::tuple<Tensor, Tensor, Tensor>> recurrent_conv_backward_of_norm(
+    const Tensor& dz, const std::optional<Tensor>& grad_h_n, const Tensor& h, const Tensor& weight,
+    const std::optional<Tensor>& h0, bool mean, bool need_weight_grad, const ScanNorm& norm) {
   return backward(dz, grad_h_n, h, weight, h0, mean, false, need_weight_grad, &norm);
 }
 

@@ -102,7 +102,8 @@ Tensor normalize(Tensor h, Tensor moments, std::optional<Tensor> gamma, std::opt
 }
 
 std::tuple<Tensor, Tensor> normalize_sums(Tensor grad_y, Tensor h, std::optional<Tensor> y, Tensor moments,
-                                          std::optional<Tensor> gamma, std::optional<Tensor> beta, double eps, bool relu) {
+                                          std::optional<Tensor> gamma, std::optional<Tensor> beta, double eps,
+                                          bool relu) {
   Norm p = problem_of(NormPass::sums, h);
   const Parameters kept = set_parameters(p, h, moments, gamma, beta, eps, relu);
   p.other = view_like("grad_y", grad_y, h);
@@ -113,10 +114,11 @@ std::tuple<Tensor, Tensor> normalize_sums(Tensor grad_y, Tensor h, std::optional
   return {sums, dz};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize_backward(Tensor dz, std::optional<Tensor> grad_h_n, Tensor h, Tensor weight,
-                                                      std::optional<Tensor> h0, Tensor moments, Tensor sums,
-                                                      std::optional<Tensor> gamma, std::optional<Tensor> beta, double eps,
-                                                      bool relu, bool mean, bool need_weight_grad) {
+std::tuple<Tensor, Tensor, Tensor> normalize_backward(Tensor dz, std::optional<Tensor> grad_h_n, Tensor h,
+                                                      Tensor weight, std::optional<Tensor> h0, Tensor moments,
+                                                      Tensor sums, std::optional<Tensor> gamma,
+                                                      std::optional<Tensor> beta, double eps, bool relu, bool mean,
+                                                      bool need_weight_grad) {
   Norm p = problem_of(NormPass::gradient, h);
   const Parameters kept = set_parameters(p, h, moments, gamma, beta, eps, relu);
   const Table given("sums", sums, {2, p.C}, h);
@@ -125,9 +127,14 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(Tensor dz, std::optional<T
 #ifdef RCU_OPS_WITH_CUDA
   if (dz.is_cuda() && p.dtype != DType::f64) {  // the scan may take the gradient of h on its way in
     const auto table = [](const void* data) { return static_cast<const float*>(data); };
-    const ScanNorm norm{.moments = table(p.moments), .gamma = table(p.gamma), .beta = table(p.beta), .sums = table(p.sums),
-                        .eps = static_cast<float>(eps), .relu = relu};
-    if (auto found = recurrent_conv_backward_of_norm(dz, grad_h_n, h, weight, h0, mean, need_weight_grad, norm)) return *found;
+    const ScanNorm norm{.moments = table(p.moments),
+                        .gamma = table(p.gamma),
+                        .beta = table(p.beta),
+                        .sums = table(p.sums),
+                        .eps = static_cast<float>(eps),
+                        .relu = relu};
+    if (auto found = recurrent_conv_backward_of_norm(dz, grad_h_n, h, weight, h0, mean, need_weight_grad, norm))
+      return *found;
   }
 #endif
   Tensor grad_h = torch::stable::empty_like(h);

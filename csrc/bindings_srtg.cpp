@@ -10,7 +10,8 @@ namespace {
 
 View view_of(const Tensor& tensor) {
   const Sizes s = tensor.strides();
-  return {.data = pointer(tensor), .dtype = dtype_of("tensor", tensor), .n = s[0], .c = s[1], .t = s[2], .h = s[3], .w = s[4]};
+  const DType dtype = dtype_of("tensor", tensor);
+  return {.data = pointer(tensor), .dtype = dtype, .n = s[0], .c = s[1], .t = s[2], .h = s[3], .w = s[4]};
 }
 
 GateData problem_of(GatePass pass, const Tensor& x) {
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor> srtg_fuse_backward(Tensor grad, Tensor x, Tensor h, s
 }  // namespace
 }  // namespace rcu_ops::bindings
 
-#define RCU_OPS_SRTG_KERNELS(m)                                       \
+#define RCU_OPS_SRTG_KERNELS(m)                                        \
   m.impl("srtg_squeeze", TORCH_BOX(&rcu_ops::bindings::srtg_squeeze)); \
   m.impl("srtg_fuse", TORCH_BOX(&rcu_ops::bindings::srtg_fuse));       \
   m.impl("srtg_fuse_backward", TORCH_BOX(&rcu_ops::bindings::srtg_fuse_backward))

@@ -1,7 +1,8 @@
-// Python module rcu_ops._native: what was built, and the planners and index maths of the kernels for tests and for `explain`.
+// Python module rcu_ops._native: what was built, and the planners and index maths of the kernels for tests and for
+// `explain`.
 //
-// One bind_<op> function per op, each defined in native_<op>.cpp; all of these files are compiled as one. Neither torch nor CUDA is
-// needed to compile or to import it, and the package works without it.
+// One bind_<op> function per op, each defined in native_<op>.cpp; all of these files are compiled as one. Neither torch
+// nor CUDA is needed to compile or to import it, and the package works without it.
 
 #include <pybind11/pybind11.h>
 
@@ -56,8 +57,8 @@ py::dict build_info() {
 
 void bind_build_info(py::module_& m) {
   m.def("build_info", &build_info,
-        "What this build is: kind ('cpu' or 'cuda'), version, git commit, compiler, CUDA toolkit and architectures (None without "
-        "CUDA kernels), and the torch and Python versions it was built against.");
+        "What this build is: kind ('cpu' or 'cuda'), version, git commit, compiler, CUDA toolkit and architectures "
+        "(None without CUDA kernels), and the torch and Python versions it was built against.");
 }
 
 }  // namespace

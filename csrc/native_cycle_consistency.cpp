@@ -30,9 +30,11 @@ std::string cycle_consistency_plan(const std::string& kind, int64_t t, int64_t s
 }
 
 // The same for any GPU, there or not.
-py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t t, int64_t s, int64_t c, const std::string& dtype,
-                                    int architecture, int multiprocessors, int64_t shared_bytes) {
-  if (n < 1 || t < 1 || s < 1 || c < 1 || multiprocessors < 1) throw py::value_error("expected n, t, s, c, multiprocessors >= 1");
+py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t t, int64_t s, int64_t c,
+                                    const std::string& dtype, int architecture, int multiprocessors,
+                                    int64_t shared_bytes) {
+  if (n < 1 || t < 1 || s < 1 || c < 1 || multiprocessors < 1)
+    throw py::value_error("expected n, t, s, c, multiprocessors >= 1");
   Gpu gpu;
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
   Alignment p;
@@ -44,8 +46,9 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
     d["form"] = "short cycle";
     d["splits"] = plan.splits, d["channels_per_split"] = plan.channels_per_split, d["blocks"] = n * plan.splits;
     d["text"] = "short cycle: at most " + std::to_string(ShortCycle::most_frames) + " frames each, read once; " +
-                (plan.splits == 1 ? "a block per sample" : blocks(plan.splits) + " per sample, " + std::to_string(plan.channels_per_split) +
-                                                               " channels each, and a second launch that adds them up");
+                (plan.splits == 1 ? "a block per sample"
+                                  : blocks(plan.splits) + " per sample, " + std::to_string(plan.channels_per_split) +
+                                        " channels each, and a second launch that adds them up");
   } else if (const char* why_not = ProductTiles::why_not(p.kind, p.dtype, t, s, c)) {
     d["form"] = "query rows";
     d["text"] = std::string("query rows: distances by differences, a block per query: ") + why_not;
@@ -54,12 +57,15 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
     d["form"] = "product tiles";
     d["tasks"] = plan.tasks, d["blocks"] = plan.blocks, d["pitch"] = plan.pitch, d["padded"] = plan.padded;
     d["row_bytes"] = plan.row_bytes, d["shared_bytes"] = plan.shared_bytes, d["in_shared"] = plan.in_shared;
-    d["mean_at"] = plan.mean_at, d["largest_at"] = plan.largest_at, d["size_at"] = plan.size_at, d["factor_at"] = plan.factor_at;
+    d["mean_at"] = plan.mean_at, d["largest_at"] = plan.largest_at, d["size_at"] = plan.size_at,
+    d["factor_at"] = plan.factor_at;
     d["parts_at"] = plan.parts_at, d["rows_at"] = plan.rows_at, d["scratch_bytes"] = plan.scratch_bytes;
-    d["text"] = "product tiles: distances by products of centred frames in two fp16 parts, by differences within the bound of their "
-                "rounding; " +
-                std::to_string(plan.tasks) + " times " + std::to_string(ProductTiles::queries) + " queries in " + blocks(plan.blocks) +
-                ", rows in " + (plan.in_shared ? "shared memory" : "the scratch: they are too long for shared memory");
+    d["text"] =
+        "product tiles: distances by products of centred frames in two fp16 parts, by differences within the bound of "
+        "their rounding; " +
+        std::to_string(plan.tasks) + " times " + std::to_string(ProductTiles::queries) + " queries in " +
+        blocks(plan.blocks) + ", rows in " +
+        (plan.in_shared ? "shared memory" : "the scratch: they are too long for shared memory");
   }
   return d;
 }
@@ -67,12 +73,13 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
 }  // namespace
 
 void bind_cycle_consistency(py::module_& m) {
-  m.def("cycle_consistency_plan", &cycle_consistency_plan, py::arg("kind"), py::arg("t"), py::arg("s"), py::arg("c"), py::arg("dtype"),
-        "In one sentence, how the CPU kernels find distances between [t, c] and [s, c] of a dtype ('float32', ...) for a kind of "
-        "alignment ('soft', 'cycle', 'back', 'soft_backward', 'back_backward'), and why.");
-  m.def("cycle_consistency_gpu_plan", &cycle_consistency_gpu_plan, py::arg("kind"), py::arg("n"), py::arg("t"), py::arg("s"), py::arg("c"),
-        py::arg("dtype"), py::kw_only(), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024,
-        "How such a GPU would run an alignment: its 'form' ('short cycle', 'product tiles' or 'query rows'), the same in a sentence "
-        "('text'), the numbers of its blocks, and byte offsets in the scratch.");
+  m.def("cycle_consistency_plan", &cycle_consistency_plan, py::arg("kind"), py::arg("t"), py::arg("s"), py::arg("c"),
+        py::arg("dtype"),
+        "In one sentence, how the CPU kernels find distances between [t, c] and [s, c] of a dtype ('float32', ...) for "
+        "a kind of alignment ('soft', 'cycle', 'back', 'soft_backward', 'back_backward'), and why.");
+  m.def("cycle_consistency_gpu_plan", &cycle_consistency_gpu_plan, py::arg("kind"), py::arg("n"), py::arg("t"),
+        py::arg("s"), py::arg("c"), py::arg("dtype"), py::kw_only(), py::arg("architecture") = 80,
+        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
+        "How such a GPU would run an alignment: its 'form' ('short cycle', 'product tiles' or 'query rows'), the same "
+        "in a sentence ('text'), the numbers of its blocks, and byte offsets in the scratch.");
 }

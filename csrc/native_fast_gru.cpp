@@ -1,4 +1,5 @@
-// fast_gru in rcu_ops._native: for any GPU, there or not, whether one launch would run all steps, and how it would cut them.
+// fast_gru in rcu_ops._native: for any GPU, there or not, whether one launch would run all steps, and how it would cut
+// them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,9 +15,10 @@ namespace {
 
 using namespace rcu_ops;
 
-py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture, int multiprocessors,
-                           int64_t shared_bytes, bool backward) {
-  if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1) throw py::value_error("expected rows, c, r, multiprocessors >= 1");
+py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture,
+                           int multiprocessors, int64_t shared_bytes, bool backward) {
+  if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1)
+    throw py::value_error("expected rows, c, r, multiprocessors >= 1");
   Gpu gpu;
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
   const fast_gru::PersistentPlan plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu, backward);
@@ -50,13 +52,13 @@ bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
 }  // namespace
 
 void bind_fast_gru(py::module_& m) {
-  m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
-        py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
-        py::arg("backward") = false,
-        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or backward, why "
-        "not, and its cut: features per block, and byte offsets in shared and scratch memory.");
-  m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"), py::kw_only(),
-        py::arg("threads"),
+  m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"),
+        py::kw_only(), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
+        py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false,
+        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or "
+        "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory.");
+  m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
+        py::kw_only(), py::arg("threads"),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");
   m.def("fast_gru_panel_vectors", &fast_gru::panel_vectors, py::arg("columns"), py::arg("lanes"), py::arg("threads"),
         "The width of the panels that tasks take through all steps, in vectors of so many lanes.");

@@ -1,4 +1,5 @@
-// nonlocal_gates in rcu_ops._native: for any GPU, there or not, how the CUDA kernels would run a call, and what each block owns.
+// nonlocal_gates in rcu_ops._native: for any GPU, there or not, how the CUDA kernels would run a call, and what each
+// block owns.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,9 +37,9 @@ AttentionGrad nonlocal_gates_gradients(const Relation& r) {  // with contiguous 
   return {r, grad, r.query, r.key, r.value};
 }
 
-py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
-                  const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment,
-                  bool sm90a, int64_t begin, int64_t end) {
+py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d,
+                                 int64_t e, const std::string& dtype, int architecture, int multiprocessors,
+                                 int64_t shared_bytes, int64_t misalignment, bool sm90a, int64_t begin, int64_t end) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   cuda::PlainRelatePlan plan;
@@ -69,8 +70,9 @@ py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, 
   return found;
 }
 
-py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
-                       int architecture, int multiprocessors, int64_t shared_bytes, int64_t misalignment, bool sm90a) {
+py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                                      const std::string& dtype, int architecture, int multiprocessors,
+                                      int64_t shared_bytes, int64_t misalignment, bool sm90a) {
   const cuda::TileRelatePlan plan = cuda::plan_tile_relate(relation_of(b, g, n, m, d, e, dtype, misalignment), step,
                                                            gpu_of(architecture, multiprocessors, shared_bytes, sm90a));
   py::dict found;
@@ -85,12 +87,12 @@ py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n
   return found;
 }
 
-py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
-                           const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes,
-                           int64_t misalignment) {
+py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d,
+                                          int64_t e, const std::string& dtype, int architecture, int multiprocessors,
+                                          int64_t shared_bytes, int64_t misalignment) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
-  const cuda::TileGradientPlan plan =
-      cuda::plan_tile_gradient(nonlocal_gates_gradients(r), of_keys, gpu_of(architecture, multiprocessors, shared_bytes));
+  const cuda::TileGradientPlan plan = cuda::plan_tile_gradient(nonlocal_gates_gradients(r), of_keys,
+                                                               gpu_of(architecture, multiprocessors, shared_bytes));
   py::dict found;
   found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
   found["padded"] = plan.padded;
@@ -101,8 +103,9 @@ py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, in
   return found;
 }
 
-std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
-                                           bool masked, bool count, std::optional<int> architecture) {
+std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, int64_t m, int64_t d, int64_t e,
+                                                          const std::string& dtype, bool masked, bool count,
+                                                          std::optional<int> architecture) {
   static const uint8_t some_mask = 1;
   Relation r = relation_of(b, 1, n, m, d, e, dtype, 0);
   r.count = count;
@@ -114,27 +117,32 @@ std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, 
 }  // namespace
 
 void bind_nonlocal_gates(py::module_& m) {
-  m.def("nonlocal_gates_why_not_library", &nonlocal_gates_why_not_library, py::arg("b"), py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"),
-        py::arg("dtype"), py::arg("masked") = false, py::arg("count") = false, py::arg("architecture") = py::none(),
-        "Why the forward pass of nonlocal_attention with query [b, n, d], key [b, m, d], value [b, m, e] is not left to PyTorch's "
-        "scaled_dot_product_attention, or None where it is faster and taken. architecture: of a GPU; None: the CPU.");
-  m.def("nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
-        py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0, py::arg("sm90a") = true, py::arg("begin") = 0,
-        py::arg("end") = 0,
-        "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. kind: "
-        "attend, step, query_gradient or key_gradient. sm90a: the library holds code for it. text: one sentence (of a forward pass "
-        "and its gradients two); then of the plain kernel resident, chunk, slice, splits, "
-        "blocks, shared_bytes, and, for blocks [begin, end), what each owns: (problem, first row, rows, split). misalignment: of "
-        "the addresses, in bytes modulo 16.");
-  m.def("nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"), py::arg("n"), py::arg("m"),
-        py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0, py::arg("sm90a") = true,
-        "The same of the matrix-unit kernels: why_not (None: they run it), cluster, rows, padded, shares, tiles, blocks, "
-        "shared_bytes.");
-  m.def("nonlocal_gates_gpu_gradient_plan", &nonlocal_gates_gpu_gradient_plan, py::arg("of_keys"), py::arg("b"), py::arg("g"), py::arg("n"),
-        py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
-        "The same of the gradients on the matrix unit, of the queries or of_keys: why_not, padded, shares, tiles, blocks, "
-        "shared_bytes.");
+  m.def("nonlocal_gates_why_not_library", &nonlocal_gates_why_not_library, py::arg("b"), py::arg("n"), py::arg("m"),
+        py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("masked") = false, py::arg("count") = false,
+        py::arg("architecture") = py::none(),
+        "Why the forward pass of nonlocal_attention with query [b, n, d], key [b, m, d], value [b, m, e] is not left "
+        "to PyTorch's scaled_dot_product_attention, or None where it is faster and taken. architecture: of a GPU; "
+        "None: the CPU.");
+  m.def("nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"),
+        py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,
+        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
+        py::arg("sm90a") = true, py::arg("begin") = 0, py::arg("end") = 0,
+        "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. "
+        "kind: attend, step, query_gradient or key_gradient. sm90a: the library holds code for it. text: one sentence "
+        "(of a forward pass and its gradients two); then of the plain kernel resident, chunk, slice, splits, blocks, "
+        "shared_bytes, and, for blocks [begin, end), what each owns: (problem, first row, rows, split). misalignment: "
+        "of the addresses, in bytes modulo 16.");
+  m.def(
+      "nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"),
+      py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,
+      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
+      py::arg("sm90a") = true,
+      "The same of the matrix-unit kernels: why_not (None: they run it), cluster, rows, padded, shares, tiles, blocks, "
+      "shared_bytes.");
+  m.def("nonlocal_gates_gpu_gradient_plan", &nonlocal_gates_gpu_gradient_plan, py::arg("of_keys"), py::arg("b"),
+        py::arg("g"), py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"),
+        py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
+        py::arg("misalignment") = 0,
+        "The same of the gradients on the matrix unit, of the queries or of_keys: why_not, padded, shares, tiles, "
+        "blocks, shared_bytes.");
 }

@@ -1,5 +1,5 @@
-// recurrent_conv in rcu_ops._native: the instruction set that runs, how a call is planned and cut into tasks on a CPU, and, for
-// any GPU, there or not, how the CUDA kernels would run it and which elements each block touches.
+// recurrent_conv in rcu_ops._native: the instruction set that runs, how a call is planned and cut into tasks on a CPU,
+// and, for any GPU, there or not, how the CUDA kernels would run it and which elements each block touches.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,15 +50,16 @@ cpu::Isa parse_isa(const std::string& name) {
   throw py::value_error("isa: expected portable, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
-std::string recurrent_conv_plan(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
-                      bool channels_last, bool with_state, bool dense, const std::string& isa) {
+std::string recurrent_conv_plan(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype,
+                                int threads, bool channels_last, bool with_state, bool dense, const std::string& isa) {
   const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state, dense);
   const cpu::Isa on = parse_isa(isa);
   return cpu::describe(in, cpu::plan_scan(in, on), on);
 }
 
-py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype, int threads,
-                      bool channels_last, bool with_state, bool dense, const std::string& isa) {
+py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype,
+                                     int threads, bool channels_last, bool with_state, bool dense,
+                                     const std::string& isa) {
   const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state, dense);
   const cpu::Plan plan = cpu::plan_scan(in, parse_isa(isa));
   std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> tasks;
@@ -79,7 +80,8 @@ py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t po
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i) names.emplace_back(cpu::isa_name(static_cast<cpu::Isa>(i)));
+  for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i)
+    names.emplace_back(cpu::isa_name(static_cast<cpu::Isa>(i)));
   return names;
 }
 
@@ -99,7 +101,8 @@ Scan gpu_scan(const Strides& shape, const std::string& dtype, const Strides& x, 
               const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse) {
   Scan p;
   p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
-  if (p.N < 0 || p.H < 0 || p.W < 0 || p.C < 1 || p.T < 1) throw py::value_error("shape: expected n, h, w >= 0 and c, t >= 1");
+  if (p.N < 0 || p.H < 0 || p.W < 0 || p.C < 1 || p.T < 1)
+    throw py::value_error("shape: expected n, h, w >= 0 and c, t >= 1");
   p.dtype = parse_dtype(dtype);
   p.x = gpu_view(p.dtype, x, misalignment);
   p.y = gpu_view(p.dtype, y, 0);
@@ -153,18 +156,19 @@ void step_block(const Scan& p, const cuda::StepScanPlan& plan, int64_t block, To
     for (int thread = 0; thread < cuda::step_threads; ++thread)
       for (const bool reading : {true, false}) {
         const View &v = reading ? step.x : step.y, &whole = reading ? p.x : p.y;
-        cuda::for_elements<Outputs, Columns>(
-            thread, cuda::step_threads, v.c == 1, outputs, columns, [&](int c, int j) {
-              (reading ? touched.read : touched.written)
-                  .push_back(first_of(v, whole) + cuda::column_offset(step, v, column0 + j) + (channel0 + c) * v.c);
-            });
+        cuda::for_elements<Outputs, Columns>(thread, cuda::step_threads, v.c == 1, outputs, columns, [&](int c, int j) {
+          (reading ? touched.read : touched.written)
+              .push_back(first_of(v, whole) + cuda::column_offset(step, v, column0 + j) + (channel0 + c) * v.c);
+        });
       }
   }
 }
 
-// One tile of the kernels for 16-bit data: `Columns` columns from column0 on, copied by `threads` threads through a slot.
+// One tile of the kernels for 16-bit data: `Columns` columns from column0 on, copied by `threads` threads through a
+// slot.
 template <int PaddedChannels, int Columns, bool Channels, typename Word>
-void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes, Touched& touched) {
+void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes,
+                 Touched& touched) {
   const int64_t left = p.N * p.H * p.W - column0;
   const int here = left <= 0 ? 0 : left < Columns ? static_cast<int>(left) : Columns;
   std::vector<bool> slot(static_cast<size_t>(slot_bytes));
@@ -173,9 +177,11 @@ void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t
     for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
     for (int thread = 0; thread < threads; ++thread)
       cuda::for_words<PaddedChannels, Columns, Channels>(
-          word, thread, threads, static_cast<int>(p.C), here, static_cast<int>(slot_pitch), *v, offset, [&](int64_t at, int to) {
+          word, thread, threads, static_cast<int>(p.C), here, static_cast<int>(slot_pitch), *v, offset,
+          [&](int64_t at, int to) {
             for (int i = to; i < to + word.bytes; ++i)
-              if (slot.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a slot is used twice");
+              if (slot.at(static_cast<size_t>(i)) != (v == &p.y))
+                throw std::logic_error("a byte of a slot is used twice");
             std::fill_n(slot.begin() + to, word.bytes, v == &p.x);
             if (at * 2 % word.bytes != 0) throw std::logic_error("a word is not aligned");
             touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, word.bytes / 2);
@@ -188,20 +194,24 @@ void hopper_block(const Scan& p, const cuda::HopperScanPlan& plan, int64_t block
   const int numbers = plan.vector_bytes / 2;
   for (int group = 0; group < cuda::hopper_groups; ++group)
     for (int half = 0; half < 2; ++half) {
-      const int64_t column0 = (block * cuda::hopper_groups + group) * cuda::hopper_positions, left = p.N * p.H * p.W - column0;
+      const int64_t column0 = (block * cuda::hopper_groups + group) * cuda::hopper_positions,
+                    left = p.N * p.H * p.W - column0;
       const int columns = static_cast<int>(std::clamp<int64_t>(left, 0, cuda::hopper_positions));
-      const int channel0 = half * cuda::hopper_half, channels = std::min(static_cast<int>(p.C) - channel0, cuda::hopper_half);
+      const int channel0 = half * cuda::hopper_half,
+                channels = std::min(static_cast<int>(p.C) - channel0, cuda::hopper_half);
       std::vector<bool> unit(cuda::hopper_unit_bytes);
       for (const View* v : {&p.x, &p.y})
         for (int thread = 0; thread < 128; ++thread)
-          cuda::for_unit_words(thread, plan.along_channels, numbers, channels, columns, [&](int channel, int column, int at) {
-            for (int i = at; i < at + 2 * numbers; ++i)
-              if (unit.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a unit is used twice");
-            std::fill_n(unit.begin() + at, 2 * numbers, v == &p.x);
-            const int64_t offset = cuda::column_offset(p, *v, column0 + column) + (channel0 + channel) * v->c;
-            if (offset % numbers != 0) throw std::logic_error("a word is not aligned");
-            touched.frames(p, v == &p.x ? offset : -1, v == &p.x ? -1 : offset, numbers);
-          });
+          cuda::for_unit_words(
+              thread, plan.along_channels, numbers, channels, columns, [&](int channel, int column, int at) {
+                for (int i = at; i < at + 2 * numbers; ++i)
+                  if (unit.at(static_cast<size_t>(i)) != (v == &p.y))
+                    throw std::logic_error("a byte of a unit is used twice");
+                std::fill_n(unit.begin() + at, 2 * numbers, v == &p.x);
+                const int64_t offset = cuda::column_offset(p, *v, column0 + column) + (channel0 + channel) * v->c;
+                if (offset % numbers != 0) throw std::logic_error("a word is not aligned");
+                touched.frames(p, v == &p.x ? offset : -1, v == &p.x ? -1 : offset, numbers);
+              });
     }
 }
 
@@ -209,12 +219,13 @@ template <bool Channels, typename Word>
 void matrix_block(Word word, const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
   if (plan.wide)
     return copied_tile<cuda::wide_most_channels, cuda::wide_positions, Channels>(
-        word, p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes, touched);
+        word, p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes,
+        touched);
   const auto as = [&](auto padded) {
     constexpr int C = decltype(padded)::value, columns = cuda::tile_positions(C);
     for (int warp = 0; warp < plan.tile->warps; ++warp)
       copied_tile<C, columns, Channels>(word, p, (block * plan.tile->warps + warp) * columns, 32, plan.tile->slot_pitch,
-                                               plan.tile->slot_bytes, touched);
+                                        plan.tile->slot_bytes, touched);
   };
   switch (plan.tile->padded_channels) {
     case 32: return as(std::integral_constant<int, 32>());
@@ -227,16 +238,18 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
   if (plan.hopper) return hopper_block(p, *plan.hopper, block, touched);
   const int bytes = plan.tile ? plan.tile->vector_bytes : plan.wide->vector_bytes;
   const auto as = [&](auto word) {
-    (plan.tile ? plan.tile->along_channels : plan.wide->along_channels) ? matrix_block<true>(word, p, plan, block, touched)
-                                                                        : matrix_block<false>(word, p, plan, block, touched);
+    (plan.tile ? plan.tile->along_channels : plan.wide->along_channels)
+        ? matrix_block<true>(word, p, plan, block, touched)
+        : matrix_block<false>(word, p, plan, block, touched);
   };
   bytes == cuda::LongWord::bytes ? as(cuda::LongWord()) : as(cuda::ShortWord{bytes});
 }
 
 py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
-                  const std::optional<Strides>& residual, int64_t misalignment, bool with_state, bool reverse, bool plain,
-                  bool warpgroups, bool statistics, bool sm90a, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin,
-                  int64_t end) {
+                                 const std::optional<Strides>& residual, int64_t misalignment, bool with_state,
+                                 bool reverse, bool plain, bool warpgroups, bool statistics, bool sm90a,
+                                 int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin,
+                                 int64_t end) {
   Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
   if (statistics) p.norm.partial = static_cast<double*>(p.y.data);  // never followed
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
@@ -258,8 +271,9 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
   const int64_t columns = chunks.frames ? 0 : cuda::fused_norm_columns(plan);
   d["text"] = std::string(cuda::describe(p, plan, chunks).c_str()) +
               (!statistics ? std::string()
-               : columns   ? "; batch normalisation's statistics on the way out, of parts of " + std::to_string(columns) + " columns"
-                           : std::string("; batch normalisation's statistics in a pass of their own"));
+               : columns ? "; batch normalisation's statistics on the way out, of parts of " + std::to_string(columns) +
+                               " columns"
+                         : std::string("; batch normalisation's statistics in a pass of their own"));
   d["norm_columns"] = columns;
   d["chunk"] = chunks.frames;
   d["sequential_us"] = chunks.sequential_us;
@@ -272,7 +286,8 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
   return d;
 }
 
-// The offsets that a block of the matrix unit's weight gradient reads of dx and of the states (below 0: -1 - offset in first).
+// The offsets that a block of the matrix unit's weight gradient reads of dx and of the states (below 0: -1 - offset in
+// first).
 template <int Tile, bool Channels>
 void weight_grad_block(const WeightGrad& p, const cuda::WeightGradPlan& plan, int64_t tile, int64_t split,
                        std::vector<int64_t>& from_dx, std::vector<int64_t>& from_states) {
@@ -313,7 +328,8 @@ void weight_grad_block(const WeightGrad& p, const cuda::WeightGradPlan& plan, in
 
 py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
                          const std::optional<Strides>& first, int64_t misalignment, bool reverse, bool plain,
-                         int64_t shared_bytes, int64_t begin, int64_t end, const std::optional<std::tuple<int64_t, int64_t>>& block) {
+                         int64_t shared_bytes, int64_t begin, int64_t end,
+                         const std::optional<std::tuple<int64_t, int64_t>>& block) {
   WeightGrad p;
   p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
   p.dtype = parse_dtype(dtype);
@@ -329,8 +345,9 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
   }
   if (block && plan.vector_bytes) {
     const auto [tile, split] = *block;
-    const auto walk = plan.tile == 64 ? (plan.along_channels ? weight_grad_block<64, true> : weight_grad_block<64, false>)
-                                      : (plan.along_channels ? weight_grad_block<128, true> : weight_grad_block<128, false>);
+    const auto walk = plan.tile == 64
+                          ? (plan.along_channels ? weight_grad_block<64, true> : weight_grad_block<64, false>)
+                          : (plan.along_channels ? weight_grad_block<128, true> : weight_grad_block<128, false>);
     walk(p, plan, tile, split, block_dx, block_states);
   }
   py::dict d;
@@ -352,37 +369,45 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
 }  // namespace
 
 void bind_recurrent_conv(py::module_& m) {
-  m.def("cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
-        "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
+  m.def(
+      "cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
+      "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
   m.def("cpu_isas", &available_isas, "The instruction sets this machine can run, best last.");
-  m.def("cpu_multiplies_pairs", [] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
-        "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
-  m.def("recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"), py::arg("dtype"),
-        py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
-        py::arg("dense") = true, py::arg("isa") = "",
-        "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: instruction set, "
-        "orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; with_state: an h0 is given; "
-        "dense: where channels are adjacent, they are in every tensor.");
-  m.def("recurrent_conv_plan_details", &recurrent_conv_plan_details, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
-        py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
-        py::arg("dense") = true, py::arg("isa") = "",
-        "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column end, "
-        "channel begin, channel end).");
-  m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"), py::arg("y"),
-        py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false, py::arg("reverse") = false,
-        py::arg("plain") = false, py::arg("warpgroups") = false, py::arg("statistics") = false, py::arg("sm90a") = true, py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
-        "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one sentence); chunk, the "
-        "frames of the library form's chunks, 0 where it is not taken, and the two times compared, chunked_us and sequential_us "
-        "(predictions, 0 where none was made); of the scan's kernel blocks, shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are written, as "
-        "int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: that kernel, wherever "
-        "it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's are asked for; norm_columns: how many columns a part of them has, 0 where "
-        "the kernel takes none.");
-  m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"), py::arg("h"),
-        py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false, py::arg("plain") = false,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0, py::arg("block") = py::none(),
-        "How the CUDA kernels cut the weight gradient's sum: text (one sentence), rows, tile, tiles, splits, rows_per_split, "
-        "shared_bytes, scratch_bytes; for rows [begin, end), dx and before, the offsets of the two factors' first channels in dx "
-        "and in h (below 0: -1 - offset in first), as int64s; and what block (tile, split) of the matrix unit's kernel reads, "
-        "block_dx and block_states, in the same way. misalignment: of h's address, in bytes modulo 16.");
+  m.def(
+      "cpu_multiplies_pairs", [] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
+      "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
+  m.def(
+      "recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
+      py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
+      py::arg("dense") = true, py::arg("isa") = "",
+      "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: "
+      "instruction set, orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; "
+      "with_state: an h0 is given; dense: where channels are adjacent, they are in every tensor.");
+  m.def("recurrent_conv_plan_details", &recurrent_conv_plan_details, py::arg("n"), py::arg("c"), py::arg("t"),
+        py::arg("positions"), py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false,
+        py::arg("with_state") = false, py::arg("dense") = true, py::arg("isa") = "",
+        "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column "
+        "end, channel begin, channel end).");
+  m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"),
+        py::arg("y"), py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false,
+        py::arg("reverse") = false, py::arg("plain") = false, py::arg("warpgroups") = false,
+        py::arg("statistics") = false, py::arg("sm90a") = true, py::arg("architecture") = 80,
+        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0,
+        py::arg("end") = 0,
+        "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one "
+        "sentence); chunk, the frames of the library form's chunks, 0 where it is not taken, and the two times "
+        "compared, chunked_us and sequential_us (predictions, 0 where none was made); of the scan's kernel blocks, "
+        "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are "
+        "written, as int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: "
+        "that kernel, wherever it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's "
+        "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none.");
+  m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"),
+        py::arg("h"), py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false,
+        py::arg("plain") = false, py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
+        py::arg("block") = py::none(),
+        "How the CUDA kernels cut the weight gradient's sum: text (one sentence), rows, tile, tiles, splits, "
+        "rows_per_split, shared_bytes, scratch_bytes; for rows [begin, end), dx and before, the offsets of the two "
+        "factors' first channels in dx and in h (below 0: -1 - offset in first), as int64s; and what block (tile, "
+        "split) of the matrix unit's kernel reads, block_dx and block_states, in the same way. misalignment: of h's "
+        "address, in bytes modulo 16.");
 }
