@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
 from rcu_ops.inspection import SampledClip, calibrate, report_faults, sample_clip, seen_pictures
+from rcu_ops.model_arguments import load_model_weights, make_model, model_error, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
 
@@ -109,7 +110,6 @@ def _network(args: argparse.Namespace) -> nn.Module:
     import torch
 
     import rcu_ops
-    from rcu_ops.recipes.command import parse_model_options
     from rcu_ops.recipes.distributed import pick_device
     from rcu_ops.stream_command import bound_growth
 
@@ -123,11 +123,11 @@ def _network(args: argparse.Namespace) -> nn.Module:
             try:
                 model = rcu_ops.create_model(args.model, **{"dense": True, **options})  # a feature map for every frame
             except TypeError:
-                model = rcu_ops.create_model(args.model, **options)
-        if args.weights is not None:
-            rcu_ops.load_weights(model, args.weights, skip_head=True)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+                model = make_model(args.model, **options)
+    except ValueError as error:
+        raise model_error(args.model, error) from error
+    if args.weights is not None:
+        load_model_weights(model, args.weights, skip_head=True)
     if not hasattr(model, "features"):
         raise UserError(f"--model: {args.model} has no feature maps over a clip")
     if args.weights is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.model_arguments import make_model
 
 if TYPE_CHECKING:
     import torch
@@ -439,17 +440,11 @@ def _make_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     from torch import nn
 
-    from rcu_ops.models import create_model, list_models
-
     with device:
-        if args.model in list_models():
-            options = {} if args.channels == 3 else {"in_channels": args.channels}
-            return create_model(args.model, num_classes=args.classes, **options)
         module_name, _, function = args.model.partition(":")
         if not function:
-            raise UserError(
-                f"MODEL: expected one of {', '.join(list_models())}, or package.module:function, got {args.model!r}"
-            )
+            options = {} if args.channels == 3 else {"in_channels": args.channels}
+            return make_model(args.model, flag="MODEL", num_classes=args.classes, **options)
         sys.path.insert(0, "")  # the user's own modules lie where the command is run
         try:
             model = getattr(importlib.import_module(module_name), function)()

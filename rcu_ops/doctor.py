@@ -142,6 +142,11 @@ def run(args: argparse.Namespace) -> int:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register ``rcu-ops doctor``."""
-    parser = subparsers.add_parser("doctor", help="what this installation can run, and why not the rest")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what this installation can run, and why not the rest",
+        description="Versions and devices, what was built and for which architectures, and for every operator which "
+        "backend will run and why each other one will not. Exit codes: 0 the package is usable, 1 it is not.",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)

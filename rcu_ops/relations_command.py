@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
 from rcu_ops.inspection import SampledClip, calibrate, report_faults, sample_clip, seen_pictures
+from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing, write_csv
 
@@ -125,22 +126,14 @@ def _cell(position: tuple[float, float] | tuple[int, int], rows: int, columns: i
 def _network(args: argparse.Namespace) -> nn.Module:
     import torch
 
-    import rcu_ops
-    from rcu_ops.recipes.command import parse_model_options
     from rcu_ops.recipes.distributed import pick_device
 
     options = parse_model_options(args.model_option)
-    try:
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)  # an untrained network should at least say the same twice
-            model = rcu_ops.create_model(args.model, **options)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {args.model}: {' '.join(str(error).split())}") from error
-    try:
-        if args.weights is not None:
-            rcu_ops.load_weights(model, args.weights, skip_head=True)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--weights: {' '.join(str(error).split())}") from error
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # an untrained network should at least say the same twice
+        model = make_model(args.model, **options)
+    if args.weights is not None:
+        load_model_weights(model, args.weights, skip_head=True)
     return model.eval().requires_grad_(False).to(pick_device(args.device))
 
 

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,17 @@ def legend(axes: Axes, entries: int) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the figure as PNG at 150 dots per inch."""
-    with replacing(path) as temporary:
+    """Write the figure as PNG at 150 dots per inch.
+
+    Names of files and classes may stand in it as they are: a ``$`` begins no formula, and letters that the font lacks
+    are drawn as boxes.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        # The labels of logarithmic axes are formulas, which matplotlib writes when it draws.
+        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
+            text.set_parse_math(False)
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(temporary, format="png", dpi=150)

@@ -11,7 +11,6 @@ import platform
 import signal
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from array import array
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.model_arguments import load_model_weights, make_model, one_line, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
 
@@ -74,6 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, webcam:0, or address of a stream")
     parser.add_argument("--model", default="rcn_resnet18", help="a causal model (default: %(default)s)")
     parser.add_argument("--weights", metavar="FILE", help="file or URL of trained weights")
+    parser.add_argument("--weights-sha256", metavar="HEX", help="digest that the file of --weights must have")
     parser.add_argument("--labels", metavar="FILE", help="text file with one class name per line; sets the class count")
     parser.add_argument("--out", metavar="DIR", help=f"write {', '.join(OUTPUT_NAMES)} here")
     parser.add_argument("--overwrite", action="store_true", help="replace results of an earlier run in --out")
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if args.weights_sha256 is not None and args.weights is None:
+        raise UserError("--weights-sha256: there are no --weights to check")
     out = _check_out(args.out, args.overwrite)
     labels = None if args.labels is None else _read_labels(Path(args.labels))
 
@@ -141,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
             status, code, problem = "complete", 0, ""
         except BrokenVideoError as error:
             status, code = "broken", EXIT_BROKEN
-            problem = f"{error}; the results of {session.frames} frames are kept"
+            problem = f"{error}; {session.kept()}"
         except _NotFiniteError as error:
             status, code = "not finite", EXIT_NOT_FINITE
-            problem = f"{error}; the results of {session.frames} frames are kept"
+            problem = f"{error}; {session.kept()}"
         except KeyboardInterrupt:
             status, code = "interrupted", EXIT_INTERRUPTED
-            problem = f"interrupted; the results of {session.frames} frames are kept"
+            problem = f"interrupted; {session.kept()}"
         except BaseException as error:
             session.discard(error)
             raise _as_user_error(error, out) from error
@@ -208,31 +211,33 @@ class _Network:
 
         import rcu_ops
         from rcu_ops.cost_patterns import clip_costs
-        from rcu_ops.models import Faster, load_weights
-        from rcu_ops.recipes.command import parse_model_options
+        from rcu_ops.models import Faster
+        from rcu_ops.recipes.distributed import pick_device
         from rcu_ops.video.transform import FrameTransform
 
         self.name: str = args.model
         self.dtype_name: str = args.dtype
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-        self.device = _device(args.device)
+        self.device = pick_device(args.device)
         classes = 400 if labels is None else len(labels)
         self.labels = [f"class {index}" for index in range(classes)] if labels is None else labels
         self.weights = "untrained" if args.weights is None else str(args.weights)
         self.weights_sha256: str | None = "untrained"
         self.warning = UNTRAINED
         options = parse_model_options(args.model_option)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)  # an untrained network should at least say the same twice
+            model = make_model(self.name, num_classes=classes, **options)
+        if args.weights is None:
+            bound_growth(model)
+        else:
+            report = load_model_weights(
+                model, args.weights, args.weights_sha256, hint="--labels sets it, one line for each class"
+            )
+            self.weights_sha256 = _sha256(args.weights) if os.path.isfile(args.weights) else args.weights_sha256
+            # An image network's weights say nothing about the recurrent ones.
+            self.warning = RECURRENCE_UNTRAINED if any("weight_hh" in name for name in report.kept) else ""
         try:
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(0)  # an untrained network should at least say the same twice
-                model = rcu_ops.create_model(self.name, num_classes=classes, **options)
-            if args.weights is None:
-                bound_growth(model)
-            else:
-                report = load_weights(model, args.weights)
-                self.weights_sha256 = _sha256(args.weights) if os.path.isfile(args.weights) else None
-                # An image network's weights say nothing about the recurrent ones.
-                self.warning = RECURRENCE_UNTRAINED if any("weight_hh" in name for name in report.kept) else ""
             model = rcu_ops.fuse_for_inference(model.eval().to(self.device)).to(self.dtype)
             self._clips = model if isinstance(model, Faster) else None
             self._streamer = None if self._clips is not None else rcu_ops.Streamer(model)
@@ -240,8 +245,8 @@ class _Network:
             self._costs = None
             if self._clips is not None:
                 self._costs = clip_costs(self._clips, self._clips.clip_length, self.size)
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(_shortened(str(error))) from error
+        except ValueError as error:
+            raise UserError(f"--model {self.name}: {one_line(str(error)).removeprefix('model: ')}") from error
         self.warm_up_seconds = 0.0
         self._transform = FrameTransform(self.size, dtype=self.dtype, device=self.device)
         self._state: Any = None
@@ -370,8 +375,8 @@ class _Session:
             self._seconds = time.perf_counter() - start
         if self.frames and self._last is None:
             raise UserError(
-                f"{self._title}: {self.frames} frames, fewer than the {self._network.clip_length} of one clip of "
-                f"{self._network.name}"
+                f"{self._title}: {_counted(self.frames, 'frame')}, fewer than the {self._network.clip_length} of "
+                f"one clip of {self._network.name}"
             )
 
     def _paced(self, stack: ExitStack) -> Iterator[Frame]:
@@ -437,6 +442,10 @@ class _Session:
             print(line)
         sys.stdout.flush()
 
+    def kept(self) -> str:
+        """How many frames have results, for a message about why there are no more."""
+        return f"the results of {_counted(self.frames, 'frame')} are kept"
+
     def discard(self, error: BaseException) -> None:
         """Throw all outputs away because of ``error``."""
         if self._files is not None:
@@ -499,12 +508,13 @@ class _Session:
     def _report(self, summary: dict[str, Any]) -> Iterator[str]:
         latency = summary["latency_ms"]
         line = (
-            f"{summary['frames']} frames in {summary['seconds']:.1f} s, {summary['frames_per_second']:.1f} frames/s; "
+            f"{_counted(summary['frames'], 'frame')} in {summary['seconds']:.1f} s, "
+            f"{summary['frames_per_second']:.1f} frames/s; "
             f"latency p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms; "
-            f"state {_human_bytes(summary['state_bytes'])}; {summary['dropped_frames']} frames dropped"
+            f"state {_human_bytes(summary['state_bytes'])}; {_counted(summary['dropped_frames'], 'frame')} dropped"
         )
         if summary.get("clips"):
-            line += f"; {summary['clips']} clips, {summary['gmac']:.1f} GMAC"
+            line += f"; {_counted(summary['clips'], 'clip')}, {summary['gmac']:.1f} GMAC"
         if self._args.realtime:
             line += f"; behind the clock p50 {summary['lag_ms']['p50']:.1f} ms, p99 {summary['lag_ms']['p99']:.1f} ms"
         yield line
@@ -575,8 +585,8 @@ class _OutputFiles:
                 self._history,
                 network.labels,
                 title=f"{network.name} on {self._title}",
-                subtitle=f"{summary['frames']} frames, {network.size}x{network.size}, {network.dtype_name} on "
-                f"{network.device}, {summary['frames_per_second']:.1f} frames/s"
+                subtitle=f"{_counted(summary['frames'], 'frame')}, {network.size}x{network.size}, "
+                f"{network.dtype_name} on {network.device}, {summary['frames_per_second']:.1f} frames/s"
                 + (f"; {summary['status']}" if summary["status"] != "complete" else ""),
                 warning=network.warning,
                 top=self._top,
@@ -709,25 +719,12 @@ def _make_sample(folder: Path) -> Path:
     return path
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _device_name(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return f"{device} ({_counted(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
 
 
 def bound_growth(model: nn.Module) -> None:
@@ -741,14 +738,6 @@ def bound_growth(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RecurrentConv3d):
             module.update = "mean"
-
-
-def _shortened(message: str, keep: int = 3) -> str:
-    """The first lines of a long message as one line, with the number of lines left out."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    rest = len(lines) - keep
-    text = "; ".join(lines[:keep]).replace(":; ", ": ")
-    return textwrap.shorten(text, 400, placeholder=" ...") + (f"; and {rest} more" if rest > 0 else "")
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
@@ -781,6 +770,10 @@ def _sha256(path: str) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _human_bytes(count: int) -> str:

@@ -283,9 +283,12 @@ def test_sources_that_cannot_be_read(tmp_path, capsys):
         (["--top", "-1"], "--top: expected at least 1, got -1"),
         (["--device", "nonsense"], "--device: nonsense cannot be used"),
         (["--device", "cuda:97"], "--device: cuda:97 cannot be used"),
-        (["--model", "rcn_resnet19"], "no model named 'rcn_resnet19'"),
-        (["--model", "i3d_resnet18"], "cannot run frame by frame"),
-        (["--weights", "/nowhere/weights.pt"], "/nowhere/weights.pt"),
+        (["--model", "rcn_resnet19"], "error: --model: there is no model named 'rcn_resnet19'"),
+        (["--model", "i3d_resnet18"], "error: --model i3d_resnet18: cannot run frame by frame"),
+        (["--model", "rcn_resnet18", "--model-option", "x=1"], "error: --model rcn_resnet18: it has no argument 'x'"),
+        (["--model-option", "x"], "--model-option: expected NAME=VALUE, got 'x'"),
+        (["--weights", "/nowhere/weights.pt"], "error: --weights: there is no file /nowhere/weights.pt"),
+        (["--weights-sha256", "0" * 64], "--weights-sha256: there are no --weights"),
         (["--labels", "/nowhere/labels.txt"], "--labels: /nowhere/labels.txt cannot be read"),
     ],
 )
@@ -299,8 +302,18 @@ def test_arguments_that_cannot_be_used(tmp_path, clip, capsys, arguments, compla
 
 def test_weights_that_do_not_fit(tmp_path, clip, capsys):
     trained_weights(tmp_path / "weights.pt")
-    error = fails(capsys, clip, "--weights", tmp_path / "weights.pt")
-    assert "does not fit the model" in error
+    file = ["--weights", tmp_path / "weights.pt"]
+    assert "is of 3 classes, the network of 400; --labels sets it" in fails(capsys, clip, *file)
+    assert "does not fit the model" in fails(capsys, clip, *file, "--model", "rcn_resnet18")
+    assert "error: --weights-sha256: expected 0000" in fails(capsys, clip, *file, "--weights-sha256", "0" * 64)
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_may_stand_in_the_pictures(tmp_path, clip, labels):
+    labels.write_text("$^ \\x$\n影片\n😀\n", encoding="utf-8")
+    odd = clip.rename(tmp_path / "ä$^b$ $\\x$ 影片.mp4")
+    assert stream(odd, "--labels", labels, "--out", tmp_path / "out") == 0
+    assert {entry["label"] for entry in summary_of(tmp_path / "out")["top"]} == {"$^ \\x$", "影片", "😀"}
 
 
 def test_labels_that_cannot_be_used(tmp_path, clip, capsys):

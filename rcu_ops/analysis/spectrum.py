@@ -172,13 +172,13 @@ def plot(path: str | Path, spectra: Sequence[LayerSpectrum]) -> None:
 
     bars(matrix, 0, -0.12, [s.entries_mean for s in spectra], [s.entries_std for s in spectra], "all entries")
     bars(matrix, 1, 0.12, [s.diagonal_mean for s in spectra], [s.diagonal_std for s in spectra], "diagonal")
-    matrix.set_ylabel(r"$w_{hh}$, mean ± std")
+    matrix.set_ylabel("w_hh, mean ± std")
     modulus = [s.modulus for s in spectra]
     real = [s.eigenvalues.real for s in spectra]
     bars(eigen, 2, -0.12, [float(m.mean()) for m in modulus], [float(m.std()) for m in modulus], "modulus")
     bars(eigen, 3, 0.12, [float(r.mean()) for r in real], [float(r.std()) for r in real], "real part")
     eigen.axhline(1, color=report.GREY, linewidth=1.0, linestyle=(0, (2, 2)), zorder=0)
-    eigen.set_ylabel(r"eigenvalues of $w_{hh}$, mean ± std")
+    eigen.set_ylabel("eigenvalues of w_hh, mean ± std")
     low, high = eigen.get_ylim()
     eigen.set_ylim(min(low, 0.0), max(high, 1.1))
     for axes in (matrix, eigen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -23,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
         help="measure the operators against their floors and against PyTorch",
         description="Measure every operator against its floor (bytes or arithmetic at rates measured in the same run), "
         "eager PyTorch, torch.compile and hand-written library loops. Everything is checked before it is timed; the "
-        "candidates are timed in turns. On a CPU only the ratios mean something for other machines.",
+        "candidates are timed in turns. On a CPU only the ratios mean something for other machines. With neither "
+        "--quick nor --full: the shapes of the papers' networks, with batches cut to fit a CPU.",
     )
     tier = parser.add_mutually_exclusive_group()
     tier.add_argument("--quick", dest="tier", action="store_const", const="quick", help="few small cases, minutes")
@@ -44,7 +46,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value > 0:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return value

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 
 if TYPE_CHECKING:
     from rcu_ops.models.faster import Faster
@@ -87,16 +88,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _model(args: argparse.Namespace, classes: int, device: Any) -> Faster:
     import torch
 
-    import rcu_ops
     from rcu_ops.models import Faster
-    from rcu_ops.recipes.command import parse_model_options
 
     options = parse_model_options(args.model_option)
-    try:
-        with torch.device(device):
-            model = rcu_ops.create_model(args.model, num_classes=classes, **options)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {args.model}: {error}") from error
+    with torch.device(device):
+        model = make_model(args.model, num_classes=classes, **options)
     if not isinstance(model, Faster):
         raise UserError(f"--model: expected faster16 or faster32, got {args.model}")
     return model.eval()
@@ -106,7 +102,6 @@ def run_cache(args: argparse.Namespace) -> int:
     """Write a cache. Returns 0, or 3 if some videos could not be used."""
     import torch
 
-    import rcu_ops
     from rcu_ops.analysis.scores_io import list_names, read_class_names
     from rcu_ops.faster.cache import ClipSampling, write_cache
     from rcu_ops.recipes.distributed import pick_device
@@ -117,10 +112,12 @@ def run_cache(args: argparse.Namespace) -> int:
     classes = args.classes if names is None else len(names)
     torch.manual_seed(args.seed)
     model = _model(args, classes, "cpu")
+    for kind in ("expensive", "cheap"):
+        if (source := getattr(args, f"{kind}_weights")) is not None:
+            load_model_weights(
+                getattr(model, kind), source, flag=f"--{kind}-weights", hint="--labels or --classes sets it"
+            )
     try:
-        for network, source in ((model.expensive, args.expensive_weights), (model.cheap, args.cheap_weights)):
-            if source is not None:
-                rcu_ops.load_weights(network, source)
         low, high = (int(part) for part in args.scales.split(","))
         clips = args.clips or max(1, model.frames // model.clip_length)
         sampling = ClipSampling(clips, args.views, args.size, (low, high), args.seed)
@@ -143,7 +140,6 @@ def run_train(args: argparse.Namespace) -> int:
     from rcu_ops.faster.cache import ClipCache
     from rcu_ops.faster.training import CHECKPOINT, WEIGHTS, AggregatorTraining, aggregate_scores
     from rcu_ops.nn.aggregators import make_aggregator
-    from rcu_ops.recipes.command import parse_model_options
     from rcu_ops.recipes.distributed import pick_device
 
     _at_least(args, steps=1, batch=1, pattern=-1)
@@ -152,7 +148,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.aggregator == "average":
         raise UserError("--aggregator: the average of scores has nothing to train")
     cache = ClipCache(args.cache)
-    options = parse_model_options(args.option)
+    options = parse_model_options(args.option, flag="--option")
     torch.manual_seed(args.seed)
     try:
         aggregator = make_aggregator(args.aggregator, cache.channels, cache.classes, **options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 
 if TYPE_CHECKING:
     from rcu_ops.features.extract import FeatureExtractor
@@ -121,9 +122,7 @@ def _extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, Mapping[str,
     """The extractor, and everything that the features depend on."""
     import torch
 
-    import rcu_ops
     from rcu_ops.features.extract import FeatureExtractor
-    from rcu_ops.recipes.command import parse_model_options
     from rcu_ops.recipes.distributed import pick_device
     from rcu_ops.recipes.evaluate import file_digest
 
@@ -131,15 +130,9 @@ def _extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, Mapping[str,
     if args.classes is not None:
         options["num_classes"] = args.classes
     torch.manual_seed(args.seed)
-    try:
-        model = rcu_ops.create_model(args.model, **options)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {args.model}: {error}") from error
+    model = make_model(args.model, **options)
     if args.weights is not None:
-        try:
-            rcu_ops.load_weights(model, args.weights, args.weights_sha256)
-        except (ValueError, OSError) as error:
-            raise UserError(f"--weights: {error}") from error
+        load_model_weights(model, args.weights, args.weights_sha256, hint="--classes sets it")
     settings: dict[str, Any] = {
         name: getattr(args, name) for name in ("clip_length", "step", "stride", "size", "crops")
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 from rcu_ops.recipes.config import (
     LATE_FUSION,
     MODEL_OPTIONS,
@@ -209,7 +209,14 @@ def _train(args: argparse.Namespace, processes: Any) -> int:
     torch.manual_seed(mix_seed(args.seed))
     model = _model(settings)
     if checkpoint is None and args.weights is not None:
-        _load_weights(model, args.weights, args.weights_sha256, args.skip_head, args.cross_modality)
+        load_model_weights(
+            model,
+            args.weights,
+            args.weights_sha256,
+            hint="--skip-head leaves the classifier of another number of classes out",
+            skip_head=args.skip_head,
+            cross_modality=args.cross_modality,
+        )
     options = TrainOptions(
         out=args.out,
         seed=args.seed,
@@ -266,12 +273,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         settings = _new_settings(args)
     else:
         names = stored.names if args.labels is None else _names(args)
-        options = {**stored.model_options, **_model_options(args)}
+        options = {**stored.model_options, **parse_model_options(args.model_option)}
         settings = RunSettings(_override(stored.recipe, args, names), options, names)
     recipe = settings.recipe
     videos = read_list(args.videos, recipe.classes, settings.names, dense=recipe.intervals)
     model = _model(settings)
-    _load_weights(model, args.weights, None, False)
+    load_model_weights(model, args.weights)
     device = pick_device(args.device)
     model = model.eval().to(device)
     causal = not streaming_obstacles(model)
@@ -377,7 +384,7 @@ def _new_settings(args: argparse.Namespace) -> RunSettings:
     from rcu_ops.recipes.checkpoint import RunSettings
 
     recipe = _recipe(args)
-    options = {**MODEL_OPTIONS.get(recipe.name, {}), **_model_options(args)}
+    options = {**MODEL_OPTIONS.get(recipe.name, {}), **parse_model_options(args.model_option)}
     if recipe.input == "flow":
         options.setdefault("in_channels", 2 * recipe.flow_length)
     return RunSettings(recipe, options, _names(args))
@@ -399,7 +406,7 @@ def _resumed_settings(args: argparse.Namespace, checkpoint: dict[str, Any]) -> R
             raise UserError(f"--{name.replace('_', '-')}: the run to resume has {held}, got {value}")
     if args.labels is not None and _names(args) != stored.names:
         raise UserError(f"--labels: {args.labels} holds other names than the run to resume has")
-    for name, value in _model_options(args).items():
+    for name, value in parse_model_options(args.model_option).items():
         if stored.model_options.get(name) != value:
             raise UserError(
                 f"--model-option: the run to resume has {name}={stored.model_options.get(name)}, got {value}"
@@ -407,46 +414,8 @@ def _resumed_settings(args: argparse.Namespace, checkpoint: dict[str, Any]) -> R
     return RunSettings(_override(recipe, args, stored.names), stored.model_options, stored.names)
 
 
-def _model_options(args: argparse.Namespace) -> dict[str, Any]:
-    return parse_model_options(args.model_option)
-
-
-def parse_model_options(texts: Sequence[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` arguments of a network as :func:`rcu_ops.create_model` takes them; values are JSON or strings."""
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"--model-option: expected NAME=VALUE, got {text!r}")
-        if name == "num_classes":
-            raise UserError("--model-option: num_classes is set by --classes")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
 def _model(settings: RunSettings) -> torch.nn.Module:
-    import rcu_ops
-
-    try:
-        return rcu_ops.create_model(
-            settings.recipe.model, num_classes=settings.recipe.classes, **settings.model_options
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {settings.recipe.model}: {error}") from error
-
-
-def _load_weights(
-    model: torch.nn.Module, source: str, sha256: str | None, skip_head: bool, cross_modality: bool = False
-) -> None:
-    import rcu_ops
-
-    try:
-        rcu_ops.load_weights(model, source, sha256, skip_head=skip_head, cross_modality=cross_modality)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--weights: {str(error).replace('skip_head=True', '--skip-head')}") from error
+    return make_model(settings.recipe.model, num_classes=settings.recipe.classes, **settings.model_options)
 
 
 def _autocast(name: str | None) -> torch.dtype | None:

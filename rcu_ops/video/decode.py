@@ -296,7 +296,10 @@ class VideoReader(Iterator[Frame]):
         except StopIteration:
             raise VideoError(f"{self.name}: it has a video stream but not one frame in it") from None
         except BrokenVideoError as error:
-            raise VideoError(f"{self.name}: not one frame could be decoded: {error.reason}") from error
+            hint = ""
+            if self._address.path is None and self._container.format.name.startswith("mov") and not self.live:
+                hint = "; if its index lies at its end, the server must send parts of files (byte ranges): download it"
+            raise VideoError(f"{self.name}: not one frame could be decoded: {error.reason}{hint}") from error
         return frame
 
     # Packets to pictures

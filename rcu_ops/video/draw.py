@@ -62,7 +62,8 @@ def _face(size: int, bold: bool) -> _Face:
 
 
 def _line_mask(font: Any, text: str) -> np.ndarray:
-    """Coverage 0..255 [h, w] of a line of text; h is the same for every text."""
+    """Coverage 0..255 [h, w] of a line of text; h is the same for every text. Boxes stand for letters it lacks."""
+    text = "".join(letter if font.get_char_index(ord(letter)) else "□" for letter in text)
     font.set_text(text, 0.0)
     width = -(-font.get_width_height()[0] // 64)
     # The bitmap is as high as its letters, give or take a rounded row: tall and deep letters after the text, cut off

@@ -31,7 +31,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("video", metavar="VIDEO")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a name that ends with .npy")
     parser.add_argument("--scale", type=int, default=256, metavar="N", help="short side in pixels (default: 256)")
-    parser.add_argument("--bound", type=float, default=20.0, metavar="X", help="largest displacement (default: 20)")
+    parser.add_argument(
+        "--bound", type=float, default=20.0, metavar="X", help="largest displacement in pixels (default: 20)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.set_defaults(run=run)
 

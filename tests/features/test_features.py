@@ -277,14 +277,14 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "rcn_resnet8"], "--model rcn_resnet8: name: there is no model"),
+        (["--model", "rcn_resnet8"], "--model: there is no model"),
         (["--layer", "nothing"], "--layer: VideoResNet has no layer 'nothing'"),
         (["--crops", "4"], "--crops: expected one of 1, 5, 10, got 4"),
         (["--step", "0"], "--step: expected at least 1"),
         (["--pca", "0"], "--pca: expected at least 1, got 0"),
         (["--pca", "none.safetensors"], "cannot be read as principal components"),
         (["--model", "res_lstm", "--model-option", "num_layers=1"], "--model"),
-        (["--weights", "none.pt"], "--weights: source: there is no file none.pt"),
+        (["--weights", "none.pt"], "--weights: there is no file none.pt"),
         (["--model-option", "x"], "--model-option: expected NAME=VALUE"),
     ],
 )

@@ -441,14 +441,14 @@ def test_a_folder_with_a_run_is_not_written_over(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "rcn_resnet19"], "--model rcn_resnet19: name: there is no model named 'rcn_resnet19'"),
+        (["--model", "rcn_resnet19"], "--model: there is no model named 'rcn_resnet19'"),
         (["--model-option", "wide=3"], "--model rcn_resnet18: "),
         (["--model-option", "3"], "--model-option: expected NAME=VALUE, got '3'"),
         (["--model-option", "num_classes=3"], "num_classes is set by --classes"),
         (["--classes", "3"], "--classes: 3, but there are 2 class names"),
         (["--batch", "5", "--accumulate", "2"], "--batch: expected a multiple of processes x accumulated parts"),
         (["--device", "nonsense"], "--device: nonsense cannot be used"),
-        (["--weights", "gone.pth"], "--weights: source: there is no file gone.pth"),
+        (["--weights", "gone.pth"], "--weights: there is no file gone.pth"),
         (["--sync-bn"], "--sync-bn: synchronised batch normalisation needs GPUs"),
         (["--train", "gone.csv"], "gone.csv: cannot be read: No such file or directory"),
         (["--workers", "-1"], "--workers: expected at least 0, got -1"),

@@ -439,6 +439,10 @@ def test_http(tmp_path, server):
     with pytest.raises(VideoError, match="404") as caught:
         open_video(f"http://somebody:secret@{server}/b.mkv")
     assert "secret" not in str(caught.value)
+    # This server sends whole files only, and this one's index lies beyond what FFmpeg would skip.
+    write_clip(tmp_path / "long.mov", 6, codec="rawvideo", pixel_format="rgb24", height=256, width=256)
+    with pytest.raises(VideoError, match="byte ranges"):
+        open_video(f"http://{server}/long.mov")
 
 
 def _free_port():
