@@ -7,6 +7,7 @@
 #include "common/cpu_isa.h"
 #include "common/cycle_consistency.h"
 #include "common/cycle_consistency_gpu_plan.h"
+#include "common/cycle_consistency_products.h"
 #include "native.h"
 
 namespace py = pybind11;
@@ -70,6 +71,17 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
   return d;
 }
 
+// The bounds of a kernel that adds up so many operations, and what they make of one query (cycle_consistency_products.h).
+py::dict cycle_consistency_bounds(int64_t c, int64_t product_steps, int64_t difference_steps, float end, float largest,
+                                  float sharpness, int64_t keys, bool moments) {
+  const Rounding<float> rounding(c, product_steps, difference_steps);
+  const Settling<float> settling(rounding, end, largest, sharpness, keys, moments);
+  py::dict d;
+  d["products"] = rounding.products, d["differences"] = rounding.differences, d["least"] = rounding.least;
+  d["reach"] = settling.reach, d["allowed"] = settling.allowed, d["flat"] = settling.flat;
+  return d;
+}
+
 }  // namespace
 
 void bind_cycle_consistency(py::module_& m) {
@@ -82,4 +94,10 @@ void bind_cycle_consistency(py::module_& m) {
         py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
         "How such a GPU would run an alignment: its 'form' ('short cycle', 'product tiles' or 'query rows'), the same "
         "in a sentence ('text'), the numbers of its blocks, and byte offsets in the scratch.");
+  m.def("cycle_consistency_bounds", &cycle_consistency_bounds, py::arg("c"), py::arg("product_steps"),
+        py::arg("difference_steps"), py::arg("end"), py::arg("largest"), py::arg("sharpness"), py::arg("keys"),
+        py::arg("moments"),
+        "The bounds on the rounding of fp32 distances of c channels ('products', 'differences', 'least'), and for a "
+        "query whose smallest upper end and largest error these are, which distances must be found again ('reach', "
+        "'allowed', 'flat').");
 }

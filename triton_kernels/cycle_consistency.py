@@ -1,13 +1,20 @@
 """Triton kernels of ``soft_nearest_neighbor``, ``cycle_consistency``, ``cycle_back`` and their gradients.
 
-Distances are sums of squared differences, never differences of squares: a common offset or a scene cut costs nothing.
-They are found in three-dimensional tiles, queries x keys x channels, in fp32: no matrix unit could be trusted here.
-
 Cycles of at most :data:`SHORT` frames are one kernel: a program reads a sample's a and b once, keeps the three matrices
 of distances on chip, and maps through the distances within a sequence, ``argmin_i sum_j z_tj |b_j - b_i|^2``. All else
-goes through matrices of weights, [N, T, S] fp32, in a few kernels: distances, softmax, sums of keys, distances to the
-soft neighbours. A soft neighbour is kept as the sum u as it comes out and the rest, ``sum_i z_i (b_i - u)``, which is
-right where rounding u loses the differences between frames.
+goes through matrices of weights, [N, T, S] fp32, in a few kernels: distances, softmax, sums of keys, nearest frames.
+A soft neighbour is kept as the sum u as it comes out and the rest, ``sum_i z_i (b_i - u)``, which is right where
+rounding u loses the differences between frames.
+
+Distances of few frames or channels, and those of gradients, are sums of squared differences in three-dimensional fp32
+tiles, queries x keys x channels. Those of long sequences are products on the matrix unit, ``|a|^2 + |b|^2 - 2 a.b`` of
+frames centred at the mean of both sequences, each multiplied by a power of two of its own and cut in two fp16 parts,
+22 bits together: hi hi + hi lo + lo hi is their product but for 2^-22. Every such distance has a bound on its rounding,
+and those that cannot stand are found again by differences, tile by tile, by the rules of
+``csrc/common/cycle_consistency_products.h``: a common offset or a scene cut costs time at most. The nearest frame is
+sought by differences among those that the triangle inequality leaves, ``|soft - b_i| >= |a - b_i| - |a - soft|``; where
+they are many, products with the soft neighbour leave a few. Programs for which there is nothing to do end at once: no
+launch depends on the data.
 
 Numbers are multiplied by a power of two per sample where their squares would leave the range of fp32. Frames that are
 not there have weight 0, whatever they hold. Every result has one writer and a fixed order of summation: results repeat
@@ -17,7 +24,8 @@ bit for bit. Any strides are read where they lie; configurations are fixed.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +36,21 @@ from rcu_ops.triton_kernels.recurrent_conv import Launch
 
 #: The most frames of a sequence that the one-kernel cycle takes.
 SHORT = 32
+
+#: The fewest keys and channels for which distances are products.
+LEAST_KEYS, LEAST_CHANNELS = 33, 16
+
+#: The most frames that may be nearest before products with the soft neighbour thin them out.
+MOST_COMPARED = 16
+
+#: The index of a query whose nearest frame is not known yet.
+OPEN = tl.constexpr(-2)
+
+#: No place.
+NOWHERE = tl.constexpr(2147483647)
+
+#: A weight may be wrong by this, relative to itself, whatever its distance.
+FLAT = tl.constexpr(16 * 2.0**-24)
 
 #: What the softmax's rows are for.
 WEIGHTS, LANDING, LANDING_GRADIENT = range(3)
@@ -177,126 +200,144 @@ def pair_kernel(
 
 
 @triton.jit
-def _row_first(row, s_count, BLOCK: tl.constexpr):
-    # The first of the smallest of a row, -1 where none is less than infinity; the smallest; whether it holds a NaN.
-    best = tl.full((BLOCK,), float("inf"), tl.float32)
-    at = tl.full((BLOCK,), -1, tl.int32)
+def _rows_first(rows, inside, s_count, BLOCK: tl.constexpr):
+    # Per row: the first of the smallest numbers, -1 where none is less than infinity; and the smallest.
+    best = tl.full((rows.shape[0], BLOCK), float("inf"), tl.float32)
+    at = tl.full((rows.shape[0], BLOCK), -1, tl.int32)
     for start in tl.range(0, s_count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        value = tl.load(row + i, mask=i < s_count, other=float("inf"))
+        value = tl.load(rows[:, None] + i[None, :], mask=inside[:, None] & (i < s_count)[None, :], other=float("inf"))
         smaller = value < best
         best = tl.where(smaller, value, best)
-        at = tl.where(smaller, i, at)
-    least = tl.min(best, 0)
-    place = tl.min(tl.where((at >= 0) & (best == least), at, 2147483647), 0)
-    return tl.where(place == 2147483647, -1, place), least
+        at = tl.where(smaller, i[None, :], at)
+    least = tl.min(best, 1)
+    place = tl.min(tl.where((at >= 0) & (best == least[:, None]), at, NOWHERE), 1)
+    return tl.where(place == NOWHERE, -1, place), least
+
+
+@triton.jit
+def _weights(rows, inside, there, i, s_count, least, sharpness):
+    # exp(sharpness (least - distance)) of some keys, 0 for those that are not there.
+    value = tl.load(rows[:, None] + i[None, :], mask=inside[:, None] & (i < s_count)[None, :], other=float("inf"))
+    return tl.where(there[None, :], tl.exp((least[:, None] - value) * sharpness), 0.0)
 
 
 @triton.jit(do_not_specialize=["t_count", "s_count", "temperature"])
 def softmax_kernel(
     distance, mask_a, mask_b, factors, z, w, g_log, g_mean, g_variance, log_probability, mean, variance,
     t_count, s_count, temperature, ma_n, ma_t, mb_n, mb_t,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``z[n, t, :] = softmax(-distance / temperature)``, program (t, n); zeros for queries that are not there.
+    """``z[n, t, :] = softmax(-distance / temperature)``, zeros for queries that are not there.
 
-    LANDING: also log z_tt, mean and variance of i under z_t. LANDING_GRADIENT: also ``w``, the gradient of the logits
-    times 2 / temperature, for three gradients [N,T].
+    Program (i, n): some rows. LANDING: also log z_tt, mean and variance of i under z_t. LANDING_GRADIENT: also ``w``,
+    the gradient of the logits times 2 / temperature, for three gradients [N,T].
     """
-    t, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = t < t_count
     at = n * t_count + t
     factor = tl.load(factors + n)
     sharpness = _sharpness(factor, temperature)
-    own_there = True
-    if mask_a is not None:
-        own_there = tl.load(mask_a + n * ma_n + t.to(tl.int64) * ma_t) != 0
-    row, z_row = distance + at * s_count, z + at * s_count
-    likely, least = _row_first(row, s_count, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32)
+    row = distance + at * s_count
+    likely, least = _rows_first(row, inside, s_count, BLOCK)
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
     count = tl.zeros((BLOCK,), tl.int32)
     for start in tl.range(0, s_count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         there = _there(mask_b, n, i, s_count, mb_n, mb_t)
-        value = tl.load(row + i, mask=i < s_count, other=float("inf"))
-        sums += tl.where(there, tl.exp((least - value) * sharpness), 0.0)
+        sums += _weights(row, inside, there, i, s_count, least, sharpness)
         count += there.to(tl.int32)
-    total = tl.sum(sums, 0)
-    alive = own_there & (tl.sum(count, 0) > 0)
+    total = tl.sum(sums, 1)
+    alive = _there(mask_a, n, t, t_count, ma_n, ma_t) & (tl.sum(count, 0) > 0)
     origin = tl.maximum(likely, 0)
-    moments = tl.zeros((BLOCK,), tl.float32)
+    moments = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.range(0, s_count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         there = _there(mask_b, n, i, s_count, mb_n, mb_t)
-        value = tl.load(row + i, mask=i < s_count, other=float("inf"))
-        weight = tl.where(alive & there, tl.exp((least - value) * sharpness) / total, 0.0)
-        tl.store(z_row + i, weight, mask=i < s_count)
-        moments += weight * (i - origin).to(tl.float32)
+        weight = _weights(row, inside, there, i, s_count, least, sharpness) / total[:, None]
+        weight = tl.where(alive[:, None], weight, 0.0)
+        to = z + at[:, None] * s_count + i[None, :]
+        tl.store(to, weight, mask=inside[:, None] & (i < s_count)[None, :])
+        moments += weight * (i[None, :] - origin[:, None]).to(tl.float32)
     if KIND != 0:
-        centre = tl.sum(moments, 0)
-        squares = tl.zeros((BLOCK,), tl.float32)
+        centre = tl.sum(moments, 1)
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in tl.range(0, s_count, BLOCK):
             i = start + tl.arange(0, BLOCK)
             there = _there(mask_b, n, i, s_count, mb_n, mb_t)
-            value = tl.load(row + i, mask=i < s_count, other=float("inf"))
-            weight = tl.where(alive & there, tl.exp((least - value) * sharpness) / total, 0.0)
-            away = (i - origin).to(tl.float32) - centre
+            weight = _weights(row, inside, there, i, s_count, least, sharpness) / total[:, None]
+            away = (i[None, :] - origin[:, None]).to(tl.float32) - centre[:, None]
             squares += weight * (away * away)
-        spread = tl.sum(squares, 0)
+        spread = tl.sum(squares, 1)
         if KIND == 1:
-            own = tl.load(row + t)
-            tl.store(log_probability + at, tl.where(alive, (least - own) * sharpness - tl.log(total), 0.0))
-            tl.store(mean + at, tl.where(alive, origin.to(tl.float32) + centre, 0.0))
-            tl.store(variance + at, tl.where(alive, spread, 0.0))
+            own = tl.load(row + t, mask=inside, other=0.0)
+            tl.store(log_probability + at, tl.where(alive, (least - own) * sharpness - tl.log(total), 0.0), mask=inside)
+            tl.store(mean + at, tl.where(alive, origin.to(tl.float32) + centre, 0.0), mask=inside)
+            tl.store(variance + at, tl.where(alive, spread, 0.0), mask=inside)
         else:
-            g, gm, gv = tl.load(g_log + at), tl.load(g_mean + at), tl.load(g_variance + at)
+            g = tl.load(g_log + at, mask=inside, other=0.0)[:, None]
+            gm = tl.load(g_mean + at, mask=inside, other=0.0)[:, None]
+            gv = tl.load(g_variance + at, mask=inside, other=0.0)[:, None]
             by = 2.0 / factor / temperature
             for start in tl.range(0, s_count, BLOCK):
                 i = start + tl.arange(0, BLOCK)
                 there = _there(mask_b, n, i, s_count, mb_n, mb_t)
-                value = tl.load(row + i, mask=i < s_count, other=float("inf"))
-                weight = tl.exp((least - value) * sharpness) / total
-                away = (i - origin).to(tl.float32) - centre
-                of_row = weight * (gm * away + gv * (away * away - spread) - g) + tl.where(i == t, g, 0.0)
-                of_row = tl.where(alive & there, by * of_row, 0.0)
-                tl.store(w + at * s_count + i, of_row, mask=i < s_count)
+                weight = _weights(row, inside, there, i, s_count, least, sharpness) / total[:, None]
+                away = (i[None, :] - origin[:, None]).to(tl.float32) - centre[:, None]
+                of_row = weight * (gm * away + gv * (away * away - spread[:, None]) - g)
+                of_row += tl.where(i[None, :] == t[:, None], g, 0.0)
+                of_row = tl.where(alive[:, None] & there[None, :], by * of_row, 0.0)
+                to = w + at[:, None] * s_count + i[None, :]
+                tl.store(to, of_row, mask=inside[:, None] & (i < s_count)[None, :])
 
 
 @triton.jit(do_not_specialize=["t_count", "s_count", "temperature"])
-def score_gradient_kernel(z, r, factors, w, t_count, s_count, temperature, BLOCK: tl.constexpr):
-    """``w = 2 sharpness z (r - sum z r)``, row by row, program (t, n)."""
+def score_gradient_kernel(
+    z, r, factors, w, t_count, s_count, temperature, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``w = 2 sharpness z (r - sum z r)``, row by row. Program (i, n): some rows."""
     n = tl.program_id(1).to(tl.int64)
-    row = (n * t_count + tl.program_id(0)) * s_count
-    sums = tl.zeros((BLOCK,), tl.float32)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = (n * t_count + t)[:, None] * s_count
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.range(0, s_count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        sums += tl.load(z + row + i, mask=i < s_count, other=0.0) * tl.load(r + row + i, mask=i < s_count, other=0.0)
-    mean = tl.sum(sums, 0)
+        inside = (t < t_count)[:, None] & (i < s_count)[None, :]
+        to = row + i[None, :]
+        sums += tl.load(z + to, mask=inside, other=0.0) * tl.load(r + to, mask=inside, other=0.0)
+    mean = tl.sum(sums, 1)
     by = 2.0 * _sharpness(tl.load(factors + n), temperature)
     for start in tl.range(0, s_count, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        weight = tl.load(z + row + i, mask=i < s_count, other=0.0)
-        products = tl.load(r + row + i, mask=i < s_count, other=0.0)
-        tl.store(w + row + i, weight * (products - mean) * by, mask=i < s_count)
+        inside = (t < t_count)[:, None] & (i < s_count)[None, :]
+        to = row + i[None, :]
+        weight = tl.load(z + to, mask=inside, other=0.0)
+        products = tl.load(r + to, mask=inside, other=0.0)
+        tl.store(w + to, weight * (products - mean[:, None]) * by, mask=inside)
 
 
-@triton.jit(do_not_specialize=["s_count"])
-def nearest_kernel(distance, mask_a, index, t_count, s_count, ma_n, ma_t, BLOCK: tl.constexpr):
-    """The first of the smallest distances of row (t, n); -1 where there is none or the query is not there."""
-    t, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    place, _ = _row_first(distance + (n * t_count + t) * s_count, s_count, BLOCK)
-    if mask_a is not None:
-        place = tl.where(tl.load(mask_a + n * ma_n + t.to(tl.int64) * ma_t) != 0, place, -1)
-    tl.store(index + n * t_count + t, place.to(tl.int64))
+@triton.jit(do_not_specialize=["t_count", "s_count"])
+def nearest_kernel(
+    distance, mask_a, index, t_count, s_count, ma_n, ma_t, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The first of the smallest distances of a row; -1 where there is none or the query is not there."""
+    n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place, _ = _rows_first(distance + (n * t_count + t) * s_count, t < t_count, s_count, BLOCK)
+    place = tl.where(_there(mask_a, n, t, t_count, ma_n, ma_t), place, -1)
+    tl.store(index + n * t_count + t, place.to(tl.int64), mask=t < t_count)
 
 
 @triton.jit(do_not_specialize=["t_count", "s_count", "c_count"])
 def query_sum_kernel(
-    weight, key, centre, mask, factors, out, add, t_count, s_count, c_count, k_n, k_t, k_c, m_n, m_t,
+    weight, key, centre, mask, factors, finite, out, add, t_count, s_count, c_count, k_n, k_t, k_c, m_n, m_t,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out[n, t, c] = sum_i weight_ti (key_i - centre_t)``, program (i, n): a block of queries and one of channels.
 
     centre None: 0. With ``add``, the centre of ``out``'s number in unscaled form: ``(add + out) / factor`` is written.
+    Tiles without any weight are passed over, unless ``finite[n]`` is False: 0 times infinity has to be seen.
     """
     n = tl.program_id(1).to(tl.int64)
     columns = (c_count + BLOCK_C - 1) // BLOCK_C
@@ -308,14 +349,16 @@ def query_sum_kernel(
     around = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if centre is not None:
         around = tl.load(centre + to, mask=inside, other=0.0)
+    every = tl.load(finite + n) == 0
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in tl.range(0, s_count, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         there = _there(mask, n, i, s_count, m_n, m_t)
-        keys = _frames(key, n, i, there, c, c_count, k_n, k_t, k_c, factor)
         rows = weight + (n * t_count + t)[:, None] * s_count + i[None, :]
         weights = tl.load(rows, mask=(t < t_count)[:, None] & there[None, :], other=0.0)
-        acc += tl.sum(weights[:, :, None] * (keys[None, :, :] - around[:, None, :]), 1)
+        if every | (tl.max(tl.max((weights != 0.0).to(tl.int32), 1), 0) > 0):
+            keys = _frames(key, n, i, there, c, c_count, k_n, k_t, k_c, factor)
+            acc += tl.sum(weights[:, :, None] * (keys[None, :, :] - around[:, None, :]), 1)
     if add is not None:
         acc = (tl.load(add + to, mask=inside, other=0.0) + acc) / factor
     tl.store(out + to, acc.to(out.dtype.element_ty), mask=inside)
@@ -355,53 +398,499 @@ def key_sum_kernel(
     tl.store(out + to, acc.to(out.dtype.element_ty), mask=(i < s_count)[:, None] & (c < c_count)[None, :])
 
 
+# ---- distances by products ----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["t_count", "s_count", "c_count"])
+def mean_kernel(
+    a, b, mask_a, mask_b, factors, mean, t_count, s_count, c_count,
+    a_n, a_t, a_c, b_n, b_t, b_c, ma_n, ma_t, mb_n, mb_t, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``mean[n, c]`` fp32 over the frames of both sequences that are there, scaled. Program (i, n): some channels.
+
+    Not a number, or infinite, where a frame is: then no distance of the sample is a product.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    factor = tl.load(factors + n)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    count = tl.zeros((BLOCK_T,), tl.int32)
+    for start in tl.range(0, t_count, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        there = _there(mask_a, n, t, t_count, ma_n, ma_t)
+        total += tl.sum(_frames(a, n, t, there, c, c_count, a_n, a_t, a_c, factor), 0)
+        count += there.to(tl.int32)
+    for start in tl.range(0, s_count, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        there = _there(mask_b, n, t, s_count, mb_n, mb_t)
+        total += tl.sum(_frames(b, n, t, there, c, c_count, b_n, b_t, b_c, factor), 0)
+        count += there.to(tl.int32)
+    frames = tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+    tl.store(mean + n * c_count + c, total / frames, mask=c < c_count)
+
+
+@triton.jit
+def _centred(frames, rest, mean, n, t, there, c, c_count, s_n, s_t, s_c, factor):
+    value = _frames(frames, n, t, there, c, c_count, s_n, s_t, s_c, factor)
+    value -= tl.load(mean + n * c_count + c, mask=c < c_count, other=0.0)[None, :]
+    if rest is not None:
+        value += _frames(rest, n, t, there, c, c_count, s_n, s_t, s_c, 1.0)
+    return tl.where(there[:, None] & (c < c_count)[None, :], value, 0.0)
+
+
+@triton.jit
+def _part(parts, row, which, c, c_padded):
+    # Pointers to channels of one part of frames; c_padded is a multiple of a tile's channels.
+    pointers = parts + (row * 2 + which)[:, None] * c_padded + c[None, :]
+    return tl.multiple_of(pointers, [2, 16])
+
+
+@triton.jit(do_not_specialize=["t_count", "c_count", "c_padded"])
+def split_kernel(
+    frames, rest, mask, index, mean, factors, parts, sizes, inverses, t_count, c_count, c_padded,
+    f_n, f_t, f_c, m_n, m_t, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Centred frames v in two parts, ``2^k v = parts[n, t, 0] + parts[n, t, 1]`` fp16 but for 2^-22 of the largest.
+
+    Also ``sizes[n, t] = |v|^2`` and ``inverses[n, t] = 2^-k``, fp32. Zeros for frames that are not there. With ``rest``
+    the frames are soft neighbours, scaled already, and only those whose index is open are done. Program (i, n): some
+    frames.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < t_count
+    there = _there(mask, n, t, t_count, m_n, m_t)
+    factor = tl.load(factors + n)
+    end = c_padded
+    if rest is not None:
+        there = there & (tl.load(index + n * t_count + t, mask=inside, other=0) == OPEN)
+        end = tl.where(tl.max(there.to(tl.int32), 0) > 0, c_padded, 0)
+        factor = 1.0
+    largest = tl.zeros((BLOCK_T,), tl.float32)
+    squares = tl.zeros((BLOCK_T,), tl.float64)
+    for start in tl.range(0, end, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        value = _centred(frames, rest, mean, n, t, there, c, c_count, f_n, f_t, f_c, factor)
+        largest = tl.maximum(largest, tl.max(tl.where(value == value, tl.abs(value), 0.0), 1))
+        wide = value.to(tl.float64)
+        squares += tl.sum(wide * wide, 1)
+    # 2^14 <= 2^k |v| < 2^15 of the largest number: inside fp16, and its lower part far above fp16's smallest.
+    exponent = tl.minimum(141 - (largest.to(tl.int32, bitcast=True) >> 23), 120)
+    exponent = tl.where(largest > 0.0, exponent, 0)
+    by = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(inverses + n * t_count + t, ((127 - exponent) << 23).to(tl.float32, bitcast=True), mask=inside)
+    tl.store(sizes + n * t_count + t, squares.to(tl.float32), mask=inside)
+    for start in tl.range(0, end, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        value = _centred(frames, rest, mean, n, t, there, c, c_count, f_n, f_t, f_c, factor) * by[:, None]
+        high = value.to(tl.float16)
+        row, low = n * t_count + t, (value - high.to(tl.float32)).to(tl.float16)
+        tl.store(_part(parts, row, 0, c, c_padded), high, mask=inside[:, None])
+        tl.store(_part(parts, row, 1, c, c_padded), low, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["t_count", "s_count", "c_padded"])
+def product_kernel(
+    query, key, query_sizes, key_sizes, query_inverses, key_inverses, mask, index, out, t_count, s_count, c_padded,
+    m_n, m_t, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``out[n, t, i] = |query_t|^2 + |key_i|^2 - 2 query_t . key_i`` from parts, infinite for keys that are not there.
+
+    With ``index`` only where a query of the tile is open. Program (i, n): a block of queries and one of keys. The
+    products of high parts are added up from zero for every step of channels: what the unit cuts off is measured by
+    these alone.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    columns = (s_count + BLOCK_S - 1) // BLOCK_S
+    t = tl.program_id(0) // columns * BLOCK_T + tl.arange(0, BLOCK_T)
+    i = tl.program_id(0) % columns * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows, inside = t < t_count, i < s_count
+    end = c_padded
+    if index is not None:
+        rows = rows & (tl.load(index + n * t_count + t, mask=rows, other=0) == OPEN)
+        end = tl.where(tl.max(rows.to(tl.int32), 0) > 0, c_padded, 0)
+    of_query, of_key = n * t_count + t, n * s_count + i
+    scale = tl.load(query_inverses + of_query, mask=rows, other=0.0)[:, None]
+    scale = scale * tl.load(key_inverses + of_key, mask=inside, other=0.0)[None, :]
+    acc, low = tl.zeros((BLOCK_T, BLOCK_S), tl.float32), tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for start in tl.range(0, end, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        x_high = tl.load(_part(query, of_query, 0, c, c_padded), mask=rows[:, None], other=0.0)
+        x_low = tl.load(_part(query, of_query, 1, c, c_padded), mask=rows[:, None], other=0.0)
+        y_high = tl.load(_part(key, of_key, 0, c, c_padded), mask=inside[:, None], other=0.0)
+        y_low = tl.load(_part(key, of_key, 1, c, c_padded), mask=inside[:, None], other=0.0)
+        acc += tl.dot(x_high, tl.trans(y_high)) * scale
+        low = tl.dot(x_high, tl.trans(y_low), low)
+        low = tl.dot(x_low, tl.trans(y_high), low)
+    acc += low * scale
+    sizes = tl.load(query_sizes + of_query, mask=rows, other=0.0)[:, None]
+    sizes = sizes + tl.load(key_sizes + of_key, mask=inside, other=0.0)[None, :]
+    there = _there(mask, n, i, s_count, m_n, m_t)
+    acc = tl.where(there[None, :], sizes - 2.0 * acc, float("inf"))
+    to = out + of_query[:, None] * s_count + i[None, :]
+    tl.store(to, acc, mask=rows[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["t_count", "s_count", "temperature", "products", "least"])
+def reach_kernel(
+    distance, query_sizes, key_sizes, factors, reach, t_count, s_count, temperature, products, least,
+    MOMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``reach[n, t]``: the distance beyond which no error can be seen in row t's weights, as ``Settling`` has it."""
+    n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = t < t_count
+    row = distance + (n * t_count + t) * s_count
+    size = tl.load(query_sizes + n * t_count + t, mask=inside, other=0.0)
+    ends = tl.full((ROWS, BLOCK), float("inf"), tl.float32)
+    errors = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, s_count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        value = tl.load(row[:, None] + i[None, :], mask=inside[:, None] & (i < s_count)[None, :], other=float("inf"))
+        of_key = tl.load(key_sizes + n * s_count + i, mask=i < s_count, other=0.0)
+        error = (size[:, None] + of_key[None, :]) * products + least
+        known = value < float("inf")
+        ends = tl.minimum(ends, tl.where(known, value + error, float("inf")))
+        errors = tl.maximum(errors, tl.where(known, error, 0.0))
+    sharpness = _sharpness(tl.load(factors + n), temperature)
+    many = tl.cast(s_count, tl.float32)
+    error = tl.max(errors, 1) * sharpness / FLAT * 4.0 * many
+    if MOMENTS:
+        error = error * many * many
+    steps = tl.minimum(tl.log(tl.maximum(error, 1.0)) + 0.01, 90.0)  # exp gives 0 beyond
+    tl.store(reach + n * t_count + t, tl.min(ends, 1) + steps / sharpness, mask=inside)
+
+
+@triton.jit(do_not_specialize=["t_count", "s_count", "c_count", "temperature", "products", "differences", "least"])
+def settle_kernel(
+    query, key, mask_a, mask_b, factors, query_sizes, key_sizes, reach, out, t_count, s_count, c_count,
+    temperature, products, differences, least, q_n, q_t, q_c, k_n, k_t, k_c, ma_n, ma_t, mb_n, mb_t,
+    OWN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The distances of a tile that cannot stand, by differences of the frames as they were given.
+
+    Programs as pair_kernel's. OWN: also those of frames at the same place.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    columns = (s_count + BLOCK_S - 1) // BLOCK_S
+    t = tl.program_id(0) // columns * BLOCK_T + tl.arange(0, BLOCK_T)
+    i = tl.program_id(0) % columns * BLOCK_S + tl.arange(0, BLOCK_S)
+    factor = tl.load(factors + n)
+    query_there = _there(mask_a, n, t, t_count, ma_n, ma_t)
+    key_there = _there(mask_b, n, i, s_count, mb_n, mb_t)
+    both = query_there[:, None] & key_there[None, :]
+    to = out + (n * t_count + t)[:, None] * s_count + i[None, :]
+    value = tl.load(to, mask=both, other=0.0)
+    error = tl.load(query_sizes + n * t_count + t, mask=query_there, other=0.0)[:, None]
+    error = error + tl.load(key_sizes + n * s_count + i, mask=key_there, other=0.0)[None, :]
+    error = error * products + least
+    beyond = value - error > tl.load(reach + n * t_count + t, mask=query_there, other=0.0)[:, None]
+    stands = (error <= 2.0 * differences * value) | (error * _sharpness(factor, temperature) <= FLAT) | beyond
+    again = both & (stands == 0)
+    if OWN:
+        again = again | (both & (t[:, None] == i[None, :]))
+    end = tl.where(tl.max(tl.max(again.to(tl.int32), 1), 0) > 0, c_count, 0)
+    acc = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for start in tl.range(0, end, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        keys = _frames(key, n, i, key_there, c, c_count, k_n, k_t, k_c, factor)
+        acc += _pairs(_frames(query, n, t, query_there, c, c_count, q_n, q_t, q_c, factor), keys)
+    tl.store(to, acc, mask=again)
+
+
+@triton.jit
+def _to_soft(frames, n, t, there, centre, rest, at, open_, c_count, s_n, s_t, s_c, factor, end, BLOCK_C: tl.constexpr):
+    # |(frame_t - centre) - rest|^2 of one frame per row; centre and rest are contiguous, at their rows `at`.
+    acc = tl.zeros((at.shape[0],), tl.float32)
+    for start in tl.range(0, end, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        to = at[:, None] * c_count + c[None, :]
+        inside = open_[:, None] & (c < c_count)[None, :]
+        away = _frames(frames, n, t, there, c, c_count, s_n, s_t, s_c, factor)
+        away -= tl.load(centre + to, mask=inside, other=0.0)
+        away -= tl.load(rest + to, mask=inside, other=0.0)
+        acc += tl.sum(away * away, 1)
+    return acc
+
+
+@triton.jit
+def _distance_and_error(rows, open_, i, s_count, size, key_sizes, n, products, differences, least):
+    # Where a frame of the sample is not finite, neither are sizes, and distances are differences.
+    value = tl.load(rows[:, None] + i[None, :], mask=open_[:, None] & (i < s_count)[None, :], other=float("inf"))
+    of_key = tl.load(key_sizes + n * s_count + i, mask=i < s_count, other=0.0)
+    error = (size[:, None] + of_key[None, :]) * products + least
+    by_differences = value * differences
+    return value, tl.where(error < float("inf"), tl.maximum(error, by_differences), by_differences)
+
+
+@triton.jit(do_not_specialize=["t_count", "s_count", "c_count", "products", "differences", "least"])
+def compare_kernel(
+    query, key, centre, rest, distance, to_soft, query_sizes, key_sizes, soft_sizes, mask_a, mask_b, factors, index,
+    t_count, s_count, c_count, products, differences, least, q_n, q_t, q_c, k_n, k_t, k_c, ma_n, ma_t, mb_n, mb_t,
+    MOST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The frames nearest to soft neighbours: ``index[n, t]``, -1 for queries that are not there.
+
+    Program (i, n): some rows. Candidates are the keys whose distance to the query is not beyond what the triangle
+    inequality allows, with ``to_soft`` (distances to the soft neighbour by products, sizes ``soft_sizes``) only those
+    that these allow, too. Of them the nearest by differences is taken. Without ``to_soft`` a row with more than MOST is
+    left open; with it open rows are done whatever they have.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = t < t_count
+    at = n * t_count + t
+    own = _there(mask_a, n, t, t_count, ma_n, ma_t)
+    likely, _ = _rows_first(distance + at * s_count, inside, s_count, BLOCK)
+    open_ = own & (likely >= 0)
+    if to_soft is not None:
+        open_ = open_ & (tl.load(index + at, mask=inside, other=0) == OPEN)
+    was_open = open_
+    any_open = tl.max(open_.to(tl.int32), 0) > 0
+    s_end, c_end = tl.where(any_open, s_count, 0), tl.where(any_open, c_count, 0)
+    factor = tl.load(factors + n)
+    size = tl.load(query_sizes + at, mask=open_, other=0.0)
+    place = tl.where(open_, likely, 0)
+    of_query = _to_soft(
+        query, n, t, open_, centre, rest, at, open_, c_count, q_n, q_t, q_c, factor, c_end, BLOCK_C
+    )  # fmt: skip
+    of_likely = _to_soft(
+        key, n, place, open_, centre, rest, at, open_, c_count, k_n, k_t, k_c, factor, c_end, BLOCK_C
+    )  # fmt: skip
+    away = tl.sqrt(of_query) + tl.sqrt(of_likely)
+    reach = 1.001 * away * away + least  # roots and distances are good to far more than that
+    open_ = open_ & (reach == reach)  # else the soft neighbour is not a number, and nothing is near
+    high = tl.full((ROWS,), float("inf"), tl.float32)
+    soft_size = high
+    if to_soft is not None:
+        soft_size = tl.load(soft_sizes + at, mask=open_, other=0.0)
+        for start in tl.range(0, s_end, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            value, error = _distance_and_error(
+                to_soft + at * s_count, open_, i, s_count, soft_size, key_sizes, n, products, 0.0, least
+            )  # fmt: skip
+            high = tl.minimum(high, tl.min(tl.where(value < float("inf"), value + error, float("inf")), 1))
+    count = tl.zeros((ROWS,), tl.int32)
+    best = tl.full((ROWS,), float("inf"), tl.float32)
+    found = tl.full((ROWS,), -1, tl.int32)
+    mine = open_
+    if to_soft is None:
+        for start in tl.range(0, s_end, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            value, error = _distance_and_error(
+                distance + at * s_count, open_, i, s_count, size, key_sizes, n, products, differences, least
+            )  # fmt: skip
+            there = open_[:, None] & _there(mask_b, n, i, s_count, mb_n, mb_t)[None, :]
+            count += tl.sum((there & ((value - error > reach[:, None]) == 0)).to(tl.int32), 1)
+        mine = open_ & (count > 0) & (count <= MOST)
+    for start in tl.range(0, s_end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        value, error = _distance_and_error(
+            distance + at * s_count, open_, i, s_count, size, key_sizes, n, products, differences, least
+        )  # fmt: skip
+        candidate = mine[:, None] & _there(mask_b, n, i, s_count, mb_n, mb_t)[None, :]
+        candidate = candidate & ((value - error > reach[:, None]) == 0)
+        if to_soft is not None:
+            value, error = _distance_and_error(
+                to_soft + at * s_count, open_, i, s_count, soft_size, key_sizes, n, products, 0.0, least
+            )  # fmt: skip
+            candidate = candidate & ((value - error > high[:, None]) == 0)
+        candidates = tl.where(candidate, i[None, :], NOWHERE)
+        now = tl.min(candidates, 1)
+        while tl.min(now, 0) < NOWHERE:
+            there = now < NOWHERE
+            taken = tl.where(there, now, 0)
+            distances = _to_soft(
+                key, n, taken, there, centre, rest, at, there, c_count, k_n, k_t, k_c, factor, c_count, BLOCK_C
+            )  # fmt: skip
+            nearer = there & (distances < best)
+            best = tl.where(nearer, distances, best)
+            found = tl.where(nearer, taken, found)
+            now = tl.min(tl.where(candidates > now[:, None], candidates, NOWHERE), 1)
+    if to_soft is None:
+        found = tl.where(open_ & (mine == 0), OPEN, found)
+        tl.store(index + at, found.to(tl.int64), mask=inside)
+    else:
+        tl.store(index + at, found.to(tl.int64), mask=was_open)
+
+
 # ---- launches -----------------------------------------------------------------------------------------------------
 
-#: Queries, keys and channels of a tile of pairs; of a tile of sums over keys or queries; elements of a row at a time.
+#: Queries, keys and channels of a tile of pairs by differences and by products; of a tile of sums over keys or queries;
+#: frames and channels of a tile of frames; rows, and elements of each, at a time.
 PAIRS = {"BLOCK_T": 16, "BLOCK_S": 32, "BLOCK_C": 8}
-QUERY_SUMS = {"BLOCK_T": 8, "BLOCK_S": 16, "BLOCK_C": 32}
+PRODUCTS = {"BLOCK_T": 64, "BLOCK_S": 32, "BLOCK_C": 32}
+QUERY_SUMS = {"BLOCK_T": 16, "BLOCK_S": 16, "BLOCK_C": 32}
 KEY_SUMS = {"BLOCK_T": 16, "BLOCK_S": 8, "BLOCK_C": 32}
-ROW = 512
+FRAMES = {"BLOCK_T": 16, "BLOCK_C": 32}
+ROWS = {"ROWS": 8, "BLOCK": 128}
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if mask is None else tuple(mask.stride())
 
 
-def _factors(a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None) -> Tensor:
-    """Per sample the power of two by which its numbers are multiplied before they are squared: [N] fp32."""
+class _Bounds:
+    """Of the rounding of products and of sums of squared differences, as ``Rounding`` has it, for C channels.
+
+    A product: the matrix unit adds 17 numbers at a time, each cut off below two units of the largest, for as many
+    steps of 16 channels as there are from zero; then the sums of the tiles; what two parts leave of a number, and the
+    product of the lower ones, 3. Squares: the channels of a tile, then the tiles.
+    """
+
+    def __init__(self, c: int) -> None:
+        unit, channels = 1.01 * 2.0**-24, PRODUCTS["BLOCK_C"]
+        self.product_steps = 2 * 17 * (channels // 16) + triton.cdiv(c, channels) + 3
+        self.difference_steps = PAIRS["BLOCK_C"] + triton.cdiv(c, PAIRS["BLOCK_C"])
+        self.products, self.differences = unit * (self.product_steps + 16), unit * (self.difference_steps + 3)
+        self.least = c * 2.0**-122
+
+
+def _scales(a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Per sample the power of two by which numbers are multiplied before they are squared, and whether all are finite.
+
+    [N] fp32 and [N] bool; not a number is left to show by itself.
+    """
 
     def size(value: Tensor, mask: Tensor | None) -> Tensor:
         found = torch.nan_to_num(value.float().abs(), nan=0.0, posinf=torch.inf)
         return (found if mask is None else torch.where(mask.unsqueeze(-1), found, 0.0)).amax((1, 2))
 
     largest = torch.maximum(size(a, mask_a), size(b, mask_b))
-    outside = ((largest < 2.0**-30) | (largest > 2.0**50)) & (largest > 0) & largest.isfinite()
+    finite = largest.isfinite()
+    outside = ((largest < 2.0**-30) | (largest > 2.0**50)) & (largest > 0) & finite
     exponent = torch.frexp(torch.where(outside, largest, 0.75)).exponent
-    return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-120, 120))
+    return torch.ldexp(torch.ones_like(largest), -exponent.clamp(-120, 120)), finite
+
+
+def why_not_products(kind: str, t: int, s: int, c: int) -> str | None:
+    """Why distances of an alignment of [t, c] and [s, c] ("soft", "cycle", "back", or a gradient) are no products."""
+    if kind not in ("soft", "cycle", "back"):
+        return "gradients take every pair's difference as it is"
+    if (min(t, s) if kind == "cycle" else s) < LEAST_KEYS:
+        return f"fewer than {LEAST_KEYS} frames"
+    return f"fewer than {LEAST_CHANNELS} channels" if c < LEAST_CHANNELS else None
+
+
+def describe(kind: str, t: int, s: int, c: int) -> str:
+    """How such an alignment is run, and why."""
+    if kind == "cycle" and max(t, s) <= SHORT:
+        return f"short cycle: at most {SHORT} frames each, one program per sample, distances by differences"
+    if reason := why_not_products(kind, t, s, c):
+        return f"distances by differences: {reason}"
+    return (
+        "distances by products of centred frames in two fp16 parts, by differences within the bound of their rounding: "
+        f"at least {LEAST_KEYS} frames of at least {LEAST_CHANNELS} channels"
+    )
+
+
+class _Parts(NamedTuple):
+    """What split_kernel makes of the frames of a sequence."""
+
+    parts: Tensor
+    sizes: Tensor
+    inverses: Tensor
 
 
 class _Problem:
     """One alignment in steps; ``launches`` in order."""
 
     def __init__(
-        self, a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float, factors: Tensor
+        self, a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float, kind: str
     ) -> None:
         self.a, self.b, self.mask_a, self.mask_b = a, b, mask_a, mask_b
-        self.temperature, self.factors = float(temperature), factors
+        self.temperature, self.kind = float(temperature), kind
         (self.n, self.t, self.c), self.s = a.shape, b.shape[1]
+        self.factors, self.finite = _scales(a, b, mask_a, mask_b)
         self.launches: list[Launch] = []
+        self.products = why_not_products(kind, self.t, self.s, self.c) is None
+        self.bounds = _Bounds(self.c)
+        if self.products:
+            self.mean = self._mean()
+            self.queries, self.keys = self._split(a, mask_a), self._split(b, mask_b)
 
-    def _add(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        self.launches.append(Launch(kernel, grid, arguments, constants, 4, 2))
+    def turned(self) -> _Problem:
+        """The same with a and b exchanged; its launches join these."""
+        other = copy.copy(self)
+        other.a, other.b, other.mask_a, other.mask_b, other.t, other.s = (
+            self.b, self.a, self.mask_b, self.mask_a, self.s, self.t,
+        )  # fmt: skip
+        if self.products:
+            other.queries, other.keys = self.keys, self.queries
+        return other
+
+    def _add(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int = 4
+    ) -> None:
+        self.launches.append(Launch(kernel, grid, arguments, constants, warps, 2))
+
+    def _add_rows(
+        self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any] | None = None, warps: int = 4
+    ) -> None:
+        grid = triton.cdiv(self.t, ROWS["ROWS"]), self.n
+        self._add(kernel, grid, arguments, {**(constants or {}), **ROWS}, warps)
+
+    def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.a.new_empty((self.n, *size), dtype=dtype)
 
     def map(self) -> Tensor:
         """An [N,T,S] matrix."""
-        return self.a.new_empty((self.n, self.t, self.s), dtype=torch.float32)
+        return self._empty(self.t, self.s)
 
     def vectors(self) -> Tensor:
         """[N,T,C] fp32."""
-        return self.a.new_empty((self.n, self.t, self.c), dtype=torch.float32)
+        return self._empty(self.t, self.c)
+
+    def _mean(self) -> Tensor:
+        mean = self._empty(self.c)
+        arguments = (
+            self.a, self.b, self.mask_a, self.mask_b, self.factors, mean, self.t, self.s, self.c,
+            *self.a.stride(), *self.b.stride(), *_mask_strides(self.mask_a), *_mask_strides(self.mask_b),
+        )  # fmt: skip
+        self._add(mean_kernel, (triton.cdiv(self.c, FRAMES["BLOCK_C"]), self.n), arguments, dict(FRAMES))
+        return mean
+
+    def _split(
+        self, frames: Tensor, mask: Tensor | None, rest: Tensor | None = None, index: Tensor | None = None
+    ) -> _Parts:
+        t, padded = frames.shape[1], triton.cdiv(self.c, PRODUCTS["BLOCK_C"]) * PRODUCTS["BLOCK_C"]
+        found = _Parts(self._empty(t, 2, padded, dtype=torch.float16), self._empty(t), self._empty(t))
+        arguments = (
+            frames, rest, mask, index, self.mean, self.factors, *found, t, self.c, padded,
+            *frames.stride(), *_mask_strides(mask),
+        )  # fmt: skip
+        self._add(split_kernel, (triton.cdiv(t, FRAMES["BLOCK_T"]), self.n), arguments, dict(FRAMES))
+        return found
+
+    def _by_products(self, queries: _Parts, index: Tensor | None = None) -> Tensor:
+        out = self.map()
+        blocks = triton.cdiv(self.t, PRODUCTS["BLOCK_T"]) * triton.cdiv(self.s, PRODUCTS["BLOCK_S"])
+        arguments = (
+            queries.parts, self.keys.parts, queries.sizes, self.keys.sizes, queries.inverses, self.keys.inverses,
+            self.mask_b, index, out, self.t, self.s, queries.parts.shape[-1], *_mask_strides(self.mask_b),
+        )  # fmt: skip
+        self._add(product_kernel, (blocks, self.n), arguments, dict(PRODUCTS))
+        return out
+
+    def distances(self) -> Tensor:
+        """Between queries and keys, [N,T,S]: right wherever it matters."""
+        if not self.products:
+            return self.pairs(self.a)
+        out, reach, bounds = self._by_products(self.queries), self._empty(self.t), self.bounds
+        sizes = self.queries.sizes, self.keys.sizes
+        arguments: tuple[Any, ...] = (
+            out, *sizes, self.factors, reach, self.t, self.s, self.temperature, bounds.products, bounds.least,
+        )  # fmt: skip
+        back = self.kind == "back"
+        self._add_rows(reach_kernel, arguments, {"MOMENTS": back})
+        arguments = (
+            self.a, self.b, self.mask_a, self.mask_b, self.factors, *sizes, reach, out, self.t, self.s, self.c,
+            self.temperature, bounds.products, bounds.differences, bounds.least,
+            *self.a.stride(), *self.b.stride(), *_mask_strides(self.mask_a), *_mask_strides(self.mask_b),
+        )  # fmt: skip
+        blocks = triton.cdiv(self.t, PAIRS["BLOCK_T"]) * triton.cdiv(self.s, PAIRS["BLOCK_S"])
+        self._add(settle_kernel, (blocks, self.n), arguments, {"OWN": back, **PAIRS})
+        return out
 
     def pairs(self, query: Tensor, rest: Tensor | None = None, product: bool = False) -> Tensor:
         out, strides = self.map(), (rest if product else query).stride()  # type: ignore[union-attr]
@@ -417,19 +906,24 @@ class _Problem:
         z = self.map()
         results: tuple[Tensor, ...] = ()
         if kind == LANDING:
-            results = tuple(self.a.new_empty((self.n, self.t), dtype=torch.float32) for _ in range(3))
+            results = tuple(self._empty(self.t) for _ in range(3))
         w = self.map() if kind == LANDING_GRADIENT else None
         arguments = (
             distance, self.mask_a, self.mask_b, self.factors, z, w, *(grads or (None,) * 3), *(results or (None,) * 3),
             self.t, self.s, self.temperature, *_mask_strides(self.mask_a), *_mask_strides(self.mask_b),
         )  # fmt: skip
-        self._add(softmax_kernel, (self.t, self.n), arguments, {"KIND": kind, "BLOCK": ROW})
+        self._add_rows(softmax_kernel, arguments, {"KIND": kind})
         return z, results if w is None else (w,)
+
+    def score_gradient(self, z: Tensor, r: Tensor) -> Tensor:
+        w = self.map()
+        self._add_rows(score_gradient_kernel, (z, r, self.factors, w, self.t, self.s, self.temperature))
+        return w
 
     def sums(self, weight: Tensor, centre: Tensor | None, out: Tensor, add: Tensor | None = None) -> Tensor:
         blocks = triton.cdiv(self.t, QUERY_SUMS["BLOCK_T"]) * triton.cdiv(self.c, QUERY_SUMS["BLOCK_C"])
         arguments = (
-            weight, self.b, centre, self.mask_b, self.factors, out, add, self.t, self.s, self.c,
+            weight, self.b, centre, self.mask_b, self.factors, self.finite, out, add, self.t, self.s, self.c,
             *self.b.stride(), *_mask_strides(self.mask_b),
         )  # fmt: skip
         self._add(query_sum_kernel, (blocks, self.n), arguments, dict(QUERY_SUMS))
@@ -445,22 +939,48 @@ class _Problem:
         self._add(key_sum_kernel, (blocks, self.n), arguments, dict(KEY_SUMS))
         return out
 
-    def nearest(self, centre: Tensor, rest: Tensor) -> Tensor:
-        index = self.a.new_empty((self.n, self.t), dtype=torch.int64)
-        distance = self.pairs(centre, rest)
-        arguments = (distance, self.mask_a, index, self.t, self.s, *_mask_strides(self.mask_a))
-        self._add(nearest_kernel, (self.t, self.n), arguments, {"BLOCK": ROW})
+    def nearest(self, distance: Tensor, centre: Tensor, rest: Tensor) -> Tensor:
+        """The frames nearest to the soft neighbours, from the distances between queries and keys."""
+        index = self._empty(self.t, dtype=torch.int64)
+        if not self.products:
+            found = self.pairs(centre, rest)
+            arguments: tuple[Any, ...] = (found, self.mask_a, index, self.t, self.s, *_mask_strides(self.mask_a))
+            self._add_rows(nearest_kernel, arguments)
+            return index
+        self._compare(distance, centre, rest, index)
+        soft = self._split(centre, self.mask_a, rest, index)
+        self._compare(distance, centre, rest, index, self._by_products(soft, index), soft.sizes)
         return index
+
+    def _compare(
+        self,
+        distance: Tensor,
+        centre: Tensor,
+        rest: Tensor,
+        index: Tensor,
+        to_soft: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> None:
+        bounds = self.bounds
+        arguments = (
+            self.a, self.b, centre, rest, distance, to_soft, self.queries.sizes, self.keys.sizes, sizes,
+            self.mask_a, self.mask_b, self.factors, index, self.t, self.s, self.c,
+            bounds.products, bounds.differences, bounds.least,
+            *self.a.stride(), *self.b.stride(), *_mask_strides(self.mask_a), *_mask_strides(self.mask_b),
+        )  # fmt: skip
+        # Of 4 warps, some would spill a register or six on sm_80.
+        self._add_rows(compare_kernel, arguments, {"MOST": MOST_COMPARED, "BLOCK_C": FRAMES["BLOCK_C"]}, warps=8)
 
     def soft(self, need_soft: bool, need_index: bool) -> tuple[Tensor, Tensor]:
         """Soft neighbours (an empty tensor unless asked for) and the frames nearest to them (the same)."""
-        z, _ = self.softmax(self.pairs(self.a), WEIGHTS)
+        distance = self.distances()
+        z, _ = self.softmax(distance, WEIGHTS)
         centre = self.sums(z, None, self.vectors())
-        soft, index = self.a.new_empty(0), self.a.new_empty((self.n, 0), dtype=torch.int64)
+        soft, index = self.a.new_empty(0), self._empty(0, dtype=torch.int64)
         if need_soft:
             soft = self.sums(z, centre, self.a.new_empty(self.a.shape), add=centre)
         if need_index:
-            index = self.nearest(centre, self.sums(z, centre, self.vectors()))
+            index = self.nearest(distance, centre, self.sums(z, centre, self.vectors()))
         return soft, index
 
 
@@ -490,10 +1010,6 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 # ---- the operators ------------------------------------------------------------------------------------------------
 
 
-def _problem(a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float) -> _Problem:
-    return _Problem(a, b, mask_a, mask_b, temperature, _factors(a, b, mask_a, mask_b))
-
-
 def _planned(plan: Any, a: Tensor, *arguments: Any) -> Any:
     results, launches = plan(a, *arguments)
     _run(launches, a.device)
@@ -506,7 +1022,7 @@ def plan_soft(
     """Results to be filled, and the launches that fill them."""
     if a.shape[0] == 0:
         return (a.new_empty(a.shape), a.new_empty((0, a.shape[1] if need_index else 0), dtype=torch.int64)), []
-    problem = _problem(a, b, None, mask_b, temperature)
+    problem = _Problem(a, b, None, mask_b, temperature, "soft")
     return problem.soft(True, need_index), problem.launches
 
 
@@ -524,12 +1040,10 @@ def plan_soft_backward(
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     if a.shape[0] == 0:
         return (da, db), []
-    problem = _problem(a, b, None, mask_b, temperature)
+    problem = _Problem(a, b, None, mask_b, temperature, "soft_backward")
     z, _ = problem.softmax(problem.pairs(a), WEIGHTS)
     centre = problem.sums(z, None, problem.vectors())
-    r, w = problem.pairs(centre, grad_soft, product=True), problem.map()
-    arguments = (z, r, problem.factors, w, problem.t, problem.s, problem.temperature)
-    problem.launches.append(Launch(score_gradient_kernel, (problem.t, problem.n), arguments, {"BLOCK": ROW}, 4, 2))
+    w = problem.score_gradient(z, problem.pairs(centre, grad_soft, product=True))
     problem.sums(w, centre, da)
     problem.key_sums(z, w, grad_soft, db)
     return (da, db), problem.launches
@@ -546,10 +1060,8 @@ def plan_cycle(
     a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, temperature: float
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """The index maps of sequences that one program does not hold, and their launches."""
-    there = _problem(a, b, mask_a, mask_b, temperature)
-    back = _Problem(b, a, mask_b, mask_a, temperature, there.factors)
-    indices = there.soft(False, True)[1], back.soft(False, True)[1]
-    return indices, [*there.launches, *back.launches]
+    problem = _Problem(a, b, mask_a, mask_b, temperature, "cycle")
+    return (problem.soft(False, True)[1], problem.turned().soft(False, True)[1]), problem.launches
 
 
 def cycle_consistency(
@@ -572,8 +1084,8 @@ def plan_back(
     """Where soft neighbours land: results to be filled, and the launches."""
     if a.shape[0] == 0:
         return tuple(a.new_empty(a.shape[:2], dtype=torch.float32) for _ in range(3)), []
-    problem = _problem(soft, a, mask_a, mask_a, temperature)
-    return problem.softmax(problem.pairs(soft), LANDING)[1], problem.launches
+    problem = _Problem(soft, a, mask_a, mask_a, temperature, "back")
+    return problem.softmax(problem.distances(), LANDING)[1], problem.launches
 
 
 def cycle_back(soft: Tensor, a: Tensor, mask_a: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -588,7 +1100,7 @@ def plan_back_backward(
     d_soft, da = soft.new_empty(soft.shape), a.new_empty(a.shape)
     if a.shape[0] == 0:
         return (d_soft, da), []
-    problem = _problem(soft, a, mask_a, mask_a, temperature)
+    problem = _Problem(soft, a, mask_a, mask_a, temperature, "back_backward")
     z, (w,) = problem.softmax(problem.pairs(soft), LANDING_GRADIENT, grads)
     centre = problem.sums(z, None, problem.vectors())
     problem.sums(w, centre, d_soft)

@@ -166,6 +166,7 @@ def backends(
     why_not_triton: Callable[..., str | None] | None = None,
     cpu_plan: Callable[..., str] | None = None,
     cuda_plan: Callable[..., str] | None = None,
+    triton_plan: Callable[..., str] | None = None,
 ) -> tuple[Backend, ...]:
     """The backends of a public function whose first argument is a tensor, in the order of ``auto``.
 
@@ -176,7 +177,7 @@ def backends(
         reference: in plain PyTorch.
         triton: with the Triton kernels, or None when there are none.
         why_not_triton: a reason that the arguments themselves give, or None.
-        cpu_plan, cuda_plan: how the CPU and the CUDA kernels would run the arguments.
+        cpu_plan, cuda_plan, triton_plan: how the kernels would run the arguments.
     """
 
     def why_not_binary(kind: str, device: torch.device) -> str | None:
@@ -213,5 +214,5 @@ def backends(
 
     found = [Backend("cuda", run, why_not_cuda, cuda_plan, _evidence.experimental(file))]
     if triton is not None:
-        found.append(Backend("triton", triton, why_not_its_triton))
+        found.append(Backend("triton", triton, why_not_its_triton, triton_plan))
     return (*found, Backend("cpu", run, why_not_cpu, cpu_plan), Backend("reference", run_reference, lambda *_: None))

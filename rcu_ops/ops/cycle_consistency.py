@@ -493,18 +493,19 @@ def _soft_by_reference(
     return reference.soft_nearest_neighbor(a, b, temperature=temperature, mask_b=mask_b)
 
 
-def _plan(words: Any, kinds: tuple[str, ...]) -> Any:
+def _plan(words: Any, kinds: tuple[str, ...], source: Any = _library.native) -> Any:
     """How the kernels of these kinds of alignment find distances between a and b, and why.
 
-    ``words`` takes the module ``_native``, a, a kind, the number of keys and the dtype's name.
+    ``words`` takes what ``source`` returns (None: there are no words), a, a kind, the number of keys and the dtype's
+    name.
     """
 
     def plan(a: Tensor, b: Tensor, *_: Any) -> str:
-        native = _library.native()
-        if native is None:
+        planner = source()
+        if planner is None:
             return _planner.NO_WORDS
         dtype = str(a.dtype).removeprefix("torch.")
-        found = {kind: words(native, a, kind, a.shape[1] if kind == "back" else b.shape[1], dtype) for kind in kinds}
+        found = {kind: words(planner, a, kind, a.shape[1] if kind == "back" else b.shape[1], dtype) for kind in kinds}
         if len(set(found.values())) == 1:
             return str(found[kinds[0]])
         return "; ".join(f"{kind}: {text}" for kind, text in found.items())
@@ -531,8 +532,16 @@ def _cuda_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str
     )["text"]
 
 
+def _triton_words(kernels: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str:
+    return str(kernels.describe(kind, a.shape[1], keys, a.shape[2]))
+
+
 def _plans(*kinds: str) -> dict[str, Any]:
-    return {"cpu_plan": _plan(_cpu_words, kinds), "cuda_plan": _plan(_cuda_words, kinds)}
+    return {
+        "cpu_plan": _plan(_cpu_words, kinds),
+        "cuda_plan": _plan(_cuda_words, kinds),
+        "triton_plan": _plan(_triton_words, kinds, lambda: _triton.kernels("cycle_consistency")),
+    }
 
 
 def _probe(device: str) -> tuple[Any, ...]:
@@ -593,8 +602,8 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
     """Soft neighbours, landings and their gradients; index maps and gates of a short and of a longer pair."""
     generator = torch.Generator("cpu").manual_seed(30)
 
-    def sequence(frames: int) -> Tensor:
-        return (torch.randn(2, frames, 40, generator=generator, device="cpu") / 80**0.5).to(device, dtype)
+    def sequence(frames: int, channels: int = 40) -> Tensor:
+        return (torch.randn(2, frames, channels, generator=generator, device="cpu") / 80**0.5).to(device, dtype)
 
     a, b, grad = sequence(13), sequence(19), sequence(13)
 
@@ -617,8 +626,8 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
         exact, eager = (functools.partial(run, kind, state) for state in (torch.float64, dtype))
         yield _selftest.Case(kind, functools.partial(run, kind, None), exact, eager)
     for frames in (16, 40):
-        first = sequence(frames)
-        near = (first.float() + 0.01 * sequence(frames).float()).to(dtype)
+        first = sequence(frames, 20)
+        near = (first.float() + 0.01 * sequence(frames, 20).float()).to(dtype)
 
         def got(first: Tensor = first, near: Tensor = near) -> list[Tensor]:
             return [v.double() for v in torch.ops.rcu_ops.cycle_consistency_triton(first, near, None, None, 0.01)]

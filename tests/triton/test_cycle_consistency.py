@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import rcu_ops
+from rcu_ops import _library
 from rcu_ops.ops import _selftest, _triton, _warmup
+from rcu_ops.ops.cycle_consistency import CYCLE, LOSS
 from tests.triton import resources
 
 
@@ -22,8 +24,9 @@ def test_numerics_in_the_interpreter() -> None:
     lines = run.stdout.splitlines()
     assert run.returncode == 0, "\n".join([*(line for line in lines if not line.startswith("ok")), run.stderr[-3000:]])
     kinds = [line.split()[1] for line in lines if line.startswith("ok ")]
-    assert len(kinds) == len(lines) >= 25
-    assert {"soft", "landing", "cycle", "magnitudes", "nothing", "strides", "data", "means", "self-tests"} <= set(kinds)
+    assert len(kinds) == len(lines) >= 35
+    wanted = "soft landing cycle magnitudes moving faults nothing strides data means self-tests"
+    assert set(wanted.split()) <= set(kinds)
 
 
 def test_cpu_tensors_are_refused_with_the_reason() -> None:
@@ -63,8 +66,11 @@ def launches(kind: str, dtype: torch.dtype) -> list:
     if kind == "short":
         return kernels.plan_short_cycle(a, a, None, None, 1.0)[1]
     mask = torch.empty(8, 200, dtype=torch.bool, device="meta")
-    if kind == "soft":
-        return kernels.plan_soft(a, a, mask, 1.0, True)[1]
+    if kind in ("products", "differences"):
+        few = a[:, :32], mask[:, :32]
+        a, mask = few if kind == "differences" else (a, mask)
+        backward = kernels.plan_back(a, a, mask, 1.0)[1]
+        return [*kernels.plan_soft(a, a, mask, 1.0, True)[1], *kernels.plan_cycle(a, a, mask, None, 1.0)[1], *backward]
     grads = tuple(torch.empty(8, 200, device="meta") for _ in range(3))
     return [
         *kernels.plan_back_backward(a, a, grads, mask, 1.0)[1],
@@ -112,7 +118,9 @@ def test_warmup_plans_what_the_operators_launch(dtype, monkeypatch) -> None:
     [
         ("short", torch.bfloat16, 90),
         ("short", torch.float32, 80),
-        ("soft", torch.bfloat16, 80),
+        ("products", torch.float32, 80),
+        ("products", torch.bfloat16, 90),
+        ("differences", torch.bfloat16, 80),
         ("gradients", torch.float32, 90),
         ("channels_last_3d", torch.bfloat16, 80),
         ("contiguous_format", torch.bfloat16, 90),
@@ -125,3 +133,39 @@ def test_compiles_without_spills_and_fits(kind, dtype, arch, monkeypatch) -> Non
         usage = resources.compile_launch(launch, arch)
         name = launch.kernel.__name__
         assert usage.local == 0 and usage.shared <= resources.SHARED_LIMIT[arch], f"{name}: {usage}"
+        if name == "product_kernel":
+            assert usage.matrix_instructions > 0 and usage.vector_loads > 0, usage
+
+
+@pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
+def test_the_form_follows_the_shape_and_explain_says_it() -> None:
+    kernels = _triton.kernels("cycle_consistency")
+    assert "short cycle: at most 32 frames" in kernels.describe("cycle", 32, 32, 64)
+    assert kernels.describe("cycle", 33, 32, 64).endswith("differences: fewer than 33 frames")
+    assert kernels.describe("soft", 1, 33, 15).endswith("differences: fewer than 16 channels")
+    assert "differences: gradients" in kernels.describe("soft_backward", 99, 99, 64)
+    a, b = torch.empty(2, 40, 64), torch.empty(2, 20, 64)
+    cycle, loss = (operator.backend("triton").plan for operator in (CYCLE, LOSS))
+    assert cycle is not None and loss is not None
+    assert "short cycle" in cycle(b, b) and "products of centred frames" in cycle(a, a)
+    assert "soft: distances by differences" in loss(a, b) and "back: distances by products" in loss(a, b)
+    by_products, by_differences = (
+        {launch.kernel.__name__ for launch in launches(kind, torch.float32)} for kind in ("products", "differences")
+    )
+    assert {"product_kernel", "reach_kernel", "settle_kernel", "compare_kernel"} <= by_products - by_differences
+
+
+@pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
+def test_bounds_are_those_of_the_compiled_kernels() -> None:
+    """The rules stand in csrc/common/cycle_consistency_products.h; these kernels cannot include it."""
+    if (native := _library.native()) is None:
+        pytest.skip("rcu_ops._native was not built")
+    kernels = _triton.kernels("cycle_consistency")
+    for c in (16, 100, 2048):
+        bounds = kernels._Bounds(c)
+        steps = bounds.product_steps, bounds.difference_steps
+        want = native.cycle_consistency_bounds(c, *steps, end=1.0, largest=0.0, sharpness=1.0, keys=33, moments=False)
+        for name in ("products", "differences", "least"):
+            assert getattr(bounds, name) == pytest.approx(want[name], rel=1e-6)
+        assert want["allowed"] == 2 * want["differences"] and want["flat"] == kernels.FLAT.value
+        assert want["reach"] == 1
