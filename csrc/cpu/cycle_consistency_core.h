@@ -371,6 +371,47 @@ static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V
   }
 }
 
+// out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[c]) over all `count` frames, P vectors of channels from c on.
+template <class V, int P>
+static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp, int64_t c,
+                           const typename V::S* centre, typename V::S* out) {
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const int64_t step = part_of(count);
+  R from[P], total[P][M] = {};
+#pragma GCC unroll 4
+  for (int k = 0; k < P; ++k) from[k] = V::load(centre + c + k * L);
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t end = min_of(begin + step, count);
+    R acc[P][M] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      R row[P];
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const R weight = R{} + w[m * pitch + i];
+#pragma GCC unroll 4
+        for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) total[k][m] += acc[k][m];
+  }
+  for (int m = 0; m < M; ++m)
+    for (int k = 0; k < P; ++k) V::store(out + m * Cp + c + k * L, total[k][m]);
+}
+template <class V>
+static void dense_sum(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp,
+                      const typename V::S* centre, typename V::S* out) {
+  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
+  int64_t c = 0;
+  for (; c + P * L <= Cp; c += P * L) dense_sum_part<V, P>(w, pitch, rows, count, Cp, c, centre, out);
+  for (; c < Cp; c += L) dense_sum_part<V, 1>(w, pitch, rows, count, Cp, c, centre, out);
+}
+
 // Rows m of `first` and `second`, of M queries, side by side: out[c][2][M].
 template <class V>
 static void interleave(const typename V::S* first, const typename V::S* second, int64_t Cp, int64_t C, typename V::S* out) {
@@ -442,6 +483,27 @@ static double left_out(const typename V::S* z, const typename V::S* d, typename 
                   sum * __builtin_sqrt(static_cast<double>(max_of<typename V::S>(farthest, 0))));
 }
 
+// Soft neighbours of a block around the mean of all frames, as centre and rest. Returns whether they are as good as around
+// themselves: rounding is measured by what is added up, sum_i z_i |b_i - mean|^2 = |soft - mean|^2 + sum_i z_i |b_i - soft|^2, and the
+// first part may be three times the second.
+template <class V>
+static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& b, int rows,
+                                 const Block<V>& block) {
+  using R = typename V::R;
+  dense_sum<V>(block.z, s.pitch, b.rows, b.count, s.C, sample.mean, block.rest);
+  for (int m = 0; m < V::M; ++m) memcpy(block.centre + m * s.C, sample.mean, static_cast<size_t>(s.C) * sizeof(typename V::S));
+  for (int m = 0; m < rows; ++m) {
+    R whole{}, squares{};
+    for (int64_t i = 0; i < b.count; i += V::L) whole += V::load(block.z + m * s.pitch + i) * V::load(b.sizes + i);
+    for (int64_t c = 0; c < s.C; c += V::L) {
+      const R value = V::load(block.rest + m * s.C + c);
+      squares += value * value;
+    }
+    if (!(4 * V::sum(squares) <= 3 * V::sum(whole))) return false;
+  }
+  return true;
+}
+
 // Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index alone.
 template <class V>
 static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
@@ -464,20 +526,25 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   const Nearest<V> search{s, p.C, sample, a, b, t0, rows, products, block.r, likely, block.centre, block.rest, block.list, nearest};
   for (int64_t& found : nearest) found = -2;
   bool done = false;
-  if (pruned && !soft) {
+  const S small = S(0x1p-10) / static_cast<S>(b.count);
+  // Most weights matter: they are added up at once, without a list.
+  const bool flat = sample.products() &&
+                    2 * frames_with_weight<V>(block.z, s.pitch, b.count, true, small, block.list) > b.count &&
+                    dense_soft_neighbors<V>(s, sample, b, rows, block);
+  if (pruned && !soft && !flat) {
     for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, b.rows + likely[m] * s.C, static_cast<size_t>(s.C) * sizeof(S));
-    const S weight = S(0x1p-10) / static_cast<S>(b.count);
     double slack[M];
     for (int m = 0; m < rows; ++m)
       slack[m] = left_out<V>(block.z + m * s.pitch, block.r + m * s.pitch, a.sizes[t0 + m], b.sizes, likely[m], b.count, search.rounding,
-                             weight);
-    soft_neighbors(weight);
+                             small);
+    soft_neighbors(small);
     search.by_distances(1, slack);
     done = search.settled();
   }
-  if (!done) soft_neighbors(0);
+  if (!done && !flat) soft_neighbors(0);
   if (pruned && !done) {
-    search.by_distances(16, nullptr);
+    if (flat && products) search.by_first(block.split, block.z);
+    if (!search.settled()) search.by_distances(most_compared, nullptr);
     done = search.settled();
     if (!done && products) search.by_products(block.split, block.z), done = true;
   }

@@ -7,8 +7,12 @@
 // Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: no frame is nearer to the soft neighbour
 //           than the most probable one whose distance to the query exceeds |a - soft| + |soft - b_likely|. What that leaves is
 //           usually one frame, even from a soft neighbour made of the largest weights alone, with a bound on what the others add;
-//           then from all weights, comparing a few by differences. Where it leaves many (flat weights), products with the soft
-//           neighbour and their bound leave a few.
+//           then from all weights, comparing a few by differences. Where it leaves many, products with the soft neighbour and their
+//           bound leave a few.
+// Flat.     Where more than half of the keys have weight in a block, all are added up, around the mean of all frames: one
+//           multiply-add per number, and no more rounding than around the soft neighbour unless that is far from the mean for the
+//           spread of what it is made of, which is measured. The soft neighbours of a block are then often so close to each other
+//           that products with the first of them will do.
 // Order.    As elsewhere. Which way a pair goes depends on its query's block and on the pair's own numbers: equal keys go the same
 //           way and have equal distances.
 
@@ -20,12 +24,12 @@ static Rounding<S> rounding_of(int64_t C) {
 }
 
 // d[m * pitch + i] = |q_m|^2 + |k_i|^2 - 2 q_m.k_i for P panels of keys; q: [channel][q_step], M numbers each.
-template <class V, int P>
+template <class V, int P, int M>
 static void multiply_panels(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes, const typename V::S* keys,
                             const typename V::S* key_sizes, int64_t C, typename V::S* d, int64_t pitch) {
   using S = typename V::S;
   using R = typename V::R;
-  constexpr int L = V::L, M = V::M;
+  constexpr int L = V::L;
   const int64_t step = part_of(C);
   R total[P][M] = {};
   for (int64_t c0 = 0; c0 < C; c0 += step) {
@@ -53,17 +57,17 @@ static void multiply_panels(const typename V::S* q, int64_t q_step, const typena
   }
 }
 
-template <class V>
+template <class V, int M = V::M>
 static void distances_by_products(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes, const Frames<typename V::S>& keys,
                                   int64_t C, typename V::S* d, int64_t pitch) {
   using S = typename V::S;
-  constexpr int L = V::L, M = V::M, P = vector_bytes == 64 ? 2 : 1;
+  constexpr int L = V::L, P = M == 1 ? 4 : vector_bytes == 64 ? 2 : 1;  // chains to hide an addition's latency, registers for them
   const int64_t panels = (keys.count + L - 1) / L;
   int64_t i = 0;
   for (; i + P <= panels; i += P)
-    multiply_panels<V, P>(q, q_step, q_sizes, keys.centred + i * L * C, keys.sizes + i * L, C, d + i * L, pitch);
+    multiply_panels<V, P, M>(q, q_step, q_sizes, keys.centred + i * L * C, keys.sizes + i * L, C, d + i * L, pitch);
   for (; i < panels; ++i)
-    multiply_panels<V, 1>(q, q_step, q_sizes, keys.centred + i * L * C, keys.sizes + i * L, C, d + i * L, pitch);
+    multiply_panels<V, 1, M>(q, q_step, q_sizes, keys.centred + i * L * C, keys.sizes + i * L, C, d + i * L, pitch);
   for (int m = 0; m < M; ++m)
     for (int64_t k = keys.count; k < panels * L; ++k) d[m * pitch + k] = static_cast<S>(__builtin_inf());
 }
@@ -189,6 +193,9 @@ static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V
   return true;
 }
 
+// Frames that are compared by differences at once.
+static constexpr int64_t most_compared = 16;
+
 // A block of queries whose nearest frames are sought: `rows` of them from t0 on, their distances d (settled ones of products, or
 // differences), the most probable frames, and the soft neighbours, as the block's centre and rest. found[m]: -2 while it is not known.
 template <class V>
@@ -238,6 +245,28 @@ struct Nearest {
                                             most, list, [&](R value, R bound) {
                                               return value - (products ? bound : value * rounding.differences) <= reach;
                                             });
+      if (count > 0) compare(m, count);
+    }
+  }
+
+  // By products with the first soft neighbour alone, where that leaves few frames: those of flat weights lie close together, and
+  // |soft_m - b| >= |soft_0 - b| - |soft_0 - soft_m|. Needs the same centre for all. to_first: room for [pitch].
+  void by_first(S* split, S* to_first) const {
+    double squares = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      split[c] = (centre[c] - sample.mean[c]) + rest[c];
+      squares += static_cast<double>(split[c]) * static_cast<double>(split[c]);
+    }
+    const S size = static_cast<S>(squares);
+    distances_by_products<V, 1>(split, 1, &size, b, C, to_first, s.pitch);
+    const double high = smallest_end<V>(to_first, size, b.sizes, b.count, rounding);
+    for (int m = 0; m < rows; ++m) {
+      if (found[m] >= -1) continue;
+      const double apart = __builtin_sqrt(static_cast<double>(row_distance<V>(rest, rest + m * s.C, s.C)));
+      const double away = __builtin_sqrt(high) + 2 * apart;
+      const S reach = static_cast<S>(1.001 * away * away) + rounding.least;
+      const int64_t count = places_where<V>(to_first, size, b.sizes, b.count, rounding.products, rounding.least, most_compared, list,
+                                            [&](R value, R bound) { return value - bound <= reach; });
       if (count > 0) compare(m, count);
     }
   }

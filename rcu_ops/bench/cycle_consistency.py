@@ -30,6 +30,8 @@ class Shape:
 
 CLIPS = tuple(Shape(32, 16, c) for c in (64, 256, 512, 1024, 2048))
 LONG = (Shape(1, 512, 128), Shape(8, 2048, 128))
+#: Divides squared distances of about 16: at 1 every query has one partner, at this one all frames have a say.
+FLAT = 100.0
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -42,6 +44,7 @@ def _quick(device: torch.device) -> Iterator[Case]:
     for shape in (Shape(8, 16, 64), Shape(8, 16, 512), Shape(1, 128, 128)):
         for dtype in DTYPES:
             yield Gate(shape, dtype, device, compile=shape.c == 512 and dtype == torch.float32)
+    yield Gate(Shape(1, 128, 128), torch.float32, device, compile=False, temperature=FLAT)
     yield Loss(Shape(4, 32, 128), torch.float32, device, compile=False)
 
 
@@ -51,6 +54,8 @@ def _suite(tier: str, device: torch.device) -> Iterator[Case]:
             shape = replace(shape, n=max(1, min(shape.n, 8 if shape.t == 16 else 1)))
         for dtype in DTYPES:
             yield Gate(shape, dtype, device)
+            if shape.t > CLIPS[0].t and dtype == torch.float32:
+                yield Gate(shape, dtype, device, temperature=FLAT)
     for shape in (Shape(16, 32, 128), Shape(4, 256, 128)):
         yield Loss(shape, torch.float32, device)
 
@@ -63,44 +68,46 @@ def _verdict(index_ab: Tensor, index_ba: Tensor) -> Outputs:
     return ((index_ab == frames) & (index_ba == frames)).all(1), index_ab, index_ba
 
 
-def over_frames(inputs: Inputs) -> Outputs:
+def over_frames(inputs: Inputs, temperature: float = 1.0) -> Outputs:
     """As published code does it: frame by frame, in both directions."""
     found = []
     for queries, keys in ((inputs["a"], inputs["b"]), (inputs["b"], inputs["a"])):
         nearest = []
         for t in range(queries.shape[1]):
             distance = (queries[:, t : t + 1] - keys).square().sum(-1)
-            soft = (torch.softmax(-distance, -1).unsqueeze(-1) * keys).sum(1, keepdim=True)
+            soft = (torch.softmax(-distance / temperature, -1).unsqueeze(-1) * keys).sum(1, keepdim=True)
             nearest.append((soft - keys).square().sum(-1).argmin(-1))
         found.append(torch.stack(nearest, 1))
     return _verdict(*found)
 
 
-def with_cdist(inputs: Inputs) -> Outputs:
+def with_cdist(inputs: Inputs, temperature: float = 1.0) -> Outputs:
     """torch.cdist and softmax."""
     a, b = inputs["a"], inputs["b"]
     distance = torch.cdist(a, b).square()
-    to_b, to_a = torch.softmax(-distance, -1) @ b, torch.softmax(-distance.mT, -1) @ a
+    logits = -distance / temperature
+    to_b, to_a = torch.softmax(logits, -1) @ b, torch.softmax(logits.mT, -1) @ a
     return _verdict(torch.cdist(to_b, b).argmin(-1), torch.cdist(to_a, a).argmin(-1))
 
 
-def with_products(inputs: Inputs) -> Outputs:
+def with_products(inputs: Inputs, temperature: float = 1.0) -> Outputs:
     """Squares and one matrix product per matrix of distances, on centred data: the best a library has."""
     mean = inputs["a"].mean(1, keepdim=True)
     a, b = inputs["a"] - mean, inputs["b"] - mean
     size_a, size_b = a.square().sum(-1), b.square().sum(-1)
     distance = torch.baddbmm(size_a.unsqueeze(2) + size_b.unsqueeze(1), a, b.mT, alpha=-2)
-    to_b, to_a = torch.softmax(-distance, -1) @ b, torch.softmax(-distance.mT, -1) @ a
+    logits = -distance / temperature
+    to_b, to_a = torch.softmax(logits, -1) @ b, torch.softmax(logits.mT, -1) @ a
     index_ab = torch.baddbmm(size_b.unsqueeze(1), to_b, b.mT, alpha=-2).argmin(-1)
     return _verdict(index_ab, torch.baddbmm(size_a.unsqueeze(1), to_a, a.mT, alpha=-2).argmin(-1))
 
 
-def differences(inputs: Inputs) -> Outputs:
+def differences(inputs: Inputs, temperature: float = 1.0) -> Outputs:
     """The reference's way at the inputs' dtype, without a loop."""
     found = []
     for queries, keys in ((inputs["a"], inputs["b"]), (inputs["b"], inputs["a"])):
         distance = (queries.unsqueeze(2) - keys.unsqueeze(1)).square().sum(-1)
-        soft = torch.softmax(-distance, -1) @ keys
+        soft = torch.softmax(-distance / temperature, -1) @ keys
         found.append((soft.unsqueeze(2) - keys.unsqueeze(1)).square().sum(-1).argmin(-1))
     return _verdict(*found)
 
@@ -111,8 +118,10 @@ def differences(inputs: Inputs) -> Outputs:
 class _Alignment(Case):
     op = "cycle_consistency"
 
-    def __init__(self, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool = True) -> None:
-        super().__init__(kind, str(shape), dtype, "NTC", device, compile)
+    def __init__(
+        self, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool, words: str
+    ) -> None:
+        super().__init__(kind, words, dtype, "NTC", device, compile)
         self.dims = shape
 
     def inputs(self) -> Inputs:
@@ -150,26 +159,38 @@ def _as_numbers(outputs: Outputs) -> Outputs:
 class Gate(_Alignment):
     """Gate and both index maps."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool = True) -> None:
-        super().__init__("gate", shape, dtype, device, compile)
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        compile: bool = True,
+        temperature: float = 1.0,
+    ) -> None:
+        words = str(shape) if temperature == 1 else f"{shape} temperature {temperature:g}"
+        super().__init__("gate", shape, dtype, device, compile, words)
+        self.temperature = temperature
 
     def exact(self, inputs: Inputs) -> Outputs:
         """Distances in fp64."""
         wide = {name: value.double() for name, value in inputs.items()}
-        return tuple(output.double() for output in with_products(wide))
+        return tuple(output.double() for output in with_products(wide, self.temperature))
 
     def eager(self, inputs: Inputs) -> Outputs:
         """With torch.cdist, in fp32: indices, so there is no error to be twice as large as."""
-        return _as_numbers(with_cdist({name: value.float() for name, value in inputs.items()}))
+        return _as_numbers(with_cdist({name: value.float() for name, value in inputs.items()}, self.temperature))
 
     def candidates(self) -> Sequence[Candidate]:
         """Ours, eager PyTorch in four ways, and the loop over frames."""
 
-        def as_fp32(function: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
+        def as_fp32(function: Callable[[Inputs, float], Outputs]) -> Callable[[Inputs], Outputs]:
             # torch.cdist does not take bf16, and bf16 distances would not find the nearest frame.
-            return lambda inputs: function({name: value.float() for name, value in inputs.items()})
+            return lambda inputs: function({name: value.float() for name, value in inputs.items()}, temperature)
 
-        found = self.own(lambda inputs: rcu_ops.cycle_consistency(inputs["a"], inputs["b"]), _as_numbers)
+        temperature = self.temperature
+        found = self.own(
+            lambda inputs: rcu_ops.cycle_consistency(inputs["a"], inputs["b"], temperature=temperature), _as_numbers
+        )
         if self.pairs * self.dims.c <= 2**26:  # its temporaries have that many elements
             found.append(self.way("eager", as_fp32(differences), _as_numbers))
             if self.compile:
@@ -204,7 +225,7 @@ class Loss(_Alignment):
     training = True
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool = True) -> None:
-        super().__init__("loss, forward+backward", shape, dtype, device, compile)
+        super().__init__("loss, forward+backward", shape, dtype, device, compile, str(shape))
 
     def inputs(self) -> Inputs:
         """As for the gate, requiring gradients."""
@@ -228,13 +249,39 @@ class Loss(_Alignment):
         return self._plain(inputs)
 
     def candidates(self) -> Sequence[Candidate]:
-        """Ours and eager PyTorch."""
+        """Ours, eager PyTorch as the reference and with torch.cdist, and the loop over pairs of sequences."""
 
         def ours(inputs: Inputs) -> Outputs:
             loss = rcu_ops.temporal_cycle_loss(inputs["a"], inputs["b"], min_variance=1e-2)
             return (loss.detach()[None], *torch.autograd.grad(loss, (inputs["a"], inputs["b"])))
 
-        return [*self.own(ours, tuple), self.way("eager", self._plain, tuple)]
+        def pair(a: Tensor, b: Tensor) -> Tensor:
+            soft = torch.softmax(-torch.cdist(a, b).square(), -1) @ b
+            logits = -torch.cdist(soft, a).square()
+            frame = torch.arange(a.shape[-2], device=a.device, dtype=a.dtype)
+            p = logits.softmax(-1)
+            mean = (p * frame).sum(-1)
+            variance = (p * (frame - mean.unsqueeze(-1)).square()).sum(-1)
+            landing = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1), mean, variance
+            return loss_of_landing(landing, None, None, "regression", 0.001, 1e-2)
+
+        def with_gradients(rows: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Outputs]:
+            def run(inputs: Inputs) -> Outputs:
+                loss = rows(inputs).mean()
+                return (loss.detach()[None], *torch.autograd.grad(loss, (inputs["a"], inputs["b"])))
+
+            return run
+
+        def over_pairs(inputs: Inputs) -> Tensor:
+            pairs = zip(inputs["a"], inputs["b"], strict=True)
+            return torch.cat([pair(a.unsqueeze(0), b.unsqueeze(0)) for a, b in pairs])
+
+        return [
+            *self.own(ours, tuple),
+            self.way("eager", self._plain, tuple),
+            self.way("cdist", with_gradients(lambda inputs: pair(inputs["a"], inputs["b"])), tuple),
+            self.way("loop over pairs", with_gradients(over_pairs), tuple),
+        ]
 
     def backend(self, inputs: Inputs) -> tuple[str, str | None]:
         """As :func:`rcu_ops.explain` says it."""
