@@ -71,7 +71,7 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
   return d;
 }
 
-// The bounds of a kernel that adds up so many operations, and what they make of one query (cycle_consistency_products.h).
+// Bounds of a kernel that adds up so many operations, and what they make of one query (cycle_consistency_products.h).
 py::dict cycle_consistency_bounds(int64_t c, int64_t product_steps, int64_t difference_steps, float end, float largest,
                                   float sharpness, int64_t keys, bool moments) {
   const Rounding<float> rounding(c, product_steps, difference_steps);

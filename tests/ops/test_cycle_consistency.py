@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 import rcu_ops
@@ -610,7 +611,8 @@ def test_compile_fullgraph(backend) -> None:
 def test_export_with_dynamic_batch_and_time() -> None:
     class Align(torch.nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-            return (*rcu_ops.soft_nearest_neighbor(a, b), *rcu_ops.cycle_consistency(a, b))
+            loss = rcu_ops.temporal_cycle_loss(a, b, kind="classification")
+            return (*rcu_ops.soft_nearest_neighbor(a, b), *rcu_ops.cycle_consistency(a, b), loss)
 
     n, t = torch.export.Dim("n", min=1, max=64), torch.export.Dim("t", min=1, max=1024)
     s = torch.export.Dim("s", min=1, max=1024)
@@ -640,7 +642,21 @@ def test_meta_tensors_and_flop_count() -> None:
         found = rcu_ops.cycle_consistency(a, b)
     assert found.index_ba.shape == (n, s)
     assert counter.get_total_flops() == 2 * n * (c * (t * s + t * t + s * s) + t * s * s + s * t * t)
-    assert rcu_ops.temporal_cycle_loss(a, b).shape == ()
+    with FlopCounterMode(display=False) as counter:
+        loss = rcu_ops.temporal_cycle_loss(a, b)
+    assert loss.shape == ()
+    back = 2 * n * t * t * c
+    assert counter.get_total_flops() == 2 * product + back
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == 5 * product + 3 * back
+
+
+def test_activation_checkpointing(backend) -> None:
+    a, b = (x.requires_grad_() for x in inputs((2, 5, 7, 3)))
+    plain = torch.autograd.grad(rcu_ops.temporal_cycle_loss(a, b), (a, b))
+    again = torch.utils.checkpoint.checkpoint(rcu_ops.temporal_cycle_loss, a, b, use_reentrant=False)
+    assert all(torch.equal(x, y) for x, y in zip(plain, torch.autograd.grad(again, (a, b)), strict=True))
 
 
 def test_explain_and_doctor_know_the_operators() -> None:
