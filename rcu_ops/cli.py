@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from rcu_ops._version import __version__
 from rcu_ops.cli_errors import UserError
+from rcu_ops.ops._registry import BackendError
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except UserError as error:
+    except (UserError, BackendError) as error:
         print(f"rcu-ops: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -85,6 +85,8 @@ def examine() -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report of :func:`examine` as text."""
+    from rcu_ops.ops._registry import passed_over
+
     lines = ["versions"]
     lines += [f"  {name:24}{version or 'not installed'}" for name, version in report["versions"].items()]
     lines.append("devices")
@@ -107,7 +109,7 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"  {name} on {kind}: {verdict['backend'] or 'nothing'} runs")
             for backend, reason in verdict["reasons"].items():
                 if backend != verdict["backend"]:
-                    lines.append(f"    not {backend}: {reason or 'a backend before it was taken'}")
+                    lines.append(f"    not {backend}: {reason or passed_over(report['requested_backend'])}")
         for backend, variants in entry["experimental"].items():
             lines.append(f"    experimental on {backend}: {', '.join(variants)}")
     if report["selftests"]:

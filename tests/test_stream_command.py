@@ -300,6 +300,12 @@ def test_arguments_that_cannot_be_used(tmp_path, clip, capsys, arguments, compla
     assert not out.exists()
 
 
+def test_a_backend_that_cannot_run(tmp_path, clip, capsys):
+    with rcu_ops.use_backend("cuda"):
+        assert "backend 'cuda' cannot run recurrent_conv" in fails(capsys, clip, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_do_not_fit(tmp_path, clip, capsys):
     trained_weights(tmp_path / "weights.pt")
     file = ["--weights", tmp_path / "weights.pt"]

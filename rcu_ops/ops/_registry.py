@@ -7,6 +7,7 @@ the reason) and :func:`explain` (print every reason).
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from torch import Tensor
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 WhyNot = Callable[..., str | None]
+
+
+class BackendError(ValueError):
+    """The backend that was asked for cannot run an operator, or none can. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ class Operator:
         return Backend(name, _never, lambda *_: f"{self.name} has no {name} kernel")
 
     def select(self, *args: Any) -> Backend:
-        """The backend that runs these (checked) arguments. Raises ValueError when an explicit choice cannot."""
+        """The backend that runs these (checked) arguments. Raises BackendError when an explicit choice cannot."""
         wanted = _choice.name
         if wanted != "auto":
             backend = self.backend(wanted)
             reason = backend.why_not(*args)
             if reason is not None:
-                raise ValueError(f"backend {wanted!r} cannot run {self.name}: {reason}")
+                raise BackendError(f"backend {wanted!r} cannot run {self.name}: {reason}")
             return backend
         on_cpu = isinstance(args[0], Tensor) and args[0].device.type == "cpu"
         for backend in self.backends:
@@ -83,7 +88,7 @@ class Operator:
                 if backend.name == "reference" and _device_of(args) == "cuda":
                     self._warn_slow(args)
                 return backend
-        raise ValueError(f"no backend can run {self.name}:\n{self.explain(*args)}")
+        raise BackendError(f"no backend can run {self.name}:\n{self.explain(*args)}")
 
     def explain(self, *args: Any) -> Explanation:
         """Every backend's verdict on these (checked) arguments."""
@@ -128,8 +133,13 @@ class Explanation:
             lines.append(f"  plan: {self.plan}")
         for name, reason in self.reasons.items():
             if name != self.backend:
-                lines.append(f"  not {name}: {reason or 'a backend before it was taken'}")
+                lines.append(f"  not {name}: {reason or passed_over(self.requested)}")
         return "\n".join(lines)
+
+
+def passed_over(requested: str) -> str:
+    """Why a backend that could run does not."""
+    return "a backend before it was taken" if requested == "auto" else "another one was asked for"
 
 
 def _never(*_: Any) -> Any:
@@ -171,7 +181,7 @@ class use_backend:  # lower case like torch.no_grad, which it is used like
 
     The choice is one per process, not per thread; the environment variable RCU_OPS_BACKEND sets its first value.
     CUDA tensors try cuda, triton, reference under "auto"; CPU tensors cpu, reference. An explicit choice that cannot
-    run raises a ValueError that says why when the operator is called.
+    run raises a BackendError (a ValueError) that says why when the operator is called.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference". Anything else raises ValueError.
@@ -200,8 +210,14 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
 
     Raises:
         ValueError: unknown operator, or arguments the operator itself would refuse.
+        TypeError: arguments that it does not have, or too few.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}")
     entry = OPERATORS[operator]
+    signature = inspect.signature(entry.check)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{operator}: {error}; its arguments are ({', '.join(signature.parameters)})") from None
     return entry.explain(*entry.check(*args, **kwargs))

@@ -111,6 +111,10 @@ def test_explain_of_the_public_operators() -> None:
         rcu_ops.explain("conv")
     with pytest.raises(ValueError, match=r"weight: expected \[C,C\]"):
         rcu_ops.explain("recurrent_conv", torch.zeros(1, 4, 2, 3, 3), torch.eye(5))
+    with pytest.raises(TypeError, match=r"recurrent_conv: missing .*'weight'; its arguments are \(x, weight, h0"):
+        rcu_ops.explain("recurrent_conv", torch.zeros(1, 4, 2, 3, 3))
+    with rcu_ops.use_backend("reference"):
+        assert "before it" not in str(rcu_ops.explain("recurrent_conv", torch.zeros(1, 4, 2, 3, 3), torch.eye(4)))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
