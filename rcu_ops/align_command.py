@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.inspection import SampledClip, calibrate, report_faults, sample_clip, seen_pictures
+from rcu_ops.inspection import SampledClip, calibrate, check_out, report_faults, sample_clip, seen_pictures
 from rcu_ops.model_arguments import load_model_weights, make_model, model_error, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
@@ -64,6 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--size", type=int, default=112, help="side of the network's input (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.02, metavar="X", help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
     parser.set_defaults(run=run)
 
 
@@ -77,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--temperature: expected a positive number, got {args.temperature}")
     if (args.b is None) == (args.shift is None and args.slow is None):
         raise UserError("expected two videos, or one with --shift or --slow")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out: {args.out} is a file; expected a folder")
+    check_out(args.out, OUTPUT_NAMES, args.overwrite)
     from rcu_ops.video import VideoError
     from rcu_ops.video.draw import require_matplotlib
 
@@ -253,7 +253,11 @@ def _words(alignment: Any, frames: int) -> str:
     """The alignment in one line."""
     text = f"{int(alignment.consistent_a.sum())} of {frames} frames cycle-consistent"
     if alignment.offset is not None:
-        text += f"; frame t of A is frame {alignment.speed:.3g} t {alignment.offset:+.3g} of B"
+        speed, offset = f"{alignment.speed:.3g}", f"{abs(alignment.offset):.3g}"
+        place = "t" if speed == "1" else f"{speed} t"
+        if offset != "0":
+            place += f" {'+' if alignment.offset > 0 else '-'} {offset}"
+        text += f"; frame t of A is frame {place} of B"
     else:
         text += "; too few to tell one video's time by the other's"
     return text

@@ -54,6 +54,15 @@ def sample_clip(source: str, wanted: int, every: int | None = None, least: int =
     return SampledClip(Path(source).name, excerpt.images, list(numbers), excerpt.times, excerpt.fault)
 
 
+def check_out(out: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raise UserError if the folder ``--out`` is a file, or holds one of the results and may not be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; expected a folder")
+    held = [name for name in names if (out / name).exists()]
+    if held and not overwrite:
+        raise UserError(f"--out: {out} holds {held[0]} already; --overwrite replaces it")
+
+
 def report_faults(*clips: SampledClip) -> int:
     """Say which videos broke before their end; the exit code: 3 if any did, else 0."""
     faults = {clip.fault: clip.name for clip in clips if clip.fault is not None}

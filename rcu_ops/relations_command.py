@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.inspection import SampledClip, calibrate, report_faults, sample_clip, seen_pictures
+from rcu_ops.inspection import SampledClip, calibrate, check_out, report_faults, sample_clip, seen_pictures
 from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing, write_csv
@@ -77,11 +77,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise UserError(f"--{name}: expected at least {least}, got {value}")
     position = _parse_position(args.position)
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out: {args.out} is a file; expected a folder")
-    held = [name for name in OUTPUT_NAMES if (args.out / name).exists()]
-    if held and not args.overwrite:
-        raise UserError(f"--out: {args.out} holds {held[0]} already; --overwrite replaces it")
+    check_out(args.out, OUTPUT_NAMES, args.overwrite)
     from rcu_ops.video import VideoError
     from rcu_ops.video.draw import require_matplotlib
 

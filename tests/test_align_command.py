@@ -37,7 +37,7 @@ def test_shift_is_recovered(clip: Path, tmp_path: Path, capsys: pytest.CaptureFi
     result = found(out)
     assert result["speed"] == pytest.approx(1)
     assert result["offset"] == pytest.approx(-shift)
-    assert f"frame t of A is frame 1 t -{shift} of B" in capsys.readouterr().out
+    assert f"frame t of A is frame t - {shift} of B" in capsys.readouterr().out
     # A's frames that B has are found exactly, but for B's first ones, whose recurrence has no past.
     assert result["index_ab"][shift + 4 :] == list(range(4, 16 - shift))
     assert result["consistent_a"] > 0.4
@@ -61,6 +61,7 @@ def test_slowed_copy_is_recovered(clip: Path, tmp_path: Path) -> None:
     result = found(tmp_path)
     assert (result["speed"], result["offset"]) == (pytest.approx(2), pytest.approx(0))
     assert result["index_ab"][:8] == [2 * t for t in range(8)]  # of two equal frames the first
+    assert main(["align", str(clip), *options, *SMALL, "--out", str(tmp_path)]) == 2  # without --overwrite
 
 
 def test_two_videos_and_networks_with_strides(clip: Path, tmp_path: Path) -> None:
