@@ -6,8 +6,7 @@ without a network, although the torch to build against is installed. So ``[build
 backend
 
 1. puts the target environment's site-packages back on ``sys.path``, behind the scratch environment's (the interpreter
-is
-   still the target's own, so its prefixes tell where they are), and
+   is still the target's own, so its prefixes tell where they are), and
 2. asks for torch and setuptools only if they cannot be found there.
 
 What it builds against is then the user's own torch where there is one. Where a torch has to be fetched, or the frontend

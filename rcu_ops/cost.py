@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.model_arguments import make_model
+from rcu_ops.model_arguments import make_model, parse_model_options
 
 if TYPE_CHECKING:
     import torch
@@ -347,6 +347,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "frame of a network, and how they are shared between its kinds of layers.",
     )
     parser.add_argument("model", metavar="MODEL", help="a model's name, or package.module:function that makes one")
+    parser.add_argument(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of the network, such as stem_pool=false; may repeat",
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="clips at once (default: %(default)s)")
     parser.add_argument("--frames", type=int, metavar="T", help="frames of the clip (default: 16; FASTER: 256)")
     parser.add_argument("--size", type=int, help="side of the frames (default: 112; FASTER: 224)")
@@ -443,8 +450,12 @@ def _make_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     with device:
         module_name, _, function = args.model.partition(":")
         if not function:
-            options = {} if args.channels == 3 else {"in_channels": args.channels}
+            options = parse_model_options(args.model_option)
+            if args.channels != 3:
+                options["in_channels"] = args.channels
             return make_model(args.model, flag="MODEL", num_classes=args.classes, **options)
+        if args.model_option:
+            raise UserError(f"--model-option: {args.model} is called without arguments")
         sys.path.insert(0, "")  # the user's own modules lie where the command is run
         try:
             model = getattr(importlib.import_module(module_name), function)()
@@ -454,4 +465,6 @@ def _make_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
             sys.path.remove("")
     if not isinstance(model, nn.Module):
         raise UserError(f"MODEL: {args.model} made a {type(model).__name__}, not an nn.Module")
+    if next(model.parameters(), None) is None:
+        raise UserError(f"MODEL: {args.model} made a {type(model).__name__} without parameters")
     return model

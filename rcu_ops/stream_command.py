@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rcu_ops.cli_errors import UserError
 from rcu_ops.model_arguments import load_model_weights, make_model, one_line, parse_model_options
+from rcu_ops.ops._registry import BackendError
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
 
@@ -88,6 +89,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME=VALUE",
         help="argument of the network, such as pattern=3; may repeat",
     )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="run a network that is not causal on the last N frames, anew for every one",
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take one frame in N (default: all)")
     parser.add_argument("--max-frames", type=int, metavar="N", help="stop after N frames given to the network")
     parser.add_argument(
@@ -108,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: bad arguments, a source that cannot be read, weights that do not fit.
     """
-    for name, least in (("size", 8), ("every", 1), ("max_frames", 1), ("top", 1)):
+    for name, least in (("size", 8), ("window", 1), ("every", 1), ("max_frames", 1), ("top", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
@@ -240,13 +247,17 @@ class _Network:
         try:
             model = rcu_ops.fuse_for_inference(model.eval().to(self.device)).to(self.dtype)
             self._clips = model if isinstance(model, Faster) else None
-            self._streamer = None if self._clips is not None else rcu_ops.Streamer(model)
+            if self._clips is not None and args.window is not None:
+                raise UserError(f"--window: {self.name} takes clips of its own length")
+            self.window: int | None = args.window
+            self._streamer = None if self._clips is not None else rcu_ops.Streamer(model, window=args.window)
             self.size = int(args.size or getattr(self._clips, "size", 112))
             self._costs = None
             if self._clips is not None:
                 self._costs = clip_costs(self._clips, self._clips.clip_length, self.size)
         except ValueError as error:
-            raise UserError(f"--model {self.name}: {one_line(str(error)).removeprefix('model: ')}") from error
+            hint = "; --window N runs it on the last N frames" if "frame by frame" in str(error) else ""
+            raise UserError(f"--model {self.name}: {one_line(str(error)).removeprefix('model: ')}{hint}") from error
         self.warm_up_seconds = 0.0
         self._transform = FrameTransform(self.size, dtype=self.dtype, device=self.device)
         self._state: Any = None
@@ -278,7 +289,8 @@ class _Network:
             state = f"weights {self.weights}" + (f", {self.warning}" if self.warning else "")
         return (
             f"{self.name} ({state}), {len(self.labels)} classes, {self.size}x{self.size}, "
-            f"{self.dtype_name} on {_device_name(self.device)}"
+            + (f"window of {_counted(self.window, 'frame')}, " if self.window else "")
+            + f"{self.dtype_name} on {_device_name(self.device)}"
         )
 
     def warm_up(self) -> None:
@@ -288,8 +300,13 @@ class _Network:
         if self._clips is not None:  # a clip is too much to run for nothing
             return
         start = time.perf_counter()
-        for _ in range(_WARM_UP_FRAMES):
-            self(np.zeros((self.size, self.size, 3), dtype=np.uint8))
+        try:
+            for _ in range(_WARM_UP_FRAMES):
+                self(np.zeros((self.size, self.size, 3), dtype=np.uint8))
+        except BackendError:
+            raise
+        except ValueError as error:  # not a network of pictures, or not of this size
+            raise UserError(f"--model {self.name}: {one_line(str(error))}") from error
         self._state = None
         self.warm_up_seconds = time.perf_counter() - start
 
@@ -486,6 +503,7 @@ class _Session:
                 "damaged_packets": reader.damaged_packets,
             },
             "size": network.size,
+            "window": network.window,
             "every": self._args.every,
             "realtime": self._args.realtime,
             "dtype": network.dtype_name,

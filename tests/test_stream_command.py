@@ -146,6 +146,28 @@ def test_scores_are_those_of_the_whole_clip(tmp_path, clip, labels):
     assert (streamed - exact).abs().max() <= tolerance
 
 
+class WholeClip(OneLayer):
+    """Of a clip one vector of scores, as networks have that are not causal."""
+
+    def forward(self, x):
+        return super().forward(x)[..., -1]
+
+
+def test_window(tmp_path, clip, labels, capsys, monkeypatch):
+    monkeypatch.setitem(registry._BUILDERS, "whole_clip", WholeClip)
+    model = trained_weights(tmp_path / "weights.pt", "whole_clip")
+    weights = ["--model", "whole_clip", "--labels", labels, "--weights", tmp_path / "weights.pt"]
+    assert stream(clip, *weights, "--window", 3, "--out", tmp_path / "out") == 0
+    with open_video(clip) as reader:
+        frames = torch.cat([FrameTransform(32)(frame.image) for frame in reader], dim=1)[None]
+    with torch.inference_mode():
+        want = torch.stack([model(frames[:, :, t - 3 : t])[0] for t in (3, 12)])
+    lines = lines_of(tmp_path / "out")
+    assert torch.allclose(torch.tensor([lines[2]["scores"], lines[11]["scores"]]), want, rtol=1e-4, atol=1e-5)
+    assert summary_of(tmp_path / "out")["window"] == 3
+    assert "window of 3 frames" in capsys.readouterr().out
+
+
 def test_an_untrained_network_says_so_everywhere(tmp_path, clip, capsys):
     out = tmp_path / "out"
     assert stream(clip, "--out", out) == 0
@@ -285,6 +307,7 @@ def test_sources_that_cannot_be_read(tmp_path, capsys):
         (["--device", "cuda:97"], "--device: cuda:97 cannot be used"),
         (["--model", "rcn_resnet19"], "error: --model: there is no model named 'rcn_resnet19'"),
         (["--model", "i3d_resnet18"], "error: --model i3d_resnet18: cannot run frame by frame"),
+        (["--model", "res_lstm"], "error: --model res_lstm: x: expected [N,T,F]"),
         (["--model", "rcn_resnet18", "--model-option", "x=1"], "error: --model rcn_resnet18: it has no argument 'x'"),
         (["--model-option", "x"], "--model-option: expected NAME=VALUE, got 'x'"),
         (["--weights", "/nowhere/weights.pt"], "error: --weights: there is no file /nowhere/weights.pt"),

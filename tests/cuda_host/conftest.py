@@ -24,7 +24,7 @@ def machine_with(objects: Path, tmp_path: Path) -> Callable[..., harness.Machine
     """From a sanitizer's name ("none", "address", "thread") to a machine."""
 
     def make(sanitizer: str = "none", **options: object) -> harness.Machine:
-        return harness.Machine(harness.build(objects, sanitizer), tmp_path, **options)
+        return harness.Machine(harness.whole(objects, sanitizer), tmp_path, **options)
 
     return make
 

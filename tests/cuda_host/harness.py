@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import os
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the
 FLAGS = [
     "-std=c++20",
     "-DRCU_OPS_SM90A",
-    "-g",
+    "-g1",  # lines for the sanitizers' reports; variables would take a quarter more
     "-Wall",
     "-Wextra",
     "-Werror",
@@ -155,19 +156,39 @@ def cache() -> Path:
     return directory
 
 
-def build(directory: Path, sanitizer: str = "none", replaced: dict[str, Path] | None = None) -> Path:
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time compiles in the directory, on two cores; the others wait and find its objects."""
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def whole(directory: Path, sanitizer: str) -> Path:
+    """The executable of the kernels as they are."""
+    with _alone(directory):
+        return build(directory, sanitizer)
+
+
+def build(directory: Path, sanitizer: str, replaced: dict[str, Path] | None = None) -> Path:
     """Compile the machine with all kernels; ``replaced``: file names of kernel sources to take from elsewhere.
 
     Objects are named by the content of what they are made from: builds in ``directory`` share them. An executable with
     replaced sources is put beside these. Two compilers run at once.
     """
+    if replaced:
+        whole(directory, sanitizer)
     headers = toolkit_headers()
     assert headers is not None
     include = [*(f"-I{path}" for path in INCLUDE), "-isystem", str(headers)]
     jobs = []
     for source in [*kernel_sources(), HERE / "machine.cpp", HERE / "main.cpp", *sorted(HERE.glob("run_*.cpp"))]:
-        source = (replaced or {}).get(source.name, source)
         flags = [*FLAGS, *SANITIZERS[sanitizer]]
+        if replaced and source.name in replaced:
+            source = replaced[source.name]
+            if sanitizer == "none":
+                flags = [*FLAGS, "-O0"]  # it runs a case or two: compiling it is what takes time
         if source.name == "machine.cpp":
             # Only the kernels are under test. ThreadSanitizer is told about fibers and must not see the machine itself.
             flags = [*FLAGS, *MACHINE[sanitizer]]

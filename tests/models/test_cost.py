@@ -81,6 +81,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert written["parameters"] == 12_778_448
     assert written["milliseconds_per_frame"] is None
     assert written["causal"] is True
+    assert main(["cost", "r3d_resnet50", "--frames", "8", "--size", "224", "--model-option", "stem_pool=false"]) == 0
+    assert "109.34 GMAC" in capsys.readouterr().out  # without the option 29.46
 
 
 def test_command_with_time_and_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.chdir(tmp_path)
     assert main(["cost", "own_network:make"]) == 0
     assert "parameters            16" in capsys.readouterr().out
-    for name in ("own_network:nothing", "own_network:word", "no_such_module:make", "rcn_resnet19"):
+    for name in ("own_network:nothing", "own_network:word", "no_such_module:make", "rcn_resnet19", "torch.nn:ReLU"):
         assert main(["cost", name]) == 2
         assert capsys.readouterr().err.startswith("rcu-ops: error: MODEL")
     (tmp_path / "own_network2.py").write_text("def make(): return 3\n")
@@ -111,6 +113,7 @@ def test_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     [
         (["--frames", "0"], "--frames: expected at least 1, got 0"),
         (["--fused"], "--fused"),
+        (["--model-option", "stem=1"], "MODEL rcn_resnet18: it has no argument 'stem'"),
         (["--time", "--seconds", "0"], "--seconds"),
         (["--time", "--device", "nonsense"], "--device nonsense"),
         (["--json", "/nonexistent/directory/c.json"], "--json: there is no directory"),
