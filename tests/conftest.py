@@ -34,7 +34,23 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+LONGEST = (
+    "tests/cuda_host/test_planted_faults.py",
+    "tests/packaging/test_distributions.py",
+    "tests/ops/test_cuda_compile.py",
+    "tests/models/test_compile.py",
+)
+"""Files whose tests take longest: they begin, so that no test process has one left when the other has finished."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of the most tests
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {file: position for position, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:
