@@ -124,7 +124,7 @@ def render(report: dict[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return "none"
-    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+    return ", ".join(str(v) for v in value) or "none" if isinstance(value, list) else str(value)
 
 
 def run(args: argparse.Namespace) -> int:
