@@ -241,7 +241,8 @@ class _Network:
             report = load_model_weights(
                 model, args.weights, args.weights_sha256, hint="--labels sets it, one line for each class"
             )
-            self.weights_sha256 = _sha256(args.weights) if os.path.isfile(args.weights) else args.weights_sha256
+            whole = args.weights_sha256 if len(args.weights_sha256 or "") == 64 else None
+            self.weights_sha256 = _sha256(args.weights) if os.path.isfile(args.weights) else whole
             # An image network's weights say nothing about the recurrent ones.
             self.warning = RECURRENCE_UNTRAINED if any("weight_hh" in name for name in report.kept) else ""
         try:
