@@ -25,18 +25,21 @@ def compiled(function: Callable[[Inputs], Any]) -> Bind:
 
 
 def graphed(bind: Bind) -> Bind:
-    """The call captured in a CUDA graph: no launch costs, the same kernels."""
+    """The call captured in a CUDA graph: no launch costs, the same kernels.
+
+    With gradients where grad mode is on when inputs are bound: then the backward pass is part of the graph.
+    """
 
     def bind_graph(inputs: Inputs) -> Thunk:
         thunk = bind(inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.no_grad():
+        with torch.cuda.stream(side):
             for _ in range(3):  # libraries choose algorithms and allocate workspaces at their first calls
                 thunk()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
+        with torch.cuda.graph(graph):
             outputs = thunk()
 
         def replay() -> Any:

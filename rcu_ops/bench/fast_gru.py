@@ -198,7 +198,10 @@ class _Recurrence(Case):
         return str(explanation.backend), explanation.plan
 
     def candidates(self) -> Sequence[Candidate]:
-        """Ours, the reference in eager mode, compiled, the library loops, and on a GPU these under a CUDA graph."""
+        """Ours, the reference in eager mode, compiled, the library loops, and on a GPU these under a CUDA graph.
+
+        Training on a GPU has ours under a graph, too: forward and backward pass in one.
+        """
         found = [self._own_candidate(OURS, self._ours)]
         if self.device.type == "cuda":
             found += [self._own_candidate(name, with_backend(name, self._ours)) for name in ("cuda", "triton")]
@@ -207,7 +210,12 @@ class _Recurrence(Case):
             found.append(Candidate("compile", {"torch.compile": Variant(self.compiled())}))
         if self.training:
             loops = {"positions as rows": Variant(self._bind_loop(differentiable_rows))}
-            return [*found, Candidate("library loop", loops)]
+            found.append(Candidate("library loop", loops))
+            if self.device.type == "cuda":
+                ours = {OURS: Variant(lambda inputs: lambda: self._ours(inputs))}
+                for name, variants in (("graphed", ours), ("graphed loop", loops)):
+                    found.append(Candidate(name, on_device(variants, self.device)))
+            return found
         loops = {name: Variant(self._bind_loop(loop)) for name, loop in LOOPS.items()}
         found.append(Candidate("library loop", loops))
         if self.device.type == "cuda":

@@ -30,7 +30,7 @@ from rcu_ops.video import VideoError
 from rcu_ops.video.sample import random_clips, regular_clips
 from rcu_ops.video.transform import center_crop, flip, random_crop, resize_short_side
 
-__all__ = ["ClipCache", "ClipSampling", "Example", "write_cache"]
+__all__ = ["ClipCache", "ClipSampling", "Example", "remove_cache", "write_cache"]
 
 _FORMAT = 1
 _DIGEST = "rcu_ops_cache"
@@ -216,6 +216,17 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], digest: str, problems: 
 
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={_DIGEST: digest, _PROBLEMS: json.dumps(problems)})
+
+
+def remove_cache(folder: Path) -> None:
+    """Remove the cache in ``folder``, if there is one, and nothing else."""
+    if not (folder / SETTINGS).is_file():
+        return
+    try:
+        for path in (*folder.glob("shard-*.safetensors"), folder / SETTINGS):
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be replaced: {error.strerror or error}") from error
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -45,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cache.add_argument("--videos", type=Path, required=True, metavar="LIST", help="labelled videos")
     cache.add_argument("--labels", type=Path, metavar="FILE", help="class names, one per line; sets --classes")
     cache.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the cache")
+    cache.add_argument("--overwrite", action="store_true", help="replace the cache in --out")
     cache.add_argument("--clips", type=int, metavar="N", help="per video (default: 256 frames' worth)")
     cache.add_argument("--views", type=int, default=0, metavar="V", help="random samplings for training (default: 0, "
                        "the uniform clips of a test)")  # fmt: skip
@@ -103,7 +104,7 @@ def run_cache(args: argparse.Namespace) -> int:
     import torch
 
     from rcu_ops.analysis.scores_io import list_names, read_class_names
-    from rcu_ops.faster.cache import ClipSampling, write_cache
+    from rcu_ops.faster.cache import ClipSampling, remove_cache, write_cache
     from rcu_ops.recipes.distributed import pick_device
     from rcu_ops.recipes.lists import read_list
 
@@ -125,6 +126,8 @@ def run_cache(args: argparse.Namespace) -> int:
         raise UserError(" ".join(str(error).split())) from error
     videos = read_list(args.videos, classes, names)
     model = model.to(pick_device(args.device))
+    if args.overwrite:
+        remove_cache(args.out)
     problems = write_cache(model, videos, sampling, args.out, shard=args.shard, clip_batch=args.clip_batch)
     print(f"{len(videos.videos) - len(problems)} videos, {clips} clips of {model.clip_length} frames, "
           f"{max(1, args.views)} views in {args.out}")  # fmt: skip

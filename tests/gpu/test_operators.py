@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import rcu_ops
 from rcu_ops import _library
 from rcu_ops.ops import OPERATORS, _evidence
-from tests.gpu.problems import Outputs, Problem, Tensors, gpu_backends, on, problems
+from tests.gpu.problems import Outputs, Problem, Tensors, fast_gru_inputs, gpu_backends, on, problems
 from tests.tolerance import assert_close_to_reference
 
 pytestmark = pytest.mark.gpu
@@ -150,6 +151,48 @@ def test_in_a_cuda_graph(problem, backend) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert same(outputs, expected)
+
+
+@pytest.mark.parametrize("backend", gpu_backends("fast_gru"))
+@pytest.mark.parametrize("samples", [1, 3], ids=["49_columns", "147_columns"])  # in one launch, and step by step
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_a_training_step_of_fast_gru_in_a_cuda_graph(recompute, samples, backend) -> None:
+    """Forward and backward captured in one graph, gradients accumulated by autograd where the leaves keep them."""
+    shape = (samples, 4, 64, 1, 7, 7)
+
+    def draw() -> list[Tensor]:
+        tensors = [value for value in fast_gru_inputs(shape, 16, torch.bfloat16, with_o0=False) if value is not None]
+        return [value.cuda() for value in (*tensors, torch.randn(shape).bfloat16())]
+
+    def train(leaves: list[Tensor], grad: Tensor) -> Outputs:
+        for leaf in leaves:
+            leaf.grad = None
+        o, _ = rcu_ops.fast_gru(*leaves, recompute=recompute)
+        o.backward(grad)
+        return (o.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))
+
+    draws = [draw() for _ in range(2)]
+    with rcu_ops.use_backend(backend):
+        want = [tuple(v.clone() for v in train([t.requires_grad_() for t in given[:-1]], given[-1])) for given in draws]
+        held = [value.detach().clone() for value in draws[0]]
+        leaves = [value.requires_grad_() for value in held[:-1]]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                train(leaves, held[-1])
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = train(leaves, held[-1])
+    assert all(len(results) == 7 for results in (got, *want))
+    for given, expected in ((draws[1], want[1]), (draws[0], want[0])):
+        with torch.no_grad():
+            for value, new in zip(held, given, strict=True):
+                value.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(got, expected)
 
 
 @pytest.mark.parametrize(("problem", "backend"), FEW, ids=names(FEW))

@@ -223,6 +223,12 @@ def test_command(motion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
                 line.startswith('"average, expensive",4') and line.endswith(",1.0") for line in lines
             )
         assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    other = [*cache, "--clips", "1", "--out", str(tmp_path / "c")]
+    assert main(other) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    (tmp_path / "c" / "mine.txt").touch()
+    assert main([*other, "--overwrite"]) == 0
+    assert ClipCache(tmp_path / "c").clips == 1 and (tmp_path / "c" / "mine.txt").is_file()
 
 
 @pytest.mark.parametrize(
