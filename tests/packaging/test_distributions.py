@@ -147,6 +147,8 @@ def test_source_distribution_can_be_built_and_tested_from(source_distribution: P
         ("build_backend", "*.py"),
         ("csrc", "*.*"),
         ("tests", "*.py"),
+        ("benchmarks", "*.md"),  # tests hold the README's table and the list of kernels against them
+        ("benchmarks", "*.json"),
     ]:
         needed += [
             path.relative_to(ROOT).as_posix()
