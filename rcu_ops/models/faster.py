@@ -174,6 +174,8 @@ def _build(
     aggregator_options: Mapping[str, Any] | None,
     **backbone_options: Any,
 ) -> Faster:
+    if pattern < -1:
+        raise ValueError(f"pattern: expected x >= 0 for 1:x, or -1 for all clips cheap, got {pattern}")
     networks = [create_model(name, num_classes=num_classes, **backbone_options) for name in (expensive, cheap)]
     channels = set()
     for name, network in zip((expensive, cheap), networks, strict=True):

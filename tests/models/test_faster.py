@@ -171,7 +171,8 @@ def test_names_options_and_errors() -> None:
         for options, message in (
             ({"aggregator": "sum"}, "aggregator"),
             ({"expensive": "r3d_resnet34"}, "as many channels"),
-            ({"pattern": -2, "width": 8, "clip_length": 0}, "clip_length"),
+            ({"pattern": -1, "width": 8, "clip_length": 0}, "clip_length"),
+            ({"pattern": -2}, "pattern: expected x >= 0"),
             ({"aggregator_options": {"reduction": 3}}, "reduction"),
         ):
             with pytest.raises(ValueError, match=message):
