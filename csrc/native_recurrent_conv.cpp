@@ -166,25 +166,26 @@ void step_block(const Scan& p, const cuda::StepScanPlan& plan, int64_t block, To
 
 // One tile of the kernels for 16-bit data: `Columns` columns from column0 on, copied by `threads` threads through a
 // slot.
-template <int PaddedChannels, int Columns, bool Channels, typename Word>
-void copied_tile(Word word, const Scan& p, int64_t column0, int threads, int64_t slot_pitch, int64_t slot_bytes,
-                 Touched& touched) {
+template <int PaddedChannels, int Columns, typename Plan>
+void copied_tile(const Scan& p, const Plan& plan, int64_t column0, int threads, Touched& touched) {
+  const int bytes = plan.vector_bytes;
   const int64_t left = p.N * p.H * p.W - column0;
   const int here = left <= 0 ? 0 : left < Columns ? static_cast<int>(left) : Columns;
-  std::vector<bool> slot(static_cast<size_t>(slot_bytes));
+  std::vector<bool> slot(static_cast<size_t>(plan.slot_bytes));
   for (const View* v : {&p.x, &p.y}) {
     int64_t offset[Columns];
     for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
     for (int thread = 0; thread < threads; ++thread)
-      cuda::for_words<PaddedChannels, Columns, Channels>(
-          word, thread, threads, static_cast<int>(p.C), here, static_cast<int>(slot_pitch), *v, offset,
+      cuda::for_words<PaddedChannels, Columns>(
+          plan.along_channels, bytes / 2, thread, threads, static_cast<int>(p.C), here,
+          static_cast<int>(plan.slot_pitch), *v, offset,
           [&](int64_t at, int to) {
-            for (int i = to; i < to + word.bytes; ++i)
+            for (int i = to; i < to + bytes; ++i)
               if (slot.at(static_cast<size_t>(i)) != (v == &p.y))
                 throw std::logic_error("a byte of a slot is used twice");
-            std::fill_n(slot.begin() + to, word.bytes, v == &p.x);
-            if (at * 2 % word.bytes != 0) throw std::logic_error("a word is not aligned");
-            touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, word.bytes / 2);
+            std::fill_n(slot.begin() + to, bytes, v == &p.x);
+            if (at * 2 % bytes != 0) throw std::logic_error("a word is not aligned");
+            touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, bytes / 2);
           });
   }
 }
@@ -215,34 +216,22 @@ void hopper_block(const Scan& p, const cuda::HopperScanPlan& plan, int64_t block
     }
 }
 
-template <bool Channels, typename Word>
-void matrix_block(Word word, const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
-  if (plan.wide)
-    return copied_tile<cuda::wide_most_channels, cuda::wide_positions, Channels>(
-        word, p, block * cuda::wide_positions, 32 * cuda::wide_warps, plan.wide->slot_pitch, plan.wide->slot_bytes,
-        touched);
-  const auto as = [&](auto padded) {
-    constexpr int C = decltype(padded)::value, columns = cuda::tile_positions(C);
-    for (int warp = 0; warp < plan.tile->warps; ++warp)
-      copied_tile<C, columns, Channels>(word, p, (block * plan.tile->warps + warp) * columns, 32, plan.tile->slot_pitch,
-                                        plan.tile->slot_bytes, touched);
-  };
-  switch (plan.tile->padded_channels) {
-    case 32: return as(std::integral_constant<int, 32>());
-    case 64: return as(std::integral_constant<int, 64>());
-    default: return as(std::integral_constant<int, 128>());
-  }
+template <int PaddedChannels>
+void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, Touched& touched) {
+  constexpr int columns = cuda::tile_positions(PaddedChannels);
+  for (int warp = 0; warp < plan.warps; ++warp)
+    copied_tile<PaddedChannels, columns>(p, plan, (block * plan.warps + warp) * columns, 32, touched);
 }
 
 void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
-  if (plan.hopper) return hopper_block(p, *plan.hopper, block, touched);
-  const int bytes = plan.tile ? plan.tile->vector_bytes : plan.wide->vector_bytes;
-  const auto as = [&](auto word) {
-    (plan.tile ? plan.tile->along_channels : plan.wide->along_channels)
-        ? matrix_block<true>(word, p, plan, block, touched)
-        : matrix_block<false>(word, p, plan, block, touched);
-  };
-  bytes == cuda::LongWord::bytes ? as(cuda::LongWord()) : as(cuda::ShortWord{bytes});
+  if (plan.hopper)
+    hopper_block(p, *plan.hopper, block, touched);
+  else if (plan.wide)
+    copied_tile<cuda::wide_most_channels, cuda::wide_positions>(p, *plan.wide, block * cuda::wide_positions,
+                                                                32 * cuda::wide_warps, touched);
+  else
+    plan.tile->padded_channels == 64 ? tile_block<64>(p, *plan.tile, block, touched)
+                                     : tile_block<128>(p, *plan.tile, block, touched);
 }
 
 py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,

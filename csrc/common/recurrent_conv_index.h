@@ -10,10 +10,19 @@
 
 namespace rcu_ops::cuda {
 
-// Offset of column ((n * G + g) * H + h) * W + w.
+// Column ((n * G + g) * H + h) * W + w. Whoever needs its offset in several tensors divides once.
+struct Column {
+  int64_t n, g, h, w;
+};
+RCU_OPS_DEVICE Column column_of(const Scan& p, int64_t column) {
+  const int64_t hq = column / p.W, gq = hq / p.H, n = gq / p.G;
+  return {n, gq - n * p.G, hq - gq * p.H, column - hq * p.W};
+}
+RCU_OPS_DEVICE int64_t column_offset(const Column& at, const View& v) {
+  return at.n * v.n + at.g * v.g + at.h * v.h + at.w * v.w;
+}
 RCU_OPS_DEVICE int64_t column_offset(const Scan& p, const View& v, int64_t column) {
-  const int64_t w = column % p.W, hq = column / p.W, h = hq % p.H, gq = hq / p.H;
-  return (gq / p.G) * v.n + (gq % p.G) * v.g + h * v.h + w * v.w;
+  return column_offset(column_of(p, column), v);
 }
 
 // Calls visit(channel, column) once for each of channels x columns (a power of two, at least 4), each from one of `threads`
@@ -47,36 +56,20 @@ RCU_OPS_UNROLL_4
   }
 }
 
-// What a thread copies at a time: 16 bytes, or what the alignment of the rows leaves, 8, 4 or 2. One loop serves all of the
-// short ones: a copy of it for each would be most of a kernel's code, and of the time it takes to compile.
-struct LongWord {
-  static constexpr int bytes = 16;
-};
-struct ShortWord {
-  int bytes = 0;
-};
-
-// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of a tile of C channels x `columns`
-// <= Columns columns of 16-bit data, each from one of `threads` threads. Slots have one row of `pitch` bytes per column
-// (Channels: memory is contiguous along channels) or per channel. offset: of the tile's columns.
-template <int PaddedChannels, int Columns, bool Channels, typename Word, typename Visit>
-RCU_OPS_DEVICE void for_words(Word word, int thread, int threads, int C, int columns, int pitch, const View& v,
-                              const int64_t* offset, Visit visit) {
-  const int numbers = word.bytes / 2;  // e: the word's first number, row after row
-  if constexpr (Channels) {
-    const auto rows = [&](int channels) {
+// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of `numbers` (8, 4, 2 or 1)
+// 16-bit numbers of a tile of C <= PaddedChannels channels x `columns` <= Columns columns, each from one of `threads`
+// threads. Slots have one row of `pitch` bytes per column (along_channels: memory is contiguous along channels) or per
+// channel. offset: of the tile's columns. One loop serves all words and both directions, over padded rows so that nothing
+// is divided by a variable: a copy for each would be most of a kernel's code, and of the time it takes to compile.
+template <int PaddedChannels, int Columns, typename Visit>
+RCU_OPS_DEVICE void for_words(bool along_channels, int numbers, int thread, int threads, int C, int columns, int pitch,
+                              const View& v, const int64_t* offset, Visit visit) {
+  const int padded = along_channels ? PaddedChannels : Columns, end = along_channels ? C : columns;
+  const int all = along_channels ? columns * PaddedChannels : C * Columns;
 RCU_OPS_UNROLL_2
-      for (int e = thread * numbers; e < columns * channels; e += threads * numbers)
-        visit(offset[e / channels] + e % channels, e / channels * pitch + e % channels * 2);
-    };
-    if (std::is_same_v<Word, LongWord> && C == PaddedChannels)
-      rows(PaddedChannels);  // a constant: no division is left
-    else
-      rows(C);
-  } else {
-RCU_OPS_UNROLL_2
-    for (int e = thread * numbers; e < C * Columns; e += threads * numbers)
-      if (e % Columns < columns) visit(e / Columns * v.c + offset[e % Columns], e / Columns * pitch + e % Columns * 2);
+  for (int e = thread * numbers; e < all; e += threads * numbers) {  // the word's first number, row after row
+    const int row = along_channels ? e / PaddedChannels : e / Columns, at = e - row * padded;
+    if (at < end) visit(along_channels ? offset[row] + at : offset[at] + row * v.c, row * pitch + at * 2);
   }
 }
 

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
         const T* from = static_cast<const T*>(v.data) + time_of(frame) * v.t;
         unsigned char* to = unit_of(part);
         for_half(v, offsets + (of_x ? 0 : 2 * P), part % 2, [&](int64_t element, int at) {
-          with_word(plan.vector_bytes, [&](auto word) { copy_word(word, to + at, from + element); });
+          copy_word(plan.vector_bytes / 2, to + at, from + element);
         });
       }
       async_commit();
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
       for (int half = 0; half < 2; ++half) {
         const unsigned char* from = unit_of(part + half);
         for_half(p.y, offsets + P, half, [&](int64_t element, int at) {
-          with_word(plan.vector_bytes, [&](auto word) { store_word(word, to + element, from + at); });
+          store_word(plan.vector_bytes / 2, to + element, from + at);
         });
       }
     }

@@ -7,6 +7,7 @@
 #include "cuda/device/matrix_copy.h"
 #include "cuda/device/matrix_store.h"
 #include "cuda/device/mma.h"
+#include "cuda/device/registers.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/recurrent_conv_views.h"
 
@@ -14,12 +15,15 @@ namespace rcu_ops::cuda {
 namespace {
 
 constexpr int tile_threads = 32 * tile_warps;  // at most; the planner may take blocks of fewer
+constexpr int tile_blocks = 3;                 // of a multiprocessor, where shared memory has room: 168 registers
 template <int PaddedChannels>
 constexpr int rows_of_warp = tile_positions(PaddedChannels);
 
-// One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {2, 4, 8}.
+// One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {4, 8}.
 //
-// Layout.   x, y and the residual have contiguous channels (Channels) or contiguous columns (otherwise), any other strides.
+// Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any
+//           other strides. Which of the two they have, and the width of words, are conditions on loops and on single
+//           instructions: a kernel for each would take as long again to compile.
 // Work.     A block is plan.warps warps: 4, or 2 or 1 where that leaves less to the busiest multiprocessor. A warp owns M = 32
 //           columns (16 for KT = 8) for all frames and meets the others only after W has been staged, so that no bit depends
 //           on how many there are. Rows of the matrix product are columns of the problem, its columns output channels: the
@@ -46,8 +50,8 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 // Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s). Reading b
 //           from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and y need
 //           from HBM, the reason why more channels want another kernel.
-template <typename T, int KT, bool Channels>
-__global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps)
+template <typename T, int KT>
+__global__ void __launch_bounds__(tile_threads, tile_blocks)
     tile_scan(const Scan p, const TileScanPlan plan) {
   constexpr int CP = 16 * KT, M = rows_of_warp<CP>, MT = M / 16, NT = 2 * KT, weight_pitch = CP + 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = static_cast<int>(p.C);
@@ -64,6 +68,8 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
   int64_t *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
           *last_offset = first_offset + M;
   const bool with_residual = p.residual.data != nullptr;
+  // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
+  constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
   const int pitch = static_cast<int>(plan.slot_pitch);
   const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
   unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at + warp * plan.stages * stage_bytes);
@@ -85,7 +91,7 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
     async_commit();
   } else {
     // A warp takes rows of W as they lie in memory, inputs or outputs, so many together.
-    constexpr int pieces = CP / 32, rows = CP == 32 ? 8 : 32 / pieces;
+    constexpr int pieces = CP / 32, rows = 32 / pieces;
     static_assert(CP % (tile_warps * rows) == 0);
     const bool along_inputs = p.weight_in == 1;
     const int64_t row_step = along_inputs ? p.weight_out : p.weight_in, step = along_inputs ? 1 : p.weight_out;
@@ -116,31 +122,29 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
   const int64_t columns_left = p.N * p.H * p.W - column0;
   const int columns = columns_left <= 0 ? 0 : columns_left < M ? static_cast<int>(columns_left) : M;
   if (lane < columns) {
-    x_offset[lane] = column_offset(p, p.x, column0 + lane);
-    y_offset[lane] = column_offset(p, p.y, column0 + lane);
-    residual_offset[lane] = column_offset(p, p.residual, column0 + lane);
-    first_offset[lane] = column_offset(p, p.first, column0 + lane);
-    last_offset[lane] = column_offset(p, p.last, column0 + lane);
+    const Column at = column_of(p, column0 + lane);
+    x_offset[lane] = column_offset(at, p.x);
+    y_offset[lane] = column_offset(at, p.y);
+    residual_offset[lane] = column_offset(at, p.residual);
+    first_offset[lane] = column_offset(at, p.first);
+    last_offset[lane] = column_offset(at, p.last);
   }
   async_wait<0>();
   block_barrier();
   if (columns == 0) return;
 
-  const auto slot_of = [&](int64_t i) { return slots + i % plan.stages * stage_bytes; };
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
-  const auto for_tile_words = [&](auto word, const View& v, const int64_t* offset, auto visit) {
-    for_words<CP, M, Channels>(word, lane, 32, C, columns, pitch, v, offset, visit);
-  };
+  const bool along_channels = plan.along_channels;
+  const int numbers = plan.vector_bytes / 2;  // of a word
   const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
-    with_word(plan.vector_bytes, [&](auto word) {
-      for_tile_words(word, v, offset, [&](int64_t element, int at) { copy_word(word, slot + at, from + element); });
-    });
+    for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, v, offset,
+                     [&](int64_t element, int at) { copy_word(numbers, slot + at, from + element); });
   };
-  const auto prefetch = [&](int64_t i) {
+  const auto prefetch = [&](int64_t i, unsigned char* slot) {
     if (i < p.T) {
-      if (p.x.data) fetch(p.x, x_offset, i, slot_of(i));
-      if (with_residual) fetch(p.residual, residual_offset, i, slot_of(i) + plan.slot_bytes);
+      if (p.x.data) fetch(p.x, x_offset, i, slot);
+      if (with_residual) fetch(p.residual, residual_offset, i, slot + plan.slot_bytes);
     }
     async_commit();
   };
@@ -148,9 +152,19 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
   // The address of this lane's row of the 16 x 16 tile (columns from 16 m, channels from 16 k) in a slot; the four 8 x 8
   // tiles come in the order of a's registers.
   const int tile = lane / 8, tile_row = lane % 8;
-  const auto tile_at = [&](unsigned char* slot, int m, int k) {
-    const int column = 16 * m + tile % 2 * 8, channel = 16 * k + tile / 2 * 8;
-    return Channels ? slot + (column + tile_row) * pitch + 2 * channel : slot + (channel + tile_row) * pitch + 2 * column;
+  const int tile_at = along_channels ? (tile % 2 * 8 + tile_row) * channels_pitch + tile / 2 * 16
+                                     : (tile / 2 * 8 + tile_row) * columns_pitch + tile % 2 * 16;
+  const auto load_tiles = [&](uint32_t (&r)[4], const unsigned char* slot, int m, int k) {
+    if (along_channels)
+      load_matrix<4, false>(r, slot + tile_at + m * (16 * channels_pitch) + k * 32);
+    else
+      load_matrix<4, true>(r, slot + tile_at + m * 32 + k * (16 * columns_pitch));
+  };
+  const auto store_tiles = [&](unsigned char* slot, int m, int k, const uint32_t (&r)[4]) {
+    if (along_channels)
+      store_matrix<4, false>(slot + tile_at + m * (16 * channels_pitch) + k * 32, r);
+    else
+      store_matrix<4, true>(slot + tile_at + m * 32 + k * (16 * columns_pitch), r);
   };
 
   float state[MT][NT][4];
@@ -180,10 +194,9 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
   if (p.init != Init::none) {
     for (int i = lane; i < M * wide_pitch; i += 32) wide[i] = 0;
     warp_barrier();
-    for_tile(lane, 32, p.first.c == 1, C, M, [&](int64_t channel, int column) {
-      if (column < columns)
-        wide[column * wide_pitch + channel] =
-            load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+    for_elements<CP, M>(lane, 32, p.first.c == 1, C, columns, [&](int channel, int column) {
+      wide[column * wide_pitch + channel] =
+          load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
     });
     warp_barrier();
     for_state([&](float& h, int channel, int column) { h = wide[column * wide_pitch + channel]; });
@@ -196,7 +209,10 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
 
   // The gradient of the first state is one more product, without an input and without y.
   const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
+  int stage = 0;  // of frame i, modulo the number of them
   for (int64_t i = 1 - plan.stages; i < frames; ++i) {
+    unsigned char* const before = slots + stage * stage_bytes;  // the slot of frames i - 1 and i + stages - 1
+    if (++stage == plan.stages) stage = 0;
     const bool extra = i == p.T;
     if (i >= 0 && !extra) {
       if (plan.stages == 3)
@@ -205,36 +221,58 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
         async_wait<0>();
       warp_barrier();  // frame i is here for all lanes, and frame i - 1 has left its slot
     }
-    if (!extra) prefetch(i + plan.stages - 1);
+    if (!extra) prefetch(i + plan.stages - 1, before);
     if (i < 0) continue;
     const float alpha = static_cast<float>(extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha);
-    const bool product = i > 0 || p.init == Init::state, keep = i == 0 && p.init == Init::added;
-    unsigned char* slot = slot_of(i);
+    const bool product = i > 0 || p.init == Init::state;  // else the state is what the first frame is added to, or zero
+    unsigned char* const slot = slots + stage * stage_bytes;
 
+    if (!p.x.data || extra) {  // no input: y was here
+      for (int64_t at = 16 * lane; at < plan.slot_bytes; at += 16 * 32) *reinterpret_cast<uint4*>(slot + at) = uint4{};
+      warp_barrier();
+    }
+    // Calls visit(two elements of the state, m, k, r, the pair of x).
+    const auto for_arriving = [&](auto visit) {
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
+      for (int k = 0; k < KT; ++k)
 #pragma unroll
-      for (int k = 0; k < KT; ++k) {
-        uint32_t x[4] = {};
-        if (p.x.data && !extra) load_matrix<4, !Channels>(x, tile_at(slot, m, k));
-        uint32_t h_of_norm[4] = {};
-        if (p.norm.moments && !extra) load_matrix<4, !Channels>(h_of_norm, tile_at(slot + plan.slot_bytes, m, k));
+        for (int m = 0; m < MT; ++m) {
+          uint32_t x[4];
+          load_tiles(x, slot, m, k);
+          visit(m, k, x);
+        }
+    };
+    const auto pair_of = [&](int m, int k, int r) { return &state[m][2 * k + r / 2][r % 2 * 2]; };
+    // v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
+    const auto with_rest = [&](float* h, int m, int k, int r, float2 v, bool rest) {
+      const float2 d = *reinterpret_cast<const float2*>(diagonal + 16 * k + r / 2 * 8 + fragment_pair);
+      const float2 h16 = unpack<T>(rounded[m][k][r]);
+      h[0] = v.x + (rest ? d.x * rest_of(h[0], h16.x) : h[0]);
+      h[1] = v.y + (rest ? d.y * rest_of(h[1], h16.y) : h[1]);
+    };
+    if (p.norm.moments && !extra) {
+      for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
+        uint32_t normalised[4];
+        load_tiles(normalised, slot + plan.slot_bytes, m, k);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          float* h = &state[m][2 * k + r / 2][r % 2 * 2];
-          const float* d = diagonal + 16 * k + r / 2 * 8 + fragment_pair;
-          float2 added = unpack<T>(x[r]);
-          const float2 h16 = unpack<T>(rounded[m][k][r]);
-          if (p.norm.moments && !extra) {
-            const float2 normalised = unpack<T>(h_of_norm[r]);
-            const int channel = 16 * k + r / 2 * 8 + fragment_pair;
-            added.x = norm_gradient(tables, channel, added.x, normalised.x, p.norm.relu);
-            added.y = norm_gradient(tables, channel + 1, added.y, normalised.y, p.norm.relu);
-          }
-          h[0] = added.x + (product ? d[0] * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
-          h[1] = added.y + (product ? d[1] * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
+          const int channel = 16 * k + r / 2 * 8 + fragment_pair;
+          const float2 added = norm_gradient(tables, channel, unpack<T>(x[r]), unpack<T>(normalised[r]), p.norm.relu);
+          with_rest(pair_of(m, k, r), m, k, r, added, product);
         }
-      }
+        warp_barrier();  // orders nothing, but the next tile's numbers would be fetched before, and spill
+      });
+    } else if (product) {
+      for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) with_rest(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), true);
+      });
+    } else {
+      for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) with_rest(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), false);
+      });
+    }
     if (product) {
 #pragma unroll
       for (int k = 0; k < KT; ++k)
@@ -250,7 +288,7 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
           }
         }
     }
-    for_state([&](float& h, int, int) { h *= alpha; });
+    if (alpha != 1) for_state([&](float& h, int, int) { h *= alpha; });
     if (C < CP)
       for_state([&](float& h, int channel, int) {
         if (channel >= C) h = 0;
@@ -259,40 +297,38 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
 
     if (p.y.data && !extra) {
       warp_barrier();  // x has been read
+      if (!p.scale) {
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
+        for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int k = 0; k < KT; ++k) {
-          if (!p.scale) {
-            store_matrix<4, !Channels>(tile_at(slot, m, k), rounded[m][k]);
-            continue;
-          }
-          uint32_t residual[4] = {}, y[4];
-          if (with_residual) load_matrix<4, !Channels>(residual, tile_at(slot + plan.slot_bytes, m, k));
+          for (int k = 0; k < KT; ++k) store_tiles(slot, m, k, rounded[m][k]);
+      } else {
+        const float least = p.relu ? 0.0f : -INFINITY;
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const int channel = 16 * k + r / 2 * 8 + fragment_pair;
-            const float* h = &state[m][2 * k + r / 2][r % 2 * 2];
-            const float2 added = unpack<T>(residual[r]);
-            float v[2] = {fma(scale[channel], h[0], shift[channel]), fma(scale[channel + 1], h[1], shift[channel + 1])};
-            v[0] += added.x;
-            v[1] += added.y;
-            if (p.relu) {  // NaN stays
-              v[0] = v[0] < 0 ? 0.0f : v[0];
-              v[1] = v[1] < 0 ? 0.0f : v[1];
+        for (int k = 0; k < KT; ++k)
+#pragma unroll
+          for (int m = 0; m < MT; ++m) {
+            uint32_t residual[4] = {}, y[4];
+            if (with_residual) load_tiles(residual, slot + plan.slot_bytes, m, k);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              const int channel = 16 * k + r / 2 * 8 + fragment_pair;
+              const float* h = pair_of(m, k, r);
+              const float2 gain = *reinterpret_cast<const float2*>(scale + channel);
+              const float2 offset = *reinterpret_cast<const float2*>(shift + channel), added = unpack<T>(residual[r]);
+              const float first = fma(gain.x, h[0], offset.x) + added.x, second = fma(gain.y, h[1], offset.y) + added.y;
+              y[r] = pack<T>(first < least ? least : first, second < least ? least : second);  // NaN stays
             }
-            y[r] = pack<T>(v[0], v[1]);
+            store_tiles(slot, m, k, y);
           }
-          store_matrix<4, !Channels>(tile_at(slot, m, k), y);
-        }
+      }
       warp_barrier();  // y is complete
       if (p.norm.partial)
         for (int c = lane; c < C; c += 32)
-          add_statistics<T, Channels>(statistics, slot, pitch, c, columns, i == 0);
+          add_statistics<T>(statistics, slot, along_channels, pitch, c, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
-      with_word(plan.vector_bytes, [&](auto word) {
-        for_tile_words(word, p.y, y_offset, [&](int64_t element, int at) { store_word(word, to + element, slot + at); });
-      });
+      for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, p.y, y_offset,
+                       [&](int64_t element, int at) { store_word(numbers, to + element, slot + at); });
     }
   }
   if (p.norm.partial) {
@@ -304,26 +340,17 @@ __global__ void __launch_bounds__(tile_threads, tile_resident_warps / tile_warps
   warp_barrier();  // y has left the slots
   for_state([&](float& h, int channel, int column) { wide[column * wide_pitch + channel] = h; });
   warp_barrier();
-  for_tile(lane, 32, p.last.c == 1, C, M, [&](int64_t channel, int column) {
-    if (column < columns)
-      store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype, wide[column * wide_pitch + channel]);
+  for_elements<CP, M>(lane, 32, p.last.c == 1, C, columns, [&](int channel, int column) {
+    store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype,
+                          wide[column * wide_pitch + channel]);
   });
-}
-
-template <typename T, int KT>
-Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
-  return launch("recurrent_conv tile_scan", plan.along_channels ? tile_scan<T, KT, true> : tile_scan<T, KT, false>,
-                dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(32 * plan.warps)),
-                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 template <typename T>
 Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
-  switch (plan.padded_channels) {
-    case 32: return launch_as<T, 2>(p, plan, stream);
-    case 64: return launch_as<T, 4>(p, plan, stream);
-    default: return launch_as<T, 8>(p, plan, stream);
-  }
+  return launch("recurrent_conv tile_scan", plan.padded_channels == 64 ? tile_scan<T, 4> : tile_scan<T, 8>,
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(32 * plan.warps)),
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 }  // namespace

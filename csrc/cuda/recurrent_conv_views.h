@@ -23,15 +23,6 @@ __device__ __forceinline__ void store_state(const View& v, int64_t i, DType dtyp
     static_cast<S*>(v.data)[i] = value;
 }
 
-// Calls function(LongWord()) or function(ShortWord{bytes}).
-template <typename Function>
-__device__ __forceinline__ void with_word(int bytes, Function function) {
-  if (bytes == LongWord::bytes)
-    function(LongWord());
-  else
-    function(ShortWord{bytes});
-}
-
 // What a product with the rounded state leaves out. Nothing where the state is infinite or NaN: there the rounded one
 // already says all.
 __device__ __forceinline__ float rest_of(float h, float rounded) {
@@ -43,10 +34,23 @@ __device__ __forceinline__ float rest_of(float h, float rounded) {
 struct NormTables {
   const float *scale, *shift, *mean, *slope, *constant;
 };
+__device__ __forceinline__ float norm_gradient(float dz, float h, float mean, float scale, float shift, float slope,
+                                               float constant, bool relu) {
+  const float deviation = h - mean;
+  const float passed = relu && fma(deviation, scale, shift) <= 0 ? 0.0f : dz;
+  return fma(scale, passed, fma(slope, deviation, constant));
+}
 __device__ __forceinline__ float norm_gradient(const NormTables& tables, int c, float dz, float h, bool relu) {
-  const float deviation = h - tables.mean[c], scale = tables.scale[c];
-  const float passed = relu && fma(deviation, scale, tables.shift[c]) <= 0 ? 0.0f : dz;
-  return fma(scale, passed, fma(tables.slope[c], deviation, tables.constant[c]));
+  return norm_gradient(dz, h, tables.mean[c], tables.scale[c], tables.shift[c], tables.slope[c], tables.constant[c],
+                       relu);
+}
+// Of channels c and c + 1, c even.
+__device__ __forceinline__ float2 norm_gradient(const NormTables& tables, int c, float2 dz, float2 h, bool relu) {
+  const auto pair = [&](const float* table) { return *reinterpret_cast<const float2*>(table + c); };
+  const float2 mean = pair(tables.mean), scale = pair(tables.scale), shift = pair(tables.shift);
+  const float2 slope = pair(tables.slope), constant = pair(tables.constant);
+  return {norm_gradient(dz.x, h.x, mean.x, scale.x, shift.x, slope.x, constant.x, relu),
+          norm_gradient(dz.y, h.y, mean.y, scale.y, shift.y, slope.y, constant.y, relu)};
 }
 
 // Fills them for channel c; all zero from C on.
@@ -74,38 +78,42 @@ __device__ __forceinline__ Statistics statistics_at(float* memory, int channels)
   return {sums, sums + channels, memory + 4 * channels};
 }
 
-// One frame more over `columns` columns of y in a slot. The caller owns channel c.
-template <typename T, bool Channels>
-__device__ __forceinline__ void add_statistics(const Statistics& to, const unsigned char* slot, int pitch, int c, int columns, bool first) {
-  const auto for_values = [&](auto visit) {
-    if constexpr (Channels) {
-      for (int j = 0; j < columns; ++j) visit(widen(*reinterpret_cast<const T*>(slot + j * pitch + 2 * c)));
+// One frame more over `columns` columns of y in a slot, whose rows are columns (along_channels) or channels. The caller
+// owns channel c.
+template <typename T>
+__device__ __forceinline__ void add_statistics(const Statistics& to, const unsigned char* slot, bool along_channels,
+                                               int pitch, int c, int columns, bool first) {
+  float center = first ? 0.0f : to.center[c];
+  // Twice over the first frame: its mean comes first.
+  for (bool centered = !first;; centered = true) {
+    float sum = 0, squares = 0;
+    const auto take = [&](float value) {
+      const float deviation = value - center;
+      sum += deviation;
+      squares = fma(deviation, deviation, squares);
+    };
+    if (along_channels) {
+#pragma unroll 4
+      for (int j = 0; j < columns; ++j) take(widen(*reinterpret_cast<const T*>(slot + j * pitch + 2 * c)));
     } else {
+#pragma unroll 1
       for (int j = 0; j < columns; j += 8) {
         const uint4 word = *reinterpret_cast<const uint4*>(slot + c * pitch + 2 * j);
         const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           const float2 both = unpack<T>(pairs[k / 2]);
-          if (j + k < columns) visit(k % 2 ? both.y : both.x);
+          if (j + k < columns) take(k % 2 ? both.y : both.x);
         }
       }
     }
-  };
-  if (first) {
-    float total = 0;
-    for_values([&](float value) { total += value; });
-    to.center[c] = total / static_cast<float>(columns), to.sum[c] = 0, to.squares[c] = 0;
+    if (centered) {
+      to.sum[c] = (first ? 0 : to.sum[c]) + static_cast<double>(sum);
+      to.squares[c] = (first ? 0 : to.squares[c]) + static_cast<double>(squares);
+      return;
+    }
+    to.center[c] = center = sum / static_cast<float>(columns);
   }
-  const float center = to.center[c];
-  float sum = 0, squares = 0;
-  for_values([&](float value) {
-    const float deviation = value - center;
-    sum += deviation;
-    squares = fma(deviation, deviation, squares);
-  });
-  to.sum[c] += static_cast<double>(sum);
-  to.squares[c] += static_cast<double>(squares);
 }
 
 // Of all frames: the part's mean and squared deviations, to partial[c][part].
@@ -117,16 +125,15 @@ __device__ __forceinline__ void store_statistics(const Statistics& from, double*
   to[1] = from.squares[c] - from.sum[c] * apart;
 }
 
-// Copies a word into a slot, through registers only where it is too short for an asynchronous copy.
+// Copies a word of 8, 4, 2 or 1 numbers into a slot, through a register only where it is too short for an asynchronous
+// copy.
 template <typename T>
-__device__ __forceinline__ void copy_word(LongWord, unsigned char* slot, const T* from) {
-  async_copy<16>(slot, from);
-}
-template <typename T>
-__device__ __forceinline__ void copy_word(ShortWord word, unsigned char* slot, const T* from) {
-  if (word.bytes == 8)
+__device__ __forceinline__ void copy_word(int numbers, unsigned char* slot, const T* from) {
+  if (numbers == 8)
+    async_copy<16>(slot, from);
+  else if (numbers == 4)
     async_copy<8>(slot, from);
-  else if (word.bytes == 4)
+  else if (numbers == 2)
     async_copy<4>(slot, from);
   else
     *reinterpret_cast<T*>(slot) = *from;
@@ -134,14 +141,12 @@ __device__ __forceinline__ void copy_word(ShortWord word, unsigned char* slot, c
 
 // Copies a word out of a slot.
 template <typename T>
-__device__ __forceinline__ void store_word(LongWord, T* to, const unsigned char* slot) {
-  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(slot);
-}
-template <typename T>
-__device__ __forceinline__ void store_word(ShortWord word, T* to, const unsigned char* slot) {
-  if (word.bytes == 8)
+__device__ __forceinline__ void store_word(int numbers, T* to, const unsigned char* slot) {
+  if (numbers == 8)
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(slot);
+  else if (numbers == 4)
     *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(slot);
-  else if (word.bytes == 4)
+  else if (numbers == 2)
     *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(slot);
   else
     *to = *reinterpret_cast<const T*>(slot);

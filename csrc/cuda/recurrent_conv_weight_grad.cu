@@ -85,12 +85,12 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
       unsigned char *dx_slot = slot_of(s), *before_slot = dx_slot + plan.slot_bytes;
       for_row_words<threads, Tile, R, Channels>(thread, numbers, outputs, rows, pitch, [&](int r, int c, int at) {
         const T* from = dx + from_dx[r] + (Channels ? c : c * p.dx.c);
-        with_word(2 * numbers, [&](auto word) { copy_word(word, dx_slot + at, from); });
+        copy_word(numbers, dx_slot + at, from);
       });
       for_row_words<threads, Tile, R, Channels>(thread, numbers, inputs, rows, pitch, [&](int r, int c, int at) {
         if (const int64_t offset = from_before[r]; offset >= 0) {
           const T* from = states + offset + (Channels ? c : c * p.h.c);
-          return with_word(2 * numbers, [&](auto word) { copy_word(word, before_slot + at, from); });
+          return copy_word(numbers, before_slot + at, from);
         }
 #pragma unroll 1
         for (int j = 0; j < numbers; ++j) {

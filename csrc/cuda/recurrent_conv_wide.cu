@@ -1,10 +1,13 @@
 // recurrent_conv on the matrix unit: bf16 and fp16, 129 to 256 channels, W and the state in registers.
+#include <type_traits>
+
 #include "cuda/device/async_copy.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/matrix_copy.h"
 #include "cuda/device/matrix_store.h"
 #include "cuda/device/mma.h"
+#include "cuda/device/registers.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/recurrent_conv_tile.h"
 #include "cuda/recurrent_conv_views.h"
@@ -13,10 +16,14 @@ namespace rcu_ops::cuda {
 namespace {
 
 constexpr int wide_threads = 32 * wide_warps;
+// Of slots whose rows are columns or channels, as plan.slot_pitch has it.
+constexpr int channels_pitch = static_cast<int>(odd_words(2 * wide_most_channels));
+constexpr int columns_pitch = static_cast<int>(odd_words(2 * wide_positions));
 
 // One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 256.
 //
-// Layout.   x, y and the residual have contiguous channels (Channels) or contiguous columns (otherwise), any other strides.
+// Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any other
+//           strides; which of the two, and the width of words, are conditions on loops and on single instructions.
 // Work.     A block is 8 warps and owns P = wide_positions columns for all frames; warp w computes output channels 32 w .. 32 w + 31. Rows of the
 //           matrix product are output channels, its columns columns of the problem: W is the a operand and stays in registers
 //           (2 x 16 fragments of 4), the accumulators are the state in fp32, and b is the state of all warps, rounded to T, in
@@ -35,12 +42,13 @@ constexpr int wide_threads = 32 * wide_warps;
 // Aliasing. y and last overlap no input. Every output element has one writer.
 // Bound.    4 bytes per element moved against 2 C FLOP: at C = 256 still memory (4.3 TB/s: 275 TFLOP/s on the matrix unit). Reading
 //           b costs 8 warps x 512 bytes of shared memory per column and frame, 32 cycles where x and y need 54 from HBM.
-template <typename T, bool Channels>
+template <typename T>
 __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const WideScanPlan plan) {
   constexpr int P = wide_positions, CP = wide_most_channels, KT = CP / 16, NT = P / 8, piece = wide_weight_piece;
   const int thread = threadIdx.x, lane = thread % 32, C = static_cast<int>(p.C);
   const int tile = lane / 8, tile_row = lane % 8, first_channel = thread / 32 * 32;
-  const int pitch = static_cast<int>(plan.slot_pitch);
+  const bool along_channels = plan.along_channels;
+  const int pitch = static_cast<int>(plan.slot_pitch), numbers_of_word = plan.vector_bytes / 2;
   const bool with_residual = p.residual.data != nullptr;
   const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
 
@@ -56,11 +64,12 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * P, columns_left = p.N * p.H * p.W - column0;
   const int columns = columns_left < P ? static_cast<int>(columns_left) : P;
   if (thread < columns) {
-    x_offset[thread] = column_offset(p, p.x, column0 + thread);
-    y_offset[thread] = column_offset(p, p.y, column0 + thread);
-    residual_offset[thread] = column_offset(p, p.residual, column0 + thread);
-    first_offset[thread] = column_offset(p, p.first, column0 + thread);
-    last_offset[thread] = column_offset(p, p.last, column0 + thread);
+    const Column at = column_of(p, column0 + thread);
+    x_offset[thread] = column_offset(at, p.x);
+    y_offset[thread] = column_offset(at, p.y);
+    residual_offset[thread] = column_offset(at, p.residual);
+    first_offset[thread] = column_offset(at, p.first);
+    last_offset[thread] = column_offset(at, p.last);
   }
 
   if (p.norm.moments)
@@ -90,31 +99,34 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   for (int64_t i = thread; i < (plan.stages * stage_bytes) / 4; i += wide_threads) reinterpret_cast<uint32_t*>(slots)[i] = 0;
   block_barrier();
 
-  const auto slot_of = [&](int64_t i) { return slots + i % plan.stages * stage_bytes; };
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
   const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
-    with_word(plan.vector_bytes, [&](auto word) {
-      for_words<CP, P, Channels>(word, thread, wide_threads, C, columns, pitch, v, offset,
-                                 [&](int64_t element, int at) { copy_word(word, slot + at, from + element); });
-    });
+    for_words<CP, P>(along_channels, numbers_of_word, recomputed(thread), wide_threads, C, columns, pitch, v, offset,
+                     [&](int64_t element, int at) { copy_word(numbers_of_word, slot + at, from + element); });
   };
-  const auto prefetch = [&](int64_t i) {
+  const auto prefetch = [&](int64_t i, int stage) {
+    unsigned char* slot = slots + stage * stage_bytes;
     if (i < p.T) {
-      if (p.x.data) fetch(p.x, x_offset, i, slot_of(i));
-      if (with_residual) fetch(p.residual, residual_offset, i, slot_of(i) + plan.slot_bytes);
+      if (p.x.data) fetch(p.x, x_offset, i, slot);
+      if (with_residual) fetch(p.residual, residual_offset, i, slot + plan.slot_bytes);
     }
     async_commit();
   };
-  // This lane's row of the warp's 32 channels x 8 columns from 8 n, as four tiles one below the other; and of the product's 16
-  // input channels from 16 k x 16 columns from 8 n, as four tiles, two for each b.
-  const auto own_tiles = [&](unsigned char* slot, int n) {
-    return Channels ? slot + (8 * n + tile_row) * pitch + 2 * (first_channel + 8 * tile)
-                    : slot + (first_channel + 8 * tile + tile_row) * pitch + 16 * n;
+  // This lane's row of the warp's 32 channels x 8 columns from 8 n, as four tiles one below the other.
+  const int own_at = along_channels ? tile_row * channels_pitch + 2 * (first_channel + 8 * tile)
+                                    : (first_channel + 8 * tile + tile_row) * columns_pitch;
+  const auto load_own = [&](uint32_t (&r)[4], const unsigned char* slot, int n) {
+    if (along_channels)
+      load_matrix<4, true>(r, slot + own_at + n * (8 * channels_pitch));
+    else
+      load_matrix<4, false>(r, slot + own_at + n * 16);
   };
-  const auto product_tiles = [&](unsigned char* slot, int k, int n) {
-    const int channel = 16 * k + tile % 2 * 8, column = 8 * n + tile / 2 * 8;
-    return Channels ? slot + (column + tile_row) * pitch + 2 * channel : slot + (channel + tile_row) * pitch + 2 * column;
+  const auto store_own = [&](unsigned char* slot, int n, const uint32_t (&r)[4]) {
+    if (along_channels)
+      store_matrix<4, true>(slot + own_at + n * (8 * channels_pitch), r);
+    else
+      store_matrix<4, false>(slot + own_at + n * 16, r);
   };
 
   float state[2][NT][4], diagonal[2][2];
@@ -134,7 +146,7 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
       uint32_t rounded[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) rounded[r] = pack<T>(state[r / 2][n][r % 2 * 2], state[r / 2][n][r % 2 * 2 + 1]);
-      store_matrix<4, Channels>(own_tiles(to, n), rounded);
+      store_own(to, n, rounded);
     }
   };
 #pragma unroll
@@ -148,48 +160,66 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
       h = load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
   });
   store_rounded(states + plan.slot_bytes);
-  for (int i = 0; i < plan.stages - 1; ++i) prefetch(i);
+  for (int i = 0; i < plan.stages - 1; ++i) prefetch(i, i);
   async_wait<1>();  // at least two groups have been closed after frame 0's, or one and that is frame 1's
   block_barrier();
 
   // The gradient of the first state is one more product, without an input and without y.
   const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
+  int stage = 0;  // of frame i, modulo the number of them
   for (int64_t i = 0; i < frames; ++i) {
     const bool extra = i == p.T;
     const float alpha = static_cast<float>(extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha);
-    const bool product = i > 0 || p.init == Init::state, keep = i == 0 && p.init == Init::added;
-    unsigned char *slot = slot_of(i), *after = states + i % 2 * plan.slot_bytes, *before = states + (i + 1) % 2 * plan.slot_bytes;
+    const bool product = i > 0 || p.init == Init::state;  // else the state is what the first frame is added to, or zero
+    unsigned char *slot = slots + stage * stage_bytes, *after = states + i % 2 * plan.slot_bytes;
+    unsigned char* before = states + (i + 1) % 2 * plan.slot_bytes;
 
+    const bool arriving = p.x.data && !extra;
+    // The pair of v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
+    const auto with_rest = [&](int n, int r, float2 v) {
+      float* h = &state[r / 2][n][r % 2 * 2];
+      const float2 h16 = unpack<T>(pack<T>(h[0], h[1]));
+      const float d = diagonal[r / 2][r % 2];
+      h[0] = v.x + (product ? d * rest_of(h[0], h16.x) : h[0]);
+      h[1] = v.y + (product ? d * rest_of(h[1], h16.y) : h[1]);
+    };
+    if (p.norm.moments && !extra) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      uint32_t x[4] = {};
-      if (p.x.data && !extra) load_matrix<4, Channels>(x, own_tiles(slot, n));
-      uint32_t h_of_norm[4] = {};
-      if (p.norm.moments && !extra) load_matrix<4, Channels>(h_of_norm, own_tiles(slot + plan.slot_bytes, n));
+      for (int n = 0; n < NT; ++n) {
+        uint32_t x[4] = {}, normalised[4];
+        if (arriving) load_own(x, slot, n);
+        load_own(normalised, slot + plan.slot_bytes, n);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        float* h = &state[r / 2][n][r % 2 * 2];
-        float2 added = unpack<T>(x[r]);
-        const float2 h16 = unpack<T>(pack<T>(h[0], h[1]));
-        if (p.norm.moments && !extra) {
-          const float2 normalised = unpack<T>(h_of_norm[r]);
+        for (int r = 0; r < 4; ++r) {
           const int channel = first_channel + 8 * r + lane / 4;
-          added.x = norm_gradient(tables, channel, added.x, normalised.x, p.norm.relu);
-          added.y = norm_gradient(tables, channel, added.y, normalised.y, p.norm.relu);
+          const float2 dz = unpack<T>(x[r]), h = unpack<T>(normalised[r]);
+          with_rest(n, r, float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
+                                 norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
         }
-        const float d = diagonal[r / 2][r % 2];
-        h[0] = added.x + (product ? d * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
-        h[1] = added.y + (product ? d * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        uint32_t x[4] = {};
+        if (arriving) load_own(x, slot, n);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) with_rest(n, r, unpack<T>(x[r]));
       }
     }
-    if (product) {
+    // The product's 16 input channels from 16 k x 16 columns from 8 n, as four tiles, two for each b.
+    const auto multiply = [&](auto along) {
+      constexpr bool Along = decltype(along)::value;
+      const unsigned char* from = Along ? before + (tile / 2 * 8 + tile_row) * channels_pitch + tile % 2 * 16
+                                        : before + (tile % 2 * 8 + tile_row) * columns_pitch + tile / 2 * 16;
 #pragma unroll
       for (int k = 0; k < KT; ++k)
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
+          const unsigned char* at =
+              from + (Along ? n * (8 * channels_pitch) + k * 32 : k * (16 * columns_pitch) + n * 16);
           if (n + 1 < NT) {
             uint32_t b[4];
-            load_matrix<4, !Channels>(b, product_tiles(before, k, n));
+            load_matrix<4, !Along>(b, at);
             const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
@@ -198,22 +228,24 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
             }
           } else {
             uint32_t b[2];
-            load_matrix<2, !Channels>(b, product_tiles(before, k, n));
+            load_matrix<2, !Along>(b, at);
 #pragma unroll
             for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(state[m][n], weight[m][k], b);
           }
         }
-    }
+    };
+    if (product) along_channels ? multiply(std::true_type()) : multiply(std::false_type());
     for_state([&](float& h, int channel, int) { h = channel < C ? h * alpha : 0.0f; });
     store_rounded(after);
 
     const bool with_y = p.y.data && !extra;
     if (with_y && p.scale) {
       warp_barrier();  // x has been read
+      const float least = p.relu ? 0.0f : -INFINITY;
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         uint32_t residual[4] = {}, y[4];
-        if (with_residual) load_matrix<4, Channels>(residual, own_tiles(slot + plan.slot_bytes, n));
+        if (with_residual) load_own(residual, slot + plan.slot_bytes, n);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int c = first_channel + 8 * r + lane / 4;
@@ -221,14 +253,10 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
           const float offset = c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
           const float* h = &state[r / 2][n][r % 2 * 2];
           const float2 added = unpack<T>(residual[r]);
-          float v[2] = {fma(gain, h[0], offset) + added.x, fma(gain, h[1], offset) + added.y};
-          if (p.relu) {  // NaN stays
-            v[0] = v[0] < 0 ? 0.0f : v[0];
-            v[1] = v[1] < 0 ? 0.0f : v[1];
-          }
-          y[r] = pack<T>(v[0], v[1]);
+          const float first = fma(gain, h[0], offset) + added.x, second = fma(gain, h[1], offset) + added.y;
+          y[r] = pack<T>(first < least ? least : first, second < least ? least : second);  // NaN stays
         }
-        store_matrix<4, Channels>(own_tiles(slot, n), y);
+        store_own(slot, n, y);
       }
     }
     if (plan.stages == 4)
@@ -239,14 +267,13 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     if (with_y) {
       const unsigned char* from = p.scale ? slot : after;
       if (p.norm.partial && thread < C)
-        add_statistics<T, Channels>(statistics, from, pitch, thread, columns, i == 0);
+        add_statistics<T>(statistics, from, along_channels, pitch, thread, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
-      with_word(plan.vector_bytes, [&](auto word) {
-        for_words<CP, P, Channels>(word, thread, wide_threads, C, columns, pitch, p.y, y_offset,
-                                   [&](int64_t element, int at) { store_word(word, to + element, from + at); });
-      });
+      for_words<CP, P>(along_channels, numbers_of_word, recomputed(thread), wide_threads, C, columns, pitch, p.y,
+                       y_offset, [&](int64_t element, int at) { store_word(numbers_of_word, to + element, from + at); });
     }
-    prefetch(i + plan.stages - 1);
+    prefetch(i + plan.stages - 1, stage == 0 ? plan.stages - 1 : stage - 1);
+    if (++stage == plan.stages) stage = 0;
   }
   if (p.norm.partial && thread < C)
     store_statistics(statistics, p.norm.partial, (p.N * p.H * p.W + P - 1) / P, blockIdx.x, thread, columns * p.T);
@@ -259,9 +286,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
 
 template <typename T>
 Error launch_as(const Scan& p, const WideScanPlan& plan, Stream stream) {
-  return launch("recurrent_conv wide_scan", plan.along_channels ? wide_scan<T, true> : wide_scan<T, false>,
-                dim3(static_cast<unsigned>(plan.blocks)), dim3(wide_threads), static_cast<size_t>(plan.shared_bytes), stream, p,
-                plan);
+  return launch("recurrent_conv wide_scan", wide_scan<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(wide_threads),
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 }  // namespace

@@ -323,9 +323,9 @@ def test_every_way_to_cut_the_plain_scan(machine, shared_bytes, plan, dtype, see
 # For the matrix unit: shape, layout, plan. Words of 16, 8, 4 and 2 bytes; padded and full channels; tiles that end
 # inside a sample, with it, and inside a warp; the state of several warps and blocks.
 TILES = [
-    ((2, 32, 3, 4, 8), "contiguous", "4 x 32 columns, channels padded to 32, along columns by 16 bytes, 3 stages"),
+    ((2, 32, 3, 4, 8), "contiguous", "4 x 32 columns, channels padded to 64, along columns by 16 bytes, 3 stages"),
     ((1, 64, 5, 7, 7), "contiguous", "4 x 32 columns, channels padded to 64, along columns by 2 bytes, 3 stages"),
-    ((3, 20, 2, 2, 6), "contiguous", "4 x 32 columns, channels padded to 32, along columns by 8 bytes, 3 stages"),
+    ((3, 20, 2, 2, 6), "contiguous", "4 x 32 columns, channels padded to 64, along columns by 8 bytes, 3 stages"),
     ((2, 70, 3, 3, 6), "contiguous", "4 x 16 columns, channels padded to 128, along columns by 4 bytes, 3 stages"),
     ((3, 128, 2, 8, 8), "frame_major", "4 x 16 columns, channels padded to 128, along columns by 16 bytes, 3 stages"),
     ((2, 64, 6, 9, 9), "channels_last", "4 x 32 columns, channels padded to 64, along channels by 16 bytes, 3 stages"),
@@ -335,7 +335,7 @@ TILES = [
         "4 x 16 columns, channels padded to 128, along channels by 16 bytes, 3 stages",
     ),
     ((1, 100, 2, 3, 5), "channels_last", "4 x 16 columns, channels padded to 128, along channels by 8 bytes, 3 stages"),
-    ((2, 6, 2, 3, 5), "channels_last", "4 x 32 columns, channels padded to 32, along channels by 4 bytes, 3 stages"),
+    ((2, 6, 2, 3, 5), "channels_last", "4 x 32 columns, channels padded to 64, along channels by 4 bytes, 3 stages"),
     ((2, 33, 4, 3, 5), "channels_last", "4 x 32 columns, channels padded to 64, along channels by 2 bytes, 3 stages"),
 ]
 
