@@ -6,7 +6,7 @@
 // Work.     Block (n, s): sample n, channels of split s. A thread owns 4 x 4 pairs of frames, on or above the diagonal, and every
 //           groups-th quad of channels; there are as many groups as 288 threads have room for. With one split the block goes on to
 //           the softmax and the indices, a warp per query and a lane per key; otherwise its distances go to the scratch, and
-//           finish_short adds them up.
+//           a second launch adds them up.
 // Memory.   Two stages of [F][128 channels] in T, rows 16 bytes apart from a multiple of 128: filled by asynchronous copies of 16 or
 //           4 bytes where channels are adjacent and aligned, number by number elsewhere and at the end of a range; then d, [F][F + 1].
 // Order.    A thread adds up a stage's channels, then stages; groups are added in order, then splits: fixed, no atomics. Every pair
@@ -99,15 +99,15 @@ __device__ void find_distances(const Alignment& p, int64_t n, int64_t begin, int
     right[m] = M * column + m < frames ? M * column + m : frames - 1;
   }
   float total[M][M] = {};
-  fill_stage(p, n, frames, begin, end, word, factor, stages);
-  int slot = 0;
-  for (int64_t c = begin; c < end; c += stage_channels, slot ^= 1) {
-    if (c + stage_channels < end) {
-      fill_stage(p, n, frames, c + stage_channels, end, word, factor, stages + (slot ^ 1) * stage_numbers);
+  int slot = 1;
+  for (int64_t c = begin - stage_channels; c < end; c += stage_channels, slot ^= 1) {
+    const bool more = c + stage_channels < end;
+    if (more) fill_stage(p, n, frames, c + stage_channels, end, word, factor, stages + (slot ^ 1) * stage_numbers);
+    if (c < begin) continue;  // nothing but the first stage's copies
+    if (more)
       async_wait<1>();
-    } else {
+    else
       async_wait<0>();
-    }
     block_barrier();  // the stage is complete
     if (group < groups) {
       const T* stage = stages + slot * stage_numbers;
@@ -198,10 +198,10 @@ __device__ float measure(const Alignment& p, int64_t n, float* memory) {
   return static_cast<float>(factor);
 }
 
-// From distances to the sample's indices and gate. `memory`: 64 numbers.
+// What the sample's numbers are to be multiplied by before they are squared once more: 1, mostly. Every thread gets it.
+// `memory`: a number per warp.
 template <typename T>
-__device__ void finish(const Alignment& p, int64_t n, T* stages, float* d, float* memory) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+__device__ __forceinline__ float rescale(const Alignment& p, int64_t n, const float* d, float* memory) {
   const int frames = static_cast<int>(p.T + p.S), pitch = frames + 1;
   float largest = 0;
   for (int i = static_cast<int>(threadIdx.x); i < frames * frames; i += threads)
@@ -210,16 +210,18 @@ __device__ void finish(const Alignment& p, int64_t n, T* stages, float* d, float
       if (!(value <= largest)) largest = value < INFINITY ? value : INFINITY;  // NaN too
     }
   largest = largest_lane(largest);
-  if (lane == 0) memory[warp] = largest;
+  if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = largest;
   block_barrier();
   for (int w = 0; w < warps; ++w)
     if (memory[w] > largest) largest = memory[w];
   block_barrier();
-  float factor = 1;
-  if (!(largest < INFINITY && largest >= 0x1p-60f)) {
-    factor = measure<T>(p, n, memory);
-    if (factor != 1) find_distances(p, n, 0, p.C, 0, factor, stages, d);
-  }
+  return largest < INFINITY && largest >= 0x1p-60f ? 1.f : measure<T>(p, n, memory);
+}
+
+// From distances, of numbers times `factor`, to the sample's indices and gate. `memory`: 64 numbers.
+__device__ __forceinline__ void finish(const Alignment& p, int64_t n, float factor, const float* d, float* memory) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int frames = static_cast<int>(p.T + p.S), pitch = frames + 1;
   const double sharp = 1 / static_cast<double>(factor) / static_cast<double>(factor) / p.temperature;
   const float sharpness = static_cast<float>(sharp < 3.4e38 ? sharp : 3.4e38);
   for (int query = warp; query < frames; query += warps) {
@@ -258,33 +260,40 @@ __device__ void finish(const Alignment& p, int64_t n, T* stages, float* d, float
 // Shared memory: numbers of the warps or frames [64], d [F][F + 1], two stages.
 __host__ __device__ constexpr int shared_header(int frames) { return (64 + frames * (frames + 1) + 3) / 4 * 4; }
 
+// Block (n, s) of the first launch; or, where there are splits, block n of the second (`last`): the sum of a sample's
+// splits, in order, and what follows from it.
 template <typename T>
-__global__ void __launch_bounds__(threads, 1) align_short_kernel(const Alignment p, const ShortCycle plan, int word, float* partial) {
+__global__ void __launch_bounds__(threads, 1)
+    align_short_kernel(const Alignment p, const ShortCycle plan, int word, bool last, float* partial) {
   float *memory = dynamic_shared<float>(), *d = memory + 64;
-  const int frames = static_cast<int>(p.T + p.S);
+  const int frames = static_cast<int>(p.T + p.S), pairs = frames * frames;
   T* stages = reinterpret_cast<T*>(memory + shared_header(frames));
-  const int64_t n = blockIdx.x / plan.splits, split = blockIdx.x % plan.splits, begin = split * plan.channels_per_split;
-  const int64_t end = begin + plan.channels_per_split < p.C ? begin + plan.channels_per_split : p.C;
-  find_distances(p, n, begin, end, word, 1.f, stages, d);
-  if (plan.splits == 1) return finish(p, n, stages, d, memory);
-  float* to = partial + static_cast<int64_t>(blockIdx.x) * frames * frames;
-  for (int i = static_cast<int>(threadIdx.x); i < frames * frames; i += threads) to[i] = d[i / frames * (frames + 1) + i % frames];
-}
-
-// Block n: the sum of a sample's splits, in order, and what follows from it.
-template <typename T>
-__global__ void __launch_bounds__(threads, 1) finish_short(const Alignment p, const ShortCycle plan, const float* partial) {
-  float *memory = dynamic_shared<float>(), *d = memory + 64;
-  const int frames = static_cast<int>(p.T + p.S);
-  T* stages = reinterpret_cast<T*>(memory + shared_header(frames));
-  const int64_t n = blockIdx.x;
-  for (int i = static_cast<int>(threadIdx.x); i < frames * frames; i += threads) {
-    float sum = 0;
-    for (int64_t s = 0; s < plan.splits; ++s) sum += partial[((n * plan.splits + s) * frames * frames) + i];
-    d[i / frames * (frames + 1) + i % frames] = sum;
+  const int64_t n = last ? blockIdx.x : blockIdx.x / plan.splits, split = last ? 0 : blockIdx.x % plan.splits;
+  int64_t begin = split * plan.channels_per_split;
+  int64_t end = begin + plan.channels_per_split < p.C ? begin + plan.channels_per_split : p.C;
+  if (last) {
+    for (int i = static_cast<int>(threadIdx.x); i < pairs; i += threads) {
+      float sum = 0;
+      for (int64_t s = 0; s < plan.splits; ++s) sum += partial[(n * plan.splits + s) * pairs + i];
+      d[i / frames * (frames + 1) + i % frames] = sum;
+    }
+    block_barrier();
   }
-  block_barrier();
-  finish(p, n, stages, d, memory);
+  // Twice at most: the second time over all channels of numbers that are scaled.
+  float factor = 1;
+  for (bool scaled = false, distances = !last;; distances = scaled = true, begin = 0, end = p.C, word = 0) {
+    if (distances) find_distances(p, n, begin, end, word, factor, stages, d);
+    if (!last && plan.splits > 1) {
+      float* to = partial + static_cast<int64_t>(blockIdx.x) * pairs;
+      for (int i = static_cast<int>(threadIdx.x); i < pairs; i += threads)
+        to[i] = d[i / frames * (frames + 1) + i % frames];
+      return;
+    }
+    if (scaled) break;
+    factor = rescale<T>(p, n, d, memory);
+    if (factor == 1) break;
+  }
+  finish(p, n, factor, d, memory);
 }
 
 // The widest copy that every row of both sequences is aligned for; 0: none.
@@ -303,11 +312,12 @@ template <typename T>
 Error align_as(const Alignment& p, const ShortCycle& plan, float* partial, Stream stream) {
   const int frames = static_cast<int>(p.T + p.S), word = copied_word(p);
   const size_t bytes = static_cast<size_t>(shared_header(frames)) * 4 + 2 * static_cast<size_t>(frames * row_pitch<T>) * sizeof(T);
-  Error error = launch("cycle_consistency align_short", align_short_kernel<T>, dim3(static_cast<unsigned>(p.N * plan.splits)),
-                       dim3(threads), bytes, stream, p, plan, word, partial);
+  Error error = launch("cycle_consistency align_short", align_short_kernel<T>,
+                       dim3(static_cast<unsigned>(p.N * plan.splits)), dim3(threads), bytes, stream, p, plan, word, false,
+                       partial);
   if (error.empty() && plan.splits > 1)
-    error = launch("cycle_consistency finish_short", finish_short<T>, dim3(static_cast<unsigned>(p.N)), dim3(threads), bytes, stream, p,
-                   plan, static_cast<const float*>(partial));
+    error = launch("cycle_consistency align_short", align_short_kernel<T>, dim3(static_cast<unsigned>(p.N)), dim3(threads),
+                   bytes, stream, p, plan, word, true, partial);
   return error;
 }
 

@@ -46,8 +46,7 @@ REGISTERS = {
     "measure": 64,  # the same
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
-    "align_short_kernel": 176,  # 1 block of 288
-    "finish_short": 112,  # 2 blocks of 288
+    "align_short_kernel": 112,  # 2 blocks of 288
     "key_gradient": 128,  # 2 blocks of 256
     "survey": 64,  # 2 blocks of 512
     "split_frames": 64,  # 4 blocks of 256
