@@ -118,17 +118,12 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
 
   float acc[MT][NT][4] = {};
   const int my_output = warp % 2 * (Tile / 2), my_input = warp / 2 * 32;
-  find_rows(0);
-  find_rows(1);
-  block_barrier();
-  for (int s = 0; s < stages - 1; ++s) fetch(s);
-  block_barrier();  // both tables have been read
-  find_rows(2);
-  for (int s = 0; s < stage_count; ++s) {
-    async_wait<stages - 2>();
+  for (int s = -stages; s < stage_count; ++s) {  // before stage 0 there are rows to find and stages to copy
+    if (s >= 0) async_wait<stages - 2>();
     block_barrier();  // stage s and the rows of stage s + 2 are here, stage s - 1 has been read
-    fetch(s + stages - 1);
+    if (s > -stages) fetch(s + stages - 1);
     find_rows(s + stages);
+    if (s < 0) continue;
     unsigned char *dx_slot = slot_of(s), *before_slot = dx_slot + plan.slot_bytes;
 #pragma unroll 1
     for (int k = 0; k < R; k += 16) {
@@ -227,10 +222,13 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
   const T* states = static_cast<const T*>(p.h.data);
   CompensatedSum<S> total[L][L];
   const int my_output = thread / (B / L) * L, my_input = thread % (B / L) * L;
-  find_rows(begin, 0);
-  block_barrier();
-  int stage = 0;
-  for (int64_t row0 = begin; row0 < end; row0 += R, stage ^= 1) {
+  int stage = 1;
+  for (int64_t row0 = begin - R; row0 < end; row0 += R, stage ^= 1) {
+    find_rows(row0 + R, stage ^ 1);
+    if (row0 < begin) {  // nothing but the first rows to find
+      block_barrier();
+      continue;
+    }
     const int rows = end - row0 < R ? static_cast<int>(end - row0) : R;
     const int64_t *from_dx = dx_offset + stage * R, *from_before = before_offset + stage * R;
     for_tile(p.dx.c == 1, B, R, [&](int64_t c, int r) {
@@ -245,7 +243,6 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
       }
       before_tile[r * pitch + c] = value;
     });
-    find_rows(row0 + R, stage ^ 1);
     block_barrier();
     S acc[L][L] = {};
 #pragma unroll 4
