@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
 #pragma unroll 1
   for (int64_t i = 0; i < frames; ++i) {
     const bool extra = i == p.T, with_x = p.x.data && !extra, with_y = p.y.data && !extra;
-    const bool product = i > 0 || p.init == Init::state, keep = i == 0 && p.init == Init::added;
+    const bool product = i > 0 || p.init == Init::state;  // else the state is what the first frame is added to, or zero
 
     fetch(i, i == 0 ? 0 : 1, 2);
     if (with_x) {
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
           const float2 added = unpack<T>(x[r]), h16 = unpack<T>(rounded[k][r]);
           const float d0 = widen(*reinterpret_cast<const T*>(weight + d));
           const float d1 = widen(*reinterpret_cast<const T*>(weight + ((d ^ 16) + 130)));
-          h[0] = added.x + (product ? d0 * rest_of(h[0], h16.x) : keep ? h[0] : 0.0f);
-          h[1] = added.y + (product ? d1 * rest_of(h[1], h16.y) : keep ? h[1] : 0.0f);
+          h[0] = added.x + (product ? d0 * rest_of(h[0], h16.x) : h[0]);
+          h[1] = added.y + (product ? d1 * rest_of(h[1], h16.y) : h[1]);
         }
       }
       if (product) {

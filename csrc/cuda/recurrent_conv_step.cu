@@ -32,11 +32,12 @@ __device__ __forceinline__ Block block_of(const Scan& p, const StepScanPlan& pla
   b.x = dynamic_shared<int64_t>();
   b.y = b.x + P, b.residual = b.y + P, b.first = b.residual + P, b.last = b.first + P;
   for (int i = threadIdx.x; i < b.columns; i += step_threads) {
-    b.x[i] = column_offset(p, p.x, b.column0 + i);
-    b.y[i] = column_offset(p, p.y, b.column0 + i);
-    b.residual[i] = column_offset(p, p.residual, b.column0 + i);
-    b.first[i] = column_offset(p, p.first, b.column0 + i);
-    b.last[i] = column_offset(p, p.last, b.column0 + i);
+    const Column at = column_of(p, b.column0 + i);
+    b.x[i] = column_offset(at, p.x);
+    b.y[i] = column_offset(at, p.y);
+    b.residual[i] = column_offset(at, p.residual);
+    b.first[i] = column_offset(at, p.first);
+    b.last[i] = column_offset(at, p.last);
   }
   return b;
 }
@@ -143,8 +144,6 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
     const float diagonal = widen(w[c * (p.weight_out + p.weight_in)]);
     value = added + (product ? diagonal * rest_of(h, widen(narrow<T>(h))) : keep ? h : 0.0f);
   });
-  if (product) stage(0, plan.depth);
-  block_barrier();
   float acc[M][N][4];
   const int my_channel = warp % 2 * 16 * M, my_column = warp / 2 * 8 * N;
   // Calls visit(accumulator, the value it stands for).
@@ -157,14 +156,13 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
         for (int i = 0; i < 4; ++i)
           visit(acc[m][n][i], values[(my_channel + 16 * m + i / 2 * 8 + lane / 4) * (P + 1) + my_column + 8 * n + lane % 4 * 2 + i % 2]);
   };
-  for_accumulators([](float& a, float value) { a = value; });
-  for (int64_t k0 = 0; product && k0 < p.C; k0 += plan.depth) {
+  for (int64_t k0 = 0; k0 < p.C; k0 += plan.depth) {
     const int depth = p.C - k0 < plan.depth ? static_cast<int>((p.C - k0 + 15) / 16 * 16) : plan.depth;
-    if (k0 > 0) {
-      block_barrier();  // the piece before this one has been read
-      stage(k0, depth);
-      block_barrier();
-    }
+    if (k0 > 0) block_barrier();  // the piece before this one has been read
+    if (product) stage(k0, depth);
+    block_barrier();
+    if (k0 == 0) for_accumulators([](float& a, float value) { a = value; });
+    if (!product) break;
 #pragma unroll 2
     for (int k = 0; k < depth; k += 16) {
       uint32_t a[M][4];
@@ -225,9 +223,9 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
   };
   T acc[2][2] = {{T(-0.0), T(-0.0)}, {T(-0.0), T(-0.0)}};
   const int my_channel = thread / (P / 2) * 2, my_column = thread % (P / 2) * 2;
-  if (product) fetch(0);
-  for (int64_t k0 = 0; product && k0 < p.C; k0 += D) {
+  for (int64_t k0 = -D; product && k0 < p.C; k0 += D) {
     fetch(k0 + D);
+    if (k0 < 0) continue;  // nothing but the first piece's copies
     async_wait<1>();
     block_barrier();  // this piece is here
     const int inputs = p.C - k0 < D ? static_cast<int>(p.C - k0) : D, half = static_cast<int>(k0 / D % 2);
