@@ -67,11 +67,12 @@ __global__ void __launch_bounds__(plain_threads, 2)
   S* new_state = old_state + C * pitch;
 
   for (int i = thread; i < columns; i += blockDim.x) {
-    x_offset[i] = column_offset(p, p.x, column0 + i);
-    y_offset[i] = column_offset(p, p.y, column0 + i);
-    residual_offset[i] = column_offset(p, p.residual, column0 + i);
-    first_offset[i] = column_offset(p, p.first, column0 + i);
-    last_offset[i] = column_offset(p, p.last, column0 + i);
+    const Column at = column_of(p, column0 + i);
+    x_offset[i] = column_offset(at, p.x);
+    y_offset[i] = column_offset(at, p.y);
+    residual_offset[i] = column_offset(at, p.residual);
+    first_offset[i] = column_offset(at, p.first);
+    last_offset[i] = column_offset(at, p.last);
   }
   if (plan.weight_resident) stage_weight<T, S>(p, weight, plan.weight_pitch, 0, C, 0, (C + L - 1) / L * L);
   block_barrier();
