@@ -38,15 +38,12 @@ __device__ __forceinline__ void copy_word(unsigned char* to, const T* from) {
 // Runs take(i, slot_of(i)) for every stage i, the next one on its way meanwhile, in two slots. All threads.
 template <typename Slot, typename Fetch, typename Take>
 __device__ __forceinline__ void staged(int stages, Slot slot_of, Fetch fetch, Take take) {
-  block_barrier();  // both slots are free
-  if (stages > 0) fetch(0, slot_of(0));
-  async_commit();
-  for (int i = 0; i < stages; ++i) {
+  for (int i = -1; i < stages; ++i) {  // from before the first, so that `fetch` is there once
     async_wait<0>();
     block_barrier();  // stage i is here for all threads, and stage i - 1 has been used
     if (i + 1 < stages) fetch(i + 1, slot_of(i + 1));
     async_commit();
-    take(i, slot_of(i));
+    if (i >= 0) take(i, slot_of(i));
   }
   async_wait<0>();
 }
