@@ -56,16 +56,37 @@ NAMED_ARCHITECTURES = {
 # GCC's own vectors, without an instruction set: compiled in two thirds of -O2's time, and up to a third faster.
 PORTABLE_FLAGS = ("-O1", "-ftree-vectorize", "-fschedule-insns2")
 
+# Kernel files that are compiled as one: nvcc takes a second for its headers, its own programs and the host's half of a
+# file before it has seen the first kernel. The names in their unnamed namespaces must differ.
+COMPILED_TOGETHER = (
+    (
+        "csrc/cuda/recurrent_conv.cu",
+        "csrc/cuda/recurrent_conv_batch_norm.cu",
+        "csrc/cuda/recurrent_conv_step.cu",
+        "csrc/cuda/recurrent_conv_weight_grad.cu",
+    ),
+    (
+        "csrc/cuda/nonlocal_gates.cu",
+        "csrc/cuda/nonlocal_gates_gradients.cu",
+        "csrc/cuda/nonlocal_gates_tile.cu",
+        "csrc/cuda/srtg.cu",
+    ),
+    ("csrc/cuda/cycle_consistency.cu", "csrc/cuda/fast_gru.cu"),
+    ("csrc/cuda/cycle_consistency_products.cu", "csrc/cuda/fast_gru_persistent.cu"),
+    ("csrc/cuda/recurrent_conv_sm90.cu", "csrc/cuda/nonlocal_gates_sm90.cu"),
+)
+
 # What takes longest, in this order: a build ends with small files, and no core waits for another's last large one.
 SLOWEST = (
+    "csrc/cuda/recurrent_conv.cu",
+    "csrc/cuda/cycle_consistency_products.cu",
+    "csrc/cuda/nonlocal_gates.cu",
     "csrc/cuda/recurrent_conv_tile.cu",
-    "csrc/cuda/recurrent_conv_wide.cu",
     "csrc/cpu/recurrent_conv_avx512.cpp",
     "csrc/native.cpp",
     "csrc/cuda/cycle_consistency.cu",
-    "csrc/cuda/cycle_consistency_short.cu",
     "csrc/cpu/recurrent_conv_avx2.cpp",
-    "csrc/cuda/recurrent_conv_weight_grad.cu",
+    "csrc/cuda/recurrent_conv_sm90.cu",
 )
 
 KINDS = ("cuda", "cpu", "none")
@@ -327,6 +348,14 @@ def cuda_sources(root: Path = ROOT) -> list[str]:
     return _files(root, "csrc/cuda/*.cu")
 
 
+def cuda_groups(root: Path = ROOT) -> list[tuple[str, ...]]:
+    """Return the CUDA sources of the op library, those that are compiled as one together."""
+    sources = cuda_sources(root)
+    groups = [tuple(source for source in group if source in sources) for group in COMPILED_TOGETHER]
+    alone = [(source,) for source in sources if not any(source in group for group in groups)]
+    return [group for group in groups if group] + alone
+
+
 def native_sources(root: Path = ROOT) -> list[str]:
     """Return the sources of ``rcu_ops._native``."""
     return _files(root, "csrc/native*.cpp", "csrc/build_facts.cpp")
@@ -481,10 +510,11 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     threads = str(min(len(plan.architectures), os.cpu_count() or 1))
     flags = ["-std=c++20", "-O1", "-DNDEBUG", "--threads", threads, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
     key += f" CUDA {plan.cuda.version}"
-    kernels = [
-        _job(source, [*nvcc, *flags, *architecture_flags(source, plan.architectures)], objects, key)
-        for source in cuda_sources()
-    ]
+    kernels = []
+    for group in cuda_groups():
+        named = next((source for source in group if differs_by_architecture(source)), group[0])
+        command = [*nvcc, *flags, *architecture_flags(named, plan.architectures)]
+        kernels.append(_job_of_all(group, command, objects, key, "--pre-include"))
     jobs = [*kernels, *jobs]
     # The CUDA runtime is linked in: the library must load beside a torch that ships no CUDA.
     link = (*nvcc, "-shared", "-cudart", "static", "-nodlink")
@@ -521,10 +551,12 @@ def _job(source: str, command: Sequence[str], objects: Path, key: str) -> Job:
     return Job(source, tuple(command), output)
 
 
-def _job_of_all(sources: Sequence[str], command: Sequence[str], objects: Path, key: str) -> Job:
-    """Compile C++ files as one: the headers of torch and of pybind11 take the compiler longer than the files do."""
+def _job_of_all(
+    sources: Sequence[str], command: Sequence[str], objects: Path, key: str, option: str = "-include"
+) -> Job:
+    """Compile files as one: the headers of torch, pybind11 and CUDA take the compilers as long as the files do."""
     first, *others = sources
-    included = [word for source in others for word in ("-include", source)]
+    included = [word for source in others for word in (option, source)]
     return _job(first, [*command, *included], objects, key)
 
 

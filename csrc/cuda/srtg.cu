@@ -11,7 +11,7 @@
 namespace rcu_ops::cuda {
 namespace {
 
-constexpr int gate_threads = 256, warps = gate_threads / 32;
+constexpr int gate_threads = 256, gate_warps = gate_threads / 32;
 
 // One pass (common/srtg.h), any strides, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
 //
@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
   if constexpr (Channels) {
     const int64_t frame = blockIdx.x / groups;
     n = frame / p.T, t = frame % p.T, c = blockIdx.x % groups * 32 + lane;
-    first = warp, step = warps;
+    first = warp, step = gate_warps;
     mine = c < p.C;
   } else {
-    const int64_t plane = static_cast<int64_t>(blockIdx.x) * warps + warp;
+    const int64_t plane = static_cast<int64_t>(blockIdx.x) * gate_warps + warp;
     t = plane % p.T, c = plane / p.T % p.C, n = plane / p.T / p.C;
     first = lane, step = 32;
     mine = plane < p.N * p.C * p.T;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
     block_barrier();
     if (warp > 0) return;
     total = 0;
-    for (int w = 0; w < warps; ++w) total += partial[w * 32 + lane];
+    for (int w = 0; w < gate_warps; ++w) total += partial[w * 32 + lane];
   } else {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
 template <typename T>
 Error launch_as(const GateData& p, Stream stream) {
   const bool channels = p.x.c == 1 && p.C > 1 && !(p.x.w == 1 && p.W > 1);
-  const int64_t blocks = channels ? p.N * p.T * ((p.C + 31) / 32) : (p.N * p.C * p.T + warps - 1) / warps;
+  const int64_t blocks = channels ? p.N * p.T * ((p.C + 31) / 32) : (p.N * p.C * p.T + gate_warps - 1) / gate_warps;
   if (blocks == 0) return {};
   if (blocks > INT32_MAX) return "srtg: too many frames for one launch";
   const size_t shared = channels ? gate_threads * sizeof(Accumulator<T>) : 0;
