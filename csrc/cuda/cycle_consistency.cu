@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
 //           weights stay in the scratch, [N T][2 S], for key_gradient.
 // Order.    Fixed; no atomics; equal keys have equal distances wherever they stand.
 // Output.   Every element has one writer. Rows of frames that are not there: index -1, results and gradients 0.
+// Code.     A thread's own keys and channels are a few: those loops are not unrolled, which would be a quarter of the kernel.
 // Bound.    Two to five passes over b per query, from L2: S C numbers each. T S C differences and multiply-adds per pass.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(align_threads, 2)
   bool any = there(mask_from, n, t);
   if (any && mask_to.data) {
     S count = 0;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) count += there(mask_to, n, i) ? S(1) : S(0);
     any = block_sum(count, memory) > 0;
   }
@@ -140,7 +142,9 @@ __global__ void __launch_bounds__(align_threads, 2)
         static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] = 0;
     }
     T* vector = static_cast<T*>(gradients ? p.da : p.soft);
+#pragma unroll 1
     for (int64_t c = threadIdx.x; vector && c < p.C; c += align_threads) vector[task * p.C + c] = narrow<T>(S(0));
+#pragma unroll 1
     for (int64_t i = threadIdx.x; gradients && i < keys; i += align_threads) z[i] = w[i] = 0;
     return;
   }
@@ -163,6 +167,7 @@ __global__ void __launch_bounds__(align_threads, 2)
   };
   // values[c] = sum over keys of weights[i] (key - around[c]), around == nullptr: 0.
   const auto for_channels = [&](S* values, const S* weights, const S* around) {
+#pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
       S sum = 0, part = 0;
       for (int64_t i = 0; i < keys; ++i) {
@@ -186,11 +191,13 @@ __global__ void __launch_bounds__(align_threads, 2)
   const S own = back ? z[t] : S(0);
   block_barrier();
   S sum = 0;
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
     z[i] = there(mask_to, n, i) ? exp((least - z[i]) * sharpness) : S(0);
     sum += z[i];
   }
   sum = block_sum(sum, memory);
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < keys; i += align_threads) z[i] /= sum;
   block_barrier();
 
@@ -198,8 +205,10 @@ __global__ void __launch_bounds__(align_threads, 2)
     // Places relative to the most probable one's: the mean of numbers close to each other.
     S mean = 0, variance = 0;
     const S origin = static_cast<S>(likely < 0 ? 0 : likely);
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * (static_cast<S>(i) - origin);
     mean = block_sum(mean, memory);
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
       const S away = (static_cast<S>(i) - origin) - mean;
       variance += z[i] * (away * away);
@@ -215,6 +224,7 @@ __global__ void __launch_bounds__(align_threads, 2)
     const S g = static_cast<const S*>(p.grad_log_probability)[task], g_mean = static_cast<const S*>(p.grad_mean)[task],
             g_variance = static_cast<const S*>(p.grad_variance)[task];
     const S by = static_cast<S>(2 / static_cast<double>(factor) / p.temperature);
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
       const S away = (static_cast<S>(i) - origin) - mean;
       w[i] = by * (z[i] * (g_mean * away + g_variance * (away * away - variance) - g) + (i == t ? g : S(0)));
@@ -227,17 +237,21 @@ __global__ void __launch_bounds__(align_threads, 2)
     const T* grad = static_cast<const T*>(p.grad.data) + n * p.grad.n + t * p.grad.t;
     for_keys(w, S(0), [&](S k, int64_t c) { return (k - centre[c]) * widen(grad[c * p.grad.c]); });
     S mean = 0;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * w[i];
     mean = block_sum(mean, memory);
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) w[i] = z[i] * (w[i] - mean) * (2 * sharpness);
     block_barrier();
   }
   for_channels(rest, gradients ? w : z, centre);
   if (gradients) {
+#pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += align_threads) static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c]);
     return;
   }
   if (p.soft)
+#pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
       static_cast<T*>(p.soft)[task * p.C + c] = narrow<T>((centre[c] + rest[c]) / factor);
   if (!index) return;
