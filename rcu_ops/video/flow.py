@@ -6,6 +6,7 @@ A field holds the displacement of every pixel from one frame to the next, in pix
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -119,25 +120,48 @@ def open_flow(source: str | os.PathLike[str]) -> np.ndarray:
     return fields
 
 
+def _digest(source: str | os.PathLike[str]) -> bytes:
+    """32 bytes that tell a video from others: its size, beginning and end; the name of what is no file."""
+    digest = hashlib.sha256()
+    ends = 1 << 20
+    try:
+        with open(source, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for start in (0, max(0, size - ends)):
+                file.seek(start)
+                digest.update(file.read(ends))
+    except OSError:
+        digest.update(os.fsencode(source))
+    return digest.digest()
+
+
 class FlowPart:
     """The file of a flow that is under way: a header and whole fields; one that a kill cut off is dropped.
 
     Args:
         path: the file; an existing one is gone on with.
+        source: the video. Its contents are named in the file, so that no other video goes on with its fields.
+
+    Raises:
+        VideoError: the file is something else, or the flow of another video.
     """
 
-    _HEADER = struct.Struct("<8sII")
-    _MAGIC = b"rcuflow1"
+    _HEADER = struct.Struct("<8s32sII")
+    _MAGIC = b"rcuflow2"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: str | os.PathLike[str]) -> None:
         self._path = path
+        self._video = _digest(source)
         self.size: tuple[int, int] | None = None
         self.count = 0
         if path.is_file() and path.stat().st_size >= self._HEADER.size:
             with path.open("r+b") as file:
-                magic, height, width = self._HEADER.unpack(file.read(self._HEADER.size))
+                magic, video, height, width = self._HEADER.unpack(file.read(self._HEADER.size))
                 if magic != self._MAGIC or not height or not width:
                     raise VideoError(f"{path}: this is not a flow under way; remove it")
+                if video != self._video:
+                    raise VideoError(f"{path}: holds the flow of another video under way; finish or remove it")
                 self.size = (height, width)
                 self.count = (path.stat().st_size - self._HEADER.size) // (2 * height * width)
                 file.truncate(self._HEADER.size + 2 * height * width * self.count)
@@ -146,7 +170,7 @@ class FlowPart:
         """Add a field uint8 [2, H, W]."""
         if self.size is None:
             self.size = (field.shape[1], field.shape[2])
-            self._path.write_bytes(self._HEADER.pack(self._MAGIC, *self.size))
+            self._path.write_bytes(self._HEADER.pack(self._MAGIC, self._video, *self.size))
         if field.shape != (2, *self.size):
             raise VideoError(f"{self._path}: holds fields of {self.size}, got {field.shape[1:]}")
         with self._path.open("ab") as file:
@@ -154,7 +178,7 @@ class FlowPart:
         self.count += 1
 
     def finish(self, path: Path) -> None:
-        """Write the fields as an ``.npy`` file [F, 2, H, W], without holding them in memory, and remove this one."""
+        """Write the fields as an ``.npy`` file [F, 2, H, W], without holding them in memory."""
         assert self.size is not None
         shape = (self.count, 2, *self.size)
         with path.open("wb") as file, self._path.open("rb") as source:

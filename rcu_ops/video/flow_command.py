@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         require_cv2()
         with open_video(args.video) as reader:
             frames = reader.frame_count
-        part = FlowPart(path)
+        part = FlowPart(path, args.video)
         if part.count:
             print(f"{part.count} fields were done already")
         fault = None

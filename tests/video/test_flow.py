@@ -79,7 +79,7 @@ def test_command_goes_on(moving: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert main(["flow", str(moving), "--out", str(whole), "--scale", "64"]) == 0
     expected = np.load(whole)
     assert expected.shape == (5, 2, 64, 85)
-    part = FlowPart(tmp_path / ".stopped-64-20.part")
+    part = FlowPart(tmp_path / ".stopped-64-20.part", moving)
     for field in expected[:2]:
         part.append(field)
     with (tmp_path / ".stopped-64-20.part").open("ab") as file:
@@ -91,6 +91,27 @@ def test_command_goes_on(moving: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == [2]
     np.testing.assert_array_equal(np.load(stopped), expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moving.mkv", "stopped.npy", "whole.npy"]
+
+
+def test_command_does_not_go_on_with_another_video(
+    moving: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cv2")
+    path = tmp_path / ".f-64-20.part"
+    FlowPart(path, moving).append(np.zeros((2, 64, 85), np.uint8))
+    before = path.read_bytes()
+    other = write_clip(tmp_path / "other.mkv", 6, height=96, width=128)
+    command = ["--out", str(tmp_path / "f.npy"), "--scale", "64"]
+    assert main(["flow", str(other), *command]) == 2
+    error = capsys.readouterr().err
+    assert "holds the flow of another video" in error and error.count("\n") == 1
+    assert path.read_bytes() == before and not (tmp_path / "f.npy").exists()
+    renamed = moving.rename(tmp_path / "renamed.mkv")  # the same video still
+    assert main(["flow", str(renamed), *command]) == 0
+    assert not np.load(tmp_path / "f.npy")[0].any()
+    path.write_bytes(b"something else, longer than the header of a part is")
+    assert main(["flow", str(renamed), *command, "--overwrite"]) == 2
+    assert "not a flow under way" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
