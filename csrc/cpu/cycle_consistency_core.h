@@ -373,8 +373,8 @@ static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V
 
 // out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[c]) over all `count` frames, P vectors of channels from c on.
 template <class V, int P>
-static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp, int64_t c,
-                           const typename V::S* centre, typename V::S* out) {
+static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp,
+                           int64_t c, const typename V::S* centre, typename V::S* out) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
   const int64_t step = part_of(count);
@@ -390,7 +390,7 @@ static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename
       for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const R weight = R{} + w[m * pitch + i];
+        const R weight = w[m * pitch + i] - R{};  // as in multiply_panels
 #pragma GCC unroll 4
         for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
       }
@@ -483,15 +483,17 @@ static double left_out(const typename V::S* z, const typename V::S* d, typename 
                   sum * __builtin_sqrt(static_cast<double>(max_of<typename V::S>(farthest, 0))));
 }
 
-// Soft neighbours of a block around the mean of all frames, as centre and rest. Returns whether they are as good as around
-// themselves: rounding is measured by what is added up, sum_i z_i |b_i - mean|^2 = |soft - mean|^2 + sum_i z_i |b_i - soft|^2, and the
-// first part may be three times the second.
+// Soft neighbours of a block around the mean of all frames, as centre and rest. Returns whether they are as good as
+// around themselves: rounding is measured by what is added up,
+// sum_i z_i |b_i - mean|^2 = |soft - mean|^2 + sum_i z_i |b_i - soft|^2, and the first part may be three times the
+// second.
 template <class V>
-static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& b, int rows,
-                                 const Block<V>& block) {
+static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& b,
+                                 int rows, const Block<V>& block) {
   using R = typename V::R;
+  const size_t row_bytes = static_cast<size_t>(s.C) * sizeof(typename V::S);
   dense_sum<V>(block.z, s.pitch, b.rows, b.count, s.C, sample.mean, block.rest);
-  for (int m = 0; m < V::M; ++m) memcpy(block.centre + m * s.C, sample.mean, static_cast<size_t>(s.C) * sizeof(typename V::S));
+  for (int m = 0; m < V::M; ++m) memcpy(block.centre + m * s.C, sample.mean, row_bytes);
   for (int m = 0; m < rows; ++m) {
     R whole{}, squares{};
     for (int64_t i = 0; i < b.count; i += V::L) whole += V::load(block.z + m * s.pitch + i) * V::load(b.sizes + i);

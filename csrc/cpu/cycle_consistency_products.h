@@ -7,12 +7,12 @@
 // Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: no frame is nearer to the soft neighbour
 //           than the most probable one whose distance to the query exceeds |a - soft| + |soft - b_likely|. What that leaves is
 //           usually one frame, even from a soft neighbour made of the largest weights alone, with a bound on what the others add;
-//           then from all weights, comparing a few by differences. Where it leaves many, products with the soft neighbour and their
-//           bound leave a few.
-// Flat.     Where more than half of the keys have weight in a block, all are added up, around the mean of all frames: one
-//           multiply-add per number, and no more rounding than around the soft neighbour unless that is far from the mean for the
-//           spread of what it is made of, which is measured. The soft neighbours of a block are then often so close to each other
-//           that products with the first of them will do.
+//           then from all weights, comparing a few by differences. Where it leaves many, products with the soft
+//           neighbour and their bound leave a few.
+// Flat.     Where more than half of the keys have weight in a block, all are added up, around the mean of all frames:
+//           one multiply-add per number, and no more rounding than around the soft neighbour unless that is far from
+//           the mean for the spread of what it is made of, which is measured. The soft neighbours of a block are then
+//           often so close to each other that products with the first of them will do.
 // Order.    As elsewhere. Which way a pair goes depends on its query's block and on the pair's own numbers: equal keys go the same
 //           way and have equal distances.
 
@@ -41,7 +41,7 @@ static void multiply_panels(const typename V::S* q, int64_t q_step, const typena
       for (int k = 0; k < P; ++k) key[k] = V::load(keys + (k * C + c) * L);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const R query = R{} + q[c * q_step + m];
+        const R query = q[c * q_step + m] - R{};  // to all lanes: x - 0 is x, while x + 0 would be computed
 #pragma GCC unroll 4
         for (int k = 0; k < P; ++k) acc[k][m] += query * key[k];
       }
@@ -61,7 +61,8 @@ template <class V, int M = V::M>
 static void distances_by_products(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes, const Frames<typename V::S>& keys,
                                   int64_t C, typename V::S* d, int64_t pitch) {
   using S = typename V::S;
-  constexpr int L = V::L, P = M == 1 ? 4 : vector_bytes == 64 ? 2 : 1;  // chains to hide an addition's latency, registers for them
+  // Enough chains to hide an addition's latency, and registers for them.
+  constexpr int L = V::L, P = M == 1 ? 4 : vector_bytes == 64 ? 2 : 1;
   const int64_t panels = (keys.count + L - 1) / L;
   int64_t i = 0;
   for (; i + P <= panels; i += P)
@@ -249,8 +250,8 @@ struct Nearest {
     }
   }
 
-  // By products with the first soft neighbour alone, where that leaves few frames: those of flat weights lie close together, and
-  // |soft_m - b| >= |soft_0 - b| - |soft_0 - soft_m|. Needs the same centre for all. to_first: room for [pitch].
+  // By products with the first soft neighbour alone, where that leaves few frames: those of flat weights lie close
+  // together, and |soft_m - b| >= |soft_0 - b| - |soft_0 - soft_m|. Needs one centre for all. to_first: [pitch].
   void by_first(S* split, S* to_first) const {
     double squares = 0;
     for (int64_t c = 0; c < C; ++c) {
@@ -265,8 +266,8 @@ struct Nearest {
       const double apart = __builtin_sqrt(static_cast<double>(row_distance<V>(rest, rest + m * s.C, s.C)));
       const double away = __builtin_sqrt(high) + 2 * apart;
       const S reach = static_cast<S>(1.001 * away * away) + rounding.least;
-      const int64_t count = places_where<V>(to_first, size, b.sizes, b.count, rounding.products, rounding.least, most_compared, list,
-                                            [&](R value, R bound) { return value - bound <= reach; });
+      const int64_t count = places_where<V>(to_first, size, b.sizes, b.count, rounding.products, rounding.least,
+                                            most_compared, list, [&](R v, R bound) { return v - bound <= reach; });
       if (count > 0) compare(m, count);
     }
   }

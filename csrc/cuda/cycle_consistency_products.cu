@@ -14,8 +14,8 @@
 //           fragments (16 bytes per lane; channels in any order, the same for both). Rows of distances: two per warp. Sums over keys:
 //           a thread owns a channel of 128 and every other 16 keys; keys without weight for any query are passed over.
 // Memory.   Shared, or the scratch where they do not fit: distances [16][keys + 8], centres and rests [16][C], parts of soft
-//           neighbours [16][2][C] fp16. No operand is staged: a key is used by one warp of a block, and of the keys that are added
-//           up a block reads each number once, by the one thread that multiplies it by 16 weights.
+//           neighbours [16][2][C] fp16. No operand is staged: a key is used by one warp of a block, and of keys to be
+//           added up a block reads each number once, by the one thread that multiplies it by 16 weights.
 // Order.    Fixed, no atomics. Equal keys go the same way (a pair's own numbers and its query's decide) and have equal distances.
 // Output.   Every element has one writer. Rows of frames that are not there: index -1, results 0.
 // Bound.    3 x 2 T S C FLOPs on the matrix unit per direction, and 4 S C bytes from L2 per 16 queries; weighted sums as far as
