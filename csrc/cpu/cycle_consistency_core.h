@@ -371,45 +371,47 @@ static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V
   }
 }
 
-// out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[c]) over all `count` frames, P vectors of channels from c on.
+// out[m][c] += sum_i w[m * pitch + i] (rows_i[c] - centre[c]) over frames [begin, end), P vectors of channels from c.
 template <class V, int P>
-static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp,
-                           int64_t c, const typename V::S* centre, typename V::S* out) {
+static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t begin, int64_t end,
+                           int64_t Cp, int64_t c, const typename V::S* centre, typename V::S* out) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
-  const int64_t step = part_of(count);
-  R from[P], total[P][M] = {};
+  R from[P], acc[P][M] = {};
 #pragma GCC unroll 4
   for (int k = 0; k < P; ++k) from[k] = V::load(centre + c + k * L);
-  for (int64_t begin = 0; begin < count; begin += step) {
-    const int64_t end = min_of(begin + step, count);
-    R acc[P][M] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      R row[P];
+  for (int64_t i = begin; i < end; ++i) {
+    R row[P];
 #pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
+    for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const R weight = w[m * pitch + i] - R{};  // as in multiply_panels
+    for (int m = 0; m < M; ++m) {
+      const R weight = w[m * pitch + i] - R{};  // as in multiply_panels
 #pragma GCC unroll 4
-        for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
-      }
+      for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) total[k][m] += acc[k][m];
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
-    for (int k = 0; k < P; ++k) V::store(out + m * Cp + c + k * L, total[k][m]);
+#pragma GCC unroll 4
+    for (int k = 0; k < P; ++k) {
+      typename V::S* to = out + m * Cp + c + k * L;
+      V::store(to, V::load(to) + acc[k][m]);
+    }
 }
+// The same over all `count` frames, from zero. A few frames at a time, all of their channels: rows as they lie.
 template <class V>
 static void dense_sum(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp,
                       const typename V::S* centre, typename V::S* out) {
   constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
-  int64_t c = 0;
-  for (; c + P * L <= Cp; c += P * L) dense_sum_part<V, P>(w, pitch, rows, count, Cp, c, centre, out);
-  for (; c < Cp; c += L) dense_sum_part<V, 1>(w, pitch, rows, count, Cp, c, centre, out);
+  const int64_t step = part_of(count);
+  memset(out, 0, static_cast<size_t>(V::M * Cp) * sizeof(typename V::S));
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t end = min_of(begin + step, count);
+    int64_t c = 0;
+    for (; c + P * L <= Cp; c += P * L) dense_sum_part<V, P>(w, pitch, rows, begin, end, Cp, c, centre, out);
+    for (; c < Cp; c += L) dense_sum_part<V, 1>(w, pitch, rows, begin, end, Cp, c, centre, out);
+  }
 }
 
 // Rows m of `first` and `second`, of M queries, side by side: out[c][2][M].
