@@ -69,20 +69,28 @@ static void product_of(int vectors, float* out, const float* weight, int64_t row
   }
 }
 
-// L vectors of L numbers: rows become columns. In each round lanes that differ in one bit of their number change places with
-// those of the row that differs in it.
+// One round of transpose_lanes: lanes whose number has `bit` change places with those of the row whose number has it.
+template <int bit, int... lane>
+static inline void exchange_lanes(Floats* rows, std::integer_sequence<int, lane...>) {
+  constexpr int L = sizeof...(lane);
+  constexpr Ints low{(lane & bit ? (lane ^ bit) + L : lane)...}, high{(lane & bit ? lane + L : lane ^ bit)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & bit) continue;
+    const Floats x = rows[i], y = rows[i | bit];
+    rows[i] = __builtin_shuffle(x, y, low);
+    rows[i | bit] = __builtin_shuffle(x, y, high);
+  }
+}
+
+// L vectors of L numbers: rows become columns.
 static inline void transpose_lanes(Floats* rows) {
   constexpr int L = Vector<float>::L;
-  for (int bit = 1; bit < L; bit *= 2) {
-    Ints low, high;
-    for (int j = 0; j < L; ++j) low[j] = j & bit ? (j ^ bit) + L : j, high[j] = j & bit ? j + L : j ^ bit;
-    for (int i = 0; i < L; ++i) {
-      if (i & bit) continue;
-      const Floats x = rows[i], y = rows[i | bit];
-      rows[i] = __builtin_shuffle(x, y, low);
-      rows[i | bit] = __builtin_shuffle(x, y, high);
-    }
-  }
+  constexpr auto lanes = std::make_integer_sequence<int, L>();
+  exchange_lanes<1>(rows, lanes);
+  exchange_lanes<2>(rows, lanes);
+  if constexpr (L > 4) exchange_lanes<4>(rows, lanes);
+  if constexpr (L > 8) exchange_lanes<8>(rows, lanes);
 }
 
 // Calls visit(i, lanes) for all of `count` numbers, a vector at a time; the last one overlaps the one before where there is one.
@@ -93,44 +101,56 @@ static inline void for_vectors(int64_t count, Visit visit) {
   for (int64_t i = 0; i < count; i += L) visit(min_of(i, count - L), std::integral_constant<int, L>{});
 }
 
-// panel [channels][NR] from `count` adjacent columns of a view's clip, or to them.
-template <class T>
-static void read_panel(float* panel, int64_t NR, const T* from, const fast_gru::View& view, int64_t channels, int64_t count) {
+// to[column][row] = from[row][column] for up to L rows and columns, in registers.
+template <class To, class From, class Count>
+static inline void transpose_block(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, Count rows, Count columns) {
   constexpr int L = Vector<float>::L;
-  if (view.position == 1) {
-    for (int64_t c = 0; c < channels; ++c)
-      for_vectors(count, [&](int64_t i, auto lanes) {
-        store_vector<float>(panel + c * NR + i, load_vector<float>(from + c * view.channel + i, lanes), lanes);
-      });
-    return;
+  Floats block[L];
+#pragma GCC unroll 16
+  for (int j = 0; j < L; ++j) block[j] = j < rows ? load_vector<float>(from + j * from_pitch, columns) : Floats{};
+  transpose_lanes(block);
+#pragma GCC unroll 16
+  for (int j = 0; j < L; ++j) {
+    if (j == columns) break;
+    store_vector<float>(to + j * to_pitch, block[j], rows);
   }
-  for_vectors(count, [&](int64_t i, auto lanes) {
-    for_vectors(channels, [&](int64_t c, auto more) {
-      Floats rows[L];
-      for (int j = 0; j < L; ++j) rows[j] = j < lanes ? load_vector<float>(from + (i + j) * view.position + c, more) : Floats{};
-      transpose_lanes(rows);
-      for (int j = 0; j < more; ++j) store_vector<float>(panel + (c + j) * NR + i, rows[j], lanes);
+}
+// One that is whole in both directions, and one that is not: its own function, for it is long and seldom run.
+template <class To, class From, int L>
+static inline void transpose_some(To* to, int64_t to_pitch, const From* from, int64_t from_pitch,
+                                  std::integral_constant<int, L> rows, std::integral_constant<int, L> columns) {
+  transpose_block(to, to_pitch, from, from_pitch, rows, columns);
+}
+template <class To, class From>
+[[gnu::noinline]] static void transpose_some(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, int rows,
+                                             int columns) {
+  transpose_block(to, to_pitch, from, from_pitch, rows, columns);
+}
+template <class To, class From>
+static void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, int64_t rows, int64_t columns) {
+  for_vectors(rows, [&](int64_t i, auto some_rows) {
+    for_vectors(columns, [&](int64_t j, auto some_columns) {
+      transpose_some(to + j * to_pitch + i, to_pitch, from + i * from_pitch + j, from_pitch, some_rows, some_columns);
     });
   });
 }
+
+// panel [channels][NR] from `count` adjacent columns of a view's clip, or to them.
+template <class T>
+static void read_panel(float* panel, int64_t NR, const T* from, const fast_gru::View& view, int64_t channels, int64_t count) {
+  if (view.position != 1) return transpose(panel, NR, from, view.position, count, channels);
+  for (int64_t c = 0; c < channels; ++c)
+    for_vectors(count, [&](int64_t i, auto lanes) {
+      store_vector<float>(panel + c * NR + i, load_vector<float>(from + c * view.channel + i, lanes), lanes);
+    });
+}
 template <class T>
 static void write_panel(const float* panel, int64_t NR, T* to, const fast_gru::View& view, int64_t channels, int64_t count) {
-  constexpr int L = Vector<float>::L;
-  if (view.position == 1) {
-    for (int64_t c = 0; c < channels; ++c)
-      for_vectors(count, [&](int64_t i, auto lanes) {
-        store_vector<float>(to + c * view.channel + i, load_vector<float>(panel + c * NR + i, lanes), lanes);
-      });
-    return;
-  }
-  for_vectors(count, [&](int64_t i, auto lanes) {
-    for_vectors(channels, [&](int64_t c, auto more) {
-      Floats rows[L];
-      for (int j = 0; j < L; ++j) rows[j] = j < more ? load_vector<float>(panel + (c + j) * NR + i, lanes) : Floats{};
-      transpose_lanes(rows);
-      for (int j = 0; j < lanes; ++j) store_vector<float>(to + (i + j) * view.position + c, rows[j], more);
+  if (view.position != 1) return transpose(to, view.position, panel, NR, channels, count);
+  for (int64_t c = 0; c < channels; ++c)
+    for_vectors(count, [&](int64_t i, auto lanes) {
+      store_vector<float>(to + c * view.channel + i, load_vector<float>(panel + c * NR + i, lanes), lanes);
     });
-  });
 }
 
 template <class T>

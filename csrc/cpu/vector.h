@@ -1,7 +1,7 @@
 // Vectors of `vector_bytes` in the compiler's own terms: loads and stores of all number formats, and activations. Included inside
 // the namespace of an instruction set, after scalar.h and a constant vector_bytes, so that each gets its own copy (see scalar.h).
 //
-// exp_of and what is made of it are accurate to about 2 ulp of fp32; fp64 goes through the C library, lane by lane.
+// Activations are accurate to about 2 ulp of fp32; fp64 goes through the C library, lane by lane.
 
 template <class S>
 struct Vector {
@@ -70,13 +70,26 @@ static inline void store_vector(f16_t* to, Floats v, int count) {
   memcpy(to, &out, static_cast<size_t>(count) * sizeof(f16_t));
 }
 
-// e^x: x = n ln 2 + r, a polynomial in r (Cephes), and 2^n in two factors, so that results run through the denormals to 0 and
-// through the largest number to infinity. NaN stays.
-static inline Floats exp_of(Floats x) {
-  x = x > 105.0f ? Floats{} + 105.0f : x;
+// An instruction set that does the next two faster brings functions of its own, which are taken for the templates here.
+//
+// p 2^n for whole n of -152 to 0.
+template <class V>
+static inline V times_power_of_two(V p, V n) {
+  const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;  // two factors, none of which is a denormal
+  return p * bits_as<V>((half + 127) << 23) * bits_as<V>((whole - half + 127) << 23);
+}
+// 1 / d for d of 1 to 2.
+template <class V>
+static inline V reciprocal_of(V d) {
+  return 1 / d;
+}
+
+// e^-|x|: x = n ln 2 + r, a polynomial in r (Cephes), and 2^n, through the denormals to 0. NaN stays.
+static inline Floats decay_of(Floats x) {
+  x = bits_as<Floats>(bits_as<Bits>(x) | 0x80000000);
   x = x < -105.0f ? Floats{} - 105.0f : x;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; a NaN's bits give some n, and the product below is NaN.
-  const Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  // Adding 1.5 * 2^23 rounds to the nearest whole number.
+  const Floats n = x * 1.44269504f + 12582912.0f - 12582912.0f;
   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -84,26 +97,26 @@ static inline Floats exp_of(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Ints whole = bits_as<Ints>(shifted) - 0x4b400000, half = whole >> 1;
-  return p * bits_as<Floats>((half + 127) << 23) * bits_as<Floats>((whole - half + 127) << 23);
-}
-static inline Doubles exp_of(Doubles x) {
-  for (int i = 0; i < Vector<double>::L; ++i) x[i] = std::exp(x[i]);
-  return x;
+  return times_power_of_two(p, n);
 }
 
-template <class R>
-static inline R sigmoid_of(R x) {
-  return 1 / (1 + exp_of(-x));
+// With e^-|x| nothing overflows, and what is divided by is between 1 and 2.
+static inline Floats sigmoid_of(Floats x) {
+  const Floats e = decay_of(x), positive = reciprocal_of(1 + e);
+  return x < 0 ? e * positive : positive;
+}
+static inline Doubles sigmoid_of(Doubles x) {
+  for (int i = 0; i < Vector<double>::L; ++i) x[i] = 1 / (1 + std::exp(-x[i]));
+  return x;
 }
 
 static inline Floats tanh_of(Floats x) {
   const Floats magnitude = bits_as<Floats>(bits_as<Bits>(x) & 0x7fffffff), square = x * x;
-  Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // below 0.625, where 1 - 2 / (e^2x + 1) would cancel
+  Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // below 0.625, where 1 - 2 e / (1 + e) would cancel
   p = p * square - 5.37397155531e-2f;
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
-  const Floats small = p * square * x + x, large = 1 - 2 / (exp_of(2 * magnitude) + 1);
+  const Floats e = decay_of(x + x), small = p * square * x + x, large = 1 - (e + e) * reciprocal_of(1 + e);
   const Floats with_sign = bits_as<Floats>(bits_as<Bits>(large) | (bits_as<Bits>(x) & 0x80000000));
   return magnitude < 0.625f ? small : with_sign;
 }

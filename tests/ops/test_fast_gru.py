@@ -134,7 +134,8 @@ def compare(
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES, ids=str)
 def test_forward_and_backward_keep_the_tolerance_rule(backend, shape, hidden, dtype, with_o0) -> None:
     errors = Errors()
-    for _ in range(4):
+    # The fewer numbers in a draw, the more its largest error is luck; the ulp of 16-bit results hides that.
+    for _ in range(12 if dtype == torch.float32 and shape[2] < 64 else 4):
         tensors = inputs(shape, hidden, dtype, with_o0)
         o, o_n = compare(tensors, tensors, [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])], errors)
         assert o.dtype == dtype
