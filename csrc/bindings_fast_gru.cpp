@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "common/cpu_isa.h"
 #include "common/fast_gru.h"
 #include "cpu/memory.h"
 #ifdef RCU_OPS_WITH_CUDA
@@ -452,6 +453,14 @@ void steps_by_columns(const Problem& p, const Tensor& x, const std::array<Tensor
   cpu::columns(all, cpu_threads());
 }
 
+bool in_fp32(const Problem& p, const Tensor& x) {
+  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), cpu::current_isa() == cpu::Isa::amx);
+}
+Tensor in_type(const Tensor& tensor, ScalarType scalar) { return torch::stable::to(tensor, scalar); }
+std::optional<Tensor> in_type(const std::optional<Tensor>& tensor, ScalarType scalar) {
+  return tensor ? std::optional(in_type(*tensor, scalar)) : std::nullopt;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
                                                    std::optional<Tensor> o0, bool save) {
   const Problem p = checked(x, ux, uo, w, vx, vo, o0);
@@ -470,6 +479,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   if (!x.is_cuda() && fast_gru::by_columns(p.dtype, M, p.C, p.R, cpu_threads().threads)) {
     steps_by_columns(p, x, {ux, uo, w, vx, vo}, start, save ? saved_in(p, hidden, gates) : Saved{}, o, o_n);
     return {o, o_n, hidden, gates};
+  }
+  if (in_fp32(p, x)) {
+    const auto wide = [](const auto& tensor) { return in_type(tensor, ScalarType::Float); };
+    const auto narrow = [&](const Tensor& tensor) { return in_type(tensor, p.scalar); };
+    const auto found = forward(wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo), wide(o0), save);
+    return {narrow(std::get<0>(found)), std::get<1>(found), narrow(std::get<2>(found)), narrow(std::get<3>(found))};
   }
 
   const int64_t per_step = 5 * Temporaries::bytes_of(p.C, M, p.scalar) + Temporaries::bytes_of(p.C, M, p.state) +
@@ -589,6 +604,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     }
     hidden = torch::stable::contiguous(hidden);
     gates = torch::stable::contiguous(gates);
+  }
+  if (in_fp32(p, x)) {
+    const auto wide = [](const auto& tensor) { return in_type(tensor, ScalarType::Float); };
+    const auto narrow = [&](const Tensor& tensor) { return in_type(tensor, p.scalar); };
+    const auto [dx, dux, duo, dw, dvx, dvo, do0] =
+        backward(wide(grad_o), grad_o_n, wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo), wide(o0), wide(o),
+                 wide(hidden), wide(gates), need_x, need_weights);
+    return {narrow(dx),  narrow(dux), narrow(duo), narrow(dw),
+            narrow(dvx), narrow(dvo), in_type(do0, o0 ? o0->scalar_type() : p.scalar)};
   }
 
   // As matrices lie; copied at the end where the caller's lie differently.

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "common/cpu_isa.h"
 #include "common/fast_gru.h"
 #include "common/fast_gru_gpu_plan.h"
 #include "native.h"
@@ -16,16 +17,19 @@ namespace {
 using namespace rcu_ops;
 
 py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture,
-                           int multiprocessors, int64_t shared_bytes, bool backward) {
+                           int multiprocessors, int64_t shared_bytes, bool backward, bool sm90a, int cluster) {
   if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1)
     throw py::value_error("expected rows, c, r, multiprocessors >= 1");
-  Gpu gpu;
-  gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
-  const fast_gru::PersistentPlan plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu, backward);
+  if (cluster != 0 && cluster != 1 && cluster != fast_gru::persistent_cluster)
+    throw py::value_error("cluster: expected 0, 1 or 8");
+  const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
+  const auto plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu, backward, cluster);
   py::dict d;
   d["text"] = fast_gru::describe(plan).c_str();
   d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
   d["blocks"] = plan.blocks;
+  d["cluster"] = plan.cluster;
+  d["slice"] = plan.slice;
   d["units"] = plan.units;
   d["hidden_units"] = plan.hidden_units;
   d["half_units"] = plan.half_units;
@@ -36,6 +40,7 @@ py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string
   d["gate_at"] = plan.gate_at;
   d["hidden_at"] = plan.hidden_at;
   d["partial_at"] = plan.partial_at;
+  d["received_at"] = plan.received_at;
   d["shared_bytes"] = plan.shared_bytes;
   d["low_at"] = plan.low_at;
   d["gated_at"] = plan.gated_at;
@@ -55,11 +60,20 @@ void bind_fast_gru(py::module_& m) {
   m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"),
         py::kw_only(), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
         py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false,
+        py::arg("sm90a") = true, py::arg("cluster") = 0,
         "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or "
-        "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory.");
+        "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory. sm90a: "
+        "the library holds code for it. cluster: 1 or 8 blocks share the inputs; 0: chosen.");
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
         py::kw_only(), py::arg("threads"),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");
+  m.def(
+      "fast_gru_in_fp32",
+      [](int64_t columns, const std::string& dtype) {
+        return fast_gru::in_fp32(parse_dtype(dtype), columns, cpu::current_isa() == cpu::Isa::amx);
+      },
+      py::arg("columns"), py::arg("dtype"),
+      "Whether this CPU makes the library's products of so many columns in fp32.");
   m.def("fast_gru_panel_vectors", &fast_gru::panel_vectors, py::arg("columns"), py::arg("lanes"), py::arg("threads"),
         "The width of the panels that tasks take through all steps, in vectors of so many lanes.");
 }

@@ -1,9 +1,11 @@
-// fast_gru: the elementwise passes between its matrix products, as the bindings describe them to the CPU and CUDA kernels.
+// fast_gru: the elementwise passes between its matrix products, as the bindings describe them to the CPU and CUDA
+// kernels.
 //
-// The products are the library's (bindings_fast_gru.cpp); everything between two of them is one pass over memory. A pass knows
-// neither features nor positions: without a bias all elements are alike, so an operand is rows x segments x length elements, of
-// which `length` are adjacent. [features][columns] has features as rows and samples as segments; [columns][features] has samples
-// as segments alone; and what is contiguous in all operands is merged before a kernel sees it.
+// The products are the library's (bindings_fast_gru.cpp); everything between two of them is one pass over memory. A
+// pass knows neither features nor positions: without a bias all elements are alike, so an operand is rows x segments x
+// length elements, of which `length` are adjacent. [features][columns] has features as rows and samples as segments;
+// [columns][features] has samples as segments alone; and what is contiguous in all operands is merged before a kernel
+// sees it.
 #pragma once
 
 #include <cstdint>
@@ -66,14 +68,14 @@ inline void merge(Elementwise& p) {
   p.rows = 1;
 }
 
-// All steps from the products of x on, in one launch. Matrices are [rows][features] without gaps; a row is a position of a
-// sample, and matrices of all steps have their rows one step after the other. T: the data's type.
+// All steps from the products of x on, in one launch. Matrices are [rows][features] without gaps; a row is a position
+// of a sample, and matrices of all steps have their rows one step after the other. T: the data's type.
 struct Steps {
   DType dtype = DType::bf16;
   int64_t rows = 0, C = 0, R = 0, steps = 0, positions = 0;  // positions of a sample
   const void *uo = nullptr, *w = nullptr, *vo = nullptr;     // T: [2R,C], [2,C,R], [C,C]
-  // T, of all steps: [2R] U_x x and [C] V_x x; with `save` they become r' and z', and the candidates, and r and z [C] are
-  // written.
+  // T, of all steps: [2R] U_x x and [C] V_x x; with `save` they become r' and z', and the candidates, and r and z [C]
+  // are written.
   void *hidden = nullptr, *candidate = nullptr, *r = nullptr, *z = nullptr;
   bool save = false;
   float* state = nullptr;  // [C], the state before the first step and after the last
@@ -81,8 +83,8 @@ struct Steps {
   int64_t out_sample = 0, out_step = 0;
 };
 
-// The gradients of all steps, from the last to the first, in one launch; what is left are products of all steps at once: the
-// weights' gradients and that of x. Matrices as in Steps.
+// The gradients of all steps, from the last to the first, in one launch; what is left are products of all steps at
+// once: the weights' gradients and that of x. Matrices as in Steps.
 struct StepsBackward {
   DType dtype = DType::bf16;
   int64_t rows = 0, C = 0, R = 0, steps = 0, positions = 0;
@@ -92,18 +94,20 @@ struct StepsBackward {
   const void* grad = nullptr;  // T: of the states, placed as Steps::out; or null
   int64_t grad_sample = 0, grad_step = 0;
   float* carry = nullptr;  // [C], the gradient of the last state, in, and of the first state, out
-  // T, of all steps: the gradients before the activations of the candidate, r and z [C] and of r' and z' [2R]; r * state [C].
+  // T, of all steps: the gradients before the activations of the candidate, r and z [C] and of r' and z' [2R]; r *
+  // state [C].
   void *dc = nullptr, *dr = nullptr, *dz = nullptr, *du = nullptr, *gated = nullptr;
 };
 
-// A sequence [samples][steps][channels][positions] with adjacent positions (position = 1) or adjacent channels (channel = 1);
-// strides in elements. data null: the operand is absent.
+// A sequence [samples][steps][channels][positions] with adjacent positions (position = 1) or adjacent channels (channel
+// = 1); strides in elements. data null: the operand is absent.
 struct View {
   void* data = nullptr;
   int64_t sample = 0, step = 0, channel = 0, position = 0;
 };
 
-// All steps on the CPU, columns taken through all of them in one core's caches (cpu/fast_gru_columns.h). Arithmetic in fp32.
+// All steps on the CPU, columns taken through all of them in one core's caches (cpu/fast_gru_columns.h). Arithmetic in
+// fp32.
 struct Columns {
   DType dtype = DType::f32, start_dtype = DType::f32;  // of data and weights; of the first state. Not fp64
   int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
@@ -118,10 +122,10 @@ constexpr int64_t panel_numbers(int64_t C, int64_t R, int64_t columns) { return 
 
 // Whether columns go through all steps by themselves; else the library makes the products of all columns, step by step.
 //
-// Own products run at 0.9 of the library's rate, and save its calls, the passes through memory between them, and the threads'
-// meeting after each. But every task reads all weights once per step: they should be few enough for a second-level cache (4
-// MB, as measured on Emerald Rapids), or the columns so few that two tasks share them. And columns are all there is to share:
-// many threads leave many weights to the library.
+// Own products run at 0.9 of the library's rate, and save its calls, the passes through memory between them, and the
+// threads' meeting after each. But every task reads all weights once per step: they should be few enough for a
+// second-level cache (4 MB, as measured on Emerald Rapids), or the columns so few that two tasks share them. And
+// columns are all there is to share: many threads leave many weights to the library.
 constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads) {
   const int64_t weights = 6 * R * C + 2 * C * C;
   if (dtype == DType::f64) return false;
@@ -129,8 +133,15 @@ constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, in
   return weights <= 1 << 20 || columns <= 64;
 }
 
-// The width of panels, in vectors of `lanes` columns: what keeps the busiest of `threads` for the shortest time. A panel
-// costs its vectors and a fifth of one; the last may have fewer.
+// Whether the library's products of so many columns are made in fp32 for bf16, too. Without AMX, oneDNN multiplies bf16
+// at half of the rate of fp32 from about 128 columns on (measured at C = 1024 and 2048 on Emerald Rapids); below, what
+// counts is how many bytes of weights are read.
+constexpr bool in_fp32(DType dtype, int64_t columns, bool amx) {
+  return dtype == DType::bf16 && !amx && columns >= 128;
+}
+
+// The width of panels, in vectors of `lanes` columns: what keeps the busiest of `threads` for the shortest time. A
+// panel costs its vectors and a fifth of one; the last may have fewer.
 constexpr int panel_vectors(int64_t columns, int lanes, int threads) {
   int best = 1;
   int64_t least = -1;

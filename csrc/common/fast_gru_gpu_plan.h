@@ -1,6 +1,6 @@
-// fast_gru on a GPU: whether one cooperative launch can run all steps with the weights in shared memory, how features are cut
-// into blocks, and what memory that needs. Pure functions of sizes and the device's limits, so that they are tested without
-// one.
+// fast_gru on a GPU: whether one cooperative launch can run all steps with the weights in shared memory, how features
+// are cut into blocks, and what memory that needs. Pure functions of sizes and the device's limits, so that they are
+// tested without one.
 #pragma once
 
 #include <cstdint>
@@ -16,49 +16,73 @@ inline constexpr int persistent_rows = 64;   // four tiles of the matrix unit
 inline constexpr int persistent_units = 2;   // of 8 output features, per matrix and block, at most
 inline constexpr int persistent_depth = 32;  // input features of one 16-byte word per lane: sums are cut into runs of it
 inline constexpr int partial_pitch = 20;     // numbers in a row of partial sums: 16 outputs, shifted in the banks
+inline constexpr int persistent_cluster = 8;  // blocks that every device of sm_90 has room for in a cluster
 
-// Block b owns output features [8 units b, 8 units (b + 1)) of W_r, W_z and V_o, and as many hidden_units of the 2 hidden halves.
-// A half's units are padded to whole ones, so that a unit is all r' or all z'.
+// Block b owns output features [8 units b, 8 units (b + 1)) of W_r, W_z and V_o, and as many hidden_units of the 2
+// hidden halves. A half's units are padded to whole ones, so that a unit is all r' or all z'.
 struct PersistentPlan {
   Text why_not;  // empty: it can run
   int64_t blocks = 0;
   int units = 0, hidden_units = 0;
   int64_t half_units = 0;               // of r', and of z'
   int64_t depth = 0, hidden_depth = 0;  // C and R, padded to runs
-  // Shared memory, bytes: rows of weights and their distances; partial sums per warp. Forward: V_o [outputs][depth], at gate_at
-  // W_r and W_z [outputs][hidden_depth], at hidden_at U_o [hidden outputs][depth]. Backward: V_o^T [outputs][depth], at gate_at
-  // U_o^T [outputs][2 hidden_depth], at hidden_at W^T [hidden outputs][depth].
+  int cluster = 1;                      // blocks that have a slice of the inputs of U_o and V_o each
+  int64_t slice = 0;                    // inputs of one, if there are any
+  // Shared memory, bytes: rows of weights and their distances; partial sums per warp. Forward: V_o [outputs][depth], at
+  // gate_at W_r and W_z [outputs][hidden_depth], at hidden_at U_o [hidden outputs][depth]. Backward: V_o^T
+  // [outputs][depth], at gate_at U_o^T [outputs][2 hidden_depth], at hidden_at W^T [hidden outputs][depth]. In clusters
+  // V_o and U_o are [outputs of all blocks][slice]; the place of the partial sums also holds the rows of a slice; and
+  // at received_at are the partial sums of every block.
   int64_t weight_pitch = 0, hidden_pitch = 0;
-  int64_t gate_at = 0, hidden_at = 0, partial_at = 0, shared_bytes = 0;
-  // Scratch memory, bytes, zero when the launch begins: the barrier's counter, then what blocks exchange, in the data's type.
-  // Forward: states and gated states [rows][depth], hidden [rows][2 hidden_depth]. Backward, in the same places: dc and dz, du;
-  // and, at reset_at, dr [rows][depth].
+  int64_t gate_at = 0, hidden_at = 0, partial_at = 0, received_at = 0, shared_bytes = 0;
+  // Scratch memory, bytes, zero when the launch begins: the barrier's counter, then what blocks exchange, in the data's
+  // type. Forward: states and gated states [rows][depth], hidden [rows][2 hidden_depth]. Backward, in the same places:
+  // dc and dz, du; and, at reset_at, dr [rows][depth].
   int64_t low_at = 0, gated_at = 0, reset_at = 0, exchange_at = 0, scratch_bytes = 0;
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Rows of 16-bit words whose distance is 64 bytes from a multiple of 128: eight lanes that read 16 bytes each, four from each
-// of two rows, meet every bank once.
+// Rows of 16-bit words whose distance is 64 bytes from a multiple of 128: eight lanes that read 16 bytes each, four
+// from each of two rows, meet every bank once.
 constexpr int64_t bank_pitch(int64_t numbers) { return round_up(2 * numbers, 128) + 64; }
 
-inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType dtype, const Gpu& gpu, bool backward = false) {
+// cluster: 1 or persistent_cluster blocks share the inputs; 0: chosen. Clusters save 7/8 of the 4 rows C bytes per
+// block and step that come through L2, at 5.5 TB/s, and cost about 3 us per step of their own: est., until both have
+// run.
+inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType dtype, const Gpu& gpu,
+                                      bool backward = false, int cluster = 0) {
+  const int64_t units = ceil_div(C, 8);
+  if (cluster == 0) {
+    const bool worth_it = units * rows * C >= int64_t{1} << 22;
+    if (!backward && gpu.sm90a && worth_it) {
+      const PersistentPlan plan = plan_persistent(rows, C, R, dtype, gpu, backward, persistent_cluster);
+      if (plan.why_not.empty()) return plan;
+    }
+    cluster = 1;
+  }
   PersistentPlan plan;
-  plan.depth = round_up(C, persistent_depth);
+  plan.cluster = cluster;
+  plan.slice = cluster > 1 ? round_up(ceil_div(C, cluster), persistent_depth) : 0;
+  plan.depth = cluster > 1 ? cluster * plan.slice : round_up(C, persistent_depth);
   plan.hidden_depth = round_up(R, persistent_depth);
   plan.half_units = ceil_div(R, 8);
-  const int64_t units = ceil_div(C, 8), hidden_units = 2 * plan.half_units;
-  plan.units = static_cast<int>(ceil_div(units, gpu.multiprocessors));
-  plan.hidden_units = static_cast<int>(ceil_div(hidden_units, gpu.multiprocessors));
+  const int64_t hidden_units = 2 * plan.half_units;
+  const int64_t most = gpu.multiprocessors / cluster * cluster, room = most ? most : cluster;
+  plan.units = static_cast<int>(ceil_div(units, room));
+  plan.hidden_units = static_cast<int>(ceil_div(hidden_units, room));
   const int64_t of_gates = ceil_div(units, plan.units), of_hidden = ceil_div(hidden_units, plan.hidden_units);
-  plan.blocks = of_gates > of_hidden ? of_gates : of_hidden;
-  plan.weight_pitch = bank_pitch(plan.depth);
+  plan.blocks = round_up(of_gates > of_hidden ? of_gates : of_hidden, cluster);
+  plan.weight_pitch = bank_pitch(cluster > 1 ? plan.slice : plan.depth);
   plan.hidden_pitch = bank_pitch((backward ? 2 : 1) * plan.hidden_depth);
-  plan.gate_at = 8 * plan.units * plan.weight_pitch;
+  plan.gate_at = cluster * 8 * plan.units * plan.weight_pitch;
   plan.hidden_at = plan.gate_at + (backward ? 1 : 2) * 8 * plan.units * plan.hidden_pitch;
-  plan.partial_at = plan.hidden_at + 8 * plan.hidden_units * plan.weight_pitch;
-  plan.shared_bytes = plan.partial_at + persistent_warps * persistent_rows * partial_pitch * 4;
+  plan.partial_at = plan.hidden_at + cluster * 8 * plan.hidden_units * plan.weight_pitch;
+  const int64_t partial = persistent_warps * persistent_rows * partial_pitch * 4;
+  const int64_t staged = persistent_rows * plan.weight_pitch;
+  plan.received_at = plan.partial_at + (cluster > 1 && staged > partial ? staged : partial);
+  plan.shared_bytes = plan.received_at + (cluster > 1 ? cluster * persistent_rows * partial_pitch * 4 : 0);
   plan.low_at = 128;
   plan.gated_at = plan.low_at + 2 * rows * plan.depth;
   plan.reset_at = plan.gated_at + 2 * rows * plan.depth;
@@ -68,6 +92,10 @@ inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType 
     plan.why_not = "the matrix unit is used for 16-bit data";
   else if (gpu.architecture < 80)
     plan.why_not = "it needs sm_80 or newer";
+  else if (cluster > 1 && (!gpu.sm90a || backward))
+    plan.why_not = "clusters are for forward passes on sm_90, in libraries built for it";
+  else if (cluster > most)
+    plan.why_not = "a cluster is more blocks than there are multiprocessors";
   else if (rows > persistent_rows)  // every block reads all rows' states: beyond, that costs more than the launches it saves
     plan.why_not = to_text(rows) + " columns per step, of at most " + to_text(persistent_rows);
   else if (plan.units > persistent_units || plan.hidden_units > persistent_units)
@@ -81,8 +109,9 @@ inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType 
 
 inline Text describe(const PersistentPlan& plan) {
   if (!plan.why_not.empty()) return "not in one launch: " + plan.why_not;
-  return "one launch of " + to_text(plan.blocks) + " blocks, weights in " + to_text(plan.shared_bytes) +
-         " bytes of shared memory each";
+  return "one launch of " + to_text(plan.blocks) + " blocks" +
+         (plan.cluster > 1 ? " in clusters of " + to_text(plan.cluster) : Text()) + ", weights in " +
+         to_text(plan.shared_bytes) + " bytes of shared memory each";
 }
 
 }  // namespace rcu_ops::fast_gru

@@ -16,8 +16,8 @@ namespace rcu_ops::cpu::avx512 {
 
 static constexpr int vector_bytes = 64;
 
-// For vector.h. A division of 16 numbers takes as long as a dozen other operations; an approximation to 14 bits and one step of
-// Newton's are within 1 ulp.
+// For vector.h. A division of 16 numbers takes as long as a dozen other operations; an approximation to 14 bits and one
+// step of Newton's are within 1 ulp.
 typedef float Lanes __attribute__((vector_size(vector_bytes)));
 static inline Lanes times_power_of_two(Lanes p, Lanes n) { return _mm512_scalef_ps(p, n); }
 static inline Lanes reciprocal_of(Lanes d) {

@@ -1,23 +1,24 @@
-// fast_gru with a range of columns in one core's caches for all steps. Included inside the namespace of an instruction set, after
-// fast_gru_core.h.
+// fast_gru with a range of columns in one core's caches for all steps. Included inside the namespace of an instruction
+// set, after fast_gru_core.h.
 //
-// Columns (positions of samples) are independent: a task takes up to 3 vectors of them through all steps, and nobody waits for
-// anybody between steps.
+// Columns (positions of samples) are independent: a task takes up to 3 vectors of them through all steps, and nobody
+// waits for anybody between steps.
 //
-// Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in the task's scratch memory: the state, x,
-//           r' and z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller has them, or
-//           widened once per call in the caller's scratch memory.
-// Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over a panel. x is
-//           read, and o and what is saved are written, where they lie: with adjacent positions row by row, with adjacent channels
-//           through a transposition of L x L numbers in registers. Lanes beyond the last column hold zeros and are not written.
+// Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in the task's scratch memory: the
+//           state, x, r' and z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller
+//           has them, or widened once per call in the caller's scratch memory.
+// Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over a
+//           panel. x is read, and o and what is saved are written, where they lie: with adjacent positions row by row,
+//           with adjacent channels through a transposition of L x L numbers in registers. Lanes beyond the last column
+//           hold zeros and are not written.
 // Order.    A product adds one input after the other in runs of 32, and the runs one after the other (a long chain of
-//           additions would round more than a library's many short ones), U_x's before U_o's and V_x's before V_o's. Neither
-//           the width of a panel, nor the threads, nor the number of steps in one call changes that: results do not depend on
-//           them.
-// Bound.    Arithmetic: 12 R C + 4 C^2 FLOP per column and step against 3 activations per channel. Panels, 4 (5 C + 2 R) NR
-//           bytes, stay in the first- or second-level cache; every task reads all weights once per step, 4 (6 R C + 2 C^2)
-//           bytes, so that the weights should fit the second-level cache, or the columns so few that nobody reads them twice
-//           (see by_columns).
+//           additions would round more than a library's many short ones), U_x's before U_o's and V_x's before V_o's.
+//           Neither the width of a panel, nor the threads, nor the number of steps in one call changes that: results do
+//           not depend on them.
+// Bound.    Arithmetic: 12 R C + 4 C^2 FLOP per column and step against 3 activations per channel. Panels, 4 (5 C + 2
+//           R) NR bytes, stay in the first- or second-level cache; every task reads all weights once per step, 4 (6 R C
+//           + 2 C^2) bytes, so that the weights should fit the second-level cache, or the columns so few that nobody
+//           reads them twice (see by_columns).
 
 static constexpr int64_t run_inputs = 32;
 static constexpr int block_rows = vector_bytes == 64 ? 8 : 4;  // with 3 vectors of columns: 24 or 12 sums in registers
@@ -93,7 +94,8 @@ static inline void transpose_lanes(Floats* rows) {
   if constexpr (L > 8) exchange_lanes<8>(rows, lanes);
 }
 
-// Calls visit(i, lanes) for all of `count` numbers, a vector at a time; the last one overlaps the one before where there is one.
+// Calls visit(i, lanes) for all of `count` numbers, a vector at a time; the last one overlaps the one before where
+// there is one.
 template <class Visit>
 static inline void for_vectors(int64_t count, Visit visit) {
   constexpr int64_t L = Vector<float>::L;
@@ -201,7 +203,8 @@ void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_
   dtype == DType::bf16 ? all(static_cast<const bf16_t*>(from)) : all(static_cast<const f16_t*>(from));
 }
 
-// All steps of columns [begin, begin + count) of samples x positions. `panels`: as panel_numbers of common/fast_gru.h says.
+// All steps of columns [begin, begin + count) of samples x positions. `panels`: as panel_numbers of common/fast_gru.h
+// says.
 void columns_task(const fast_gru::Columns& p, int64_t begin, int64_t count, float* panels) {
   constexpr int L = Vector<float>::L;
   const int vectors = static_cast<int>((count + L - 1) / L);

@@ -1,5 +1,6 @@
-// Vectors of `vector_bytes` in the compiler's own terms: loads and stores of all number formats, and activations. Included inside
-// the namespace of an instruction set, after scalar.h and a constant vector_bytes, so that each gets its own copy (see scalar.h).
+// Vectors of `vector_bytes` in the compiler's own terms: loads and stores of all number formats, and activations.
+// Included inside the namespace of an instruction set, after scalar.h and a constant vector_bytes, so that each gets
+// its own copy (see scalar.h).
 //
 // Activations are accurate to about 2 ulp of fp32; fp64 goes through the C library, lane by lane.
 
@@ -22,7 +23,8 @@ static inline To bits_as(From v) {
   return to;
 }
 
-// The first `count` lanes from memory, the others 0; count is the number of lanes, known to the compiler, in all but a run's end.
+// The first `count` lanes from memory, the others 0; count is the number of lanes, known to the compiler, in all but a
+// run's end.
 template <class R, class E>
 static inline R read_lanes(const E* from, int count) {
   R v{};

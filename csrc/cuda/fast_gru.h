@@ -9,13 +9,15 @@ struct CUstream_st;
 
 namespace rcu_ops::cuda {
 
-// Enqueue the pass on `stream` of the current device and return. The text of an error, or an empty one. Nothing is allocated and
-// nothing waits, so the call can be captured in a CUDA graph. Operands do not overlap, but for those that are in and out.
+// Enqueue the pass on `stream` of the current device and return. The text of an error, or an empty one. Nothing is
+// allocated and nothing waits, so the call can be captured in a CUDA graph. Operands do not overlap, but for those that
+// are in and out.
 Text elementwise(const fast_gru::Elementwise& pass, CUstream_st* stream);
 
-// How the current device would run the steps, or their backward pass, in one launch; plan.why_not says why it would not. The text
-// of an error, or empty.
-Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, bool backward, fast_gru::PersistentPlan& plan);
+// How the current device would run the steps, or their backward pass, in one launch; plan.why_not says why it would
+// not. `cluster` as in plan_persistent. The text of an error, or empty.
+Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, bool backward, fast_gru::PersistentPlan& plan,
+                int cluster = 0);
 
 // Enqueue all steps in one cooperative launch; `scratch`: plan.scratch_bytes, aligned to 16. As elementwise otherwise.
 Text steps(const fast_gru::Steps& p, const fast_gru::PersistentPlan& plan, void* scratch, CUstream_st* stream);

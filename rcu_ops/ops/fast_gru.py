@@ -490,7 +490,9 @@ def _cpu_plan(
     columns, threads = n * math.prod(positions), torch.get_num_threads()
     dtype = str(x.dtype).removeprefix("torch.")
     if not native.fast_gru_by_columns(columns, c, ux.shape[0] // 2, dtype, threads=threads):
-        return _plan(x, ux, uo, w, vx, vo, o0, save)
+        words = _plan(x, ux, uo, w, vx, vo, o0, save)
+        wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, dtype)
+        return f"{words}; in fp32, which this processor multiplies faster" if wide else words
     return (
         f"{k - int(o0 is None)} steps of {columns} columns, each column through all steps in one core's caches, "
         f"gates {'saved' if save else 'not saved'}"
@@ -513,6 +515,7 @@ def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
             str(x.dtype).removeprefix("torch."),
             **limits,
             backward=backward,
+            sm90a=_planner.holds_sm90a(),
         )
         for backward in (False, True)
     )

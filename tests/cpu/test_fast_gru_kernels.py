@@ -127,6 +127,32 @@ def test_columns_through_all_steps_do_not_depend_on_panels_or_threads(isa, layou
         assert torch.equal(o, whole[1][0][at]) and torch.equal(o_n, whole[1][1][at])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "clips_first"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_bf16_of_many_columns_and_weights_is_computed_in_fp32(monkeypatch, layout, saved) -> None:
+    """From 128 columns on, where there is no AMX: the bits of fp32's results, rounded once."""
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", "avx512_bf16" if "avx512_bf16" in AVAILABLE else "portable")
+    shape, hidden = (1, 2, 576, 1, 8, 16), 144
+    x, *weights, o0 = inputs(shape, hidden, torch.bfloat16)
+    x = LAYOUTS[layout](x)
+    with rcu_ops.use_backend("cpu"):
+        assert "in fp32" in rcu_ops.explain("fast_gru", x, *weights, o0).plan
+        assert "in fp32" not in rcu_ops.explain("fast_gru", x[..., 1:], *weights, o0[..., 1:]).plan
+    grads = torch.randn(shape).bfloat16(), torch.randn_like(o0, dtype=torch.float32)
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        given = [value.to(dtype) for value in (x, *weights, o0)]
+        o, o_n, *kept = torch.ops.rcu_ops.fast_gru(*given, saved)
+        # What is between the passes is rounded in bf16; the backward pass starts from the same numbers.
+        between = [value.bfloat16().to(dtype) for value in (o, *kept)]
+        back = torch.ops.rcu_ops.fast_gru_backward(grads[0].to(dtype), grads[1], *given, *between, True, True)
+        return o, o_n, *kept, *back
+
+    got, wanted = run(torch.bfloat16), run(torch.float32)
+    assert got[0].stride() == wanted[0].stride() and got[1].dtype == torch.float32
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, wanted, strict=True))
+
+
 def test_which_problems_go_by_columns() -> None:
     native = _library.native()
     assert native is not None

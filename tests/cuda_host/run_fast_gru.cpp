@@ -1,5 +1,5 @@
 // Cases of fast_gru: op fast_gru_pass, with the fields of Elementwise; operand i is the tensor p<i> [rows,segments,length]. Op
-// fast_gru_steps, with the fields of Steps as integers and tensors.
+// fast_gru_steps, with the fields of Steps as integers and tensors, and cluster as plan_persistent takes it.
 #include "case.h"
 #include "cuda/fast_gru.h"
 
@@ -33,7 +33,9 @@ std::string run_steps(const Case& c, std::string& plan_text) {
   p.state = static_cast<float*>(c.tensor("state"));
   p.out = c.tensor("out"), p.out_sample = c.stride("out", 0), p.out_step = c.stride("out", 1);
   rcu_ops::fast_gru::PersistentPlan plan;
-  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, false, plan); !error.empty()) return error.c_str();
+  const auto error =
+      rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, false, plan, static_cast<int>(c.integer("cluster")));
+  if (!error.empty()) return error.c_str();
   plan_text = rcu_ops::fast_gru::describe(plan).c_str();
   return cuda_host::with_scratch({plan.scratch_bytes, {}},
                                  [&](void* scratch) { return rcu_ops::cuda::steps(p, plan, scratch, nullptr); });

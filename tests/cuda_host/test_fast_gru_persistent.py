@@ -20,7 +20,9 @@ def rows(sequence: Tensor) -> Tensor:
     return sequence.permute(1, 0, 3, 4, 5, 2).reshape(sequence.shape[1], -1, sequence.shape[2]).contiguous()
 
 
-def check(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, save: bool) -> None:
+def check(
+    machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, save: bool, cluster: int = 1
+) -> dict[str, Tensor]:
     """o, the last state and what is saved against the reference; the library's products are made here."""
     tensors = inputs(shape, hidden, dtype)
     x, ux, uo, w, vx, vo, o0 = tensors
@@ -34,7 +36,8 @@ def check(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dt
     out.fill_(torch.nan)
     saved = {name: torch.full((k, state.shape[0], c), torch.nan, dtype=dtype) for name in "rz"} if save else {}
     tensors = {"uo": uo, "w": w, "vo": vo, **given, **saved, "state": state, "out": out}
-    machine.call("fast_gru_steps", tensors, rows=state.shape[0], C=c, R=hidden, steps=k, positions=state.shape[0] // n)
+    sizes = {"rows": state.shape[0], "C": c, "R": hidden, "steps": k, "positions": state.shape[0] // n}
+    machine.call("fast_gru_steps", tensors, **sizes, cluster=cluster)
     assert (around[:, k] == 7).all()
 
     # Both start from the rounded products with x, which are the library's business.
@@ -56,6 +59,7 @@ def check(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dt
         assert_close_to_reference(got[name], exact[name], eager[name], name)
     if not save:
         assert torch.equal(given["hidden"], low[0].to(dtype)) and torch.equal(given["candidate"], low[1].to(dtype))
+    return got
 
 
 def check_backward(machine: Machine, shape: tuple[int, ...], hidden: int, dtype: torch.dtype, grad: bool) -> None:
@@ -96,6 +100,8 @@ def check_backward(machine: Machine, shape: tuple[int, ...], hidden: int, dtype:
         assert_close_to_reference(value, exact[name], eager[name], name)
 
 
+CLUSTERS = {"architecture": 90, "multiprocessors": 25, "shared_bytes": 227 * 1024}
+
 # Two units per block; odd sizes and a partly empty last block; more hidden units than others, fewer rows than a tile.
 PROBLEMS = [
     ((2, 3, 40, 1, 3, 5), 10, 3),
@@ -120,6 +126,30 @@ def test_backward_numerics(machine, shape, hidden, multiprocessors, dtype, seed)
     assert "one launch" in machine.plan
 
 
+# One cluster with slices of one run, most blocks without outputs; three clusters, two units per block and slices of two
+# runs, the last ones padding; more hidden units than others.
+SLICED = [((1, 3, 20, 1, 1, 3), 5), ((2, 2, 290, 1, 3, 6), 35), ((1, 2, 35, 1, 1, 2), 99)]
+
+
+@pytest.mark.parametrize(("shape", "hidden"), SLICED, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_numerics_in_clusters(machine, shape, hidden, dtype, seed) -> None:
+    machine.seed, machine.device = seed, CLUSTERS
+    check(machine, shape, hidden, dtype, save=dtype == BF16, cluster=8)
+    assert "in clusters of 8" in machine.plan
+
+
+def test_in_clusters_schedules_do_not_matter(machine, seed) -> None:
+    """Every bit: partial sums are added in the order of the ranks, whoever pushes first."""
+    results = []
+    for index in range(3):
+        machine.seed, machine.device = seed + index, CLUSTERS
+        torch.manual_seed(seed)
+        results.append(check(machine, (1, 2, 40, 1, 1, 3), 9, BF16, save=False, cluster=8))
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
 def test_many_runs_of_inputs_for_every_warp(machine) -> None:
     machine.device = {"multiprocessors": 20}
     check(machine, (1, 2, 300, 1, 1, 3), 33, BF16, save=True)
@@ -141,6 +171,8 @@ def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, seed) -> Non
     machine = machine_with(sanitizer, seed=seed, device={"multiprocessors": 3})
     check(machine, (1, 2, 20, 1, 1, 3), 5, BF16, save=True)
     check_backward(machine, (1, 2, 20, 1, 1, 3), 5, BF16, grad=True)
+    machine.device = CLUSTERS
+    check(machine, (1, 2, 20, 1, 1, 3), 5, BF16, save=True, cluster=8)
 
 
 def test_what_does_not_fit_is_refused_with_the_reason(machine) -> None:
@@ -150,6 +182,9 @@ def test_what_does_not_fit_is_refused_with_the_reason(machine) -> None:
     machine.device = {"multiprocessors": 4, "shared_bytes": 48 * 1024}
     with pytest.raises(LaunchError, match="bytes of shared memory, of 49152"):
         check(machine, (1, 2, 40, 1, 1, 3), 10, BF16, save=False)
+    machine.device = {**CLUSTERS, "architecture": 80}
+    with pytest.raises(LaunchError, match="clusters are for forward passes on sm_90"):
+        check(machine, (1, 2, 40, 1, 1, 3), 10, BF16, save=False, cluster=8)
     machine.device = {"multiprocessors": 4, "shared_bytes": 47 * 1024}
     with pytest.raises(LaunchError, match="bytes of shared memory, of 48128"):
         check_backward(machine, (1, 2, 40, 1, 1, 3), 10, BF16, grad=False)

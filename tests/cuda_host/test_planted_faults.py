@@ -17,6 +17,7 @@ from tests.cuda_host import harness
 from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
+from tests.cuda_host.test_fast_gru_persistent import CLUSTERS
 from tests.cuda_host.test_fast_gru_persistent import check as check_steps
 from tests.cuda_host.test_fast_gru_persistent import check_backward as check_steps_backward
 from tests.cuda_host.test_recurrent_conv import HOPPER, LAYOUTS, check_backward, check_forward, inputs
@@ -117,6 +118,11 @@ def steps_in_one_launch(machine: Machine) -> None:
     check_steps(machine, (1, 3, 20, 1, 1, 3), 5, torch.bfloat16, save=True)
 
 
+def steps_in_clusters(machine: Machine) -> None:
+    machine.device = CLUSTERS
+    check_steps(machine, (1, 3, 300, 1, 1, 3), 40, torch.bfloat16, save=False, cluster=8)
+
+
 def steps_backward_in_one_launch(machine: Machine) -> None:
     machine.device = {"multiprocessors": 3}
     check_steps_backward(machine, (1, 3, 20, 1, 1, 3), 9, torch.bfloat16, grad=True)
@@ -213,6 +219,7 @@ def closed_gate(machine: Machine) -> None:
 SHORT, PRODUCTS = "cycle_consistency_short.cu", "cycle_consistency_products.cu"
 TILE, WIDE, STEP, SM90 = (f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "sm90"))
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
+STEPS_BODY = "fast_gru_steps.h"
 RELATE, RELATE_BODY, GRADIENTS = "nonlocal_gates.cu", "nonlocal_gates_tile.h", "nonlocal_gates_gradients.cu"
 BARRIER = "    block_barrier();\n"
 FAULTS = [
@@ -551,6 +558,43 @@ FAULTS = [
         file="fast_gru_persistent.cu",
     ),
     Fault(
+        "pushed sums are read before all of the cluster have pushed theirs",
+        "    cluster_barrier();\n#pragma unroll\n    for (int i = 0; i < pairs; ++i) {\n      sums[i] = 0;\n      if",
+        "    block_barrier();\n#pragma unroll\n    for (int i = 0; i < pairs; ++i) {\n      sums[i] = 0;\n      if",
+        steps_in_clusters,
+        "thread",
+        file="fast_gru_sm90.cu",
+    ),
+    Fault(
+        "all blocks push to the place of the first",
+        "+ rank * most_rows * fast_gru::partial_pitch",
+        "+ 0 * rank * most_rows * fast_gru::partial_pitch",
+        steps_in_clusters,
+        file="fast_gru_sm90.cu",
+    ),
+    Fault(
+        "sums go to the next unit's owner",
+        "cluster_shared(received, unit / units)",
+        "cluster_shared(received, (unit / units + 1) % plan.cluster)",
+        steps_in_clusters,
+        file="fast_gru_sm90.cu",
+    ),
+    Fault(
+        "a slice is multiplied before all warps have staged it",
+        "+ rank * slice + 8 * (i % words));\n    block_barrier();",
+        "+ rank * slice + 8 * (i % words));",
+        steps_in_clusters,
+        "thread",
+        file="fast_gru_sm90.cu",
+    ),
+    Fault(
+        "the sums of the first rank are left out",
+        "for (int from = 0; from < plan.cluster; ++from)",
+        "for (int from = 1; from < plan.cluster; ++from)",
+        steps_in_clusters,
+        file="fast_gru_sm90.cu",
+    ),
+    Fault(
         "du is read before all blocks have written it",
         "    barrier.arrive();\n    if (step > 0) read_step(step - 1);\n    barrier.wait();",
         "    block_barrier();\n    if (step > 0) read_step(step - 1);",
@@ -581,6 +625,7 @@ PLAIN = [
 ]
 FEWER = {
     "fast_gru_persistent.cu": [("<__half>", "<__nv_bfloat16>")],
+    "fast_gru_sm90.cu": [("<__half>", "<__nv_bfloat16>")],
     "recurrent_conv.cu": PLAIN,
     WEIGHT_GRAD: [
         (
@@ -610,12 +655,20 @@ FEWER = {
 }
 
 
+BODIES = {
+    "nonlocal_gates_tile.cu": RELATE_BODY,
+    "nonlocal_gates_sm90.cu": RELATE_BODY,
+    "fast_gru_persistent.cu": STEPS_BODY,
+    "fast_gru_sm90.cu": STEPS_BODY,
+}
+
+
 def text_of(source: Path) -> str:
     """A kernel file, with the body that two of them include in the include's place: faults are planted there, too."""
     text = source.read_text()
-    if source.name in ("nonlocal_gates_tile.cu", "nonlocal_gates_sm90.cu"):
-        body = (source.parent / RELATE_BODY).read_text().replace("#pragma once\n", "")
-        text = text.replace(f'#include "cuda/{RELATE_BODY}"\n', body)
+    if (name := BODIES.get(source.name)) is not None:
+        body = (source.parent / name).read_text().replace("#pragma once\n", "")
+        text = text.replace(f'#include "cuda/{name}"\n', body)
     return text
 
 
@@ -665,6 +718,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         soft_of_the_huge,
         closed_gate,
         steps_in_one_launch,
+        steps_in_clusters,
         steps_backward_in_one_launch,
     ],
     ids=lambda f: f.__name__,

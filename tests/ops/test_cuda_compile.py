@@ -38,6 +38,7 @@ REGISTERS = {
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
     "fast_gru_steps": 255,  # 1 block of 256
     "fast_gru_steps_backward": 255,  # the same
+    "fast_gru_cluster_steps": 255,  # the same
     "wide_scan": 255,  # 1 block of 256
     "hopper_scan": 255,  # 1 block of 256: 192 are the state and its rounded copy
     "gate_pass": 64,  # bound by memory: 4 blocks of 256
@@ -86,6 +87,7 @@ MATRIX_INSTRUCTIONS = {
     "tile_gradient": "HMMA",
     "fast_gru_steps": "HMMA",
     "fast_gru_steps_backward": "HMMA",
+    "fast_gru_cluster_steps": "HMMA",
     "matrix_weight_grad": "HMMA",
     "align_tile": "HMMA",
 }

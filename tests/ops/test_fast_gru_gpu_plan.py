@@ -15,8 +15,8 @@ A100 = {"architecture": 80, "multiprocessors": 108, "shared_bytes": 163 * 1024}
 H200 = {"architecture": 90, "multiprocessors": 132, "shared_bytes": 227 * 1024}
 
 
-def plan(rows: int, c: int, r: int, dtype: str = "bfloat16", **gpu: int) -> dict:
-    return native.fast_gru_gpu_plan(rows, c, r, dtype, **gpu)
+def plan(rows: int, c: int, r: int, dtype: str = "bfloat16", cluster: int = 1, **gpu: int) -> dict:
+    return native.fast_gru_gpu_plan(rows, c, r, dtype, cluster=cluster, **gpu)
 
 
 def test_the_paper_s_sizes() -> None:
@@ -34,6 +34,46 @@ def test_the_paper_s_sizes() -> None:
     assert backward["why_not"] is None and (backward["blocks"], backward["units"]) == (128, 2)
     assert backward["shared_bytes"] == 16 * 4160 + 16 * 2112 + 8 * 4160 + 8 * 64 * 20 * 4 <= 227 * 1024
     assert plan(49, 1024, 256, **A100, backward=True)["why_not"] is None
+
+
+def test_the_paper_s_sizes_in_clusters() -> None:
+    """16 clusters of 8 on 132 multiprocessors, each block with 256 inputs of U_o and V_o for the outputs of all 8."""
+    found = plan(49, 2048, 512, cluster=0, **H200)
+    assert found["why_not"] is None and "128 blocks in clusters of 8" in found["text"]
+    assert (found["cluster"], found["slice"], found["units"], found["hidden_units"]) == (8, 256, 2, 1)
+    weights, received = 128 * 576 + 2 * 16 * 1088 + 64 * 576, 8 * 64 * 20 * 4
+    assert found["received_at"] == weights + 8 * 64 * 20 * 4  # partial sums need more than 64 rows of a slice
+    assert found["shared_bytes"] == found["received_at"] + received <= 227 * 1024
+    # Few weights or rows: what clusters save is less than what they cost.
+    for rows, c in ((49, 512), (4, 1024)):
+        assert plan(rows, c, c // 4, cluster=0, **H200)["cluster"] == 1
+    assert plan(49, 1024, 256, cluster=0, **H200)["cluster"] == 8
+    for less in ({"sm90a": False}, {"backward": True}, {"multiprocessors": 7}, {"architecture": 100}):
+        assert plan(49, 2048, 512, cluster=0, **{**H200, **less})["cluster"] == 1
+        assert plan(49, 64, 16, cluster=8, **{**H200, **less})["why_not"] is not None
+    with pytest.raises(ValueError, match="cluster: expected 0, 1 or 8"):
+        plan(49, 64, 16, cluster=4, **H200)
+
+
+@pytest.mark.parametrize("c", [1, 40, 290, 1000, 2048])
+@pytest.mark.parametrize("r", [1, 19, 512])
+@pytest.mark.parametrize("multiprocessors", [8, 33, 132])
+def test_clusters_cover_every_output_and_every_input_once(c, r, multiprocessors) -> None:
+    gpu = {"architecture": 90, "multiprocessors": multiprocessors, "shared_bytes": 1 << 30}
+    p = plan(49, c, r, cluster=8, **gpu)
+    if p["why_not"] is not None:
+        assert max(p["units"], p["hidden_units"]) > 2
+        return
+    assert p["blocks"] % 8 == 0 and p["blocks"] <= multiprocessors
+    assert p["blocks"] * 8 * p["units"] >= c and p["blocks"] * p["hidden_units"] >= 2 * p["half_units"]
+    assert p["slice"] % 32 == 0 and p["depth"] == 8 * p["slice"] >= c
+    assert p["weight_pitch"] % 128 == 64 and p["weight_pitch"] >= 2 * p["slice"]
+    assert p["gate_at"] == 64 * p["units"] * p["weight_pitch"]
+    assert p["hidden_at"] == p["gate_at"] + 16 * p["units"] * p["hidden_pitch"]
+    assert p["partial_at"] == p["hidden_at"] + 64 * p["hidden_units"] * p["weight_pitch"]
+    assert p["received_at"] == p["partial_at"] + max(8 * 64 * 20 * 4, 64 * p["weight_pitch"])
+    assert p["shared_bytes"] == p["received_at"] + 8 * 64 * 20 * 4
+    assert p["gated_at"] == p["low_at"] + 2 * 49 * p["depth"]
 
 
 @pytest.mark.parametrize(
