@@ -24,6 +24,7 @@ def examine() -> dict[str, Any]:
 
     from rcu_ops import _library
     from rcu_ops._version import __version__
+    from rcu_ops.nn.frame_kernel import why_not_here
     from rcu_ops.nn.packed_conv import arithmetic
     from rcu_ops.ops import OPERATORS, current_backend
     from rcu_ops.ops._selftest import results
@@ -44,6 +45,9 @@ def examine() -> dict[str, Any]:
         devices[0]["isa"] = native.cpu_isa()
     computed, reason = arithmetic(torch.bfloat16)
     devices[0]["bf16 convolutions of fused models"] = f"{str(computed).removeprefix('torch.')}: {reason}"
+    for dtype in (torch.float32, torch.bfloat16):
+        reason = why_not_here(dtype) or "convolution and recurrence are one kernel, on weights in its layout"
+        devices[0][f"{str(dtype).removeprefix('torch.')} streams of single frames in fused models"] = reason
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(

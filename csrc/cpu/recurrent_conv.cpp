@@ -210,4 +210,16 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
   portable::weight_grad(p, parallel);
 }
 
+void conv_frame(const ConvFrame& p, const Parallel& parallel) {
+  if (p.N * p.OH * p.OW == 0) return;
+  const FramePlan plan = plan_frame(p, parallel.threads);
+  const Isa isa = current_isa();
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512) return avx512::conv_frame(p, plan, parallel);
+  if (isa == Isa::avx2) return avx2::conv_frame(p, plan, parallel);
+#endif
+  static_cast<void>(isa);
+  portable::conv_frame(p, plan, parallel);
+}
+
 }  // namespace rcu_ops::cpu

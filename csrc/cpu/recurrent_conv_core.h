@@ -836,3 +836,5 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
     default: return WeightGradTasks<F32, f16_t>::run(p, parallel);
   }
 }
+
+#include "recurrent_conv_frame_core.h"

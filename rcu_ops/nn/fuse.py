@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rcu_ops.nn.causality import register_per_frame
+from rcu_ops.nn.frame_kernel import Panels, output_size, run_frame
 from rcu_ops.nn.frames import batch_to_frames, check_clip, frames_to_batch
 from rcu_ops.nn.packed_conv import PackedWeights, conv2d_act
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_arguments, frame_conv2d
 from rcu_ops.nn.relational_fold import fold_relations_of
-from rcu_ops.nn.stream_state import active_slot, scan_with_state
+from rcu_ops.nn.stream_state import StreamSlot, active_slot, scan_with_state
 from rcu_ops.ops import recurrent_conv_affine_act
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
@@ -101,6 +102,7 @@ class FusedRecurrentConv3d(nn.Module):
         self.register_buffer("shift", shift.to(state_dtype))
         self._arguments = conv2d_arguments(conv)
         self._packed = PackedWeights()
+        self._panels = Panels()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecurrentConv3d:
         # model.to(dtype) must not round scale and shift to 16 bits: they belong to the state's dtype.
@@ -115,6 +117,9 @@ class FusedRecurrentConv3d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N,C,T,H,W] (and a residual that expands to [N,O,T,H',W']) -> [N,O,T,H',W']."""
         check_clip(self, x, self.in_channels)
+        slot = active_slot(self)
+        if slot is not None and (y := self._one_frame(x, residual, slot)) is not None:
+            return y
         frames = _convolve(self, self._packed, frames_to_batch(x), self.weight_xh, self.bias)
         xh = batch_to_frames(frames, x.shape[0], x.shape[2])
         if residual is not None and residual.shape != xh.shape:
@@ -132,7 +137,34 @@ class FusedRecurrentConv3d(nn.Module):
                 activation=self.activation,
             )
 
-        return scan_with_state(scan, active_slot(self), xh, self.update)
+        return scan_with_state(scan, slot, xh, self.update)
+
+    def _one_frame(self, x: Tensor, residual: Tensor | None, slot: StreamSlot) -> Tensor | None:
+        """One frame of a stream that has a state, by one kernel; None where that is not taken."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        if x.shape[0] != 1 or x.shape[2] != 1 or slot.fresh is not None or isinstance(self.padding, str):
+            return None
+        state = slot.read(x, (1, self.out_channels, *output_size(self, x.squeeze(2))))
+        if state is None:
+            return None
+        found = run_frame(
+            self,
+            self._panels,
+            x,
+            self.weight_xh,
+            residual,
+            self.activation == "relu",
+            weight_hh=self.weight_hh,
+            state=state,
+            scale=self.scale,
+            shift=self.shift,
+            mean=self.update == "mean",
+        )
+        if found is None:
+            return None
+        slot.write(found[1])
+        return found[0]
 
     def extra_repr(self) -> str:
         """Shape, update and activation."""
@@ -174,11 +206,16 @@ class FusedFrameConv3d(nn.Module):
             self.weight, self.bias = _fold(conv, norm)
         self._arguments = conv2d_arguments(conv)
         self._packed = PackedWeights()
+        self._panels = Panels()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N,C,T,H,W] (and a residual that expands to the output) -> [N,O,T,H',W']."""
         check_clip(self, x, self.in_channels)
         n, t = x.shape[0], x.shape[2]
+        if n == t == 1 and not torch.compiler.is_compiling():
+            found = run_frame(self, self._panels, x, self.weight, residual, self.relu)
+            if found is not None:
+                return found[0]
         frames = frames_to_batch(x)
         if residual is None or residual.shape == self._output_shape(x):
             added = None if residual is None else frames_to_batch(residual)

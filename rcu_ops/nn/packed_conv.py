@@ -126,19 +126,23 @@ def arithmetic(dtype: torch.dtype) -> tuple[torch.dtype, str]:
     return dtype, f"{best} multiplies bf16 at least as fast as fp32"
 
 
-def _can_pack(frames: Tensor, weight: Tensor) -> bool:
+def runs_by_itself(frames: Tensor, weight: Tensor) -> bool:
+    """Whether a call on kept weights may take a convolution's place: nobody traces, casts or differentiates it."""
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
         and frames.device.type == "cpu"
         and type(frames) is Tensor
         and frames.dtype == weight.dtype
-        and _library_takes(frames.dtype)
         and frames.numel() > 0
         and not (torch.is_grad_enabled() and (frames.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
-        and _get_current_dispatch_mode() is None  # counters and tracers know convolutions, not the library's own calls
+        and not torch._C._are_functorch_transforms_active()
+        and _get_current_dispatch_mode() is None  # counters and tracers know convolutions, not calls on kept weights
     )
+
+
+def _can_pack(frames: Tensor, weight: Tensor) -> bool:
+    return runs_by_itself(frames, weight) and _library_takes(frames.dtype) and bool(torch.backends.mkldnn.enabled)
 
 
 @cache

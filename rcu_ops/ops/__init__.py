@@ -8,6 +8,7 @@ from rcu_ops.ops.fast_gru import fast_gru, fast_gru_step
 from rcu_ops.ops.nonlocal_gates import nonlocal_attention, relational_lstm_step
 from rcu_ops.ops.recurrent_conv import recurrent_conv, recurrent_conv_affine_act
 from rcu_ops.ops.recurrent_conv_batch_norm import recurrent_conv_batch_norm
+from rcu_ops.ops.recurrent_conv_frame import OPERATOR as _FRAME  # noqa: F401 - defines the operator
 from rcu_ops.ops.srtg import srtg_fuse, srtg_squeeze
 
 _schema.load_kernels()

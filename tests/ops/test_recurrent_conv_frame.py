@@ -1,0 +1,263 @@
+"""recurrent_conv_frame: one frame of a layer by one kernel, on every instruction set; where fused models take it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rcu_ops
+from rcu_ops import _library
+from rcu_ops.models import VideoResNet
+from rcu_ops.nn import FrameConv3d, RecurrentConv3d, frame_kernel, fuse_for_inference
+from rcu_ops.reference.recurrent_conv_frame import pack_panels, recurrent_conv_frame
+from tests.tolerance import assert_close_to_reference
+
+OPERATOR = torch.ops.rcu_ops.recurrent_conv_frame
+built = pytest.mark.skipif(
+    not _library.has_kernel("recurrent_conv_frame", "CPU"), reason="the kernel library was not built"
+)
+ISAS = [
+    isa for isa in ("portable", "avx2", "avx512") if isa in (_library.native().cpu_isas() if _library.native() else [])
+]
+
+# n, c, h, w, o, kernel, stride, padding: rows of 7 to 30 positions (whole blocks, halves, overlaps), panels half full,
+# runs of one to several pieces, kernels that are not square, strides that skip rows.
+SHAPES = [
+    (1, 3, 19, 30, 16, (7, 7), (2, 2), (3, 3)),
+    (2, 20, 7, 7, 48, (3, 3), (1, 1), (1, 1)),
+    (1, 70, 5, 11, 32, (3, 3), (1, 1), (1, 1)),
+    (3, 7, 4, 30, 16, (1, 3), (1, 1), (0, 2)),
+    (1, 33, 9, 29, 80, (1, 1), (2, 2), (0, 0)),
+    (1, 5, 12, 60, 32, (2, 4), (3, 2), (1, 0)),
+    (2, 210, 3, 16, 224, (1, 1), (1, 1), (0, 0)),
+]
+
+CASES = [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(SHAPES[0], torch.float16), (SHAPES[2], torch.float16)]
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def arguments(shape: tuple[Any, ...], dtype: torch.dtype, recurrent: bool, sliced: bool = False) -> dict[str, Any]:
+    n, c, h, w, o, kernel, stride, padding = shape
+    size = [(x + 2 * p - k) // s + 1 for x, k, s, p in zip((h, w), kernel, stride, padding, strict=True)]
+    weight = (torch.randn(o, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5).to(dtype)
+    weight_hh = (torch.randn(o, o) / o**0.5).to(dtype) if recurrent else None
+
+    def frames(channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        x = torch.randn(n, channels, height, width).to(dtype)
+        if not sliced:
+            return last(x)
+        wide = last(torch.full((n + 1, channels + 3, height + 2, width + 1), torch.nan, dtype=dtype))
+        view = wide[1:, 2 : 2 + channels, 1:-1, :-1]
+        return view.copy_(x)
+
+    return {
+        "frame": frames(c, h, w, dtype),
+        "panels": pack_panels(weight, weight_hh),
+        "bias": torch.randn(o),
+        "state": frames(o, *size, torch.float32) if recurrent else None,
+        "scale": torch.randn(o) if recurrent else None,
+        "shift": torch.randn(o) if recurrent else None,
+        "residual": frames(o, *size, dtype) if n != 2 else None,
+        "channels": o,
+        "geometry": [*kernel, *stride, *padding],
+        "mean": n == 1,
+        "relu": n != 3,
+    }
+
+
+def wide(given: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
+
+
+def rounded(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Eager PyTorch: a convolution and a recurrence at the frame's dtype, the latter from an fp32 state."""
+    dtype = given["frame"].dtype
+    alone: dict[str, Any] = dict.fromkeys(("state", "scale", "shift", "residual"))
+    y = recurrent_conv_frame(**{**given, **alone, "relu": False})[0]
+    if given["state"] is not None:
+        c, (kh, kw) = given["frame"].shape[1], given["geometry"][:2]
+        w = given["panels"].transpose(0, 1).flatten(1)[kh * kw * c :, : given["channels"]]
+        y = y.float() + torch.einsum("io,nihw->nohw", w, given["state"])
+        y = y * 0.5 if given["mean"] else y
+    h = y.float()
+    if given["scale"] is not None:
+        y = (h * given["scale"].view(-1, 1, 1) + given["shift"].view(-1, 1, 1)).to(dtype)
+    y = y if given["residual"] is None else y + given["residual"]
+    return (y.relu() if given["relu"] else y).to(dtype), h
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_equals_the_definition(
+    shape: tuple[Any, ...], dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and states, from dense and sliced tensors, bit for bit the same from both and on one thread."""
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", isa)
+    monkeypatch.setenv("RCU_OPS_POISON_SCRATCH", "1")
+    for recurrent in (False, True):
+        given = arguments(shape, dtype, recurrent, sliced=recurrent)
+        got = OPERATOR(**given)
+        exact, eager = recurrent_conv_frame(**wide(given)), rounded(given)
+        assert got[0].dtype == dtype and got[0].is_contiguous(memory_format=torch.channels_last)
+        assert_close_to_reference(got[0], exact[0], eager[0])
+        if not recurrent:
+            assert got[1].numel() == 0
+            continue
+        assert_close_to_reference(got[1], exact[1], eager[1], "state")
+        dense = {k: last(v) if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in given.items()}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            again = OPERATOR(**dense)
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@built
+def test_nan_and_infinity_stay_where_they_are_seen() -> None:
+    """Padding is zeros, and NaN beside it reaches the positions that see it, and no others."""
+    given = arguments((1, 16, 9, 9, 16, (3, 3), (1, 1), (1, 1)), torch.float32, True)
+    given["relu"] = False
+    given["frame"][0, 3, 4, 8] = torch.nan
+    y, _ = OPERATOR(**given)
+    bad = torch.zeros(9, 9, dtype=torch.bool)
+    bad[3:6, 7:] = True
+    assert torch.equal(y[0].isnan().all(0), bad) and torch.equal(y[0].isnan().any(0), bad)
+
+
+@built
+def test_empty_batch_and_errors() -> None:
+    given = arguments((1, 8, 9, 9, 16, (3, 3), (1, 1), (1, 1)), torch.float32, True)
+    empty = {k: v[:0] if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in given.items()}
+    assert OPERATOR(**empty)[0].shape == (0, 16, 9, 9)
+    wrong = {
+        "frame": given["frame"].double(),
+        "panels": given["panels"][:, :-1],
+        "bias": given["bias"][:-1],
+        "state": given["state"][..., :-1],
+        "residual": given["residual"].bfloat16(),
+        "channels": 15,
+        "geometry": [3, 3, 1, 1, 1],
+    }
+    for name, value in wrong.items():
+        with pytest.raises(RuntimeError, match=name):
+            OPERATOR(**{**given, name: value})
+    with pytest.raises(RuntimeError, match="adjacent channels"):
+        OPERATOR(**{**given, "frame": given["frame"].contiguous()})
+
+
+@built
+def test_operator_check_and_flops() -> None:
+    given = arguments((1, 8, 9, 9, 16, (3, 3), (1, 1), (1, 1)), torch.float32, True)
+    torch.library.opcheck(OPERATOR.default, tuple(given.values()))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        OPERATOR(**given)
+    assert counter.get_total_flops() == 2 * 81 * 16 * (9 * 8 + 16)
+
+
+class Layers(nn.Module):
+    """A recurrent block with a strided shortcut, as in a video ResNet."""
+
+    def __init__(self, update: str) -> None:
+        super().__init__()
+        self.a = RecurrentConv3d(16, 32, 3, stride=2, padding=1, bias=True, update=update)
+        self.bn_a = nn.BatchNorm3d(32)
+        self.b = RecurrentConv3d(32, 32, 3, padding=1, update=update)
+        self.bn_b = nn.BatchNorm3d(32)
+        self.shortcut = FrameConv3d(16, 32, 1, stride=(1, 2, 2))
+        self.bn_s = nn.BatchNorm3d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn_a(self.a(x)))
+        return torch.relu(self.bn_b(self.b(y)) + self.bn_s(self.shortcut(x)))
+
+
+@built
+@pytest.mark.parametrize("update", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_take_the_kernel(dtype: torch.dtype, update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One frame at a time on adjacent channels: the whole clip's numbers, whoever's weights change in between."""
+    monkeypatch.setattr(frame_kernel, "why_not_here", lambda dtype: None)
+    calls = []
+    run = frame_kernel.OPERATOR
+    monkeypatch.setattr(frame_kernel, "OPERATOR", lambda *args: calls.append(args[0].shape) or run(*args))
+    model = Layers(update).eval().to(dtype)
+    for norm in (model.bn_a, model.bn_b, model.bn_s):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    clip = torch.randn(1, 16, 4, 18, 15).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    fused = fuse_for_inference(model)
+    streamer = rcu_ops.Streamer(fused)
+    with torch.no_grad():
+        for _ in range(2):
+            found, state = [], None
+            for t in range(4):
+                y, state = streamer(clip[:, :, t : t + 1], state)
+                found.append(y)
+            exact = copy.deepcopy(model).double()(clip.double())
+            with rcu_ops.use_backend("reference"):
+                eager = model(clip)
+            assert_close_to_reference(torch.cat(found, 2), exact, eager)
+            for source, target in ((model.a, fused.a), (model.b, fused.b)):
+                source.weight_hh.mul_(-0.5)  # in place: the kept panels are made anew
+                target.weight_hh.mul_(-0.5)
+    assert len(calls) == 2 * (3 + 3 + 4)  # the first frame has no state; the shortcut needs none
+
+
+@built
+def test_streams_that_do_not_take_it_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_kernel, "why_not_here", lambda dtype: None)
+    layer = fuse_for_inference(Layers("sum").eval()).a
+    frame = last(torch.randn(1, 16, 18, 15))
+
+    def reason(frame: Tensor = frame, **changed: Any) -> str:
+        for name, value in changed.items():
+            monkeypatch.setattr(layer, name, value)
+        return frame_kernel.why_not(layer, frame, layer.weight_xh) or ""
+
+    with torch.no_grad():
+        assert reason() == ""
+        assert "several frames" in reason(frame.expand(2, -1, -1, -1))
+        assert "adjacent" in reason(frame.contiguous())
+        assert "shorter" in reason(frame[..., :11])
+        with rcu_ops.use_backend("reference"):
+            assert "reference" in reason()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "autocast" in reason()
+        assert "groups" in reason(groups=2)
+
+
+def test_the_rule_of_processor_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = frame_kernel.why_not_here.__wrapped__
+    assert "float64" in rule(torch.float64)
+    monkeypatch.setattr(frame_kernel, "arithmetic", lambda dtype: (dtype, ""))
+    monkeypatch.setattr(frame_kernel._library, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(frame_kernel._library, "native", lambda: type("Native", (), {"cpu_isas": lambda: ["avx512"]}))
+    assert rule(torch.float32) is None
+    assert "bfloat16" in rule(torch.bfloat16)
+    monkeypatch.setattr(frame_kernel._library, "native", lambda: type("Native", (), {"cpu_isas": lambda: ["avx2"]}))
+    assert "AVX-512" in rule(torch.float32)
+
+
+@built
+def test_resnet_streams_bit_for_bit_from_a_fork() -> None:
+    """Two calls from one state give the same scores and leave that state alone."""
+    model = fuse_for_inference(VideoResNet(num_classes=8).eval())
+    streamer = rcu_ops.Streamer(model)
+    clip = torch.randn(1, 3, 2, 112, 112).contiguous(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        _, state = streamer(clip[:, :, :1])
+        kept = {name: value.clone() for name, value in state.items()}
+        first, second = streamer(clip[:, :, 1:], state)[0], streamer(clip[:, :, 1:], state)[0]
+    assert torch.equal(first, second)
+    assert all(torch.equal(state[name], value) for name, value in kept.items())
