@@ -103,23 +103,39 @@ inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes)
 // ---- launching -------------------------------------------------------------------------------------------------
 
 struct Tasks {
+  static constexpr int64_t most = 64;  // shares
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   void (*task)(void*, int64_t);
   void* context;
-  int64_t count;
-  std::atomic<int64_t> next{0};
+  int64_t shares;
+  Share share[most];
 };
 
-// Threads take tasks one by one, so that one slow core does not hold up the rest.
+// Every thread has a share of neighbouring tasks, the same one in every call: what it wrote is in its cache when the
+// next layer reads it. It takes them one by one, and then what is left of other shares, so that one slow core does not
+// hold up the rest.
 inline void run_tasks(void*, int64_t count, void (*task)(void*, int64_t), void* context) {
   if (count == 1) return task(context, 0);
-  Tasks tasks{task, context, count};
-  const auto worker = [](int64_t, int64_t, void* self) {
+  const int64_t threads = torch::stable::get_num_threads(), workers = threads < count ? threads : count;
+  Tasks tasks;
+  tasks.task = task, tasks.context = context;
+  tasks.shares = workers < Tasks::most ? workers : Tasks::most;
+  for (int64_t i = 0; i < tasks.shares; ++i) {
+    tasks.share[i].next.store(count * i / tasks.shares, std::memory_order_relaxed);
+    tasks.share[i].end = count * (i + 1) / tasks.shares;
+  }
+  const auto worker = [](int64_t first, int64_t, void* self) {
     auto& tasks = *static_cast<Tasks*>(self);
-    for (int64_t i; (i = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;)
-      tasks.task(tasks.context, i);
+    for (int64_t i = 0; i < tasks.shares; ++i) {
+      Tasks::Share& share = tasks.share[(first + i) % tasks.shares];
+      for (int64_t at; (at = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        tasks.task(tasks.context, at);
+    }
   };
-  const int64_t threads = torch::stable::get_num_threads();
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, threads < count ? threads : count, 1, worker, &tasks));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, workers, 1, worker, &tasks));
 }
 
 inline Parallel cpu_threads() {
