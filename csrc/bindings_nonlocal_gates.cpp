@@ -70,6 +70,8 @@ Relation relation_of(const Tensor& query, const Tensor& key, const Tensor& value
   return r;
 }
 
+constexpr int64_t flash_attention = 1;  // of torch.nn.attention.SDPBackend
+
 bool library_is_faster(const Relation& r, const Tensor& like) {
 #ifdef RCU_OPS_WITH_CUDA
   if (like.is_cuda()) {
@@ -80,21 +82,26 @@ bool library_is_faster(const Relation& r, const Tensor& like) {
   return why_not_library_on_cpu(r) == nullptr;
 }
 
-// PyTorch's scaled_dot_product_attention with a head per sample; no mask.
-Tensor library_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+// PyTorch's scaled_dot_product_attention with a head per sample; no mask. Nothing unless its flash attention would run,
+// which alone is faster than the kernels here: the user may have switched it off (torch.nn.attention.sdpa_kernel).
+std::optional<Tensor> library_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   using torch::stable::detail::from;
   const auto head = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
-  std::array<StableIValue, 8> stack{from(head(query)),
-                                    from(head(key)),
-                                    from(head(value)),
-                                    from(std::nullopt),
-                                    from(0.0),
-                                    from(false),
-                                    from(std::optional<double>(scale)),
-                                    from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::squeeze(torch::stable::detail::to<Tensor>(stack[0]), 1));
+  const auto call = [&](const char* name) {  // both take the same arguments
+    std::array<StableIValue, 8> stack{from(head(query)),
+                                      from(head(key)),
+                                      from(head(value)),
+                                      from(std::nullopt),
+                                      from(0.0),
+                                      from(false),
+                                      from(std::optional<double>(scale)),
+                                      from(false)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+    return stack[0];
+  };
+  if (torch::stable::detail::to<int64_t>(call("aten::_fused_sdp_choice")) != flash_attention) return std::nullopt;
+  const Tensor out = torch::stable::detail::to<Tensor>(call("aten::scaled_dot_product_attention"));
+  return torch::stable::contiguous(torch::stable::squeeze(out, 1));
 }
 
 // Whether every row of a CPU tensor of fp32 begins with a number. Where the library gives NaN for a query whose scores
@@ -111,11 +118,12 @@ Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<
   query = with_rows(query), key = with_rows(key), value = with_rows(value);
   Attention p{relation_of(query, key, value, mask, scale, count), {}};
   if (library_is_faster(p.relation, query)) {
-    const Tensor found = library_attention(query, key, value, scale);
+    const std::optional<Tensor> found = library_attention(query, key, value, scale);
     // Not where autocast made another dtype of it, nor where a query may be dead: flash attention on a GPU gives it
     // zeros by itself.
-    if (found.scalar_type() == query.scalar_type() && (query.is_cuda() || rows_are_numbers(found, p.relation)))
-      return found;
+    if (found && found->scalar_type() == query.scalar_type() &&
+        (query.is_cuda() || rows_are_numbers(*found, p.relation)))
+      return *found;
   }
   Tensor out = empty_of(query, {p.relation.B, p.relation.N, p.relation.E});
   p.out = rows_of(out);

@@ -66,6 +66,7 @@ py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, 
   found["splits"] = plan.splits;
   found["blocks"] = plan.blocks;
   found["shared_bytes"] = plan.shared_bytes;
+  found["scratch_bytes"] = forward ? cuda::forward_scratch_bytes(r) : cuda::gradient_scratch_bytes(r);
   found["places"] = places;
   return found;
 }
@@ -130,8 +131,8 @@ void bind_nonlocal_gates(py::module_& m) {
         "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. "
         "kind: attend, step, query_gradient or key_gradient. sm90a: the library holds code for it. text: one sentence "
         "(of a forward pass and its gradients two); then of the plain kernel resident, chunk, slice, splits, blocks, "
-        "shared_bytes, and, for blocks [begin, end), what each owns: (problem, first row, rows, split). misalignment: "
-        "of the addresses, in bytes modulo 16.");
+        "shared_bytes, scratch_bytes (of the device's memory), and, for blocks [begin, end), what each owns: (problem, "
+        "first row, rows, split). misalignment: of the addresses, in bytes modulo 16.");
   m.def(
       "nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"),
       py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,

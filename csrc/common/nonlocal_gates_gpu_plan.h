@@ -89,7 +89,9 @@ inline PlainRelatePlan plan_plain_key_gradient(const Relation& r, const Gpu& gpu
   return plan_plain_relate({r.B * r.G, r.M, r.N, 2, 2, r.D + r.E, plain_gradient_slice, 0}, r.dtype, gpu);
 }
 
-// Of the gradients: peak, sum and delta of every query (see Relation), in the state's dtype.
+// Memory on the device beyond inputs and outputs. Forward, a step too: none, maps and gates live on chip. Of the
+// gradients, a step's too: peak, sum and delta of every query (see Relation), in the state's dtype.
+inline int64_t forward_scratch_bytes(const Relation&) { return 0; }
 inline int64_t gradient_scratch_bytes(const Relation& r) { return 3 * r.B * r.G * r.N * state_size(r.dtype); }
 
 inline Text describe(const PlainRelatePlan& plan) {

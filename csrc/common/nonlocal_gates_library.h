@@ -1,5 +1,10 @@
 // nonlocal_attention: where PyTorch's own scaled_dot_product_attention runs the forward pass, because it is faster. Pure functions
-// of shapes. Gradients are this library's: they need the inputs alone.
+// of shapes. The kernel that is meant is the library's flash attention; where the user switched that off, nothing is left
+// to it.
+//
+// Training asks no other rule. Gradients are this library's whoever ran the forward pass: they need the inputs alone, so
+// that nothing is kept, and per sample and head take 5 (or 7) products of N x M x D whichever forward pass ran. The
+// library's own backward pass has 5 as well, and would need its result and a number per query kept from step to step.
 #pragma once
 
 #include "nonlocal_gates.h"

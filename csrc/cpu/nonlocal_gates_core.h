@@ -30,6 +30,13 @@ using Byte = uint8_t;
 
 constexpr int64_t sum_terms = 128;  // added up one after the other
 
+// Rows lie a page or so apart, and only a panel of each is used at a time: too little for the processor to guess what
+// comes next. So whoever reads a panel asks for the next one, which comes to the second cache while this one is worked on.
+template <class T>
+static inline void soon(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // ---- the two products -------------------------------------------------------------------------------------------
 
 template <class V, class T>
@@ -68,7 +75,10 @@ struct Arithmetic {
     for (int64_t k = 0; k < K; ++k, b += row, out += width) {
       int64_t j = 0;
       if (!dead || !dead[k]) {
-        for (; j + V::L <= n; j += V::L) V::store(out + j, V::load(b + j));
+        for (; j + V::L <= n; j += V::L) {
+          V::store(out + j, V::load(b + j));
+          soon(b + width + j);
+        }
         if (j < n) V::store(out + j, part_of<V>(b + j, n - j)), j += V::L;
       }
       for (; j < width; j += V::L) V::store(out + j, V::set1(0));
@@ -197,6 +207,7 @@ template <class V, class T>
     for (int64_t i = 0; i < rows; ++i)  // fp32 too: rows a page apart would fall into one set of the first cache
       for (int64_t k = 0; k < terms; k += V::L) {
         const T* const from = a + i * a_row + k0 + k;
+        soon(from + sum_terms);
         V::store(left + i * sum_terms + k, terms - k >= V::L ? V::load(from) : part_of<V>(from, terms - k));
       }
     for (int64_t j0 = 0; j0 < columns;) {
@@ -206,7 +217,10 @@ template <class V, class T>
         int64_t at[V::L];
         for (int64_t l = 0; l < V::L; ++l) at[l] = min_of(j0 + v + l, b_rows - 1) * b_row;
         int64_t k = 0;
-        for (; k + V::L <= terms; k += V::L) V::transpose(b + k0 + k, at, right + k * width + v, width);
+        for (; k + V::L <= terms; k += V::L) {
+          for (int64_t l = 0; l < V::L; ++l) soon(b + at[l] + k0 + k + sum_terms);
+          V::transpose(b + k0 + k, at, right + k * width + v, width);
+        }
         for (; k < terms; ++k)
           for (int64_t l = 0; l < V::L; ++l) right[k * width + v + l] = V::scalar(b[at[l] + k0 + k]);
       }
@@ -544,9 +558,11 @@ static inline typename V::R load_state(const Rows& rows, bool is_state, int64_t 
   using S = typename V::S;
   if (is_state) {
     const S* p = at<const S>(rows, b, 0, n) + j;
+    soon(p + panel<V>);
     return width >= V::L ? V::load(p) : part_of<V>(p, width);
   }
   const T* p = at<const T>(rows, b, 0, n) + j;
+  soon(p + panel<V>);
   return width >= V::L ? V::load(p) : part_of<V>(p, width);
 }
 template <class V, class T>
@@ -554,9 +570,11 @@ static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64
   using S = typename V::S;
   if (is_state) {
     S* p = at<S>(rows, b, 0, n) + j;
+    soon(p + panel<V>);
     width >= V::L ? V::store(p, v) : store_part<V>(p, v, width);
   } else {
     T* p = at<T>(rows, b, 0, n) + j;
+    soon(p + panel<V>);
     width >= V::L ? V::store(p, v) : store_part<V>(p, v, width);
   }
 }
@@ -608,6 +626,7 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
         typename V::R a[4];
         for (int64_t g = 0; g < 4; ++g) {
           const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
+          soon(x + panel<V>);
           a[g] = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
           if (!m.maps.dead[g * m.maps.gate + i]) a[g] = V::add(a[g], V::load(m.tile + g * area + i * panel<V> + j));
         }
@@ -878,6 +897,7 @@ static void gate_gradients_task(void* context, int64_t index) {
                      V::mul(V::mul(dh, t), V::mul(o, V::sub(one, o))), V::mul(V::mul(dc, i), V::sub(one, V::mul(g, g)))};
     for (int64_t gate = 0; gate < 4; ++gate) {
       T* to = at<T>(p.dx_gates, b, gate, row) + j;
+      soon(to + panel<V>);
       width >= V::L ? V::store(to, da[gate]) : store_part<V>(to, da[gate], width);
     }
     store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, V::mul(dc, f));

@@ -482,8 +482,8 @@ bool library_is_faster(const Relation& r) {
   return current_gpu(gpu).empty() && !why_not_library_on_gpu(r, gpu.architecture);
 }
 
-Scratch scratch_of(const Attention&) { return {}; }
-Scratch scratch_of(const Step&) { return {}; }
+Scratch scratch_of(const Attention& p) { return {forward_scratch_bytes(p.relation), {}}; }
+Scratch scratch_of(const Step& p) { return {forward_scratch_bytes(p.relation), {}}; }
 Scratch scratch_of(const AttentionGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 Scratch scratch_of(const StepGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
@@ -432,6 +433,8 @@ def _why_not_library(
     native = _library.native()
     if native is None:
         return _planner.NO_WORDS
+    if not torch.backends.cuda.flash_sdp_enabled():  # one switch for all devices
+        return "its flash attention is switched off"
     architecture = _planner.gpu_limits(query.device)["architecture"] if query.device.type == "cuda" else None
     (b, n, d), (m, e) = query.shape, value.shape[1:]
     dtype = str(query.dtype).removeprefix("torch.")
@@ -464,7 +467,8 @@ def _triton_attention(
     """The Triton kernel, or PyTorch's attention (which gives dead queries zeros on a GPU) where that is faster."""
     if _why_not_library(query, key, value, mask, scale, count) is None:
         heads = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # no other kernel of the library's is faster
+            out = torch.nn.functional.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
         if out.dtype == query.dtype:  # autocast may have made another of it
             return out.contiguous()
     found: Tensor = _triton_kernel("attention")(query, key, value, mask, scale, count)

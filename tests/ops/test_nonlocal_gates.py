@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import rcu_ops
@@ -207,6 +208,23 @@ def test_the_librarys_attention_where_it_is_faster(backend) -> None:
     with torch.autocast("cpu", torch.bfloat16):  # of a direct caller: the kernels' dtype is the inputs'
         direct = torch.ops.rcu_ops.nonlocal_attention(*(t.detach() for t in leaves), None, 1.0, False)
     assert direct.dtype == torch.float32
+
+
+@pytest.mark.skipif(not _library.LIBRARY.exists(), reason="the kernel library was not built")
+def test_no_other_kernel_of_the_library_stands_in_for_the_one_that_is_faster() -> None:
+    query, key, value = inputs((2, 130, 770, 16, 16))
+
+    def called() -> set[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+            rcu_ops.nonlocal_attention(query, key, value)
+        return {event.name for event in profile.events() if "scaled_dot_product" in event.name}
+
+    with rcu_ops.use_backend("cpu"):
+        assert any("flash" in name for name in called())
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+            assert called() == set()
+            said = str(rcu_ops.explain("nonlocal_attention", query, key, value))
+    assert _library.native() is None or "not PyTorch's attention: its flash attention is switched off" in said
 
 
 def test_agrees_with_the_librarys_attention(backend) -> None:
