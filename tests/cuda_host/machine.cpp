@@ -566,6 +566,24 @@ void poll(bool first, const Location& where) {
   sleep(Wait::poll, "wait_until", where);
 }
 
+constexpr uint32_t system_bytes = 1024;  // of shared memory, before the block's own
+
+uint32_t shared_address(const void* p, size_t alignment, const Location& where) {
+  const auto* begin = running->block->shared;
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (!begin || at < begin || at >= begin + launch->shape.shared_bytes)
+    fail("an address outside of the block's shared memory", where);
+  if (static_cast<size_t>(at - begin) % alignment != 0)
+    fail("an address in shared memory is not aligned to " + std::to_string(alignment) + " bytes", where);
+  return system_bytes + static_cast<uint32_t>(at - begin);
+}
+
+void* shared_at(uint32_t address, size_t bytes, const Location& where) {
+  if (address < system_bytes || address + bytes > system_bytes + launch->shape.shared_bytes)
+    fail("address " + std::to_string(address) + " is outside of the block's shared memory", where);
+  return running->block->shared + (address - system_bytes);
+}
+
 int cluster_rank() { return running->block->rank; }
 int cluster_size() { return launch->shape.cluster; }
 

@@ -116,6 +116,10 @@ Lanes<T> exchange(const char* operation, const T& mine, const Location& where) {
 }
 inline int lane() { return static_cast<int>(thread_index().x % 32); }
 
+// A byte of the block's shared memory by its address as instructions have it (the first KB is the system's), and back.
+uint32_t shared_address(const void* p, size_t alignment, const Location& where);
+void* shared_at(uint32_t address, size_t bytes, const Location& where);
+
 void async_copy(void* shared, const void* global, size_t bytes, const Location& where);
 void async_commit();
 void async_wait(size_t groups);

@@ -60,6 +60,19 @@ __global__ void wgmma_probe(const uint32_t* a, const uint32_t* shared, const int
   if constexpr (Left == Missing::wait) wgmma_wait<0>(sum);
 }
 
+// A descriptor of the last parameters, 32 bytes further on where that is asked for.
+__global__ void descriptor_probe(const int* at, uint64_t* bits) {
+  const SharedMatrix matrix(dynamic_shared<char>(at[0]), static_cast<Swizzle>(at[1]), static_cast<unsigned>(at[2]),
+                            static_cast<unsigned>(at[3]));
+  bits[0] = matrix.bits();
+  bits[1] = matrix.at(static_cast<unsigned>(at[4])).bits();
+  bits[2] = shared_address<16>(dynamic_shared<char>());
+}
+Error descriptor(const std::vector<void*>& s) {
+  return launch("descriptor_probe", descriptor_probe, dim3(1), dim3(1), 32 * 1024, Stream(),
+                static_cast<const int*>(s[0]), static_cast<uint64_t*>(s[1]));
+}
+
 // ---- faults ----------------------------------------------------------------------------------------------------------
 
 __global__ void mapping_too_early(int* out) { out[threadIdx.x] = *cluster_shared(dynamic_shared<int>(), 1 - cluster_rank()); }
@@ -120,8 +133,12 @@ const Probes& probes_sm90() {
       {"wgmma_64_f16_registers_64", products<__half, 64, Swizzle::row64, false>},
       {"wgmma_128_bf16_shared_32", products<bf16, 128, Swizzle::row32, true>},
       {"wgmma_64_f16_shared_16", products<__half, 64, Swizzle::none, true>},
+      {"wgmma_64_bf16_registers_16", products<bf16, 64, Swizzle::none, false>},
+      {"wgmma_64_f16_shared_64", products<__half, 64, Swizzle::row64, true>},
+      {"wgmma_64_bf16_shared_128", products<bf16, 64, Swizzle::row128, true>},
       {"wgmma_without_fence", products<bf16, 64, Swizzle::row128, false, Missing::fence>},
       {"wgmma_without_wait", products<bf16, 64, Swizzle::row128, false, Missing::wait>},
+      {"descriptor", descriptor},
       {"group_barrier_of_too_many", fault<group_barrier_of_too_many>},
       {"cluster_of_3", clusters<0, 3>},
       {"cluster_of_1", clusters<0, 1>},

@@ -1,7 +1,8 @@
 """The machine itself: warp operations against the layouts of the PTX manual, and the faults that it must report.
 
 The layouts are written down here once more, from the manual ("Matrix Fragments for mma.m16n8k16 / m16n8k8", "ldmatrix",
-"stmatrix"), and share nothing with the machine's.
+"stmatrix", "Register Fragments and Shared Memory Matrix Layouts" of wgmma, "Matrix Descriptor Format"), and share
+nothing with the machine's.
 """
 
 from __future__ import annotations
@@ -197,6 +198,9 @@ def wgmma_column(thread: int, i: int) -> int:
         ("wgmma_64_f16_registers_64", 64, torch.float16, 64),
         ("wgmma_128_bf16_shared_32", 128, torch.bfloat16, 32),
         ("wgmma_64_f16_shared_16", 64, torch.float16, 16),
+        ("wgmma_64_bf16_registers_16", 64, torch.bfloat16, 16),
+        ("wgmma_64_f16_shared_64", 64, torch.float16, 64),
+        ("wgmma_64_bf16_shared_128", 64, torch.bfloat16, 128),
     ],
 )
 def test_wgmma(machine, name, columns, dtype, row_bytes) -> None:
@@ -207,6 +211,25 @@ def test_wgmma(machine, name, columns, dtype, row_bytes) -> None:
         for i in range(columns // 2):
             expected = want[wgmma_row(thread, i), wgmma_column(thread, i)].item()
             assert abs(d[thread, i].item() - expected) <= 2**-23 * abs(expected)
+
+
+@pytest.mark.parametrize(("mode", "swizzle"), [(0, None), (1, 128), (2, 64), (3, 32)])
+def test_matrix_descriptor(machine, mode, swizzle) -> None:
+    """The kernels' own code against the manual's table of bits: three 14-bit numbers of 16-byte words and the mode."""
+    start, next_rows, next_k, further = 3 * 1024, 8 * (swizzle or 16), 16 if swizzle else 4096, 96
+    machine.device = {"architecture": 90}
+    bits = torch.zeros(3, dtype=torch.int64)
+    machine.probe("descriptor", torch.tensor([start, mode, next_rows, next_k, further], dtype=torch.int32), bits)
+    base = bits[2].item()  # of dynamic shared memory
+    assert base % 1024 == 0
+    for found, address in zip(bits[:2].tolist(), (base + start, base + start + further), strict=True):
+        found %= 2**64
+        assert found % 2**14 == (address & 0x3FFFF) >> 4
+        assert found >> 16 & 0x3FFF == next_k >> 4  # leading dimension; with a swizzle not looked at
+        assert found >> 32 & 0x3FFF == next_rows >> 4  # stride dimension
+        assert found >> 49 & 7 == 0  # base offset: the swizzle's pattern begins at a multiple of 1024, 512 or 256 bytes
+        assert found >> 62 == {None: 0, 128: 1, 64: 2, 32: 3}[swizzle]
+        assert found & (3 << 14 | 3 << 30 | 7 << 46 | 0x3FF << 52) == 0
 
 
 def test_wgmma_is_not_done_before_the_wait(machine) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "cuda/device/runtime.h"
 
@@ -13,6 +14,13 @@ template <typename T>
 __device__ __forceinline__ T* dynamic_shared(size_t offset = 0) {
   extern __shared__ __align__(1024) unsigned char rcu_ops_dynamic_shared[];
   return reinterpret_cast<T*>(rcu_ops_dynamic_shared + offset);
+}
+
+// Where `p` is in shared memory, in bytes, as instructions and descriptors have it; aligned to Alignment bytes, which
+// the host machine checks.
+template <unsigned Alignment>
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 }  // namespace rcu_ops::cuda

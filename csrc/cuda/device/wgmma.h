@@ -4,7 +4,7 @@
 // of an a in registers. With g = lane / 4 and q = lane % 4 (PTX manual, "Register Fragments and Shared Memory Matrix Layouts"):
 //     d   d[4 n + j]: row 16 w + g + 8 (j / 2), column 8 n + 2 q + j % 2
 //     a   as mma_m16n8k16's: a0: row g, k 2q..;  a1: row g+8, k 2q..;  a2: row g, k 2q+8..;  a3: row g+8, k 2q+8..
-// so that d rounded and packed is the a of a product over its columns. Other operands are in shared memory, see SharedMatrix.
+// so that d rounded and packed is the a of a product over its columns. Other operands: shared_matrix.h.
 //
 // Order. The products run beside the threads: wgmma_fence(d) after the last ordinary access to d (and to an a in registers),
 // then the products, which may accumulate into the same d, then wgmma_commit(); wgmma_wait<N>(d) returns when all but the newest
@@ -16,33 +16,9 @@
 #include <type_traits>
 
 #include "cuda/device/runtime.h"
+#include "cuda/device/shared_matrix.h"
 
 namespace rcu_ops::cuda {
-
-// How the 16-byte words of a matrix in shared memory are permuted: bits 4.. of the address, as many as the period of `row` bytes
-// needs, are XORed with bits 7... The value is the descriptor's.
-enum class Swizzle : uint64_t { none = 0, row128 = 1, row64 = 2, row32 = 3 };
-
-// A matrix of 16-bit numbers in shared memory, K-major: 8 rows (of a: M; of b: columns, N) follow each other, each 16 bytes
-// (none) or the swizzle's row of 16-bit numbers along k. `next_rows` bytes on are the next 8 rows. Without a swizzle the next 8
-// numbers along k are `next_k` bytes on; with one they follow in the row, and the address of the matrix may begin at a multiple
-// of 32 bytes within it. Rows of 8 are aligned to the period of the swizzle: 8 times its row.
-class SharedMatrix {
- public:
-  __device__ __forceinline__ SharedMatrix(const void* start, Swizzle swizzle, unsigned next_rows, unsigned next_k = 16)
-      : bits_(static_cast<uint64_t>(static_cast<unsigned>(__cvta_generic_to_shared(start)) >> 4) |
-              static_cast<uint64_t>(next_k >> 4) << 16 | static_cast<uint64_t>(next_rows >> 4) << 32 |
-              static_cast<uint64_t>(swizzle) << 62) {}
-
-  // The same `bytes` further on.
-  __device__ __forceinline__ SharedMatrix at(unsigned bytes) const { return SharedMatrix(bits_ + (bytes >> 4)); }
-
-  __device__ __forceinline__ uint64_t bits() const { return bits_; }
-
- private:
-  __device__ __forceinline__ explicit SharedMatrix(uint64_t bits) : bits_(bits) {}
-  uint64_t bits_;
-};
 
 // The compiler must not move what it knows of d across the instruction.
 template <int Count>

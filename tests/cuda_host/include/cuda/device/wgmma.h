@@ -7,38 +7,33 @@
 #include "cuda/device/convert.h"
 #include "cuda/device/mma.h"
 #include "cuda/device/runtime.h"
+#include "cuda/device/shared_matrix.h"
 
 namespace rcu_ops::cuda {
 
-enum class Swizzle : uint64_t { none = 0, row128 = 1, row64 = 2, row32 = 3 };
+namespace wgmma_host {
 
-class SharedMatrix {
+// What a descriptor says, read as the PTX manual prints it: the kernels' own code has put it together.
+class Reader {
  public:
-  SharedMatrix(const void* start, Swizzle swizzle, unsigned next_rows, unsigned next_k = 16)
-      : start_(reinterpret_cast<uintptr_t>(start)), swizzle_(swizzle), next_rows_(next_rows), next_k_(next_k) {}
-  SharedMatrix at(unsigned bytes) const {
-    SharedMatrix further = *this;
-    further.start_ += bytes;
-    return further;
+  Reader(SharedMatrix matrix, const cuda_host::Location& where) : bits_(matrix.bits()), where_(where) {
+    constexpr uint64_t meant = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
+    if (bits_ & ~meant) cuda_host::fail("a matrix descriptor with bits that mean nothing, or a base offset", where);
   }
-  bool aligned() const { return start_ % 16 == 0 && next_rows_ % 16 == 0 && next_k_ % 16 == 0; }
-
   // The bits of number (row, k).
   uint16_t read(unsigned row, unsigned k) const {
-    const unsigned words = swizzle_ == Swizzle::none ? 1 : 16u >> static_cast<unsigned>(swizzle_);  // of 16 bytes in a row
-    uintptr_t at = start_ + row / 8 * next_rows_ + row % 8 * (16 * words);
-    at += swizzle_ == Swizzle::none ? k / 8 * next_k_ + k % 8 * 2 : 2 * k;
-    at ^= (at >> 7 & (words - 1)) << 4;
-    return *reinterpret_cast<const uint16_t*>(at);
+    const unsigned mode = static_cast<unsigned>(bits_ >> 62), row_bytes = mode == 0 ? 16 : 256u >> mode;
+    uint32_t at = field(0) + row / 8 * field(32) + row % 8 * row_bytes;
+    at += mode == 0 ? k / 8 * field(16) + k % 8 * 2 : 2 * k;
+    at ^= (at >> 7 & (row_bytes / 16 - 1)) << 4;
+    return *static_cast<const uint16_t*>(cuda_host::shared_at(at, 2, where_));
   }
 
  private:
-  uintptr_t start_;
-  Swizzle swizzle_;
-  unsigned next_rows_, next_k_;
+  uint32_t field(int from) const { return static_cast<uint32_t>(bits_ >> from & 0x3fff) << 4; }
+  uint64_t bits_;
+  cuda_host::Location where_;
 };
-
-namespace wgmma_host {
 
 template <typename T>
 double value(uint16_t bits) {
@@ -47,7 +42,7 @@ double value(uint16_t bits) {
 
 // a(row of this warp's 16, k), called while the product completes.
 template <typename T, int Count, typename A>
-void multiply(float* d, std::vector<float>& sums, const SharedMatrix& b, A a) {
+void multiply(float* d, std::vector<float>& sums, const Reader& b, A a) {
   const unsigned g = static_cast<unsigned>(cuda_host::lane()) / 4, q = static_cast<unsigned>(cuda_host::lane()) % 4;
   double rows[2][16];
   for (unsigned half = 0; half < 2; ++half)
@@ -67,9 +62,8 @@ void multiply(float* d, std::vector<float>& sums, const SharedMatrix& b, A a) {
 }
 
 template <int Count>
-cuda_host::Accumulators& begin(float (&d)[Count], const SharedMatrix& b, const cuda_host::Location& where) {
+cuda_host::Accumulators& begin(float (&d)[Count], const cuda_host::Location& where) {
   static_assert(Count == 32 || Count == 64 || Count == 128, "N = 64, 128 or 256");
-  if (!b.aligned()) cuda_host::fail("a matrix in shared memory is not aligned to 16 bytes", where);
   cuda_host::exchange("wgmma", 0, where);
   return cuda_host::begin_product(d, Count, where);
 }
@@ -92,10 +86,11 @@ void wgmma(float (&d)[Count], const uint32_t (&a)[4], SharedMatrix b,
   struct Registers {
     uint32_t a[4];
   };
-  auto& sums = wgmma_host::begin(d, b, where).values;
-  cuda_host::issue_product([to = &d[0], from = &a[0], &sums, b](const cuda_host::Location& wait) {
+  auto& sums = wgmma_host::begin(d, where).values;
+  const wgmma_host::Reader right(b, where);
+  cuda_host::issue_product([to = &d[0], from = &a[0], &sums, right](const cuda_host::Location& wait) {
     const auto all = cuda_host::exchange("wgmma_wait", Registers{{from[0], from[1], from[2], from[3]}}, wait);
-    wgmma_host::multiply<T, Count>(to, sums, b, [&](unsigned row, unsigned k) {
+    wgmma_host::multiply<T, Count>(to, sums, right, [&](unsigned row, unsigned k) {
       const uint32_t pair = all[static_cast<int>(row % 8 * 4 + k % 8 / 2)].a[row / 8 + 2 * (k / 8)];
       return wgmma_host::value<T>(static_cast<uint16_t>(k % 2 ? pair >> 16 : pair));
     });
@@ -104,12 +99,12 @@ void wgmma(float (&d)[Count], const uint32_t (&a)[4], SharedMatrix b,
 
 template <typename T, int Count>
 void wgmma(float (&d)[Count], SharedMatrix a, SharedMatrix b, cuda_host::Location where = cuda_host::Location::current()) {
-  if (!a.aligned()) cuda_host::fail("a matrix in shared memory is not aligned to 16 bytes", where);
-  auto& sums = wgmma_host::begin(d, b, where).values;
-  cuda_host::issue_product([to = &d[0], &sums, a, b](const cuda_host::Location&) {
+  auto& sums = wgmma_host::begin(d, where).values;
+  const wgmma_host::Reader left(a, where), right(b, where);
+  cuda_host::issue_product([to = &d[0], &sums, left, right](const cuda_host::Location&) {
     const unsigned first = static_cast<unsigned>(threadIdx.x) / 32 % 4 * 16;
-    wgmma_host::multiply<T, Count>(to, sums, b,
-                                   [&](unsigned row, unsigned k) { return wgmma_host::value<T>(a.read(first + row, k)); });
+    const auto a_of = [&](unsigned row, unsigned k) { return wgmma_host::value<T>(left.read(first + row, k)); };
+    wgmma_host::multiply<T, Count>(to, sums, right, a_of);
   });
 }
 
