@@ -10,6 +10,8 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS: the C++ compiler and additional flags.
     CUDA_HOME: the CUDA toolkit; otherwise that of the ``nvcc`` on PATH, otherwise /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST: GPU architectures, for example ``"8.0;9.0a+PTX"``.
+    RCU_OPS_OFFSETS: 64, the default, or 32: the bits in which recurrent_conv's kernels for 16-bit data count offsets
+        within a frame (csrc/common/gpu.h).
     MAX_JOBS: compilers run at once.
 """
 
@@ -285,6 +287,18 @@ def find_architectures(environ: Mapping[str, str] = os.environ) -> tuple[str, ..
     return tuple(found)
 
 
+def offset_flags(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the compilers' flags for RCU_OPS_OFFSETS.
+
+    Raises:
+        BuildError: it is neither 64 nor 32.
+    """
+    bits = environ.get("RCU_OPS_OFFSETS", "").strip() or "64"
+    if bits not in ("64", "32"):
+        raise BuildError(f"RCU_OPS_OFFSETS: expected 64 or 32, got {environ['RCU_OPS_OFFSETS']!r}")
+    return ["-DRCU_OPS_OFFSETS_32"] if bits == "32" else []
+
+
 def find_python_headers() -> Path | None:
     """Return the directory of this interpreter's ``Python.h``, or None when its development files are not installed."""
     for key in ("include", "platinclude"):
@@ -480,6 +494,7 @@ def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -
         flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
     # torch's checks quote their file names; the map keeps paths of the building machine out of the result.
     flags.append(f"-ffile-prefix-map={torch.path}=torch")
+    flags += offset_flags(environ)
     return [*compiler.command, *flags, *shlex.split(environ.get("CXXFLAGS", ""))]
 
 
@@ -509,6 +524,7 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
         nvcc += ["-ccbin", cxx[0]]
     threads = str(min(len(plan.architectures), os.cpu_count() or 1))
     flags = ["-std=c++20", "-O1", "-DNDEBUG", "--threads", threads, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+    flags += offset_flags(environ)
     key += f" CUDA {plan.cuda.version}"
     kernels = []
     for group in cuda_groups():

@@ -19,8 +19,8 @@ inline DType parse_dtype(const std::string& name) {
   throw pybind11::value_error("dtype: expected float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
-// sm90a: the library has code for sm_90a.
-inline Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes, bool sm90a = true) {
+// sm90a: the library has code for sm_90a; whoever asks about the library at hand reads that off its build's record.
+inline Gpu gpu_of(int architecture, int multiprocessors, int64_t shared_bytes, bool sm90a) {
   Gpu gpu;
   gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
   gpu.sm90a = sm90a && architecture == 90;

@@ -92,8 +92,8 @@ py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, in
                                           int64_t e, const std::string& dtype, int architecture, int multiprocessors,
                                           int64_t shared_bytes, int64_t misalignment) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
-  const cuda::TileGradientPlan plan = cuda::plan_tile_gradient(nonlocal_gates_gradients(r), of_keys,
-                                                               gpu_of(architecture, multiprocessors, shared_bytes));
+  const cuda::TileGradientPlan plan = cuda::plan_tile_gradient(
+      nonlocal_gates_gradients(r), of_keys, gpu_of(architecture, multiprocessors, shared_bytes, false));
   py::dict found;
   found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
   found["padded"] = plan.padded;

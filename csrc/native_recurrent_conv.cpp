@@ -173,8 +173,8 @@ void copied_tile(const Scan& p, const Plan& plan, int64_t column0, int threads, 
   const int here = left <= 0 ? 0 : left < Columns ? static_cast<int>(left) : Columns;
   std::vector<bool> slot(static_cast<size_t>(plan.slot_bytes));
   for (const View* v : {&p.x, &p.y}) {
-    int64_t offset[Columns];
-    for (int i = 0; i < here; ++i) offset[i] = cuda::column_offset(p, *v, column0 + i);
+    Offset offset[Columns];
+    for (int i = 0; i < here; ++i) offset[i] = static_cast<Offset>(cuda::column_offset(p, *v, column0 + i));
     for (int thread = 0; thread < threads; ++thread)
       cuda::for_words<PaddedChannels, Columns>(
           plan.along_channels, bytes / 2, thread, threads, static_cast<int>(p.C), here,
@@ -223,6 +223,24 @@ void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, To
     copied_tile<PaddedChannels, columns>(p, plan, (block * plan.warps + warp) * columns, 32, touched);
 }
 
+void fp32_block(const Scan& p, const cuda::Fp32ScanPlan& plan, int64_t block, Touched& touched) {
+  const int64_t column0 = block * plan.positions, left = p.N * p.H * p.W - column0;
+  const int columns = static_cast<int>(std::min<int64_t>(left, plan.positions));
+  const int groups = plan.positions / cuda::fp32_columns;
+  for (const View* v : {&p.x, &p.y}) {
+    std::vector<int64_t> offset;
+    for (int i = 0; i < columns; ++i) offset.push_back(cuda::column_offset(p, *v, column0 + i));
+    for (int thread = 0; thread < plan.threads; ++thread)
+      cuda::for_part(v == &p.x ? plan.x : plan.y, *v, offset.data(), thread / groups * cuda::fp32_outputs,
+                     thread % groups * cuda::fp32_columns, static_cast<int>(p.C), columns,
+                     [&](auto quad, int, int, int64_t at) {
+                       const int numbers = quad == cuda::Quad::none ? 1 : 4;
+                       if (at % numbers != 0) throw std::logic_error("a word is not aligned");
+                       touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, numbers);
+                     });
+  }
+}
+
 void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touched& touched) {
   if (plan.hopper)
     hopper_block(p, *plan.hopper, block, touched);
@@ -252,6 +270,8 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
     if (plan.step)
       plan.step->outputs == 64 ? step_block<64, 64>(p, *plan.step, block, touched)
                                : step_block<32, 16>(p, *plan.step, block, touched);
+    else if (plan.fp32)
+      fp32_block(p, *plan.fp32, block, touched);
     else
       plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
   }
@@ -326,7 +346,7 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
   if (first) p.first = gpu_view(p.dtype, *first, 0);
   p.reverse = reverse;
   const cuda::WeightGradPlan plan =
-      cuda::plan_weight_grad(p, gpu_of(80, 108, shared_bytes), plain ? cuda::Kernel::plain : cuda::Kernel::best);
+      cuda::plan_weight_grad(p, gpu_of(80, 108, shared_bytes, false), plain ? cuda::Kernel::plain : cuda::Kernel::best);
   std::vector<int64_t> from_dx, before, block_dx, block_states;
   for (int64_t row = begin; row < end && row < plan.rows; ++row) {
     const cuda::WeightGradRow at = cuda::weight_grad_row(p, row, plan.small);

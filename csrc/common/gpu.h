@@ -18,6 +18,17 @@
 
 namespace rcu_ops {
 
+// The offset of an element from the start of its frame, as kernels keep it for each column and add it up for each word.
+// Wide enough for any tensor, and it costs nothing: multiply-and-add takes two factors of 32 bits and a sum of 64 in
+// one instruction, and 32 bits save the kernels 0 to 2 registers. The frame itself is found by 64 bits always. A build
+// with RCU_OPS_OFFSETS_32 counts in 32, and its planner leaves a tensor that reaches further (fit_offsets in
+// recurrent_conv_gpu_plan.h) to the kernel for any strides, which has no other offsets than of 64.
+#ifdef RCU_OPS_OFFSETS_32
+using Offset = int32_t;
+#else
+using Offset = int64_t;
+#endif
+
 struct Gpu {
   int architecture = 80;          // 10 * major + minor
   int multiprocessors = 108;

@@ -67,8 +67,19 @@ inline double cycles_per_frame(const Scan& p, const ScanPlan& plan, const Gpu& g
     constexpr double columns = hopper_groups * hopper_positions;
     return blocks(columns * wide_most_channels * wide_most_channels / rates.matrix, columns, 400);
   }
+  if (plan.fp32) {
+    const double outputs = static_cast<double>(round_up(p.C, fp32_outputs));
+    return blocks(plan.fp32->positions * C * outputs / (0.85 * rates.fp32), plan.fp32->positions, 600);
+  }
   // Two words of shared memory for 16 FMAs: half of their rate.
   return blocks(plan.plain.positions * C * C / (0.5 * rates.fp32), plan.plain.positions, 1000);
+}
+
+// Of the scan's kernels until W is where they want it: every block reads all of it, 32 bytes per cycle from L2.
+inline double cycles_before_frames(const Scan& p, const ScanPlan& plan, const Gpu& gpu) {
+  if (plan.step || (plan.is_plain() && !plan.plain.weight_resident)) return 0;
+  const double waves = static_cast<double>(ceil_div(plan.blocks(), gpu.multiprocessors));
+  return waves * static_cast<double>(p.C * p.C * element_size(p.dtype)) / 32;
 }
 
 inline double chunked_cycles(const Scan& p, int64_t L, const Gpu& gpu) {
@@ -111,7 +122,8 @@ inline ChunkPlan plan_chunks(const Scan& p, const ScanPlan& plan, const Gpu& gpu
     chunks.why_not = "no positions";
   if (chunks.why_not) return chunks;
   const double us = gpu_rates(gpu).cycles_per_us;
-  chunks.sequential_us = static_cast<double>(p.T) * cycles_per_frame(p, plan, gpu) / us + 2;
+  const double frames = static_cast<double>(p.T) * cycles_per_frame(p, plan, gpu);
+  chunks.sequential_us = (frames + cycles_before_frames(p, plan, gpu)) / us + 2;
   int64_t best = 0;
   for (int64_t L = 4; 2 * L <= p.T; L *= 2) {
     if (chunk_bytes(p, L) > most_chunk_bytes) continue;

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 
 #include "gpu.h"
 #include "recurrent_conv.h"
+#include "recurrent_conv_fp32_plan.h"
 #include "recurrent_conv_step_plan.h"
 #include "text.h"
 
@@ -136,8 +138,28 @@ Words plan_words(const Problem& p, std::initializer_list<const View*> views) {
   return words;
 }
 
+inline constexpr int64_t offset_bytes = sizeof(Offset);
+
+// Whether all elements of a frame, whichever it is, are within `most` elements of its start.
+inline bool fit_offsets(const Scan& p, int64_t most) {
+  for (const View* v : {&p.x, &p.y, &p.residual, &p.first, &p.last}) {
+    if (!v->data) continue;
+    int64_t left = most;
+    const int64_t sizes[] = {p.N, p.C, p.H, p.W}, strides[] = {v->n, v->c, v->h, v->w};
+    for (int i = 0; i < 4; ++i) {
+      const int64_t steps = sizes[i] - 1, stride = strides[i] < 0 ? -strides[i] : strides[i];
+      if (steps <= 0) continue;
+      if (stride > left / steps) return false;
+      left -= steps * stride;
+    }
+  }
+  return true;
+}
+
 inline Words plan_words(const Scan& p) {
   if (p.G != 1) return {false, 0, "frames scanned side by side"};
+  if (!fit_offsets(p, std::numeric_limits<Offset>::max()))
+    return {false, 0, "a frame reaches further than the offsets of this build, 32 bits"};
   return plan_words(p, {&p.x, &p.y, &p.residual});
 }
 
@@ -170,7 +192,7 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   for (plan.warps = tile_warps; plan.warps >= 1; plan.warps /= 2) {
     const int64_t tables = 3 + (p.norm.moments ? 3 : p.norm.partial ? statistics_floats * plan.warps : 0);
     plan.offsets_at = plan.numbers_at + tables * 4 * plan.padded_channels;
-    plan.slots_at = plan.offsets_at + 5 * 8 * plan.warps * plan.positions;
+    plan.slots_at = plan.offsets_at + 5 * offset_bytes * plan.warps * plan.positions;
     plan.blocks = ceil_div(columns, plan.warps * plan.positions);
     for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
       plan.shared_bytes = plan.slots_at + plan.warps * plan.stages * plan.slot_bytes * (p.residual.data ? 2 : 1);
@@ -234,7 +256,7 @@ inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu,
   plan.slot_pitch = odd_words(2 * (plan.along_channels ? wide_most_channels : wide_positions));
   plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? wide_positions : wide_most_channels);
   plan.weight_pitch = odd_words(2 * wide_weight_piece);
-  plan.numbers_at = 5 * 8 * wide_positions;
+  plan.numbers_at = 5 * offset_bytes * wide_positions;
   const int64_t tables = p.norm.moments ? 5 : p.norm.partial ? statistics_floats : 0;
   plan.states_at = round_up(plan.numbers_at + tables * 4 * wide_most_channels, 16);
   plan.slots_at = plan.states_at + 2 * plan.slot_bytes;
@@ -264,7 +286,7 @@ inline constexpr int hopper_unit_bytes = 2 * hopper_half * hopper_positions;
 // Shared memory: W; the units of the warpgroups; the columns' offsets in x, y and the residual. It is all that an sm_90 has.
 inline constexpr int64_t hopper_units_at = 2 * wide_most_channels * wide_most_channels;
 inline constexpr int64_t hopper_offsets_at = hopper_units_at + hopper_groups * hopper_units * hopper_unit_bytes;
-inline constexpr int64_t hopper_shared_bytes = hopper_offsets_at + 3 * 8 * hopper_groups * hopper_positions;
+inline constexpr int64_t hopper_shared_bytes = hopper_offsets_at + 3 * offset_bytes * hopper_groups * hopper_positions;
 
 struct HopperScanPlan {
   bool along_channels = false;
@@ -295,11 +317,12 @@ inline std::optional<HopperScanPlan> plan_hopper_scan(const Scan& p, const Gpu& 
 // neither is faster than memory, 19 bytes per cycle and multiprocessor. That is 6898 cycles for 128 columns against 1680
 // for 24: warpgroups are predicted to win by up to 1.3 where every multiprocessor has several times 128 columns, and to lose
 // where there are fewer.
-inline bool hopper_is_faster(const HopperScanPlan& hopper, const WideScanPlan& wide, const Gpu& gpu) {
+// Before its first frame every block reads all of W, 32 bytes per cycle from L2: more blocks, more of that.
+inline bool hopper_is_faster(const HopperScanPlan& hopper, const WideScanPlan& wide, int64_t frames, const Gpu& gpu) {
   constexpr int64_t area = wide_most_channels * wide_most_channels, memory = 4 * wide_most_channels;
   const auto cycles = [&](int64_t blocks, int64_t product, int64_t columns) {
     const int64_t moved = columns * memory / 19;
-    return ceil_div(blocks, gpu.multiprocessors) * (product > moved ? product : moved);
+    return ceil_div(blocks, gpu.multiprocessors) * (frames * (product > moved ? product : moved) + 2 * area / 32);
   };
   constexpr int64_t hopper_columns = hopper_groups * hopper_positions;
   return cycles(hopper.blocks, hopper_columns * area / 2048, hopper_columns) <
@@ -318,18 +341,25 @@ enum class Kernel : int { best, plain, hopper };  // hopper: wherever it can run
 
 struct ScanPlan {
   std::optional<StepScanPlan> step;
+  std::optional<Fp32ScanPlan> fp32;
   std::optional<TileScanPlan> tile;
   std::optional<WideScanPlan> wide;
   std::optional<HopperScanPlan> hopper;
   Text why_not_matrix, why_not_hopper;
   PlainScanPlan plain;  // when there is none of them
 
-  bool is_plain() const { return !step && !tile && !wide && !hopper; }
+  bool is_plain() const { return !step && !fp32 && !tile && !wide && !hopper; }
   int64_t blocks() const {
-    return step ? step->blocks : tile ? tile->blocks : wide ? wide->blocks : hopper ? hopper->blocks : plain.blocks;
+    return step     ? step->blocks
+           : fp32   ? fp32->blocks
+           : tile   ? tile->blocks
+           : wide   ? wide->blocks
+           : hopper ? hopper->blocks
+                    : plain.blocks;
   }
   int64_t shared_bytes() const {
     return step     ? step->shared_bytes
+           : fp32   ? fp32->shared_bytes
            : tile   ? tile->shared_bytes
            : wide   ? wide->shared_bytes
            : hopper ? hopper->shared_bytes
@@ -351,12 +381,13 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
       plan.hopper = plan_hopper_scan(p, gpu, plan.why_not_hopper);
     else if (gpu.architecture == 90)
       plan.why_not_hopper = "the library has no code for sm_90a";
-    if (plan.hopper && plan.wide && kernel != Kernel::hopper && !hopper_is_faster(*plan.hopper, *plan.wide, gpu)) {
+    if (plan.hopper && plan.wide && kernel != Kernel::hopper && !hopper_is_faster(*plan.hopper, *plan.wide, p.T, gpu)) {
       plan.hopper.reset();
       plan.why_not_hopper = "smaller blocks are predicted to be faster";
     }
     if (plan.hopper) plan.wide.reset();
   }
+  if (kernel != Kernel::plain) plan.fp32 = plan_fp32_scan(p, gpu);
   if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
   if (kernel == Kernel::plain || (kernel == Kernel::hopper && plan.hopper)) return plan;
   // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks would leave
@@ -365,7 +396,7 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&
       ((single && plan.blocks() < gpu.multiprocessors) || (step.matrix && many_channels)))
-    plan.step = step, plan.tile.reset(), plan.wide.reset(), plan.hopper.reset();
+    plan.step = step, plan.fp32.reset(), plan.tile.reset(), plan.wide.reset(), plan.hopper.reset();
   return plan;
 }
 
@@ -377,6 +408,7 @@ inline int64_t fused_norm_columns(const ScanPlan& plan) {
 
 inline Text describe(const ScanPlan& plan) {
   if (plan.step) return describe(*plan.step);
+  if (plan.fp32) return describe(*plan.fp32);
   if (plan.tile) return describe(*plan.tile);
   if (plan.hopper) return describe(*plan.hopper);
   if (plan.wide)

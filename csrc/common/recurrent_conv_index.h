@@ -63,13 +63,14 @@ RCU_OPS_UNROLL_4
 // is divided by a variable: a copy for each would be most of a kernel's code, and of the time it takes to compile.
 template <int PaddedChannels, int Columns, typename Visit>
 RCU_OPS_DEVICE void for_words(bool along_channels, int numbers, int thread, int threads, int C, int columns, int pitch,
-                              const View& v, const int64_t* offset, Visit visit) {
+                              const View& v, const Offset* offset, Visit visit) {
   const int padded = along_channels ? PaddedChannels : Columns, end = along_channels ? C : columns;
   const int all = along_channels ? columns * PaddedChannels : C * Columns;
 RCU_OPS_UNROLL_2
   for (int e = thread * numbers; e < all; e += threads * numbers) {  // the word's first number, row after row
     const int row = along_channels ? e / PaddedChannels : e / Columns, at = e - row * padded;
-    if (at < end) visit(along_channels ? offset[row] + at : offset[at] + row * v.c, row * pitch + at * 2);
+    if (at < end)
+      visit(along_channels ? offset[row] + at : offset[at] + row * static_cast<Offset>(v.c), row * pitch + at * 2);
   }
 }
 

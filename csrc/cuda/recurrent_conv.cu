@@ -213,6 +213,7 @@ Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (p.norm.present() && !fused_norm_columns(plan)) return "recurrent_conv: this scan takes no part of batch normalisation";
   if (plan.blocks() > most_blocks) return "recurrent_conv: too many positions for one launch";
   if (plan.step) return launch_step_scan(p, *plan.step, scratch, stream);
+  if (plan.fp32) return launch_fp32_scan(p, *plan.fp32, stream);
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
   if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
   if (plan.hopper) return launch_hopper_scan(p, *plan.hopper, stream);

@@ -33,6 +33,11 @@ constexpr int group_threads = 128, hopper_threads = hopper_groups * group_thread
 //           of x, by cp.async, and with a residual by those of x and then of the residual, frame after frame. y takes over the
 //           units of what came last, x or the residual, goes out from there in whole words, and then the copies that are three
 //           halves ahead go in.
+// Copies.   By cp.async, 16 of a thread for a frame, and not in bulk (cp.async.bulk), which cannot swizzle:
+//           rows of 256 bytes, a column's, would come rotated, in two pieces, and each piece takes the warp 9
+//           instructions of its own, with addresses in uniform registers: 270 for half a frame, where cp.async takes 130. Rows with
+//           gaps between them find no room beside W. And a tensor map's box, which could swizzle, cannot express 64
+//           consecutive positions that go on in the next sample (a frame has 49 or 196).
 // Order.    The warpgroups meet once, after W is there. In a frame the threads of one meet when x is there, when y is complete
 //           and when it has been copied out; with a residual also when x has been read, before the residual's second half goes
 //           in, and when that is there. A warp reads and writes fragments of its own 16 columns alone. The order of additions
@@ -53,12 +58,13 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
 
   unsigned char* weight = dynamic_shared<unsigned char>();
   unsigned char* units = dynamic_shared<unsigned char>(hopper_units_at) + group * hopper_units * hopper_unit_bytes;
-  int64_t* offsets = dynamic_shared<int64_t>(hopper_offsets_at) + group * 3 * P;  // of the columns in x, in y, in the residual
+  // Of the columns in x, in y, in the residual.
+  Offset* offsets = dynamic_shared<Offset>(hopper_offsets_at) + group * 3 * P;
 
   const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * hopper_groups + group) * P, all = p.N * p.H * p.W;
   const int columns = all - column0 < P ? static_cast<int>(all - column0) : P;
-  const auto locate = [&](const View& v, int64_t* to) {
-    if (thread < columns) to[thread] = column_offset(p, v, column0 + thread);
+  const auto locate = [&](const View& v, Offset* to) {
+    if (thread < columns) to[thread] = static_cast<Offset>(column_offset(p, v, column0 + thread));
   };
   locate(p.x, offsets);
   locate(p.y, offsets + P);
@@ -90,10 +96,10 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
   const auto meet = [&] { group_barrier(1 + group, group_threads); };
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
   // Calls visit(element offset in the frame, byte offset in a unit) for the words of the group's columns, channels 128 half ...
-  const auto for_half = [&](const View& v, const int64_t* offset, int half, auto visit) {
+  const auto for_half = [&](const View& v, const Offset* offset, int half, auto visit) {
     const int channels = C - half * H < H ? C - half * H : H;
     for_unit_words(thread, along, plan.vector_bytes / 2, channels, columns, [&](int channel, int column, int at) {
-      visit(offset[column] + (half * H + channel) * v.c, at);
+      visit(offset[column] + (half * H + channel) * static_cast<Offset>(v.c), at);
     });
   };
   // A frame's units follow each other: the halves of x, then those of the residual. `unit`: the current frame's first one.
@@ -110,7 +116,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
       if (frame < p.T && v.data) {
         const T* from = static_cast<const T*>(v.data) + time_of(frame) * v.t;
         unsigned char* to = unit_of(part);
-        for_half(v, offsets + (of_x ? 0 : 2 * P), part % 2, [&](int64_t element, int at) {
+        for_half(v, offsets + (of_x ? 0 : 2 * P), part % 2, [&](Offset element, int at) {
           copy_word(plan.vector_bytes / 2, to + at, from + element);
         });
       }
@@ -263,7 +269,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const unsigned char* from = unit_of(part + half);
-        for_half(p.y, offsets + P, half, [&](int64_t element, int at) {
+        for_half(p.y, offsets + P, half, [&](Offset element, int at) {
           store_word(plan.vector_bytes / 2, to + element, from + at);
         });
       }

@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
   float* const mean = shift + CP;
   const Statistics statistics = statistics_at(mean + warp * statistics_floats * CP, CP);
   const NormTables tables{scale, shift, mean, mean + CP, mean + 2 * CP};
-  int64_t* x_offset = dynamic_shared<int64_t>(plan.offsets_at) + warp * 5 * M;
-  int64_t *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
+  Offset* x_offset = dynamic_shared<Offset>(plan.offsets_at) + warp * 5 * M;
+  Offset *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
           *last_offset = first_offset + M;
   const bool with_residual = p.residual.data != nullptr;
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
   const int columns = columns_left <= 0 ? 0 : columns_left < M ? static_cast<int>(columns_left) : M;
   if (lane < columns) {
     const Column at = column_of(p, column0 + lane);
-    x_offset[lane] = column_offset(at, p.x);
-    y_offset[lane] = column_offset(at, p.y);
-    residual_offset[lane] = column_offset(at, p.residual);
-    first_offset[lane] = column_offset(at, p.first);
-    last_offset[lane] = column_offset(at, p.last);
+    x_offset[lane] = static_cast<Offset>(column_offset(at, p.x));
+    y_offset[lane] = static_cast<Offset>(column_offset(at, p.y));
+    residual_offset[lane] = static_cast<Offset>(column_offset(at, p.residual));
+    first_offset[lane] = static_cast<Offset>(column_offset(at, p.first));
+    last_offset[lane] = static_cast<Offset>(column_offset(at, p.last));
   }
   async_wait<0>();
   block_barrier();
@@ -136,10 +136,10 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
   const bool along_channels = plan.along_channels;
   const int numbers = plan.vector_bytes / 2;  // of a word
-  const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
+  const auto fetch = [&](const View& v, const Offset* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
     for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, v, offset,
-                     [&](int64_t element, int at) { copy_word(numbers, slot + at, from + element); });
+                     [&](Offset element, int at) { copy_word(numbers, slot + at, from + element); });
   };
   const auto prefetch = [&](int64_t i, unsigned char* slot) {
     if (i < p.T) {
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
           add_statistics<T>(statistics, slot, along_channels, pitch, c, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, p.y, y_offset,
-                       [&](int64_t element, int at) { store_word(numbers, to + element, slot + at); });
+                       [&](Offset element, int at) { store_word(numbers, to + element, slot + at); });
     }
   }
   if (p.norm.partial) {

@@ -7,6 +7,7 @@
 
 namespace rcu_ops::cuda {
 
+Error launch_fp32_scan(const Scan& problem, const Fp32ScanPlan& plan, Stream stream);
 Error launch_tile_scan(const Scan& problem, const TileScanPlan& plan, Stream stream);
 // A launch per frame; scratch: plan.scratch_bytes.
 Error launch_step_scan(const Scan& problem, const StepScanPlan& plan, void* scratch, Stream stream);

@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   const bool with_residual = p.residual.data != nullptr;
   const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
 
-  int64_t* x_offset = dynamic_shared<int64_t>();
-  int64_t *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
+  Offset* x_offset = dynamic_shared<Offset>();
+  Offset *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
           *last_offset = first_offset + P;
   float* numbers = dynamic_shared<float>(plan.numbers_at);  // of batch normalisation
   const Statistics statistics = statistics_at(numbers, CP);
@@ -65,11 +65,11 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   const int columns = columns_left < P ? static_cast<int>(columns_left) : P;
   if (thread < columns) {
     const Column at = column_of(p, column0 + thread);
-    x_offset[thread] = column_offset(at, p.x);
-    y_offset[thread] = column_offset(at, p.y);
-    residual_offset[thread] = column_offset(at, p.residual);
-    first_offset[thread] = column_offset(at, p.first);
-    last_offset[thread] = column_offset(at, p.last);
+    x_offset[thread] = static_cast<Offset>(column_offset(at, p.x));
+    y_offset[thread] = static_cast<Offset>(column_offset(at, p.y));
+    residual_offset[thread] = static_cast<Offset>(column_offset(at, p.residual));
+    first_offset[thread] = static_cast<Offset>(column_offset(at, p.first));
+    last_offset[thread] = static_cast<Offset>(column_offset(at, p.last));
   }
 
   if (p.norm.moments)
@@ -77,11 +77,25 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
 
   // This warp's 32 rows of W, piece by piece through shared memory, so that all of W is read once and in whole lines.
   const T* w = static_cast<const T*>(p.weight);
+  const bool along_inputs = p.weight_in == 1;
+  const bool whole_words =
+      along_inputs && C % 8 == 0 && p.weight_out % 8 == 0 && reinterpret_cast<uintptr_t>(w) % 16 == 0;
   uint32_t weight[2][KT][4];
 #pragma unroll
   for (int k0 = 0; k0 < KT; k0 += piece / 16) {
-    for (int i = thread; i < CP * piece; i += wide_threads) {
-      const bool along_inputs = p.weight_in == 1;
+    if (whole_words) {
+      for (int i = thread; i < CP * piece / 8; i += wide_threads) {
+        const int output = i / (piece / 8), at = i % (piece / 8) * 8, input = 16 * k0 + at;
+        unsigned char* to = states + output * plan.weight_pitch + 2 * at;
+        if (output < C && input < C)
+          async_copy<16>(to, w + output * p.weight_out + input);
+        else
+          *reinterpret_cast<uint4*>(to) = uint4{};
+      }
+      async_commit();
+      async_wait<0>();
+    }
+    for (int i = thread; !whole_words && i < CP * piece; i += wide_threads) {
       const int output = along_inputs ? i / piece : i % CP, at = along_inputs ? i % piece : i / CP, input = 16 * k0 + at;
       *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) =
           output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : narrow<T>(0.0f);
@@ -100,10 +114,10 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   block_barrier();
 
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
-  const auto fetch = [&](const View& v, const int64_t* offset, int64_t i, unsigned char* slot) {
+  const auto fetch = [&](const View& v, const Offset* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
     for_words<CP, P>(along_channels, numbers_of_word, recomputed(thread), wide_threads, C, columns, pitch, v, offset,
-                     [&](int64_t element, int at) { copy_word(numbers_of_word, slot + at, from + element); });
+                     [&](Offset element, int at) { copy_word(numbers_of_word, slot + at, from + element); });
   };
   const auto prefetch = [&](int64_t i, int stage) {
     unsigned char* slot = slots + stage * stage_bytes;
@@ -270,7 +284,7 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
         add_statistics<T>(statistics, from, along_channels, pitch, thread, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       for_words<CP, P>(along_channels, numbers_of_word, recomputed(thread), wide_threads, C, columns, pitch, p.y,
-                       y_offset, [&](int64_t element, int at) { store_word(numbers_of_word, to + element, from + at); });
+                       y_offset, [&](Offset element, int at) { store_word(numbers_of_word, to + element, from + at); });
     }
     prefetch(i + plan.stages - 1, stage == 0 ? plan.stages - 1 : stage - 1);
     if (++stage == plan.stages) stage = 0;

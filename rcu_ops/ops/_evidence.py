@@ -36,6 +36,7 @@ class Variant:
 
 VARIANTS: tuple[Variant, ...] = (
     Variant("recurrent_conv", "plain scan", "any number of channels, dtype and strides; forward and backward", "sm_80"),
+    Variant("recurrent_conv", "fp32 scan", "fp32 with 8 to 128 channels, where there are many columns", "sm_80"),
     Variant("recurrent_conv", "tile scan", "bf16 and fp16 with up to 128 channels, on the matrix unit", "sm_80"),
     Variant("recurrent_conv", "wide scan", "bf16 and fp16 with 129 to 256 channels, on the matrix unit", "sm_80"),
     Variant("recurrent_conv", "hopper scan", "the same by warpgroups, where there are many columns", "sm_90a"),

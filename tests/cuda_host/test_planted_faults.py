@@ -27,6 +27,7 @@ from tests.tolerance import assert_close_to_reference
 
 
 def forward(machine: Machine) -> None:
+    machine.plain = True
     x, weight, h0 = inputs((2, 19, 3, 5, 5), torch.float32)
     check_forward(machine, x, weight, h0, False, False)
     check_forward(machine, LAYOUTS["channels_last"](x), weight, None, True, True)
@@ -40,8 +41,17 @@ def forward_in_pieces(machine: Machine) -> None:
 
 
 def backward(machine: Machine) -> None:
+    machine.plain = True
     x, weight, h0 = inputs((2, 19, 3, 5, 5), torch.float32)
     check_backward(machine, x, h0, x, weight, h0, False, False)
+
+
+def fp32(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 1}
+    for shape, layout in (((1, 20, 3, 6, 6), "contiguous"), ((1, 12, 3, 5, 5), "channels_last")):
+        x, weight, h0 = (v.contiguous() for v in inputs(shape, torch.float32))
+        check_forward(machine, LAYOUTS[layout](x), weight, h0, False, False)
+        assert machine.plan.startswith("fp32")
 
 
 def tile(machine: Machine) -> None:
@@ -269,6 +279,20 @@ FAULTS = [
         "p.reverse ? p.T - 1 - i : i;\n    const S alpha",
         "i;\n    const S alpha",
         forward,
+    ),
+    Fault(
+        "fp32: the state is overwritten while it is read",
+        "    block_barrier();  // the state has been read\n",
+        "",
+        fp32,
+        file="recurrent_conv_fp32.cu",
+    ),
+    Fault(
+        "fp32: a tile edge off by one",
+        "columns_left < P ? static_cast<int>(columns_left) : P",
+        "columns_left < P ? static_cast<int>(columns_left) - 1 : P",
+        fp32,
+        file="recurrent_conv_fp32.cu",
     ),
     Fault("alpha of the first frame", "i == 0 ? p.alpha_first : p.alpha", "p.alpha", forward),
     Fault(
@@ -678,7 +702,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
     text = text_of(source)
     assert text.count(fault.old) == 1, "the fault no longer fits the kernel"
     mutant = tmp_path / fault.file
-    for old, new in [*FEWER[fault.file], (fault.old, fault.new)]:
+    for old, new in [*FEWER.get(fault.file, ()), (fault.old, fault.new)]:
         assert old in text
         text = text.replace(old, new)
     mutant.write_text(text)
@@ -697,6 +721,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         forward,
         forward_in_pieces,
         backward,
+        fp32,
         tile,
         tile_by_words,
         tile_long,

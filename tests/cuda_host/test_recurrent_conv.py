@@ -320,6 +320,48 @@ def test_every_way_to_cut_the_plain_scan(machine, shared_bytes, plan, dtype, see
     check_backward(machine, x, h0.to(torch.float32), LAYOUTS["channels_last"](x), weight, h0, True, False)
 
 
+# For the fp32 scan: shape, layout, multiprocessors, plan. Words along either dimension and none; blocks of 64, 32 and
+# 16 columns that end with the last one and before; whole and partial parts of 8 channels.
+FP32 = [
+    ((2, 32, 3, 4, 8), "contiguous", 1, "1 blocks of 64 columns, * x by words along columns, y by words along columns"),
+    ((1, 61, 2, 7, 9), "contiguous", 2, "2 blocks of 32 columns, * x by single numbers, y by single numbers"),
+    (
+        (2, 20, 3, 5, 7),
+        "channels_last",
+        4,
+        "5 blocks of 16 columns, * x by words along channels, y by words along channels",
+    ),
+    ((1, 128, 2, 5, 4), "channels_last", 1, "1 blocks of 64 columns, * x by words along channels"),
+    ((3, 9, 4, 5, 5), "every_other_column", 1, "2 blocks of 64 columns, * x by single numbers"),
+    ((2, 8, 4, 4, 6), "middle_channels", 1, "1 blocks of 64 columns, * x by words along columns"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "multiprocessors", "plan"), FP32, ids=lambda v: str(v).replace(" ", ""))
+def test_fp32_scan(machine, shape, layout, multiprocessors, plan, seed) -> None:
+    x, weight, h0 = inputs(shape, torch.float32)
+    x = LAYOUTS[layout](x)
+    machine.seed, machine.device = seed, {"multiprocessors": multiprocessors}
+    channels, residual = torch.randn(2, shape[1]), torch.randn(shape)
+    inference = {"scale": channels[0], "shift": channels[1], "residual": residual, "relu": True}
+    found = {}
+    for plain in (False, True):
+        machine.plain = plain
+        found[plain] = [
+            *machine.forward(x, weight, h0),
+            *machine.forward(x, weight, mean=True, reverse=True),
+            *machine.forward(x, weight.t().contiguous().t(), h0, **inference),
+            *machine.backward(x, h0, x, weight, h0, mean=True),
+        ]
+        assert machine.plan.startswith("plain") or plain is False
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    machine.plain = False
+    check_forward(machine, x, weight, h0, False, False)
+    start, *rest = plan.split("*")
+    assert machine.plan.startswith("fp32: " + start) and all(part in machine.plan for part in rest)
+    check_backward(machine, x, h0, x, weight, h0, True, False)
+
+
 # For the matrix unit: shape, layout, plan. Words of 16, 8, 4 and 2 bytes; padded and full channels; tiles that end
 # inside a sample, with it, and inside a warp; the state of several warps and blocks.
 TILES = [
@@ -687,12 +729,12 @@ SANITIZED = [
     ((1, 256, 4, 1, 2), torch.float16, "channels_last", {}),
     ((1, 250, 2, 5, 14), torch.bfloat16, "contiguous", HOPPER),
     ((1, 136, 4, 3, 5), torch.float16, "channels_last", HOPPER),
-    ((2, 5, 3, 3, 3), torch.float32, "contiguous", {}),
     ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
     ((2, 66, 3, 6, 8), torch.bfloat16, "contiguous", {}),
     ((1, 530, 2, 1, 5), torch.bfloat16, "contiguous", {}),
     ((1, 264, 2, 6, 6), torch.float16, "channels_last", {"multiprocessors": 8}),
     ((1, 136, 1, 3, 5), torch.float32, "channels_last", {}),
+    ((1, 12, 2, 3, 6), torch.float32, "channels_last", {"multiprocessors": 1}),
     ((1, 130, 2, 3, 7), torch.float16, "middle_channels", {"shared_bytes": 26 * 1024, "multiprocessors": 1}),
     ((1, 130, 2, 3, 3), torch.float64, "every_other_column", {"shared_bytes": 40 * 1024, "multiprocessors": 1}),
 ]

@@ -29,6 +29,7 @@ HOPPER = "sm_90a"
 # Registers per thread. A block must find room: 65536 registers per multiprocessor / (threads x limit) blocks at once.
 REGISTERS = {
     "plain_scan": 128,  # 2 blocks of 256
+    "fp32_scan": 128,  # the same
     "matrix_weight_grad": 128,  # 4 blocks of 128 or 2 of 256
     "weight_grad_partial": 128,  # 2 blocks of 256
     "weight_grad_partial<double>": 200,  # 1 block of 256

@@ -96,6 +96,16 @@ def test_every_element_is_read_and_written_once(part, seed) -> None:
     assert roads >= {"plain", "tile", "wide", "step"}
 
 
+def test_every_element_is_read_and_written_once_in_fp32(seed) -> None:
+    rng = random.Random(seed)
+    roads = []
+    for _ in range(100):
+        problem = random_problem(rng, (8, 9, 16, 33, 64, 100, 128)) | {"dtype": "float32", "plain": False}
+        problem |= {"multiprocessors": rng.choice([1, 1, 3]), "shared_bytes": 163 * 1024}
+        roads.append(road_that_touches_all_once(problem))
+    assert roads.count("fp32") > 20
+
+
 def test_every_element_is_read_and_written_once_by_warpgroups(seed) -> None:
     rng = random.Random(seed)
     roads = []
@@ -228,6 +238,8 @@ def test_words_for_people() -> None:
         "tile: 392 blocks of 4 x 32 columns, channels padded to 64, along columns by 16 bytes"
     )
     text = native.recurrent_conv_gpu_plan(dtype="float32", **problem)["text"]
+    assert text.startswith("fp32: 784 blocks of 64 columns, 8 channels x 4 columns per thread, x by words along")
+    text = native.recurrent_conv_gpu_plan(dtype="float64", **problem)["text"]
     assert text.startswith("plain: 784 blocks of 64 columns, W resident")
     assert "the matrix unit is used for 16-bit data" in text
     for samples, words in (
@@ -238,6 +250,13 @@ def test_words_for_people() -> None:
         plan = native.recurrent_conv_gpu_plan(x.shape, "bfloat16", x.stride(), x.stride(), **GPUS[2])
         assert plan["text"].startswith(words)
         assert plan["shared_bytes"] <= 227 * 1024
+
+
+def test_reading_the_weight_counts_in_short_clips() -> None:
+    for frames, kernel in ((2, "hopper"), (16, "wide")):
+        x = torch.empty(40, 256, frames, 14, 14, device="meta")
+        text = native.recurrent_conv_gpu_plan(x.shape, "bfloat16", x.stride(), x.stride(), **GPUS[2])["text"]
+        assert text.startswith(kernel)
 
 
 def chunk_plan(

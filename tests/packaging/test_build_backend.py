@@ -58,6 +58,13 @@ def cuda_tree(tmp_path: Path) -> Path:
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled on Linux only")
 
 
+@pytest.mark.parametrize(("bits", "flags"), [(None, []), ("64", []), ("32", ["-DRCU_OPS_OFFSETS_32"])])
+def test_bits_of_offsets(bits: str | None, flags: list[str]) -> None:
+    assert build.offset_flags({} if bits is None else {"RCU_OPS_OFFSETS": bits}) == flags
+    with pytest.raises(SystemExit, match="RCU_OPS_OFFSETS: expected 64 or 32, got '16'"):
+        build.offset_flags({"RCU_OPS_OFFSETS": "16"})
+
+
 # ----------------------------------------------------------------------------------------------------- forced choices
 
 
