@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -189,7 +190,9 @@ print(json.dumps({
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
     """The Python of a new virtual environment that has this one's packages, so that nothing needs a network."""
-    pytest.importorskip("pip")
+    # Not by importing it: setuptools then leaves this process the old distutils, and Inductor fails.
+    if not any(importlib.metadata.distributions(name="pip")):
+        pytest.skip("pip is not installed")
     venv.create(tmp_path / "venv", with_pip=False)  # this environment's pip installs into it
     python = tmp_path / "venv" / "bin" / "python"
     command = "import sysconfig; print(sysconfig.get_path('purelib'))"
