@@ -24,6 +24,16 @@ RCU_OPS_DEVICE int64_t column_offset(const Column& at, const View& v) {
 RCU_OPS_DEVICE int64_t column_offset(const Scan& p, const View& v, int64_t column) {
   return column_offset(column_of(p, column), v);
 }
+// The same for all of a scan's tensors: element i of a table each.
+template <class O>
+RCU_OPS_DEVICE void fill_offsets(const Scan& p, int64_t column, int i, O* x, O* y, O* residual, O* first, O* last) {
+  const Column at = column_of(p, column);
+  x[i] = static_cast<O>(column_offset(at, p.x));
+  y[i] = static_cast<O>(column_offset(at, p.y));
+  residual[i] = static_cast<O>(column_offset(at, p.residual));
+  first[i] = static_cast<O>(column_offset(at, p.first));
+  last[i] = static_cast<O>(column_offset(at, p.last));
+}
 
 // Calls visit(channel, column) once for each of channels x columns (a power of two, at least 4), each from one of `threads`
 // threads. Neighbouring threads take neighbouring columns, or, along_channels, 8 channels x 4 columns per warp: whole

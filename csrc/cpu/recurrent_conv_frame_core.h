@@ -16,37 +16,6 @@
 
 inline constexpr int64_t frame_piece = 192;
 
-template <class V, int MR, int NV>
-static void frame_block(const typename V::S* a, int64_t lda, const typename V::S* b, int64_t count, typename V::S* sums,
-                        bool resume) {
-  using R = typename V::R;
-  constexpr int L = V::L;
-  R acc[MR][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(typename V::S(-0.0));
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < count; ++k, b += frame_panel) {
-    R bv[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      const R av = V::set1(a[m * lda + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      typename V::S* const at = sums + m * frame_panel + v * L;
-      V::store(at, resume ? V::add(V::load(at), acc[m][v]) : acc[m][v]);
-    }
-}
-
 template <class T>
 struct FrameTask {
   using V = F32;
@@ -155,8 +124,8 @@ struct FrameTask {
   static void multiply(bool half, const S* a, int64_t lda, const S* b, int64_t count, S* sums, bool resume) {
 #pragma GCC unroll 4
     for (int64_t v = 0; v < frame_panel; v += NV * L)
-      half ? frame_block<V, HALF, NV>(a, lda, b + v, count, sums + v, resume)
-           : frame_block<V, MR, NV>(a, lda, b + v, count, sums + v, resume);
+      half ? step_block<V, HALF, NV, frame_panel>(a, lda, b + v, count, sums + v, resume)
+           : step_block<V, MR, NV, frame_panel>(a, lda, b + v, count, sums + v, resume);
   }
 
   void finish(const Block& at, const S* sums, int64_t n, int64_t r0, int64_t o0) const {

@@ -13,7 +13,9 @@
 // Bound.    2 C FLOP per element; W comes by once per task and is asked for one piece ahead, the state once per panel, from the
 //           second-level cache: 4 C bytes for 32 * 2 C FLOP.
 
-template <class V, int MR, int NV>
+// sums[m][n] (+)= sum over k of a[m][k] b[k][n] for MR rows and NV vectors of columns; rows of b and of sums are Pitch
+// numbers apart.
+template <class V, int MR, int NV, int Pitch = NV * V::L>
 static void step_block(const typename V::S* a, int64_t lda, const typename V::S* b, int64_t count, typename V::S* sums,
                        bool resume) {
   using R = typename V::R;
@@ -24,7 +26,7 @@ static void step_block(const typename V::S* a, int64_t lda, const typename V::S*
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(typename V::S(-0.0));
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < count; ++k, b += NV * L) {
+  for (int64_t k = 0; k < count; ++k, b += Pitch) {
     R bv[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
@@ -39,7 +41,7 @@ static void step_block(const typename V::S* a, int64_t lda, const typename V::S*
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      typename V::S* const at = sums + (m * NV + v) * L;
+      typename V::S* const at = sums + m * Pitch + v * L;
       V::store(at, resume ? V::add(V::load(at), acc[m][v]) : acc[m][v]);
     }
 }

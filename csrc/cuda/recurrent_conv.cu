@@ -66,14 +66,8 @@ __global__ void __launch_bounds__(plain_threads, 2)
   S* old_state = StateShared ? dynamic_shared<S>(plan.state_at) : scratch + static_cast<int64_t>(blockIdx.x) * 2 * C * pitch;
   S* new_state = old_state + C * pitch;
 
-  for (int i = thread; i < columns; i += blockDim.x) {
-    const Column at = column_of(p, column0 + i);
-    x_offset[i] = column_offset(at, p.x);
-    y_offset[i] = column_offset(at, p.y);
-    residual_offset[i] = column_offset(at, p.residual);
-    first_offset[i] = column_offset(at, p.first);
-    last_offset[i] = column_offset(at, p.last);
-  }
+  for (int i = thread; i < columns; i += blockDim.x)
+    fill_offsets(p, column0 + i, i, x_offset, y_offset, residual_offset, first_offset, last_offset);
   if (plan.weight_resident) stage_weight<T, S>(p, weight, plan.weight_pitch, 0, C, 0, (C + L - 1) / L * L);
   block_barrier();
   if (p.init == Init::state)

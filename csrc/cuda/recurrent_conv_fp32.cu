@@ -38,14 +38,8 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
   int64_t *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
           *last_offset = first_offset + P;
   float *weight = dynamic_shared<float>(plan.weight_at), *state = dynamic_shared<float>(plan.state_at);
-  for (int i = thread; i < columns; i += threads) {
-    const Column at = column_of(p, column0 + i);
-    x_offset[i] = column_offset(at, p.x);
-    y_offset[i] = column_offset(at, p.y);
-    residual_offset[i] = column_offset(at, p.residual);
-    first_offset[i] = column_offset(at, p.first);
-    last_offset[i] = column_offset(at, p.last);
-  }
+  for (int i = thread; i < columns; i += threads)
+    fill_offsets(p, column0 + i, i, x_offset, y_offset, residual_offset, first_offset, last_offset);
   const float* w = static_cast<const float*>(p.weight);
 #pragma unroll 8
   for (int i = thread; i < C * C; i += threads) {

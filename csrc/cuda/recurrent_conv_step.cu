@@ -31,14 +31,8 @@ __device__ __forceinline__ Block block_of(const Scan& p, const StepScanPlan& pla
   b.columns = columns_left < P ? static_cast<int>(columns_left) : P;
   b.x = dynamic_shared<int64_t>();
   b.y = b.x + P, b.residual = b.y + P, b.first = b.residual + P, b.last = b.first + P;
-  for (int i = threadIdx.x; i < b.columns; i += step_threads) {
-    const Column at = column_of(p, b.column0 + i);
-    b.x[i] = column_offset(at, p.x);
-    b.y[i] = column_offset(at, p.y);
-    b.residual[i] = column_offset(at, p.residual);
-    b.first[i] = column_offset(at, p.first);
-    b.last[i] = column_offset(at, p.last);
-  }
+  for (int i = threadIdx.x; i < b.columns; i += step_threads)
+    fill_offsets(p, b.column0 + i, i, b.x, b.y, b.residual, b.first, b.last);
   return b;
 }
 

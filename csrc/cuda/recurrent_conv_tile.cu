@@ -121,14 +121,8 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
   const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * plan.warps + warp) * M;
   const int64_t columns_left = p.N * p.H * p.W - column0;
   const int columns = columns_left <= 0 ? 0 : columns_left < M ? static_cast<int>(columns_left) : M;
-  if (lane < columns) {
-    const Column at = column_of(p, column0 + lane);
-    x_offset[lane] = static_cast<Offset>(column_offset(at, p.x));
-    y_offset[lane] = static_cast<Offset>(column_offset(at, p.y));
-    residual_offset[lane] = static_cast<Offset>(column_offset(at, p.residual));
-    first_offset[lane] = static_cast<Offset>(column_offset(at, p.first));
-    last_offset[lane] = static_cast<Offset>(column_offset(at, p.last));
-  }
+  if (lane < columns)
+    fill_offsets(p, column0 + lane, lane, x_offset, y_offset, residual_offset, first_offset, last_offset);
   async_wait<0>();
   block_barrier();
   if (columns == 0) return;

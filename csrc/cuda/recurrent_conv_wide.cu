@@ -63,14 +63,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
 
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * P, columns_left = p.N * p.H * p.W - column0;
   const int columns = columns_left < P ? static_cast<int>(columns_left) : P;
-  if (thread < columns) {
-    const Column at = column_of(p, column0 + thread);
-    x_offset[thread] = static_cast<Offset>(column_offset(at, p.x));
-    y_offset[thread] = static_cast<Offset>(column_offset(at, p.y));
-    residual_offset[thread] = static_cast<Offset>(column_offset(at, p.residual));
-    first_offset[thread] = static_cast<Offset>(column_offset(at, p.first));
-    last_offset[thread] = static_cast<Offset>(column_offset(at, p.last));
-  }
+  if (thread < columns)
+    fill_offsets(p, column0 + thread, thread, x_offset, y_offset, residual_offset, first_offset, last_offset);
 
   if (p.norm.moments)
     fill_norm_tables(p.norm, C, thread, numbers, numbers + CP, numbers + 2 * CP, numbers + 3 * CP, numbers + 4 * CP);
