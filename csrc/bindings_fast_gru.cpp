@@ -611,8 +611,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const auto [dx, dux, duo, dw, dvx, dvo, do0] =
         backward(wide(grad_o), grad_o_n, wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo), wide(o0), wide(o),
                  wide(hidden), wide(gates), need_x, need_weights);
-    return {narrow(dx),  narrow(dux), narrow(duo), narrow(dw),
-            narrow(dvx), narrow(dvo), in_type(do0, o0 ? o0->scalar_type() : p.scalar)};
+    return {narrow(dx),
+            narrow(dux),
+            narrow(duo),
+            narrow(dw),
+            narrow(dvx),
+            narrow(dvo),
+            in_type(do0, o0 ? o0->scalar_type() : p.scalar)};
   }
 
   // As matrices lie; copied at the end where the caller's lie differently.

@@ -59,8 +59,8 @@ bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
 void bind_fast_gru(py::module_& m) {
   m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"),
         py::kw_only(), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false,
-        py::arg("sm90a") = true, py::arg("cluster") = 0,
+        py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false, py::arg("sm90a") = true,
+        py::arg("cluster") = 0,
         "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or "
         "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory. sm90a: "
         "the library holds code for it. cluster: 1 or 8 blocks share the inputs; 0: chosen.");

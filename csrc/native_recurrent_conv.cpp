@@ -176,17 +176,17 @@ void copied_tile(const Scan& p, const Plan& plan, int64_t column0, int threads, 
     Offset offset[Columns];
     for (int i = 0; i < here; ++i) offset[i] = static_cast<Offset>(cuda::column_offset(p, *v, column0 + i));
     for (int thread = 0; thread < threads; ++thread)
-      cuda::for_words<PaddedChannels, Columns>(
-          plan.along_channels, bytes / 2, thread, threads, static_cast<int>(p.C), here,
-          static_cast<int>(plan.slot_pitch), *v, offset,
-          [&](int64_t at, int to) {
-            for (int i = to; i < to + bytes; ++i)
-              if (slot.at(static_cast<size_t>(i)) != (v == &p.y))
-                throw std::logic_error("a byte of a slot is used twice");
-            std::fill_n(slot.begin() + to, bytes, v == &p.x);
-            if (at * 2 % bytes != 0) throw std::logic_error("a word is not aligned");
-            touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, bytes / 2);
-          });
+      cuda::for_words<PaddedChannels, Columns>(plan.along_channels, bytes / 2, thread, threads, static_cast<int>(p.C),
+                                               here, static_cast<int>(plan.slot_pitch), *v, offset,
+                                               [&](int64_t at, int to) {
+                                                 for (int i = to; i < to + bytes; ++i)
+                                                   if (slot.at(static_cast<size_t>(i)) != (v == &p.y))
+                                                     throw std::logic_error("a byte of a slot is used twice");
+                                                 std::fill_n(slot.begin() + to, bytes, v == &p.x);
+                                                 if (at * 2 % bytes != 0)
+                                                   throw std::logic_error("a word is not aligned");
+                                                 touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, bytes / 2);
+                                               });
   }
 }
 
@@ -385,13 +385,12 @@ void bind_recurrent_conv(py::module_& m) {
   m.def(
       "cpu_multiplies_pairs", [] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
       "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
-  m.def(
-      "recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
-      py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
-      py::arg("dense") = true, py::arg("isa") = "",
-      "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: "
-      "instruction set, orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; "
-      "with_state: an h0 is given; dense: where channels are adjacent, they are in every tensor.");
+  m.def("recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
+        py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
+        py::arg("dense") = true, py::arg("isa") = "",
+        "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: "
+        "instruction set, orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; "
+        "with_state: an h0 is given; dense: where channels are adjacent, they are in every tensor.");
   m.def("recurrent_conv_plan_details", &recurrent_conv_plan_details, py::arg("n"), py::arg("c"), py::arg("t"),
         py::arg("positions"), py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false,
         py::arg("with_state") = false, py::arg("dense") = true, py::arg("isa") = "",

@@ -54,15 +54,16 @@ inline Isa best_isa() {
   return best;
 }
 
-// What is taken unless another one is named. Pairs of bf16 on the vector unit (VDPBF16PS) do twice the work of an fp32 multiply-add
-// in one instruction: AMD's cores start one a cycle, Intel's one every other cycle on the one of their two units that has it, half
-// the rate of fp32 arithmetic (91 against 188 GFLOP/s on a core of Emerald Rapids). There, without the matrix unit, bf16 is
-// widened to fp32 instead.
+// What is taken unless another one is named. Pairs of bf16 on the vector unit (VDPBF16PS) do twice the work of an fp32
+// multiply-add in one instruction: AMD's cores start one a cycle, Intel's one every other cycle on the one of their two
+// units that has it, half the rate of fp32 arithmetic (91 against 188 GFLOP/s on a core of Emerald Rapids). There,
+// without the matrix unit, bf16 is widened to fp32 instead.
 inline Isa preferred_isa() {
 #if defined(__x86_64__)
   static const bool slow_pairs = [] {
     unsigned a, b, c, d;
-    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
+           d == signature_INTEL_edx;
   }();
   if (best_isa() == Isa::avx512_bf16 && slow_pairs) return Isa::avx512;
 #endif

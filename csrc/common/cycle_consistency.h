@@ -1,4 +1,5 @@
-// Soft nearest neighbours and cycle consistency: what the host code and every device's kernels agree on. No torch, no CUDA.
+// Soft nearest neighbours and cycle consistency: what the host code and every device's kernels agree on. No torch, no
+// CUDA.
 #pragma once
 
 #include <cstdint>
@@ -46,18 +47,21 @@ struct Alignment {
   uint8_t* gate = nullptr;                           // [N]
 };
 
-// How the CPU kernels find distances. By shape and dtype alone: what a result is does not depend on the data's size or threads.
+// How the CPU kernels find distances. By shape and dtype alone: what a result is does not depend on the data's size or
+// threads.
 enum class AlignForm : int32_t {
-  within,       // by differences, and nearest frames through the distances within a sequence, sum_j z_tj |b_j - b_i|^2, which differ
-                // from |soft_t - b_i|^2 by the same number for every i
+  // By differences, and nearest frames through the distances within a sequence, sum_j z_tj |b_j - b_i|^2, which differ
+  // from |soft_t - b_i|^2 by the same number for every i.
+  within,
   differences,  // by differences, nearest frames by those to the soft neighbour
   products,     // by products, those within the bound of their rounding by differences
 };
 
 inline constexpr int64_t most_frames_within = 64, least_channels_for_products = 16;
 
-// Measured on two cores with AVX-512, fp32, 65 to 512 frames: products take 0.4 to 0.7 of the time of differences from 64 channels
-// on where the weights are sharp, and 0.7 to 1.05 where they are broad; with 16 channels 0.9 to 1.1, and 1.2 to 1.5.
+// Measured on two cores with AVX-512, fp32, 65 to 512 frames: products take 0.4 to 0.7 of the time of differences from
+// 64 channels on where the weights are sharp, and 0.7 to 1.05 where they are broad; with 16 channels 0.9 to 1.1, and
+// 1.2 to 1.5.
 inline constexpr int64_t least_keys_for_products(int64_t C) { return C >= 64 ? most_frames_within + 1 : 96; }
 
 inline AlignForm plan_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
@@ -76,7 +80,8 @@ inline Text describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, in
              to_text(most_frames_within) + " frames";
     case AlignForm::products:
       return "distances by products on centred frames, by differences within the bound of their rounding: at least " +
-             to_text(least_keys_for_products(C)) + " frames of at least " + to_text(least_channels_for_products) + " channels";
+             to_text(least_keys_for_products(C)) + " frames of at least " + to_text(least_channels_for_products) +
+             " channels";
     default: break;
   }
   return Text("distances by differences: ") +
@@ -85,12 +90,12 @@ inline Text describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, in
                                     to_text(least_channels_for_products) + " channels");
 }
 
-// ---- cycles of short sequences on CUDA devices ------------------------------------------------------------------------
+// ---- cycles of short sequences on CUDA devices ----------------------------------------------------------------------
 
 // Frames of a, then of b, are one list; a block finds the distances between all of them over a range of channels.
 struct ShortCycle {
   static constexpr int most_frames = 32, threads = 288, channels = 128;  // of each sequence; of a block; of a stage
-  static constexpr int tile = 4;  // a thread owns tile x tile pairs
+  static constexpr int tile = 4;                                         // a thread owns tile x tile pairs
 
   int64_t splits = 1, channels_per_split = 0;  // whole stages, but for the last split
 
@@ -98,8 +103,8 @@ struct ShortCycle {
     return p.kind == Align::cycle && p.dtype != DType::f64 && p.T <= most_frames && p.S <= most_frames;
   }
 
-  // Blocks for every multiprocessor where samples are few, unless a block would have less than two stages: one to compute on while
-  // the other arrives.
+  // Blocks for every multiprocessor where samples are few, unless a block would have less than two stages: one to
+  // compute on while the other arrives.
   ShortCycle(int64_t N, int64_t C, int multiprocessors) {
     const int64_t stages = (C + channels - 1) / channels, wanted = N > 0 ? multiprocessors / N : 1, most = stages / 2;
     splits = wanted < most ? wanted : most;

@@ -147,7 +147,8 @@ constexpr int panel_vectors(int64_t columns, int lanes, int threads) {
   int64_t least = -1;
   for (int vectors = most_vectors; vectors >= 1; --vectors) {
     const int64_t whole = columns / (vectors * lanes), left = columns % (vectors * lanes);
-    const int64_t last = left ? 5 * ((left + lanes - 1) / lanes) + 1 : 0, full = 5 * vectors + 1, rounds = whole / threads;
+    const int64_t last = left ? 5 * ((left + lanes - 1) / lanes) + 1 : 0, full = 5 * vectors + 1,
+                  rounds = whole / threads;
     const int64_t cost = rounds * full + (whole % threads ? full : last);
     if (least < 0 || cost < least) least = cost, best = vectors;
   }

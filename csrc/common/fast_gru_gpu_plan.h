@@ -12,10 +12,11 @@
 namespace rcu_ops::fast_gru {
 
 inline constexpr int persistent_warps = 8;
-inline constexpr int persistent_rows = 64;   // four tiles of the matrix unit
-inline constexpr int persistent_units = 2;   // of 8 output features, per matrix and block, at most
-inline constexpr int persistent_depth = 32;  // input features of one 16-byte word per lane: sums are cut into runs of it
-inline constexpr int partial_pitch = 20;     // numbers in a row of partial sums: 16 outputs, shifted in the banks
+inline constexpr int persistent_rows = 64;  // four tiles of the matrix unit
+inline constexpr int persistent_units = 2;  // of 8 output features, per matrix and block, at most
+// Input features of one 16-byte word per lane: sums are cut into runs of it.
+inline constexpr int persistent_depth = 32;
+inline constexpr int partial_pitch = 20;      // numbers in a row of partial sums: 16 outputs, shifted in the banks
 inline constexpr int persistent_cluster = 8;  // blocks that every device of sm_90 has room for in a cluster
 
 // Block b owns output features [8 units b, 8 units (b + 1)) of W_r, W_z and V_o, and as many hidden_units of the 2
@@ -96,14 +97,14 @@ inline PersistentPlan plan_persistent(int64_t rows, int64_t C, int64_t R, DType 
     plan.why_not = "clusters are for forward passes on sm_90, in libraries built for it";
   else if (cluster > most)
     plan.why_not = "a cluster is more blocks than there are multiprocessors";
-  else if (rows > persistent_rows)  // every block reads all rows' states: beyond, that costs more than the launches it saves
+  else if (rows > persistent_rows)  // every block reads all rows' states: that costs more than the launches it saves
     plan.why_not = to_text(rows) + " columns per step, of at most " + to_text(persistent_rows);
   else if (plan.units > persistent_units || plan.hidden_units > persistent_units)
-    plan.why_not = to_text(units) + " and " + to_text(hidden_units) + " units of 8 outputs for " + to_text(gpu.multiprocessors) +
-                   " multiprocessors, of at most " + to_text(persistent_units) + " each";
+    plan.why_not = to_text(units) + " and " + to_text(hidden_units) + " units of 8 outputs for " +
+                   to_text(gpu.multiprocessors) + " multiprocessors, of at most " + to_text(persistent_units) + " each";
   else if (plan.shared_bytes > gpu.shared_bytes)
-    plan.why_not = "a block's share of the weights takes " + to_text(plan.shared_bytes) + " bytes of shared memory, of " +
-                   to_text(gpu.shared_bytes);
+    plan.why_not = "a block's share of the weights takes " + to_text(plan.shared_bytes) +
+                   " bytes of shared memory, of " + to_text(gpu.shared_bytes);
   return plan;
 }
 

@@ -30,10 +30,10 @@ using Offset = int64_t;
 #endif
 
 struct Gpu {
-  int architecture = 80;          // 10 * major + minor
+  int architecture = 80;  // 10 * major + minor
   int multiprocessors = 108;
   int64_t shared_bytes = 163 * 1024;  // most that one block may ask for
-  bool sm90a = false;             // it runs code for sm_90a, and the build has some
+  bool sm90a = false;                 // it runs code for sm_90a, and the build has some
 };
 
 namespace cuda {

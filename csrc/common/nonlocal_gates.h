@@ -8,15 +8,16 @@
 namespace rcu_ops {
 
 // Rows of numbers that lie one after the other: element (batch, gate, row, column) is at
-// data[batch * this->batch + gate * this->gate + row * this->row + column]. Strides are in elements, any value including 0.
+// data[batch * this->batch + gate * this->gate + row * this->row + column]. Strides are in elements, any value
+// including 0.
 struct Rows {
   void* data = nullptr;  // absent: nullptr
   int64_t batch = 0, gate = 0, row = 0;
 };
 
-// out = w value for each of B samples and G gates, with w_ij from s_ij = scale query_i . key_j over the keys j that query i
-// sees: softmax_j(s_ij), or s_ij / (number of those keys). A query that sees no key, or whose scores are all -inf under the
-// softmax, is dead: its row of out is zero, and it takes no part in any gradient.
+// out = w value for each of B samples and G gates, with w_ij from s_ij = scale query_i . key_j over the keys j that
+// query i sees: softmax_j(s_ij), or s_ij / (number of those keys). A query that sees no key, or whose scores are all
+// -inf under the softmax, is dead: its row of out is zero, and it takes no part in any gradient.
 struct Relation {
   DType dtype = DType::f32;  // of query, key, value and out; sums are f64 for f64 and f32 otherwise
   int64_t B = 0, G = 1, N = 0, M = 0, D = 0, E = 0;
@@ -32,8 +33,9 @@ struct Attention {
   Rows out;
 };
 
-// With g the gradient of out and p the weights: dp = g value^T, ds_ij = scale p_ij (dp_ij - sum_k p_ik dp_ik), or under count
-// scale dp_ij / (number of keys seen); dquery = ds key, dkey = ds^T query, dvalue = p^T g. Outputs have the tensors' dtype.
+// With g the gradient of out and p the weights: dp = g value^T, ds_ij = scale p_ij (dp_ij - sum_k p_ik dp_ik), or under
+// count scale dp_ij / (number of keys seen); dquery = ds key, dkey = ds^T query, dvalue = p^T g. Outputs have the
+// tensors' dtype.
 struct AttentionGrad {
   Relation relation;
   Rows grad, dquery, dkey, dvalue;
@@ -53,7 +55,8 @@ struct Step {
 // Its backward pass, all from the inputs: the gates again, dx_gates = da and dcell, then AttentionGrad with g = da.
 struct StepGrad {
   Relation relation;
-  Rows x_gates, cell, grad_h, grad_c;  // grad_h in the tensors' dtype, grad_c in the state's; at most one of them absent
+  // grad_h in the tensors' dtype, grad_c in the state's; at most one of them absent.
+  Rows x_gates, cell, grad_h, grad_c;
   Rows dx_gates, dquery, dkey, dvalue, dcell;  // dcell in cell's dtype
   bool cell_is_state = false;
 };

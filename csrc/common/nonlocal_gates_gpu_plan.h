@@ -1,5 +1,5 @@
-// nonlocal_gates on a GPU: how the kernels cut their work into blocks, and what memory they need. Pure functions of shapes and
-// the device's limits, so that they are tested without one.
+// nonlocal_gates on a GPU: how the kernels cut their work into blocks, and what memory they need. Pure functions of
+// shapes and the device's limits, so that they are tested without one.
 #pragma once
 
 #include <cstdint>
@@ -10,26 +10,27 @@
 
 namespace rcu_ops::cuda {
 
-// ---- the plain kernels: any sizes, dtype, strides and masks ----------------------------------------------------------
+// ---- the plain kernels: any sizes, dtype, strides and masks ---------------------------------------------------------
 
 inline constexpr int plain_relate_threads = 256;
 inline constexpr int plain_relate_warps = plain_relate_threads / 32;
-inline constexpr int plain_relate_rows = 32;     // that a block owns: one per lane
-inline constexpr int plain_relate_columns = 64;  // of a tile of scores
-inline constexpr int plain_relate_depth = 32;    // channels of a stage of scores, columns of a stage of results
-inline constexpr int plain_gradient_slice = 128;  // channels of a slice of results
+inline constexpr int plain_relate_rows = 32;          // that a block owns: one per lane
+inline constexpr int plain_relate_columns = 64;       // of a tile of scores
+inline constexpr int plain_relate_depth = 32;         // channels of a stage of scores, columns of a stage of results
+inline constexpr int plain_gradient_slice = 128;      // channels of a slice of results
 inline constexpr int plain_relate_slice_bytes = 256;  // the same, in bytes of sums, where gates share a block
-inline constexpr int plain_relate_pad = 4;       // numbers between the rows of a stage
+inline constexpr int plain_relate_pad = 4;            // numbers between the rows of a stage
 
-// A block owns `plain_relate_rows` rows (queries, or keys) of one sample and every splits-th slice of the results' channels. Maps
-// of its rows against all others stay in shared memory while it walks over the slices, or are made again, `chunk` columns at a
-// time, for every slice.
+// A block owns `plain_relate_rows` rows (queries, or keys) of one sample and every splits-th slice of the results'
+// channels. Maps of its rows against all others stay in shared memory while it walks over the slices, or are made
+// again, `chunk` columns at a time, for every slice.
 struct PlainRelatePlan {
   bool resident = true;
   int64_t chunk = 0;
   int64_t slice = 0;
   int64_t tiles = 0, splits = 1, blocks = 0;
-  // Byte offsets into shared memory: the stages begin at 0; then the rows' statistics, results, and the maps, map_bytes each.
+  // Byte offsets into shared memory: the stages begin at 0; then the rows' statistics, results, and the maps, map_bytes
+  // each.
   int64_t numbers_at = 0, results_at = 0, maps_at = 0, map_bytes = 0, shared_bytes = 0;
 };
 
@@ -48,15 +49,16 @@ RCU_OPS_DEVICE PlainRelatePlace place_of(const PlainRelatePlan& plan, int64_t bl
 }
 
 struct PlainRelateSizes {
-  int64_t problems;  // samples (and gates, where a block does not take them all)
-  int64_t own, others;  // rows on either side
-  int64_t maps, most_maps;  // needed at once, and wanted
+  int64_t problems;                  // samples (and gates, where a block does not take them all)
+  int64_t own, others;               // rows on either side
+  int64_t maps, most_maps;           // needed at once, and wanted
   int64_t channels, slice, results;  // results: tiles of rows x slice kept in shared memory
 };
 
 inline PlainRelatePlan plan_plain_relate(const PlainRelateSizes& s, DType dtype, const Gpu& gpu) {
   const int64_t size = state_size(dtype), rows = plain_relate_rows, depth = plain_relate_depth;
-  const int64_t scores_stage = depth * (rows + plain_relate_columns + 2 * plain_relate_pad), sums_stage = depth * s.slice;
+  const int64_t scores_stage = depth * (rows + plain_relate_columns + 2 * plain_relate_pad),
+                sums_stage = depth * s.slice;
   PlainRelatePlan plan;
   plan.slice = s.slice;
   plan.numbers_at = (scores_stage > sums_stage ? scores_stage : sums_stage) * size;
@@ -76,11 +78,13 @@ inline PlainRelatePlan plan_plain_relate(const PlainRelateSizes& s, DType dtype,
 }
 
 inline PlainRelatePlan plan_plain_attend(const Relation& r, const Gpu& gpu) {
-  return plan_plain_relate({r.B * r.G, r.N, r.M, 1, 1, r.E, plain_relate_slice_bytes / state_size(r.dtype), 1}, r.dtype, gpu);
+  return plan_plain_relate({r.B * r.G, r.N, r.M, 1, 1, r.E, plain_relate_slice_bytes / state_size(r.dtype), 1}, r.dtype,
+                           gpu);
 }
 // The four gates of a block's rows at once, so that the cell update follows.
 inline PlainRelatePlan plan_plain_step(const Relation& r, const Gpu& gpu) {
-  return plan_plain_relate({r.B, r.N, r.M, 1, r.G, r.E, plain_relate_slice_bytes / state_size(r.dtype), r.G}, r.dtype, gpu);
+  return plan_plain_relate({r.B, r.N, r.M, 1, r.G, r.E, plain_relate_slice_bytes / state_size(r.dtype), r.G}, r.dtype,
+                           gpu);
 }
 inline PlainRelatePlan plan_plain_query_gradient(const Relation& r, const Gpu& gpu) {
   return plan_plain_relate({r.B * r.G, r.N, r.M, 2, 2, r.D, plain_gradient_slice, 0}, r.dtype, gpu);
@@ -101,29 +105,29 @@ inline Text describe(const PlainRelatePlan& plan) {
          (plan.splits > 1 ? ", channels shared by " + to_text(plan.splits) + " blocks" : "");
 }
 
-// ---- the matrix-unit kernels: 16-bit data, up to 256 keys ---------------------------------------------------------------
+// ---- the matrix-unit kernels: 16-bit data, up to 256 keys -----------------------------------------------------------
 
 inline constexpr int tile_relate_threads = 256;
-inline constexpr int tile_relate_keys = 64;       // of a tile of scores
-inline constexpr int tile_relate_slice = 64;      // channels of a slice of results
+inline constexpr int tile_relate_keys = 64;   // of a tile of scores
+inline constexpr int tile_relate_slice = 64;  // channels of a slice of results
 inline constexpr int tile_relate_most_keys = 256;
 
-// A block owns `rows` queries of four relations: the gates of a sample, or four problems of an attention. `shares` blocks have
-// the same queries: in a cluster they share the channels of the scores, too.
+// A block owns `rows` queries of four relations: the gates of a sample, or four problems of an attention. `shares`
+// blocks have the same queries: in a cluster they share the channels of the scores, too.
 struct TileRelatePlan {
   const char* why_not = nullptr;  // nullptr: the kernel can run
   bool cluster = false;
   int rows = 0, padded = 0;  // 16 or 32; keys in whole tiles
   int shares = 1;
   int64_t tiles = 0, blocks = 0;
-  // Byte offsets into shared memory: scores and later results in fp32 [4][rows][padded + 8] begin at 0; weights of 16 bits, the
-  // same pitch; one number per query; two stages.
+  // Byte offsets into shared memory: scores and later results in fp32 [4][rows][padded + 8] begin at 0; weights of 16
+  // bits, the same pitch; one number per query; two stages.
   int64_t weights_at = 0, sums_at = 0, stages_at = 0, stage_bytes = 0, shared_bytes = 0;
 };
 
 inline bool in_words(const Rows& v, const Relation& r, int64_t rows) {  // whether 16-byte words can be copied
-  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && (r.B < 2 || v.batch % 8 == 0) && (r.G < 2 || v.gate % 8 == 0) &&
-         (rows < 2 || v.row % 8 == 0);
+  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && (r.B < 2 || v.batch % 8 == 0) &&
+         (r.G < 2 || v.gate % 8 == 0) && (rows < 2 || v.row % 8 == 0);
 }
 
 // step: the four gates of a sample are the block's relations.
@@ -151,36 +155,37 @@ inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& 
   plan.tiles = ceil_div(r.N, plan.rows);
   const int64_t groups = step ? r.B : ceil_div(r.B * r.G, 4), slices = ceil_div(r.E, tile_relate_slice);
   const int most = gpu.sm90a ? 8 : 1 << 20;  // blocks that every device has room for in a cluster
-  while (plan.shares < slices && plan.shares < most && groups * plan.tiles * plan.shares < gpu.multiprocessors) plan.shares *= 2;
+  while (plan.shares < slices && plan.shares < most && groups * plan.tiles * plan.shares < gpu.multiprocessors)
+    plan.shares *= 2;
   plan.cluster = gpu.sm90a && plan.shares > 1;
   plan.blocks = groups * plan.tiles * plan.shares;
   return plan;
 }
 
 inline Text describe(const TileRelatePlan& plan) {
-  return (plan.cluster ? "clusters of " + to_text(plan.shares) : Text("tiles")) + ": " + to_text(plan.blocks) + " blocks of " +
-         to_text(plan.rows) + " rows of four relations on the matrix unit" +
-         (plan.cluster ? ", scores and channels shared in a cluster"
+  return (plan.cluster ? "clusters of " + to_text(plan.shares) : Text("tiles")) + ": " + to_text(plan.blocks) +
+         " blocks of " + to_text(plan.rows) + " rows of four relations on the matrix unit" +
+         (plan.cluster      ? ", scores and channels shared in a cluster"
           : plan.shares > 1 ? ", channels shared by " + to_text(plan.shares) + " blocks"
                             : "");
 }
 
-// ---- gradients on the matrix unit: 16-bit data, up to 256 queries and keys ------------------------------------------------
+// ---- gradients on the matrix unit: 16-bit data, up to 256 queries and keys ------------------------------------------
 
 inline constexpr int tile_gradient_rows = 32;    // that a block owns
 inline constexpr int tile_gradient_others = 64;  // rows on the other side: of a tile of products
 inline constexpr int tile_gradient_depth = 64;   // channels of a stage of products
 inline constexpr int tile_gradient_slice = 128;  // channels of a slice of results
 
-// A block owns 32 queries (dquery) or 32 keys (dkey and dvalue) of one sample and gate, and every shares-th slice of the results'
-// channels; blocks that share rows make the same maps.
+// A block owns 32 queries (dquery) or 32 keys (dkey and dvalue) of one sample and gate, and every shares-th slice of
+// the results' channels; blocks that share rows make the same maps.
 struct TileGradientPlan {
   const char* why_not = nullptr;  // nullptr: the kernel can run
   int padded = 0;                 // rows on the other side, in whole tiles
   int shares = 1;
   int64_t tiles = 0, blocks = 0;
-  // Byte offsets into shared memory: two maps of 32 x (padded + 4) in fp32 begin at 0, their rows become 16-bit numbers in place;
-  // then a number per row of the block, then two stages.
+  // Byte offsets into shared memory: two maps of 32 x (padded + 4) in fp32 begin at 0, their rows become 16-bit numbers
+  // in place; then a number per row of the block, then two stages.
   int64_t totals_at = 0, stages_at = 0, stage_bytes = 0, shared_bytes = 0;
 };
 
@@ -195,8 +200,9 @@ inline TileGradientPlan plan_tile_gradient(const AttentionGrad& p, bool of_keys,
   if (r.N == 0 || r.M == 0 || r.B * r.G == 0) return refuse("there is nothing to multiply");
   if (r.M > tile_relate_most_keys || r.N > tile_relate_most_keys) return refuse("more than 256 queries or keys");
   if (r.D % 8 || r.E % 8) return refuse("channels are no multiple of 8");
-  if (!in_words(r.query, r, r.N) || !in_words(r.key, r, r.M) || !in_words(r.value, r, r.M) || !in_words(p.grad, r, r.N) ||
-      !in_words(p.dquery, r, r.N) || !in_words(p.dkey, r, r.M) || !in_words(p.dvalue, r, r.M))
+  if (!in_words(r.query, r, r.N) || !in_words(r.key, r, r.M) || !in_words(r.value, r, r.M) ||
+      !in_words(p.grad, r, r.N) || !in_words(p.dquery, r, r.N) || !in_words(p.dkey, r, r.M) ||
+      !in_words(p.dvalue, r, r.M))
     return refuse("rows are not aligned to 16 bytes");
   const int64_t rows = tile_gradient_rows, longest = r.M > r.N ? r.M : r.N;  // either both sides' kernels run or none
   const auto bytes_of = [&](int64_t padded) { return 2 * rows * (padded + 4) * 4 + rows * 4 + 2 * plan.stage_bytes; };
@@ -222,7 +228,8 @@ inline Text describe_gradients(const AttentionGrad& p, const Gpu& gpu) {
     return "gradients " + describe(plan_plain_query_gradient(p.relation, gpu)) + ", then of the keys " +
            to_text(plan_plain_key_gradient(p.relation, gpu).blocks) + " (" + of_queries.why_not + ")";
   return "gradients " + to_text(of_queries.blocks) + " blocks of " + to_text(tile_gradient_rows) + " queries, then " +
-         to_text(of_keys.blocks) + " of " + to_text(tile_gradient_rows) + " keys, on the matrix unit, weights computed again";
+         to_text(of_keys.blocks) + " of " + to_text(tile_gradient_rows) +
+         " keys, on the matrix unit, weights computed again";
 }
 
 // The forward pass of Attention or Step, in words: the kernel that runs it and, where that is the plain one, why.

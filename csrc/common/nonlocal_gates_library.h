@@ -1,9 +1,9 @@
-// nonlocal_attention: where PyTorch's own scaled_dot_product_attention runs the forward pass, because it is faster. Pure functions
-// of shapes. The kernel that is meant is the library's flash attention; where the user switched that off, nothing is left
-// to it.
+// nonlocal_attention: where PyTorch's own scaled_dot_product_attention runs the forward pass, because it is faster.
+// Pure functions of shapes. The kernel that is meant is the library's flash attention; where the user switched that
+// off, nothing is left to it.
 //
-// Training asks no other rule. Gradients are this library's whoever ran the forward pass: they need the inputs alone, so
-// that nothing is kept, and per sample and head take 5 (or 7) products of N x M x D whichever forward pass ran. The
+// Training asks no other rule. Gradients are this library's whoever ran the forward pass: they need the inputs alone,
+// so that nothing is kept, and per sample and head take 5 (or 7) products of N x M x D whichever forward pass ran. The
 // library's own backward pass has 5 as well, and would need its result and a number per query kept from step to step.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace rcu_ops {
 
-// Measured on an Emerald Rapids processor (AVX-512, 2 threads, 1 to 64 samples, torch 2.13), time of the library's attention over
-// that of the kernels here, heads of D = Dv:
+// Measured on an Emerald Rapids processor (AVX-512, 2 threads, 1 to 64 samples, torch 2.13), time of the library's
+// attention over that of the kernels here, heads of D = Dv:
 //
 //             keys    D = 64   128    256    512   1024
 //     fp32      49      1.3    1.0    1.3    1.2    1.2
@@ -31,13 +31,15 @@ inline const char* why_not_library_on_cpu(const Relation& r) {
   if (r.dtype != DType::f32) return "it is slower in this dtype";
   if (r.mask) return "it is slower with a mask";
   if (r.D != r.E) return "it needs values as wide as keys";
-  if (r.N < library_queries || r.M < (r.D <= 256 ? library_keys : library_keys_wide)) return "it is slower for so few positions";
+  if (r.N < library_queries || r.M < (r.D <= 256 ? library_keys : library_keys_wide))
+    return "it is slower for so few positions";
   return nullptr;
 }
 
-// The same on a GPU: the ground of flash attention, which reads keys and values once per 64 or 128 queries and keeps its results in
-// registers, which it can for heads of up to 256 channels. The matrix-unit kernels here read keys once per 16 or 32 queries, the
-// plain ones multiply on the vector unit at a twentieth of the rate. Arithmetic: not measured.
+// The same on a GPU: the ground of flash attention, which reads keys and values once per 64 or 128 queries and keeps
+// its results in registers, which it can for heads of up to 256 channels. The matrix-unit kernels here read keys once
+// per 16 or 32 queries, the plain ones multiply on the vector unit at a twentieth of the rate. Arithmetic: not
+// measured.
 inline const char* why_not_library_on_gpu(const Relation& r, int architecture) {
   if (r.count) return "it has a softmax alone";
   if (r.dtype != DType::bf16 && r.dtype != DType::f16) return "flash attention has 16-bit data alone";

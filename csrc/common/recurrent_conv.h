@@ -32,11 +32,11 @@ enum class Last : int32_t {
 // What batch normalisation (recurrent_conv_batch_norm.h) leaves to a scan on a GPU, where the scan's kernel takes it
 // (fused_norm_columns in recurrent_conv_gpu_plan.h); elsewhere it makes passes of its own.
 struct ScanNorm {
-  // Statistics of y on the way out, [C][parts][2]: of each part, so many consecutive columns in all their frames, the mean and the sum of
-  // squared deviations from it.
+  // Statistics of y on the way out, [C][parts][2]: of each part, so many consecutive columns in all their frames, the
+  // mean and the sum of squared deviations from it.
   double* partial = nullptr;
-  // The gradient on the way in: `x` is that of the normalised output, Scan::residual holds the h that was normalised, and the scan takes
-  // NormPass::gradient of both instead of x. Tables as in Norm, fp32.
+  // The gradient on the way in: `x` is that of the normalised output, Scan::residual holds the h that was normalised,
+  // and the scan takes NormPass::gradient of both instead of x. Tables as in Norm, fp32.
   const float *moments = nullptr, *gamma = nullptr, *beta = nullptr, *sums = nullptr;
   float eps = 0;
   bool relu = false;
@@ -50,7 +50,8 @@ struct ScanNorm {
 //     y_{t(i)} = v_i,  or  act(scale * v_i + shift (+ residual_{t(i)}))
 //
 // The backward pass is the scan in the opposite direction with W transposed (swap weight_out and weight_in), x = grad_h
-// and v = dx: with u = alpha * g the recurrence g_t = grad_t + alpha W^T g_{t+1} becomes u_t = alpha (grad_t + W^T u_{t+1}).
+// and v = dx: with u = alpha * g the recurrence g_t = grad_t + alpha W^T g_{t+1} becomes u_t = alpha (grad_t + W^T
+// u_{t+1}).
 struct Scan {
   int64_t N = 0, C = 0, T = 0, H = 0, W = 0, G = 1;
   DType dtype = DType::f32;  // of x, y, residual and weight; the state is f64 for f64 and f32 otherwise

@@ -7,8 +7,8 @@
 
 namespace rcu_ops {
 
-// Passes over a sequence h [N,C,T,H,W]. With the moments (mean_c, sum of squared deviations, number of values) of channel c,
-// r_c = 1 / sqrt(deviations / count + eps) and s_c = gamma_c r_c:
+// Passes over a sequence h [N,C,T,H,W]. With the moments (mean_c, sum of squared deviations, number of values) of
+// channel c, r_c = 1 / sqrt(deviations / count + eps) and s_c = gamma_c r_c:
 enum class NormPass : int32_t {
   moments,    // result [3,C] = mean, deviations, count
   normalize,  // y = act(s (h - mean) + beta (+ other)), other the residual
@@ -22,7 +22,8 @@ struct Norm {
   int64_t N = 0, C = 0, T = 0, H = 0, W = 0;
   DType dtype = DType::f32;  // of h, other, y and out; arithmetic is fp64 for fp64, fp32 otherwise
   View h, other, y, out;     // absent where the pass does not use them; y and out overlap no input
-  const void *moments = nullptr, *gamma = nullptr, *beta = nullptr, *sums = nullptr;  // contiguous, the arithmetic's type
+  // Contiguous, the arithmetic's type.
+  const void *moments = nullptr, *gamma = nullptr, *beta = nullptr, *sums = nullptr;
   void* result = nullptr;
   double eps = 0;
   bool relu = false;

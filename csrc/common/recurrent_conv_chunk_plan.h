@@ -11,25 +11,27 @@
 
 namespace rcu_ops::cuda {
 
-// With Q = alpha W^T, frames x channels as rows, and chunks j = 0 .. J-1 of L frames (rcu_ops/ops/_recurrent_conv_chunked.py):
+// With Q = alpha W^T, frames x channels as rows, and chunks j = 0 .. J-1 of L frames
+// (rcu_ops/ops/_recurrent_conv_chunked.py):
 //
 //   1. v_{j,i} = v_{j,i-1} Q + alpha x_{j,i} for all chunks at once        L - 1 products of J * columns rows
 //   2. e_j = e_{j-1} Q^L + v_{j,L-1}: the true ends                        J - 2 products of `columns` rows
 //   3. v_{j,i} += e_{j-1} Q^(i+1) for all frames at once                   one batched product
 //
-// and the powers of Q. 16-bit data are multiplied on the matrix unit with every factor that is not exact in bf16 as a sum of two.
+// and the powers of Q. 16-bit data are multiplied on the matrix unit with every factor that is not exact in bf16 as a
+// sum of two.
 struct ChunkPlan {
-  int64_t frames = 0;  // of a chunk; 0: one frame after the other
-  int64_t products = 0;  // one after the other, with `frames` or with what would be best
+  int64_t frames = 0;                        // of a chunk; 0: one frame after the other
+  int64_t products = 0;                      // one after the other, with `frames` or with what would be best
   double chunked_us = 0, sequential_us = 0;  // predicted
-  const char* why_not = nullptr;  // where nothing was predicted
+  const char* why_not = nullptr;             // where nothing was predicted
 };
 
 inline constexpr int64_t least_chunked_frames = 16;
 inline constexpr int64_t most_chunk_bytes = int64_t(1) << 30;  // of states and powers
 
-// What the predictions rest on: published rates, in units per cycle and multiprocessor, and 2 us for a launch that waits for the one
-// before it. Estimates until there is a measurement.
+// What the predictions rest on: published rates, in units per cycle and multiprocessor, and 2 us for a launch that
+// waits for the one before it. Estimates until there is a measurement.
 struct GpuRates {
   double matrix = 512, fp32 = 128, fp64 = 2, memory = 16;  // multiply-adds; bytes
   double cycles_per_us = 1700, launch = 3400;
@@ -59,10 +61,12 @@ inline double cycles_per_frame(const Scan& p, const ScanPlan& plan, const Gpu& g
   };
   if (plan.tile) {
     const double columns = plan.tile->warps * plan.tile->positions, padded = plan.tile->padded_channels;
-    const double barrier = plan.tile->warps < tile_warps ? 400 / waves : 400;  // blocks chosen to find room at once wait together
+    // Blocks chosen to find room at once wait together.
+    const double barrier = plan.tile->warps < tile_warps ? 400 / waves : 400;
     return blocks(columns * padded * padded / (0.6 * rates.matrix), columns, barrier);
   }
-  if (plan.wide) return blocks(wide_positions * products * wide_most_channels * wide_most_channels / (C * C), wide_positions, 400);
+  if (plan.wide)
+    return blocks(wide_positions * products * wide_most_channels * wide_most_channels / (C * C), wide_positions, 400);
   if (plan.hopper) {
     constexpr double columns = hopper_groups * hopper_positions;
     return blocks(columns * wide_most_channels * wide_most_channels / rates.matrix, columns, 400);
@@ -98,9 +102,9 @@ inline double chunked_cycles(const Scan& p, int64_t L, const Gpu& gpu) {
   };
   const double passes = split ? 2 : 0, J1 = static_cast<double>(J - 1), L1 = static_cast<double>(L - 1);
   return 6 * rates.launch + 3 * static_cast<double>(p.T) * columns * C * 8 / rates.memory / sm +  // states in and out
-         L1 * product((J1 + 1) * columns, exact, passes) +                                          // 1.
-         (J1 - 1) * product(columns, wide, split ? passes : 1) +                                     // 2.
-         2 * rates.launch + product(static_cast<double>(p.T) * columns, split ? 3 : 1, passes) +     // 3.
+         L1 * product((J1 + 1) * columns, exact, passes) +                                        // 1.
+         (J1 - 1) * product(columns, wide, split ? passes : 1) +                                  // 2.
+         2 * rates.launch + product(static_cast<double>(p.T) * columns, split ? 3 : 1, passes) +  // 3.
          static_cast<double>(doublings + 3) * rates.launch + L1 * C * C * C / (0.6 * rates.fp64) / sm +
          (L1 + 1) * C * C * 24 / rates.memory / sm;
 }
@@ -144,12 +148,12 @@ inline Text describe(const Scan& p, const ScanPlan& plan, const ChunkPlan& chunk
   const auto us = [](double v) { return to_text(static_cast<int64_t>(v + 0.5)) + " us"; };
   if (chunks.why_not) return describe(plan) + "; one frame after the other: " + chunks.why_not;
   if (!chunks.frames)
-    return describe(plan) + "; one frame after the other: predicted " + us(chunks.sequential_us) + ", chunks would take " +
-           us(chunks.chunked_us);
+    return describe(plan) + "; one frame after the other: predicted " + us(chunks.sequential_us) +
+           ", chunks would take " + us(chunks.chunked_us);
   return "chunked: " + to_text(ceil_div(p.T, chunks.frames)) + " chunks of " + to_text(chunks.frames) +
-         " frames side by side by the library, " + to_text(chunks.products) + " products one after the other instead of " +
-         to_text(p.T) + ": predicted " + us(chunks.chunked_us) + " instead of " + us(chunks.sequential_us) + " by the scan (" +
-         describe(plan) + ")";
+         " frames side by side by the library, " + to_text(chunks.products) +
+         " products one after the other instead of " + to_text(p.T) + ": predicted " + us(chunks.chunked_us) +
+         " instead of " + us(chunks.sequential_us) + " by the scan (" + describe(plan) + ")";
 }
 
 }  // namespace rcu_ops::cuda

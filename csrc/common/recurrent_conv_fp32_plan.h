@@ -68,24 +68,22 @@ RCU_OPS_DEVICE void for_part(Quad quad, const View& v, const int64_t* offset, in
                              int columns, Visit visit) {
   if (quad == Quad::columns) {
     if (column >= columns) return;
-RCU_OPS_UNROLL
+    RCU_OPS_UNROLL
     for (int m = 0; m < fp32_outputs; ++m)
       if (channel + m < C)
         visit(std::integral_constant<Quad, Quad::columns>(), m, 0, offset[column] + (channel + m) * v.c);
   } else if (quad == Quad::channels) {
-RCU_OPS_UNROLL
-    for (int n = 0; n < fp32_columns; ++n)
-RCU_OPS_UNROLL
-      for (int m = 0; m < fp32_outputs; m += 4)
-        if (column + n < columns && channel + m < C)
-          visit(std::integral_constant<Quad, Quad::channels>(), m, n, offset[column + n] + channel + m);
+    RCU_OPS_UNROLL
+    for (int n = 0; n < fp32_columns; ++n) RCU_OPS_UNROLL
+    for (int m = 0; m < fp32_outputs; m += 4)
+      if (column + n < columns && channel + m < C)
+        visit(std::integral_constant<Quad, Quad::channels>(), m, n, offset[column + n] + channel + m);
   } else {
-RCU_OPS_UNROLL
-    for (int n = 0; n < fp32_columns; ++n)
-RCU_OPS_UNROLL
-      for (int m = 0; m < fp32_outputs; ++m)
-        if (column + n < columns && channel + m < C)
-          visit(std::integral_constant<Quad, Quad::none>(), m, n, offset[column + n] + (channel + m) * v.c);
+    RCU_OPS_UNROLL
+    for (int n = 0; n < fp32_columns; ++n) RCU_OPS_UNROLL
+    for (int m = 0; m < fp32_outputs; ++m)
+      if (column + n < columns && channel + m < C)
+        visit(std::integral_constant<Quad, Quad::none>(), m, n, offset[column + n] + (channel + m) * v.c);
   }
 }
 

@@ -22,8 +22,8 @@ struct ConvFrame {
   DType dtype = DType::f32;  // of frame, residual and y: fp32 or 16 bits; all else is fp32
   int64_t N = 0, C = 0, H = 0, W = 0, O = 0, OH = 0, OW = 0;
   int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
-  View frame, residual, state;    // a residual may be absent
-  bool recurrent = false;         // there are W, state and last
+  View frame, residual, state;  // a residual may be absent
+  bool recurrent = false;       // there are W, state and last
   // [ceil(O / 32)][kernel_h * kernel_w * C (+ O)][32]: rows by kernel_h, kernel_w and C; then those of W.
   const float* panels = nullptr;
   const float *bias = nullptr, *scale = nullptr, *shift = nullptr;  // [O], or absent
@@ -35,9 +35,9 @@ struct ConvFrame {
   int64_t depth() const { return kernel_h * kernel_w * C + (recurrent ? O : 0); }
 };
 
-inline constexpr int64_t frame_panel = 32;      // output channels of a panel
-inline constexpr int64_t frame_least_row = 7;   // positions that a row of the output has at least
-inline constexpr int64_t frame_channels = 16;   // O is a multiple of it
+inline constexpr int64_t frame_panel = 32;     // output channels of a panel
+inline constexpr int64_t frame_least_row = 7;  // positions that a row of the output has at least
+inline constexpr int64_t frame_channels = 16;  // O is a multiple of it
 
 namespace cpu {
 void conv_frame(const ConvFrame& problem, const Parallel& parallel);

@@ -1,5 +1,5 @@
-// recurrent_conv on a GPU: which kernel runs a scan, how it is cut into blocks, and what memory it needs. Pure functions of
-// shapes, strides and the device's limits, so that they are tested without one.
+// recurrent_conv on a GPU: which kernel runs a scan, how it is cut into blocks, and what memory it needs. Pure
+// functions of shapes, strides and the device's limits, so that they are tested without one.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ namespace rcu_ops::cuda {
 inline constexpr int plain_threads = 256;
 inline constexpr int plain_lanes = 4;  // a thread computes plain_lanes channels at plain_lanes positions
 
-// A block owns `positions` columns for all frames; it computes `channels` output channels at a time, and reads W in pieces
-// of `depth` input channels unless all of W stays in shared memory.
+// A block owns `positions` columns for all frames; it computes `channels` output channels at a time, and reads W in
+// pieces of `depth` input channels unless all of W stays in shared memory.
 struct PlainScanPlan {
   int positions = 0;
   int channels = 0;
@@ -70,31 +70,34 @@ inline PlainScanPlan plan_plain_scan(const Scan& p, const Gpu& gpu) {
 
 inline Text describe(const PlainScanPlan& plan) {
   return "plain: " + to_text(plan.blocks) + " blocks of " + to_text(plan.positions) + " columns, " +
-         (plan.weight_resident ? Text("W resident") : "W in pieces of " + to_text(plan.depth) + " x " + to_text(plan.channels)) +
+         (plan.weight_resident ? Text("W resident")
+                               : "W in pieces of " + to_text(plan.depth) + " x " + to_text(plan.channels)) +
          ", state in " + (plan.state_shared ? "shared memory" : "scratch memory");
 }
 
-inline constexpr int statistics_floats = 5;  // of batch normalisation, in shared memory per channel: sum and squares in fp64, center
+// Of batch normalisation, in shared memory per channel: sum and squares in fp64, center.
+inline constexpr int statistics_floats = 5;
 
 // ---- the matrix-unit scan: 16-bit data, up to 128 channels ---------------------------------------------------------
 
-inline constexpr int tile_warps = 4;           // of a block, at most
-inline constexpr int tile_resident_warps = 8;  // of a multiprocessor, for which the kernel's registers are sure to suffice
+inline constexpr int tile_warps = 4;  // of a block, at most
+// Of a multiprocessor, for which the kernel's registers are sure to suffice.
+inline constexpr int tile_resident_warps = 8;
 inline constexpr int tile_most_channels = 128;
 
 // A warp owns `positions` columns for all frames, independently of the other warps of its block.
 struct TileScanPlan {
-  int padded_channels = 0;  // 64 or 128
-  int positions = 0;        // of a warp
-  int warps = tile_warps;   // of a block; fewer, to spread few positions over all multiprocessors
+  int padded_channels = 0;      // 64 or 128
+  int positions = 0;            // of a warp
+  int warps = tile_warps;       // of a block; fewer, to spread few positions over all multiprocessors
   bool along_channels = false;  // which way memory is contiguous in x, y and the residual alike; else along columns
-  int vector_bytes = 0;     // 16, 8, 4 or 2: the widest word that every row of those tensors is aligned to
-  int stages = 0;           // frames in flight or in use: 3, or 2 where shared memory is short
+  int vector_bytes = 0;         // 16, 8, 4 or 2: the widest word that every row of those tensors is aligned to
+  int stages = 0;               // frames in flight or in use: 3, or 2 where shared memory is short
   int64_t blocks = 0;
-  // Shared memory: W [padded][padded + 8] of 16 bits; numbers per channel (fp32): diagonal, scale, shift, and of batch normalisation
-  // mean, slope and constant or each warp's sum and squares (fp64) and center; the columns' offsets; the slots of each warp, one per stage
-  // for x, which y then takes over, and one for the residual. A slot's rows are columns or channels; 16 bytes more than they need
-  // spread eight of them over all banks.
+  // Shared memory: W [padded][padded + 8] of 16 bits; numbers per channel (fp32): diagonal, scale, shift, and of batch
+  // normalisation mean, slope and constant or each warp's sum and squares (fp64) and center; the columns' offsets; the
+  // slots of each warp, one per stage for x, which y then takes over, and one for the residual. A slot's rows are
+  // columns or channels; 16 bytes more than they need spread eight of them over all banks.
   int64_t numbers_at = 0, offsets_at = 0, slots_at = 0, shared_bytes = 0;
   int64_t slot_pitch = 0, slot_bytes = 0;  // in bytes
 };
@@ -183,9 +186,9 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   plan.slot_pitch = 2 * (plan.along_channels ? plan.padded_channels : plan.positions) + 16;
   plan.slot_bytes = plan.slot_pitch * (plan.along_channels ? plan.positions : plan.padded_channels);
   plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
-  // Warps share nothing but W, so that blocks of fewer are as good, but for more copies of W. The waves decide: the fewest columns on
-  // the multiprocessor that has most of them, where all its blocks find room at once (each takes 1 KiB more than it asks for); of
-  // equals, the most warps.
+  // Warps share nothing but W, so that blocks of fewer are as good, but for more copies of W. The waves decide: the
+  // fewest columns on the multiprocessor that has most of them, where all its blocks find room at once (each takes 1
+  // KiB more than it asks for); of equals, the most warps.
   const int64_t columns = p.N * p.H * p.W;
   std::optional<TileScanPlan> best;
   int64_t least = 0;
@@ -212,8 +215,8 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
 }
 
 inline Text describe(const TileScanPlan& plan) {
-  return "tile: " + to_text(plan.blocks) + " blocks of " + to_text(plan.warps) + " x " +
-         to_text(plan.positions) + " columns, channels padded to " + to_text(plan.padded_channels) +
+  return "tile: " + to_text(plan.blocks) + " blocks of " + to_text(plan.warps) + " x " + to_text(plan.positions) +
+         " columns, channels padded to " + to_text(plan.padded_channels) +
          (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) +
          " bytes, " + to_text(plan.stages) + " stages";
 }
@@ -222,7 +225,8 @@ inline Text describe(const TileScanPlan& plan) {
 
 inline constexpr int wide_warps = 8;
 inline constexpr int wide_most_channels = 256;
-inline constexpr int wide_positions = 24;  // 16 samples of 14 x 14 are then one block for each multiprocessor of a large GPU
+// 16 samples of 14 x 14 are then one block for each multiprocessor of a large GPU.
+inline constexpr int wide_positions = 24;
 inline constexpr int wide_weight_piece = 64;  // input channels of W in shared memory at a time, while it is loaded
 
 // A block owns wide_positions columns for all frames; each of its warps has 32 rows of W in registers.
@@ -231,10 +235,10 @@ struct WideScanPlan {
   int vector_bytes = 0;
   int stages = 0;  // slots for x: 4, or 3 where shared memory is short
   int64_t blocks = 0;
-  // Shared memory: the columns' offsets; of batch normalisation, numbers per channel (fp32): scale, shift, mean, slope, constant, or sum
-  // and squares (fp64) and center; the state before and after, rounded, laid out as slots are; the slots. A slot's rows are columns or
-  // channels, an odd number of 16-byte words apart: eight of them are spread over all banks. Before the first frame W passes
-  // through what the states and slots take later.
+  // Shared memory: the columns' offsets; of batch normalisation, numbers per channel (fp32): scale, shift, mean, slope,
+  // constant, or sum and squares (fp64) and center; the state before and after, rounded, laid out as slots are; the
+  // slots. A slot's rows are columns or channels, an odd number of 16-byte words apart: eight of them are spread over
+  // all banks. Before the first frame W passes through what the states and slots take later.
   int64_t numbers_at = 0, states_at = 0, slots_at = 0, shared_bytes = 0;
   int64_t slot_pitch = 0, slot_bytes = 0, weight_pitch = 0;  // in bytes
 };
@@ -272,18 +276,19 @@ inline std::optional<WideScanPlan> plan_wide_scan(const Scan& p, const Gpu& gpu,
 
 inline Text describe(const WideScanPlan& plan) {
   return "wide: " + to_text(plan.blocks) + " blocks of " + to_text(wide_positions) + " columns, W in registers" +
-         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) + " bytes, " +
-         to_text(plan.stages) + " stages";
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) +
+         " bytes, " + to_text(plan.stages) + " stages";
 }
 
-// ---- the sm_90a scan: 16-bit data, 129 to 256 channels, by warpgroups ------------------------------------------------
+// ---- the sm_90a scan: 16-bit data, 129 to 256 channels, by warpgroups -----------------------------------------------
 
-inline constexpr int hopper_groups = 2;  // warpgroups of a block
+inline constexpr int hopper_groups = 2;      // warpgroups of a block
 inline constexpr int hopper_positions = 64;  // columns of a warpgroup, the rows of its product
-inline constexpr int hopper_half = 128;  // channels of a unit of memory in flight
-inline constexpr int hopper_units = 3;   // of each warpgroup: one frame and a half
+inline constexpr int hopper_half = 128;      // channels of a unit of memory in flight
+inline constexpr int hopper_units = 3;       // of each warpgroup: one frame and a half
 inline constexpr int hopper_unit_bytes = 2 * hopper_half * hopper_positions;
-// Shared memory: W; the units of the warpgroups; the columns' offsets in x, y and the residual. It is all that an sm_90 has.
+// Shared memory: W; the units of the warpgroups; the columns' offsets in x, y and the residual. It is all that an sm_90
+// has.
 inline constexpr int64_t hopper_units_at = 2 * wide_most_channels * wide_most_channels;
 inline constexpr int64_t hopper_offsets_at = hopper_units_at + hopper_groups * hopper_units * hopper_unit_bytes;
 inline constexpr int64_t hopper_shared_bytes = hopper_offsets_at + 3 * offset_bytes * hopper_groups * hopper_positions;
@@ -312,11 +317,11 @@ inline std::optional<HopperScanPlan> plan_hopper_scan(const Scan& p, const Gpu& 
   return plan;
 }
 
-// Which of the two needs fewer cycles per frame; estimates until there is a measurement. Warpgroups multiply at the full
-// rate of the matrix unit, 2048 per cycle and multiprocessor, mma.sync at about 0.6 of it and with a barrier of 400 cycles;
-// neither is faster than memory, 19 bytes per cycle and multiprocessor. That is 6898 cycles for 128 columns against 1680
-// for 24: warpgroups are predicted to win by up to 1.3 where every multiprocessor has several times 128 columns, and to lose
-// where there are fewer.
+// Which of the two needs fewer cycles per frame; estimates until there is a measurement. Warpgroups multiply at the
+// full rate of the matrix unit, 2048 per cycle and multiprocessor, mma.sync at about 0.6 of it and with a barrier of
+// 400 cycles; neither is faster than memory, 19 bytes per cycle and multiprocessor. That is 6898 cycles for 128 columns
+// against 1680 for 24: warpgroups are predicted to win by up to 1.3 where every multiprocessor has several times 128
+// columns, and to lose where there are fewer.
 // Before its first frame every block reads all of W, 32 bytes per cycle from L2: more blocks, more of that.
 inline bool hopper_is_faster(const HopperScanPlan& hopper, const WideScanPlan& wide, int64_t frames, const Gpu& gpu) {
   constexpr int64_t area = wide_most_channels * wide_most_channels, memory = 4 * wide_most_channels;
@@ -332,7 +337,8 @@ inline bool hopper_is_faster(const HopperScanPlan& hopper, const WideScanPlan& w
 inline Text describe(const HopperScanPlan& plan) {
   return "hopper: " + to_text(plan.blocks) + " blocks of " + to_text(hopper_groups) + " x " +
          to_text(hopper_positions) + " columns, W in shared memory" +
-         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) + " bytes";
+         (plan.along_channels ? ", along channels" : ", along columns") + " by " + to_text(plan.vector_bytes) +
+         " bytes";
 }
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
@@ -390,8 +396,9 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   if (kernel != Kernel::plain) plan.fp32 = plan_fp32_scan(p, gpu);
   if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
   if (kernel == Kernel::plain || (kernel == Kernel::hopper && plan.hopper)) return plan;
-  // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks would leave
-  // multiprocessors idle; frame after frame where only the plain scan, which knows no matrix unit, can hold the channels.
+  // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks
+  // would leave multiprocessors idle; frame after frame where only the plain scan, which knows no matrix unit, can hold
+  // the channels.
   const StepScanPlan step = plan_step_scan(p, gpu);
   const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&
@@ -400,8 +407,8 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   return plan;
 }
 
-// How many columns have a part of batch normalisation's statistics to themselves in the kernel of this plan; 0 where it takes nothing
-// of batch normalisation (Scan::norm).
+// How many columns have a part of batch normalisation's statistics to themselves in the kernel of this plan; 0 where it
+// takes nothing of batch normalisation (Scan::norm).
 inline int64_t fused_norm_columns(const ScanPlan& plan) {
   return plan.step ? 0 : plan.tile ? plan.tile->positions : plan.wide ? wide_positions : 0;
 }

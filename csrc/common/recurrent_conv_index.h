@@ -1,5 +1,5 @@
-// recurrent_conv's index maths on a GPU: which thread touches which element. Part of the kernels, and compiled for the host,
-// where tests walk over all of it (native_recurrent_conv.cpp).
+// recurrent_conv's index maths on a GPU: which thread touches which element. Part of the kernels, and compiled for the
+// host, where tests walk over all of it (native_recurrent_conv.cpp).
 #pragma once
 
 #include <cstdint>
@@ -35,9 +35,10 @@ RCU_OPS_DEVICE void fill_offsets(const Scan& p, int64_t column, int i, O* x, O* 
   last[i] = static_cast<O>(column_offset(at, p.last));
 }
 
-// Calls visit(channel, column) once for each of channels x columns (a power of two, at least 4), each from one of `threads`
-// threads. Neighbouring threads take neighbouring columns, or, along_channels, 8 channels x 4 columns per warp: whole
-// 32-byte sectors of fp32 in global memory, and no two lanes in one bank of rows that are columns + 4 words apart.
+// Calls visit(channel, column) once for each of channels x columns (a power of two, at least 4), each from one of
+// `threads` threads. Neighbouring threads take neighbouring columns, or, along_channels, 8 channels x 4 columns per
+// warp: whole 32-byte sectors of fp32 in global memory, and no two lanes in one bank of rows that are columns + 4 words
+// apart.
 template <typename Visit>
 RCU_OPS_DEVICE void for_tile(int thread, int threads, bool along_channels, int64_t channels, int columns, Visit visit) {
   if (!along_channels) {
@@ -55,28 +56,29 @@ RCU_OPS_DEVICE void for_tile(int thread, int threads, bool along_channels, int64
     }
 }
 
-// Calls visit(row, column) once for each of rows <= Rows x columns <= Columns, each from one of `threads` threads, neighbours of which
-// take neighbouring rows (along_rows) or columns.
+// Calls visit(row, column) once for each of rows <= Rows x columns <= Columns, each from one of `threads` threads,
+// neighbours of which take neighbouring rows (along_rows) or columns.
 template <int Rows, int Columns, typename Visit>
 RCU_OPS_DEVICE void for_elements(int thread, int threads, bool along_rows, int rows, int columns, Visit visit) {
-RCU_OPS_UNROLL_4
+  RCU_OPS_UNROLL_4
   for (int e = thread; e < Rows * Columns; e += threads) {
     const int row = along_rows ? e % Rows : e / Columns, column = along_rows ? e / Rows : e % Columns;
     if (row < rows && column < columns) visit(row, column);
   }
 }
 
-// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of `numbers` (8, 4, 2 or 1)
-// 16-bit numbers of a tile of C <= PaddedChannels channels x `columns` <= Columns columns, each from one of `threads`
-// threads. Slots have one row of `pitch` bytes per column (along_channels: memory is contiguous along channels) or per
-// channel. offset: of the tile's columns. One loop serves all words and both directions, over padded rows so that nothing
-// is divided by a variable: a copy for each would be most of a kernel's code, and of the time it takes to compile.
+// Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of `numbers` (8, 4, 2 or
+// 1) 16-bit numbers of a tile of C <= PaddedChannels channels x `columns` <= Columns columns, each from one of
+// `threads` threads. Slots have one row of `pitch` bytes per column (along_channels: memory is contiguous along
+// channels) or per channel. offset: of the tile's columns. One loop serves all words and both directions, over padded
+// rows so that nothing is divided by a variable: a copy for each would be most of a kernel's code, and of the time it
+// takes to compile.
 template <int PaddedChannels, int Columns, typename Visit>
 RCU_OPS_DEVICE void for_words(bool along_channels, int numbers, int thread, int threads, int C, int columns, int pitch,
                               const View& v, const Offset* offset, Visit visit) {
   const int padded = along_channels ? PaddedChannels : Columns, end = along_channels ? C : columns;
   const int all = along_channels ? columns * PaddedChannels : C * Columns;
-RCU_OPS_UNROLL_2
+  RCU_OPS_UNROLL_2
   for (int e = thread * numbers; e < all; e += threads * numbers) {  // the word's first number, row after row
     const int row = along_channels ? e / PaddedChannels : e / Columns, at = e - row * padded;
     if (at < end)
@@ -84,24 +86,27 @@ RCU_OPS_UNROLL_2
   }
 }
 
-// The sm_90a scan's shared memory, as the 128-byte swizzle of wgmma has it: the number of a 16-byte word in its row is XORed
-// by that of the row, modulo 8, so that eight rows are spread over all banks. W has a row of 64 input channels for each
-// output channel, once for each 64 input channels; a unit of x or y one of hopper_positions columns for each channel, or
-// (along_channels) one of hopper_half channels for each column.
+// The sm_90a scan's shared memory, as the 128-byte swizzle of wgmma has it: the number of a 16-byte word in its row is
+// XORed by that of the row, modulo 8, so that eight rows are spread over all banks. W has a row of 64 input channels
+// for each output channel, once for each 64 input channels; a unit of x or y one of hopper_positions columns for each
+// channel, or (along_channels) one of hopper_half channels for each column.
 RCU_OPS_DEVICE int hopper_weight_at(int output, int input) {
   return input / 64 * 256 * 128 + output * 128 + (input % 64 * 2 ^ output % 8 << 4);
 }
 RCU_OPS_DEVICE int hopper_unit_at(bool along_channels, int channel, int column) {
-  return along_channels ? column * 256 + (2 * channel ^ column % 8 << 4) : channel * 128 + (2 * column ^ channel % 8 << 4);
+  return along_channels ? column * 256 + (2 * channel ^ column % 8 << 4)
+                        : channel * 128 + (2 * column ^ channel % 8 << 4);
 }
 
-// Calls visit(channel, column, byte offset in a unit) for every word of `numbers` (8, 4, 2 or 1) 16-bit numbers of a unit of
-// `channels` x `columns`, each from one of 128 threads. A thread takes the same 16 bytes of a unit whatever the words.
+// Calls visit(channel, column, byte offset in a unit) for every word of `numbers` (8, 4, 2 or 1) 16-bit numbers of a
+// unit of `channels` x `columns`, each from one of 128 threads. A thread takes the same 16 bytes of a unit whatever the
+// words.
 template <typename Visit>
-RCU_OPS_DEVICE void for_unit_words(int thread, bool along_channels, int numbers, int channels, int columns, Visit visit) {
+RCU_OPS_DEVICE void for_unit_words(int thread, bool along_channels, int numbers, int channels, int columns,
+                                   Visit visit) {
   const int pieces = along_channels ? 16 : 8, step = 128 / pieces, at0 = thread % pieces * 8;
   const int lines = along_channels ? columns : channels, end = along_channels ? channels : columns;
-RCU_OPS_UNROLL_2
+  RCU_OPS_UNROLL_2
   for (int line = thread / pieces; line < lines; line += step)
     for (int at = at0; at < at0 + 8 && at < end; at += numbers) {
       const int channel = along_channels ? at : line, column = along_channels ? line : at;
@@ -120,23 +125,25 @@ RCU_OPS_DEVICE WeightGradRow weight_grad_row_of(const WeightGrad& p, Count row) 
   const int64_t w = row % W, h = row / W % H, n = rest / frames;
   const int64_t i = rest % frames + (p.first.data ? 0 : 1);
   const int64_t t = p.reverse ? p.T - 1 - i : i, before = p.reverse ? t + 1 : t - 1;
-  return {n * p.dx.n + t * p.dx.t + h * p.dx.h + w * p.dx.w,
-          i == 0 ? -1 - (n * p.first.n + h * p.first.h + w * p.first.w) : n * p.h.n + before * p.h.t + h * p.h.h + w * p.h.w};
+  return {n * p.dx.n + t * p.dx.t + h * p.dx.h + w * p.dx.w, i == 0
+                                                                 ? -1 - (n * p.first.n + h * p.first.h + w * p.first.w)
+                                                                 : n * p.h.n + before * p.h.t + h * p.h.h + w * p.h.w};
 }
 // small: rows can be counted in 31 bits, and divided in a fifth of the instructions.
 RCU_OPS_DEVICE WeightGradRow weight_grad_row(const WeightGrad& p, int64_t row, bool small) {
   return small ? weight_grad_row_of(p, static_cast<uint32_t>(row)) : weight_grad_row_of(p, row);
 }
 
-// Calls visit(row, channel, byte offset in a slot) for every word of `numbers` (8, 4, 2 or 1) 16-bit numbers of a tile of
-// `channels` <= Tile channels x `rows` <= Rows rows, each from one of Threads threads. Words lie along channels (Channels) or along
-// rows; slots have one row of `pitch` bytes per row or per channel. A thread takes the same 16 bytes of a slot whatever the words.
+// Calls visit(row, channel, byte offset in a slot) for every word of `numbers` (8, 4, 2 or 1) 16-bit numbers of a tile
+// of `channels` <= Tile channels x `rows` <= Rows rows, each from one of Threads threads. Words lie along channels
+// (Channels) or along rows; slots have one row of `pitch` bytes per row or per channel. A thread takes the same 16
+// bytes of a slot whatever the words.
 template <int Threads, int Tile, int Rows, bool Channels, typename Visit>
 RCU_OPS_DEVICE void for_row_words(int thread, int numbers, int channels, int rows, int pitch, Visit visit) {
   constexpr int pieces = (Channels ? Tile : Rows) / 8;
   static_assert(Tile * Rows / 8 % Threads == 0 && Threads % pieces == 0);
   const int line0 = thread / pieces, at0 = thread % pieces * 8;
-RCU_OPS_UNROLL
+  RCU_OPS_UNROLL
   for (int k = 0; k < Tile * Rows / 8 / Threads; ++k) {
     const int line = line0 + k * (Threads / pieces);
     if (line >= (Channels ? rows : channels)) continue;

@@ -28,8 +28,9 @@ constexpr Blocking blocking(Isa isa, DType dtype) {
 
 // How a scan runs.
 struct Plan {
-  bool channels = false;      // orientation: vectors along channels, else along positions
-  bool step = false;          // one product, by panels of W that each task packs for itself (recurrent_conv_step_core.h)
+  bool channels = false;  // orientation: vectors along channels, else along positions
+  // One product, by panels of W that each task packs for itself (recurrent_conv_step_core.h).
+  bool step = false;
   int64_t tile = 0;           // columns per task
   int64_t channel_tasks = 1;  // tasks that share a tile's columns (one product only)
   int64_t channel_tile = 0;   // output channels per such task
@@ -38,7 +39,8 @@ struct Plan {
   bool around = false;        // outputs too large for the caches are written past them,
   bool around_state = false;  // so is the last state
   int64_t chunk = 0;          // frames per chunk of the time-parallel form, 0: one frame after the other
-  double sequential_cost = 0, chunked_cost = 0;  // of the model below; chunked: of the best chunk length, 0 if none is possible
+  // Of the model below; chunked: of the best chunk length, 0 if none is possible.
+  double sequential_cost = 0, chunked_cost = 0;
 };
 
 struct PlanInput {
@@ -50,12 +52,12 @@ struct PlanInput {
   bool dense_channels = false;       // channels adjacent in every tensor, and the last state in the state's dtype
 };
 
-// Channels summed in one go. Part of the definition of a result: sums of this length are added to each other, which halves the
-// rounding error at 512 channels, and lets the operand that blocks share stay in the first-level cache.
+// Channels summed in one go. Part of the definition of a result: sums of this length are added to each other, which
+// halves the rounding error at 512 channels, and lets the operand that blocks share stay in the first-level cache.
 inline constexpr int64_t k_part = 128;
 
-// What is written in larger pieces than this is not found in a second-level cache again; nor is, from much less on, the state of
-// a stream, which is read after all other layers have had their turn.
+// What is written in larger pieces than this is not found in a second-level cache again; nor is, from much less on, the
+// state of a stream, which is read after all other layers have had their turn.
 inline constexpr int64_t around_bytes = int64_t(4) << 20, around_step_bytes = int64_t(64) << 10;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -64,8 +66,9 @@ inline int64_t max_of_two(int64_t a, int64_t b) { return a > b ? a : b; }
 // Cost of the time-parallel form against the plain scan, in products of W with one vector of columns on one thread:
 //
 //   plain    T * ceil(columns / (threads * lanes))
-//   chunked  with J = ceil(T / L) chunks: L frames of (J - 1) chunks without outputs, L frames of them again with outputs, the
-//            last chunk; in fp64, log2(L) squarings of W (C columns each), J - 1 steps W^L e, one product W e
+//   chunked  with J = ceil(T / L) chunks: L frames of (J - 1) chunks without outputs, L frames of them again with
+//            outputs, the last chunk; in fp64, log2(L) squarings of W (C columns each), J - 1 steps W^L e, one product
+//            W e
 //
 // The arithmetic doubles, so it pays only where the plain scan leaves threads or lanes without a column. A region of
 // parallel tasks costs about as much as 2^20 multiply-adds of one thread.
@@ -95,8 +98,8 @@ inline int64_t choose_chunk(const PlanInput& in, int64_t lanes, Plan& plan) {
   return best && 1.2 * plan.chunked_cost < plan.sequential_cost ? best : 0;
 }
 
-// A single product by panels of W. Tasks share the outputs so that W is packed once where that is the larger operand, and else so
-// that one packing serves 400 rows; in both cases a task's states stay in a second-level cache.
+// A single product by panels of W. Tasks share the outputs so that W is packed once where that is the larger operand,
+// and else so that one packing serves 400 rows; in both cases a task's states stay in a second-level cache.
 inline void plan_step(const PlanInput& in, const Blocking& b, int64_t threads, Plan& plan) {
   const int64_t half = b.channels_rows / 2, panel = b.channels_vectors * b.lanes, panels = ceil_div(in.C, panel);
   const int64_t most = max_of_two((int64_t(1) << 20) / (4 * in.C), 2 * half);
@@ -119,7 +122,8 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   const bool pairs = multiplies_pairs(isa, in.dtype);
   const int64_t element = in.dtype == DType::f64 ? 8 : 4;
   Plan plan;
-  // W has to be transposed for lanes along channels: not worth it for a few columns, whose x and y are transposed instead.
+  // W has to be transposed for lanes along channels: not worth it for a few columns, whose x and y are transposed
+  // instead.
   plan.channels = in.channels_contiguous && !(in.single_product && in.columns * 16 < in.C);
   const int64_t unit = plan.channels ? b.channels_rows : b.planar_vectors * b.lanes;
   plan.k_block = k_part;
@@ -128,14 +132,15 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   // Threads are worth waking for about a million multiply-adds each.
   const double work = static_cast<double>(in.C) * static_cast<double>(in.C) * static_cast<double>(in.columns * in.T);
   const int64_t threads = work < 1048576.0 * in.threads ? static_cast<int64_t>(work / 1048576) + 1 : in.threads;
-  // Two states in half of a second-level cache of 1 MiB or more, and every thread gets a share. A single product uses its
-  // states once: smaller tiles stay closer.
+  // Two states in half of a second-level cache of 1 MiB or more, and every thread gets a share. A single product uses
+  // its states once: smaller tiles stay closer.
   const int64_t budget = in.single_product ? 98304 : 524288;
   int64_t tile = budget / (2 * in.C * element) / unit * unit;
   if (tile < unit) tile = unit;
   plan.channel_tile = in.C;
   const int64_t tiles = in.columns > 0 ? ceil_div(in.columns, tile) : 1;
-  if (in.single_product && plan.channels && in.dense_channels && !pairs && in.dtype != DType::f64 && in.C % b.lanes == 0) {
+  if (in.single_product && plan.channels && in.dense_channels && !pairs && in.dtype != DType::f64 &&
+      in.C % b.lanes == 0) {
     plan_step(in, b, threads, plan);
   } else if (in.single_product && (!plan.channels || (pairs && in.columns <= 4 * b.channels_rows)) && tiles < threads) {
     // Few columns: W is the traffic, so tasks share the columns and divide W.
@@ -144,8 +149,9 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
     plan.channel_tile = ceil_div(ceil_div(in.C, ceil_div(threads, tiles)), least) * least;
     plan.channel_tasks = ceil_div(in.C, plan.channel_tile);
   } else {
-    // The same number of blocks for every thread, as far as that goes: of a few numbers of tasks the one whose busiest thread has
-    // the least to do, and the largest tiles. A single product's states are read once each: twice the budget does no harm.
+    // The same number of blocks for every thread, as far as that goes: of a few numbers of tasks the one whose busiest
+    // thread has the least to do, and the largest tiles. A single product's states are read once each: twice the budget
+    // does no harm.
     const int64_t rounds = ceil_div(tiles, threads);
     int64_t least = 0;
     for (int64_t j = in.single_product ? ceil_div(rounds, 2) : rounds; j <= rounds + 3; ++j) {
@@ -155,8 +161,8 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
     }
   }
   if (plan.tile < vector) plan.tile = vector;
-  // Long runs of adjacent elements where traffic is the bound; panel by panel, W's operand in the first-level cache, where
-  // the arithmetic is.
+  // Long runs of adjacent elements where traffic is the bound; panel by panel, W's operand in the first-level cache,
+  // where the arithmetic is.
   const int64_t panel = plan.channels ? b.channels_vectors : b.planar_vectors;
   plan.group = in.C <= k_part || pairs ? 8 * panel : panel;
   const int64_t io_element = in.dtype == DType::f64 ? 8 : in.dtype == DType::f32 ? 4 : 2;
@@ -166,25 +172,29 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   return plan;
 }
 
-// What one task computes: columns [column_begin, column_end) of output channels [channel_begin, channel_end), all frames.
+// What one task computes: columns [column_begin, column_end) of output channels [channel_begin, channel_end), all
+// frames.
 struct TaskRange {
   int64_t column_begin, column_end, channel_begin, channel_end;
 };
 
-inline int64_t task_count(const Plan& plan, int64_t columns) { return ceil_div(columns, plan.tile) * plan.channel_tasks; }
+inline int64_t task_count(const Plan& plan, int64_t columns) {
+  return ceil_div(columns, plan.tile) * plan.channel_tasks;
+}
 
 inline TaskRange task_range(const Plan& plan, int64_t columns, int64_t C, int64_t index) {
   const int64_t q = index / plan.channel_tasks * plan.tile, c = index % plan.channel_tasks * plan.channel_tile;
-  return {q, q + plan.tile < columns ? q + plan.tile : columns, c, c + plan.channel_tile < C ? c + plan.channel_tile : C};
+  return {q, q + plan.tile < columns ? q + plan.tile : columns, c,
+          c + plan.channel_tile < C ? c + plan.channel_tile : C};
 }
 
 // One sentence for people.
 inline std::string describe(const PlanInput& in, const Plan& plan, Isa isa) {
   const auto number = [](double v) { return std::to_string(static_cast<int64_t>(v + 0.5)); };
   const bool plain = isa > Isa::avx512 && !multiplies_pairs(isa, in.dtype);
-  std::string text = std::string(isa_name(plain ? Isa::avx512 : isa)) + ", vectors along " + (plan.channels ? "channels" : "positions") + ", " +
-                     std::to_string(task_count(plan, in.columns)) + " tasks of " +
-                     std::to_string(plan.tile) + " positions";
+  std::string text = std::string(isa_name(plain ? Isa::avx512 : isa)) + ", vectors along " +
+                     (plan.channels ? "channels" : "positions") + ", " + std::to_string(task_count(plan, in.columns)) +
+                     " tasks of " + std::to_string(plan.tile) + " positions";
   if (plan.channel_tasks > 1) text += " x " + std::to_string(plan.channel_tile) + " output channels";
   text += "; ";
   if (plan.step) return text + "one product, each task packs its panels of W";
@@ -194,7 +204,8 @@ inline std::string describe(const PlanInput& in, const Plan& plan, Isa isa) {
   text += "one frame after the other: ";
   if (in.dtype == DType::f64) return text + "fp64 is not cut into chunks";
   if (in.T < 16) return text + "too few frames for chunks";
-  return text + number(plan.sequential_cost) + " products of W per thread, chunks would take " + number(plan.chunked_cost);
+  return text + number(plan.sequential_cost) + " products of W per thread, chunks would take " +
+         number(plan.chunked_cost);
 }
 
 }  // namespace rcu_ops::cpu

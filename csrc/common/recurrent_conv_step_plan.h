@@ -1,5 +1,5 @@
-// recurrent_conv one frame at a time on a GPU: a single frame after a given state, and scans of 16-bit data with more channels than
-// the other kernels hold. Pure functions of shapes, strides and the device's limits.
+// recurrent_conv one frame at a time on a GPU: a single frame after a given state, and scans of 16-bit data with more
+// channels than the other kernels hold. Pure functions of shapes, strides and the device's limits.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,9 @@ struct StepScanPlan {
   int64_t channel_blocks = 0, column_blocks = 0, blocks = 0;
   int64_t launches = 0;
   bool weight_vectors = false;  // rows of W can be copied in words of 16 bytes
-  // Shared memory: the columns' offsets in x, y, residual, first, last; W and the state, of 16-bit numbers one row per output
-  // channel and per column, pitch bytes apart, else two pieces of each with one row per input channel; the block's values.
+  // Shared memory: the columns' offsets in x, y, residual, first, last; W and the state, of 16-bit numbers one row per
+  // output channel and per column, pitch bytes apart, else two pieces of each with one row per input channel; the
+  // block's values.
   int64_t weight_at = 0, state_at = 0, values_at = 0, shared_bytes = 0;
   int64_t pitch = 0;
   int64_t scratch_bytes = 0;  // states between launches

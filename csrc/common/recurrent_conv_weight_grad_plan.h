@@ -1,5 +1,5 @@
-// recurrent_conv's weight gradient on a GPU: which kernel runs it and how its sum over rows is cut. Pure functions of shapes and
-// strides.
+// recurrent_conv's weight gradient on a GPU: which kernel runs it and how its sum over rows is cut. Pure functions of
+// shapes and strides.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,9 @@
 
 namespace rcu_ops::cuda {
 
-// How the sum over rows (frames that have a state before them x positions) is cut, of any kernel. Where the chosen kernel's
-// shared memory is to be had, a function of the shape alone: the order of the additions does not depend on the GPU.
+// How the sum over rows (frames that have a state before them x positions) is cut, of any kernel. Where the chosen
+// kernel's shared memory is to be had, a function of the shape alone: the order of the additions does not depend on the
+// GPU.
 struct WeightGradPlan {
   int64_t rows = 0;
   int tile = 0;  // output and input channels of a block
@@ -20,10 +21,11 @@ struct WeightGradPlan {
   int64_t rows_per_split = 0;  // a multiple of weight_grad_depth
   int64_t scratch_bytes = 0;   // [splits][C][C] partial sums; none for a single split
   bool small = false;          // rows can be counted in 32 bits
-  // Shared memory: two tables of rows' offsets in dx and in h, one for the stage in use and one for the next; then the stages.
+  // Shared memory: two tables of rows' offsets in dx and in h, one for the stage in use and one for the next; then the
+  // stages.
   int64_t slots_at = 0, shared_bytes = 0;
-  // The matrix unit's kernel (vector_bytes != 0): slots of 16-bit numbers, one for dx and one for the states of each stage, with
-  // one row per row of the sum (along_channels) or per channel, slot_pitch bytes apart.
+  // The matrix unit's kernel (vector_bytes != 0): slots of 16-bit numbers, one for dx and one for the states of each
+  // stage, with one row per row of the sum (along_channels) or per channel, slot_pitch bytes apart.
   bool along_channels = false;
   int vector_bytes = 0;
   int64_t slot_pitch = 0, slot_bytes = 0;
@@ -34,8 +36,8 @@ inline constexpr int weight_grad_depth = 32;  // rows staged at a time
 inline constexpr int weight_grad_threads = 256;
 inline constexpr int plain_weight_grad_tile = 64;
 inline constexpr int matrix_weight_grad_stages = 3;
-// The matrix unit truncates when it adds: after so many rows, 1024 additions, a sum may have lost 2^-13 of its largest value, an
-// eighth of what rounding to fp16 loses.
+// The matrix unit truncates when it adds: after so many rows, 1024 additions, a sum may have lost 2^-13 of its largest
+// value, an eighth of what rounding to fp16 loses.
 inline constexpr int64_t matrix_weight_grad_rows = 16384;
 
 inline constexpr int64_t most_splits = 65535;  // along y of a grid
@@ -68,7 +70,8 @@ inline WeightGradPlan plan_weight_grad(const WeightGrad& p, const Gpu& gpu, Kern
   int64_t splits = ceil_div(plan.tile == 128 ? 264 : 528, plan.tiles);
   const int64_t most = ceil_div(plan.rows, 8 * weight_grad_depth);
   if (splits > most) splits = most;
-  if (matrix && splits < ceil_div(plan.rows, matrix_weight_grad_rows)) splits = ceil_div(plan.rows, matrix_weight_grad_rows);
+  if (matrix && splits < ceil_div(plan.rows, matrix_weight_grad_rows))
+    splits = ceil_div(plan.rows, matrix_weight_grad_rows);
   if (splits < 1) splits = 1;
   plan.rows_per_split = round_up(ceil_div(plan.rows, splits), weight_grad_depth);
   plan.splits = plan.rows == 0 ? 1 : ceil_div(plan.rows, plan.rows_per_split);
@@ -78,10 +81,10 @@ inline WeightGradPlan plan_weight_grad(const WeightGrad& p, const Gpu& gpu, Kern
 
 inline Text describe(const WeightGradPlan& plan) {
   const Text cut = to_text(plan.tiles) + " tiles of " + to_text(plan.tile) + " x " + to_text(plan.tile) + " x " +
-                          to_text(plan.splits) + " splits of " + to_text(plan.rows_per_split) + " rows";
+                   to_text(plan.splits) + " splits of " + to_text(plan.rows_per_split) + " rows";
   if (plan.vector_bytes)
-    return "matrix: " + cut + (plan.along_channels ? ", along channels by " : ", along columns by ") + to_text(plan.vector_bytes) +
-           " bytes";
+    return "matrix: " + cut + (plan.along_channels ? ", along channels by " : ", along columns by ") +
+           to_text(plan.vector_bytes) + " bytes";
   return "plain: " + cut + " (not the matrix unit: " + plan.why_not_matrix + ")";
 }
 

@@ -16,11 +16,11 @@ struct GateData {
   GatePass pass = GatePass::squeeze;
   int64_t N = 0, C = 0, T = 0, H = 0, W = 0;
   DType dtype = DType::f32;
-  View x, y, grad;                  // [N,C,T,H,W]; y overlaps nothing
-  const void* h = nullptr;          // [N,T,C] contiguous, in the precision of sums (state_size)
-  const uint8_t* gate = nullptr;    // [N], gate_stride apart; nullptr: open
+  View x, y, grad;                // [N,C,T,H,W]; y overlaps nothing
+  const void* h = nullptr;        // [N,T,C] contiguous, in the precision of sums (state_size)
+  const uint8_t* gate = nullptr;  // [N], gate_stride apart; nullptr: open
   int64_t gate_stride = 0;
-  void* sums = nullptr;             // [N,T,C] contiguous, in the precision of sums
+  void* sums = nullptr;  // [N,T,C] contiguous, in the precision of sums
 };
 
 // A frame's positions follow each other without gaps: [H,W] is a run of H W numbers.

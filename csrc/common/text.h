@@ -1,5 +1,5 @@
-// Short texts of host code: errors, and how something is planned. In place of std::string, whose header takes the compiler longer
-// than most kernels do; so the files of csrc/cuda and all that they include keep to this one.
+// Short texts of host code: errors, and how something is planned. In place of std::string, whose header takes the
+// compiler longer than most kernels do; so the files of csrc/cuda and all that they include keep to this one.
 #pragma once
 
 #include <cstdint>

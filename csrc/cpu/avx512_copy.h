@@ -22,7 +22,8 @@ static void copy_around(void* to, const void* from, size_t bytes) {
   }
   copy_row(dst, src, head);
   size_t i = head;
-  for (; i + 64 <= bytes; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(src + i));
+  for (; i + 64 <= bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(src + i));
   copy_row(dst + i, src + i, bytes - i);
 }
 static void end_around() { _mm_sfence(); }

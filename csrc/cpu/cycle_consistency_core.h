@@ -1,30 +1,33 @@
-// cycle_consistency on vector units: the body of every instruction set. Included once per instruction set, inside a namespace of
-// its own and under that file's target pragma, after scalar.h and vectors.h; it instantiates nothing of the standard library.
+// cycle_consistency on vector units: the body of every instruction set. Included once per instruction set, inside a
+// namespace of its own and under that file's target pragma, after scalar.h and vectors.h; it instantiates nothing of
+// the standard library.
 //
-// Distances of short sequences are sums of squared differences; those of long ones come from products, with a bound on their
-// rounding, and by differences within the bound (cycle_consistency_products.h; the plan is plan_alignment's).
+// Distances of short sequences are sums of squared differences; those of long ones come from products, with a bound on
+// their rounding, and by differences within the bound (cycle_consistency_products.h; the plan is plan_alignment's).
 //
-// Layout.   Frames that are there are packed, in the precision of sums, to panels [frame / L][channel][L]: a vector holds one
-//           channel of L frames, so that a block of M queries against a panel of keys is M accumulators of L keys, queries being
-//           broadcast from their own panel, and nothing has to be added up across lanes. Where channels are added up by weights
-//           (soft neighbours, gradients) frames are also packed to rows [frame][channel].
-// Scale.    Values are multiplied by a power of two where their squares would leave the range of fp32 (or fp64). It comes back in
-//           `sharpness`, scale^-2 / temperature, and in what is written.
-// Centre.   A soft neighbour is kept as the sum u = sum_j z_j b_j as it comes out, and the rest, sum_j z_j (b_j - u): right under
-//           offsets and scene cuts, where rounding u loses the differences between frames. Gradients are taken around u, too. Where
-//           only its place is asked for, u is the most probable frame, which saves a sum.
-// Order.    Channels and frames are added up in order, in parts which are then added: no result depends on threads, and equal
-//           frames have equal distances wherever they stand.
-// Threads.  Short sequences: a task per sample. Others: packing, then blocks of queries, then (gradients of keys) blocks of keys.
-// Bound.    T S C multiply-adds with as many subtractions per matrix of distances, against (T + S) C numbers read: arithmetic
-//           for more than a few frames.
+// Layout.   Frames that are there are packed, in the precision of sums, to panels [frame / L][channel][L]: a vector
+//           holds one channel of L frames, so that a block of M queries against a panel of keys is M accumulators of L
+//           keys, queries being broadcast from their own panel, and nothing has to be added up across lanes. Where
+//           channels are added up by weights (soft neighbours, gradients) frames are also packed to rows
+//           [frame][channel].
+// Scale.    Values are multiplied by a power of two where their squares would leave the range of fp32 (or fp64). It
+//           comes back in `sharpness`, scale^-2 / temperature, and in what is written.
+// Centre.   A soft neighbour is kept as the sum u = sum_j z_j b_j as it comes out, and the rest, sum_j z_j (b_j - u):
+//           right under offsets and scene cuts, where rounding u loses the differences between frames. Gradients are
+//           taken around u, too. Where only its place is asked for, u is the most probable frame, which saves a sum.
+// Order.    Channels and frames are added up in order, in parts which are then added: no result depends on threads, and
+//           equal frames have equal distances wherever they stand.
+// Threads.  Short sequences: a task per sample. Others: packing, then blocks of queries, then (gradients of keys)
+//           blocks of keys.
+// Bound.    T S C multiply-adds with as many subtractions per matrix of distances, against (T + S) C numbers read:
+//           arithmetic for more than a few frames.
 
 // Sums of `count` numbers are cut into parts of this length: about the root of their number, for the least rounding.
 static inline int64_t part_of(int64_t count) { return count <= 1024 ? 16 : 32; }
 
 template <class S>
 struct Frames {
-  int64_t count = 0;       // of frames that are there
+  int64_t count = 0;         // of frames that are there
   int64_t* place = nullptr;  // their places in the sequence
   S* number = nullptr;       // the same as numbers
   S *panels = nullptr, *rows = nullptr;
@@ -37,8 +40,8 @@ template <class S>
 struct Sample {
   Frames<S> a, b;
   S *grad = nullptr, *grad_panels = nullptr;  // grad's rows, where the problem has them; panels as those of a
-  S* mean = nullptr;  // of all frames, where there are products
-  double scale = 1;   // what was packed is scale times what was given
+  S* mean = nullptr;                          // of all frames, where there are products
+  double scale = 1;                           // what was packed is scale times what was given
   S sharpness = 1;
   bool finite = true;
   bool products() const { return mean && finite; }  // infinity minus infinity would be no distance
@@ -54,7 +57,8 @@ static Sizes sizes_of(const Alignment& p) {
   return {round_up(p.T, L), round_up(p.S, L), round_up(p.C, L), round_up(max_of(p.T, p.S), L) + L};
 }
 
-// Packs the frames of one sequence; adds its largest magnitude to `largest` and 0 (NaN if any number is not finite) to `zero`.
+// Packs the frames of one sequence; adds its largest magnitude to `largest` and 0 (NaN if any number is not finite) to
+// `zero`.
 template <class V, class T>
 static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitch, const Frames<typename V::S>& to,
                     typename V::S& largest, typename V::S& zero) {
@@ -93,13 +97,16 @@ static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitc
 }
 
 template <class V>
-static void pack(DType dtype, const Sequence& from, int64_t n, int64_t C, int64_t row_pitch, const Frames<typename V::S>& to,
-                 typename V::S& largest, typename V::S& zero) {
+static void pack(DType dtype, const Sequence& from, int64_t n, int64_t C, int64_t row_pitch,
+                 const Frames<typename V::S>& to, typename V::S& largest, typename V::S& zero) {
   if constexpr (sizeof(typename V::S) == 8)
     return pack_as<V, double>(from, n, C, row_pitch, to, largest, zero);
-  else if (dtype == DType::f32) return pack_as<V, float>(from, n, C, row_pitch, to, largest, zero);
-  else if (dtype == DType::bf16) return pack_as<V, bf16_t>(from, n, C, row_pitch, to, largest, zero);
-  else return pack_as<V, f16_t>(from, n, C, row_pitch, to, largest, zero);
+  else if (dtype == DType::f32)
+    return pack_as<V, float>(from, n, C, row_pitch, to, largest, zero);
+  else if (dtype == DType::bf16)
+    return pack_as<V, bf16_t>(from, n, C, row_pitch, to, largest, zero);
+  else
+    return pack_as<V, f16_t>(from, n, C, row_pitch, to, largest, zero);
 }
 
 static int64_t find_frames(const FrameMask& mask, int64_t n, int64_t frames, int64_t* place) {
@@ -178,7 +185,7 @@ static void fill_sample(const Alignment& p, const Sizes& z, int64_t n, Sample<ty
   }
 }
 
-// ---- blocks of V::M queries ------------------------------------------------------------------------------------------
+// ---- blocks of V::M queries -----------------------------------------------------------------------------------------
 
 // d[m * pitch + i] = |query_{t0 + m} - key_i|^2; t0 is a multiple of M, the queries' last panel is filled with zeros.
 template <class V>
@@ -210,7 +217,8 @@ static void distances(const typename V::S* queries, int64_t t0, const typename V
   }
 }
 
-// Distances to soft neighbours: d[m * pitch + i] = |(key_i - centre_m) - rest_m|^2, with both as [channel][M] in `split`.
+// Distances to soft neighbours: d[m * pitch + i] = |(key_i - centre_m) - rest_m|^2, with both as [channel][M] in
+// `split`.
 template <class V>
 static void distances_to_soft(const typename V::S* split, const typename V::S* keys, int64_t key_count, int64_t C,
                               typename V::S* d, int64_t pitch) {
@@ -242,8 +250,8 @@ static void distances_to_soft(const typename V::S* split, const typename V::S* k
 
 // r[m * pitch + i] = grad_m . (key_i - centre_m), with centre and grad as [channel][M] in `split`.
 template <class V>
-static void products(const typename V::S* split, const typename V::S* keys, int64_t key_count, int64_t C, typename V::S* r,
-                     int64_t pitch) {
+static void products(const typename V::S* split, const typename V::S* keys, int64_t key_count, int64_t C,
+                     typename V::S* r, int64_t pitch) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
@@ -296,10 +304,12 @@ static int64_t first_smallest(const typename V::S* v, int64_t count) {
   return found;
 }
 
-// d becomes z = softmax(-sharpness d), zero from `count` to the end of its last vector. Returns the first of the most probable
-// frames (0 if there is none: z is NaN then), in `least` its distance, in `sum` what exp(sharpness (least - d)) adds up to.
+// d becomes z = softmax(-sharpness d), zero from `count` to the end of its last vector. Returns the first of the most
+// probable frames (0 if there is none: z is NaN then), in `least` its distance, in `sum` what exp(sharpness (least -
+// d)) adds up to.
 template <class V>
-static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness, typename V::S& least, typename V::S& sum) {
+static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness, typename V::S& least,
+                       typename V::S& sum) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L;
@@ -323,10 +333,11 @@ static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness,
   return anchor;
 }
 
-// The frames to which any of M rows of weights gives more than `least` in magnitude. All, unless all numbers are finite: 0 * inf has
-// to be seen.
+// The frames to which any of M rows of weights gives more than `least` in magnitude. All, unless all numbers are
+// finite: 0 * inf has to be seen.
 template <class V>
-static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t count, bool finite, typename V::S least, int64_t* list) {
+static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t count, bool finite,
+                                  typename V::S least, int64_t* list) {
   int64_t used = 0;
   for (int64_t i = 0; i < count; i += V::L) {
     auto any = V::load(w + i) != V::load(w + i);  // false: there is no NaN if this is looked at
@@ -343,10 +354,11 @@ static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t
   return used;
 }
 
-// out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[m][c]) over the `used` frames i in `list`; Centred false: without centre.
+// out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[m][c]) over the `used` frames i in `list`; Centred false:
+// without centre.
 template <class V, bool Centred>
-static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V::S* rows, const int64_t* list, int64_t used,
-                         int64_t Cp, const typename V::S* centre, typename V::S* out) {
+static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V::S* rows, const int64_t* list,
+                         int64_t used, int64_t Cp, const typename V::S* centre, typename V::S* out) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
   const int64_t step = part_of(used);
@@ -416,11 +428,11 @@ static void dense_sum(const typename V::S* w, int64_t pitch, const typename V::S
 
 // Rows m of `first` and `second`, of M queries, side by side: out[c][2][M].
 template <class V>
-static void interleave(const typename V::S* first, const typename V::S* second, int64_t Cp, int64_t C, typename V::S* out) {
+static void interleave(const typename V::S* first, const typename V::S* second, int64_t Cp, int64_t C,
+                       typename V::S* out) {
   constexpr int M = V::M;
   for (int64_t c = 0; c < C; ++c)
-    for (int m = 0; m < M; ++m)
-      out[c * 2 * M + m] = first[m * Cp + c], out[c * 2 * M + M + m] = second[m * Cp + c];
+    for (int m = 0; m < M; ++m) out[c * 2 * M + m] = first[m * Cp + c], out[c * 2 * M + M + m] = second[m * Cp + c];
 }
 
 template <class S>
@@ -433,18 +445,20 @@ static void write(void* to, DType dtype, int64_t at, const S* from, int64_t coun
 
 #include "cycle_consistency_products.h"
 
-// ---- tasks -------------------------------------------------------------------------------------------------------------
+// ---- tasks ----------------------------------------------------------------------------------------------------------
 
 // d[m * pitch + i] of M queries against the keys, as planned. Returns whether they come from products.
 template <class V>
-static bool block_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
-                            const Frames<typename V::S>& b, int64_t t0, bool moments, typename V::S* d, int64_t* list) {
+static bool block_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample,
+                            const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, bool moments,
+                            typename V::S* d, int64_t* list) {
   if (sample.products()) return settled_distances<V>(s, C, sample, a, b, t0, moments, d, list);
   distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
   return false;
 }
 
-// A block's scratch: distances or weights [M][pitch], products [M][pitch], centres and rests [M][Cp], interleaved [C][2][M].
+// A block's scratch: distances or weights [M][pitch], products [M][pitch], centres and rests [M][Cp], interleaved
+// [C][2][M].
 template <class V>
 struct Block {
   using S = typename V::S;
@@ -466,11 +480,11 @@ struct Block {
   }
 };
 
-// How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a - b_likely|),
-// from the upper ends of the distances' bounds. `size`, `sizes`: of the query and the keys, centred.
+// How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a
+// - b_likely|), from the upper ends of the distances' bounds. `size`, `sizes`: of the query and the keys, centred.
 template <class V>
-static double left_out(const typename V::S* z, const typename V::S* d, typename V::S size, const typename V::S* sizes, int64_t likely,
-                       int64_t count, const Rounding<typename V::S>& rounding, typename V::S weight) {
+static double left_out(const typename V::S* z, const typename V::S* d, typename V::S size, const typename V::S* sizes,
+                       int64_t likely, int64_t count, const Rounding<typename V::S>& rounding, typename V::S weight) {
   using R = typename V::R;
   const auto end = [&](R value, R of_key) { return value + ((size + of_key) * rounding.products + rounding.least); };
   R weights{}, moments{};
@@ -508,10 +522,12 @@ static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sa
   return true;
 }
 
-// Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index alone.
+// Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index
+// alone.
 template <class V>
-static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
-                      const Frames<typename V::S>& b, int64_t t0, void* soft, int64_t row0, int64_t* index) {
+static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample,
+                      const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, void* soft,
+                      int64_t row0, int64_t* index) {
   using S = typename V::S;
   constexpr int M = V::M;
   const Block<V> block(p, s);
@@ -521,13 +537,15 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   if (pruned) memcpy(block.r, block.z, static_cast<size_t>(M * s.pitch) * sizeof(S));
   S least, sum_of_exp;
   int64_t likely[M], nearest[M];
-  for (int m = 0; m < M; ++m) likely[m] = softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
+  for (int m = 0; m < M; ++m)
+    likely[m] = softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
   const auto soft_neighbors = [&](S weight) {
     const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, weight, block.list);
     if (soft || !pruned) weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
     weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   };
-  const Nearest<V> search{s, p.C, sample, a, b, t0, rows, products, block.r, likely, block.centre, block.rest, block.list, nearest};
+  const Nearest<V> search{s,       p.C,    sample,       a,          b,          t0,     rows, products,
+                          block.r, likely, block.centre, block.rest, block.list, nearest};
   for (int64_t& found : nearest) found = -2;
   bool done = false;
   const S small = S(0x1p-10) / static_cast<S>(b.count);
@@ -536,11 +554,12 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
                     2 * frames_with_weight<V>(block.z, s.pitch, b.count, true, small, block.list) > b.count &&
                     dense_soft_neighbors<V>(s, sample, b, rows, block);
   if (pruned && !soft && !flat) {
-    for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, b.rows + likely[m] * s.C, static_cast<size_t>(s.C) * sizeof(S));
+    for (int m = 0; m < M; ++m)
+      memcpy(block.centre + m * s.C, b.rows + likely[m] * s.C, static_cast<size_t>(s.C) * sizeof(S));
     double slack[M];
     for (int m = 0; m < rows; ++m)
-      slack[m] = left_out<V>(block.z + m * s.pitch, block.r + m * s.pitch, a.sizes[t0 + m], b.sizes, likely[m], b.count, search.rounding,
-                             small);
+      slack[m] = left_out<V>(block.z + m * s.pitch, block.r + m * s.pitch, a.sizes[t0 + m], b.sizes, likely[m], b.count,
+                             search.rounding, small);
     soft_neighbors(small);
     search.by_distances(1, slack);
     done = search.settled();
@@ -569,8 +588,8 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
 // index[t] of a in b through the distances `between` the frames of b: argmin_i sum_j z_tj between[j][i].
 template <class V>
 static void map_through_distances(const Sizes& s, const Sample<typename V::S>& sample, typename V::S* d,
-                                  const typename V::S* between, const Frames<typename V::S>& a, const Frames<typename V::S>& b,
-                                  int64_t* index, typename V::S* spread) {
+                                  const typename V::S* between, const Frames<typename V::S>& a,
+                                  const Frames<typename V::S>& b, int64_t* index, typename V::S* spread) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L;
@@ -595,7 +614,8 @@ static void cycle_of_short(const Alignment& p, const Sizes& s, int64_t n) {
   constexpr int M = V::M;
   const int64_t frames = max_of(s.T, s.S), matrix = frames * s.pitch;
   const int64_t packed = (p.T + p.S) * 8 + (s.T + s.S) * (p.C + 1) * static_cast<int64_t>(sizeof(S)) + 8 * 64;
-  char* at = static_cast<char*>(scratch(1, static_cast<size_t>(packed + (3 * matrix + frames) * static_cast<int64_t>(sizeof(S)))));
+  char* at = static_cast<char*>(
+      scratch(1, static_cast<size_t>(packed + (3 * matrix + frames) * static_cast<int64_t>(sizeof(S)))));
   S* d = reinterpret_cast<S*>(at);
   S *back = d + matrix, *between = back + matrix, *spread = between + matrix;
   at = reinterpret_cast<char*>(spread + frames);
@@ -621,12 +641,12 @@ static bool in_place(const FrameMask& mask, int64_t n, int64_t frames, const int
 
 // Queries [t0, t0 + M): where they land, or with `weights` what their gradients are made of.
 //
-// weights z and w, both [T][pitch]: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so that
-//   da_t = sum_i w_ti (b_i - u_t)        db_i = sum_t (z_ti grad_t + w_ti (a_t - b_i))
+// weights z and w, both [T][pitch]: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so
+//   that da_t = sum_i w_ti (b_i - u_t)        db_i = sum_t (z_ti grad_t + w_ti (a_t - b_i))
 // The rows of w add up to zero, so that any centre u_t would do; the soft neighbour is near.
 template <class V>
-static void landing_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n, int64_t t0,
-                          typename V::S* z_out, typename V::S* w_out) {
+static void landing_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
+                          int64_t t0, typename V::S* z_out, typename V::S* w_out) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int M = V::M, L = V::L;
@@ -657,7 +677,8 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
     const S mean = moment(0, false), variance = moment(mean, true);
     const int64_t row = n * p.T + a.place[t0 + m];
     if (p.kind == Align::back) {
-      static_cast<S*>(p.log_probability)[row] = (least - own) * sample.sharpness - static_cast<S>(__builtin_log(static_cast<double>(sum)));
+      static_cast<S*>(p.log_probability)[row] =
+          (least - own) * sample.sharpness - static_cast<S>(__builtin_log(static_cast<double>(sum)));
       static_cast<S*>(p.mean)[row] = from + mean;
       static_cast<S*>(p.variance)[row] = variance;
       continue;
@@ -705,8 +726,8 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
 
 // db of keys [i0, i0 + M): sum_t (z_ti grad_t + w_ti (a_t - b_i)).
 template <class V>
-static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n, int64_t i0,
-                          const typename V::S* z, const typename V::S* w) {
+static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
+                          int64_t i0, const typename V::S* z, const typename V::S* w) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int M = V::M, L = V::L;
@@ -737,7 +758,7 @@ static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typen
   for (int m = 0; m < rows; ++m) write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, block.rest + m * s.C, p.C, 1);
 }
 
-// ---- the whole problem -------------------------------------------------------------------------------------------------
+// ---- the whole problem ----------------------------------------------------------------------------------------------
 
 template <class Function>
 static void run(const Parallel& parallel, int64_t count, const Function& function) {
@@ -764,7 +785,8 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
   if (p.da && (p.mask_a.data || p.mask_b.data)) memset(p.da, 0, static_cast<size_t>(p.N * p.T * p.C * element));
   if (p.db && p.mask_b.data) memset(p.db, 0, static_cast<size_t>(p.N * p.S * p.C * element));
   if (p.kind == Align::back && p.mask_a.data)
-    for (void* result : {p.log_probability, p.mean, p.variance}) memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
+    for (void* result : {p.log_probability, p.mean, p.variance})
+      memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
 
   const AlignForm form = plan_alignment(p);
   if (form == AlignForm::within) {
@@ -818,7 +840,8 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
   }
   if (p.kind != Align::cycle) return;
   for (int64_t n = 0; n < p.N; ++n)
-    p.gate[n] = p.T == p.S && in_place(p.mask_a, n, p.T, p.index_ab + n * p.T) && in_place(p.mask_b, n, p.S, p.index_ba + n * p.S);
+    p.gate[n] = p.T == p.S && in_place(p.mask_a, n, p.T, p.index_ab + n * p.T) &&
+                in_place(p.mask_b, n, p.S, p.index_ba + n * p.S);
 }
 
 void align(const Alignment& p, const Parallel& parallel) { align_as<F32>(p, parallel); }

@@ -1,20 +1,22 @@
-// Distances of long sequences by products, |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, where that is right, and by differences where it is
-// not. Included by cycle_consistency_core.h.
+// Distances of long sequences by products, |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, where that is right, and by differences
+// where it is not. Included by cycle_consistency_core.h.
 //
-// Products. One multiply-add per number instead of a subtraction and a multiply-add, on data centred at the mean of all frames.
-// Settled.  So every distance comes with a bound, and those that cannot stand (common/cycle_consistency_products.h) are computed
-//           again, from the frames as they were given. Where that is more than one pair in sixteen, the whole block is.
-// Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: no frame is nearer to the soft neighbour
-//           than the most probable one whose distance to the query exceeds |a - soft| + |soft - b_likely|. What that leaves is
-//           usually one frame, even from a soft neighbour made of the largest weights alone, with a bound on what the others add;
-//           then from all weights, comparing a few by differences. Where it leaves many, products with the soft
-//           neighbour and their bound leave a few.
+// Products. One multiply-add per number instead of a subtraction and a multiply-add, on data centred at the mean of all
+// frames.
+// Settled.  So every distance comes with a bound, and those that cannot stand (common/cycle_consistency_products.h) are
+//           computed again, from the frames as they were given. Where that is more than one pair in sixteen, the whole
+//           block is.
+// Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: no frame is nearer to the
+//           soft neighbour than the most probable one whose distance to the query exceeds |a - soft| + |soft -
+//           b_likely|. What that leaves is usually one frame, even from a soft neighbour made of the largest weights
+//           alone, with a bound on what the others add; then from all weights, comparing a few by differences. Where it
+//           leaves many, products with the soft neighbour and their bound leave a few.
 // Flat.     Where more than half of the keys have weight in a block, all are added up, around the mean of all frames:
 //           one multiply-add per number, and no more rounding than around the soft neighbour unless that is far from
 //           the mean for the spread of what it is made of, which is measured. The soft neighbours of a block are then
 //           often so close to each other that products with the first of them will do.
-// Order.    As elsewhere. Which way a pair goes depends on its query's block and on the pair's own numbers: equal keys go the same
-//           way and have equal distances.
+// Order.    As elsewhere. Which way a pair goes depends on its query's block and on the pair's own numbers: equal keys
+//           go the same way and have equal distances.
 
 // The bounds of sums of C terms in parts.
 template <class S>
@@ -25,8 +27,9 @@ static Rounding<S> rounding_of(int64_t C) {
 
 // d[m * pitch + i] = |q_m|^2 + |k_i|^2 - 2 q_m.k_i for P panels of keys; q: [channel][q_step], M numbers each.
 template <class V, int P, int M>
-static void multiply_panels(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes, const typename V::S* keys,
-                            const typename V::S* key_sizes, int64_t C, typename V::S* d, int64_t pitch) {
+static void multiply_panels(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes,
+                            const typename V::S* keys, const typename V::S* key_sizes, int64_t C, typename V::S* d,
+                            int64_t pitch) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L;
@@ -58,8 +61,8 @@ static void multiply_panels(const typename V::S* q, int64_t q_step, const typena
 }
 
 template <class V, int M = V::M>
-static void distances_by_products(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes, const Frames<typename V::S>& keys,
-                                  int64_t C, typename V::S* d, int64_t pitch) {
+static void distances_by_products(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes,
+                                  const Frames<typename V::S>& keys, int64_t C, typename V::S* d, int64_t pitch) {
   using S = typename V::S;
   // Enough chains to hide an addition's latency, and registers for them.
   constexpr int L = V::L, P = M == 1 ? 4 : vector_bytes == 64 ? 2 : 1;
@@ -75,7 +78,8 @@ static void distances_by_products(const typename V::S* q, int64_t q_step, const 
 
 // Panels minus the mean of all frames, and the squared norms of what remains, added up in fp64.
 template <class V>
-static void centre_frames(const Sizes& s, int64_t C, Frames<typename V::S>& a, Frames<typename V::S>& b, typename V::S* mean) {
+static void centre_frames(const Sizes& s, int64_t C, Frames<typename V::S>& a, Frames<typename V::S>& b,
+                          typename V::S* mean) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L;
@@ -95,7 +99,8 @@ static void centre_frames(const Sizes& s, int64_t C, Frames<typename V::S>& a, F
         for (int l = 0; l < L; ++l) to[l] = from[l] - mean[c];
         for (int l = 0; l < L; ++l) sizes[l] += static_cast<double>(to[l]) * static_cast<double>(to[l]);
       }
-      for (int l = 0; l < L; ++l) f->sizes[t0 + l] = static_cast<S>(sizes[l]), f->largest_size = max_of(f->largest_size, f->sizes[t0 + l]);
+      for (int l = 0; l < L; ++l)
+        f->sizes[t0 + l] = static_cast<S>(sizes[l]), f->largest_size = max_of(f->largest_size, f->sizes[t0 + l]);
     }
 }
 
@@ -111,7 +116,8 @@ static typename V::S row_distance(const typename V::S* a, const typename V::S* b
   return V::sum(acc[0] + acc[1]);
 }
 template <class V>
-static typename V::S row_distance_to_soft(const typename V::S* b, const typename V::S* centre, const typename V::S* rest, int64_t Cp) {
+static typename V::S row_distance_to_soft(const typename V::S* b, const typename V::S* centre,
+                                          const typename V::S* rest, int64_t Cp) {
   using R = typename V::R;
   R acc[2] = {};
   for (int64_t c = 0; c < Cp; c += V::L) {
@@ -121,10 +127,12 @@ static typename V::S row_distance_to_soft(const typename V::S* b, const typename
   return V::sum(acc[0] + acc[1]);
 }
 
-// Places i in [0, count) where `condition(R d, R bound, R& keep)` holds on any lane, at most `most` of them; -1 if there are more.
+// Places i in [0, count) where `condition(R d, R bound, R& keep)` holds on any lane, at most `most` of them; -1 if
+// there are more.
 template <class V, class Condition>
-static int64_t places_where(const typename V::S* d, typename V::S size, const typename V::S* sizes, int64_t count, typename V::S bound,
-                            typename V::S least, int64_t most, int64_t* list, const Condition& condition) {
+static int64_t places_where(const typename V::S* d, typename V::S size, const typename V::S* sizes, int64_t count,
+                            typename V::S bound, typename V::S least, int64_t most, int64_t* list,
+                            const Condition& condition) {
   int64_t found = 0;
   for (int64_t i = 0; i < count; i += V::L) {
     const typename V::R value = V::load(d + i);
@@ -157,25 +165,29 @@ static typename V::S smallest_end(const typename V::S* d, typename V::S size, co
 
 // The distances of one row that need it are computed again. Returns how many, -1 if more than `most`.
 template <class V>
-static int64_t settle_row(typename V::S* d, const typename V::S* query, typename V::S size, const Frames<typename V::S>& b, int64_t Cp,
-                          const Rounding<typename V::S>& rounding, typename V::S sharpness, bool moments, int64_t most, int64_t* list) {
+static int64_t settle_row(typename V::S* d, const typename V::S* query, typename V::S size,
+                          const Frames<typename V::S>& b, int64_t Cp, const Rounding<typename V::S>& rounding,
+                          typename V::S sharpness, bool moments, int64_t most, int64_t* list) {
   using S = typename V::S;
   using R = typename V::R;
   const S largest = (size + b.largest_size) * rounding.products + rounding.least;
-  const Settling<S> settling(rounding, smallest_end<V>(d, size, b.sizes, b.count, rounding), largest, sharpness, b.count, moments);
-  const int64_t found = places_where<V>(
-      d, size, b.sizes, b.count, rounding.products, rounding.least, most, list, [&](R value, R bound) {
-        return (value - bound <= settling.reach) & !((bound <= settling.allowed * value) | (bound * sharpness <= settling.flat));
+  const Settling<S> settling(rounding, smallest_end<V>(d, size, b.sizes, b.count, rounding), largest, sharpness,
+                             b.count, moments);
+  const int64_t found =
+      places_where<V>(d, size, b.sizes, b.count, rounding.products, rounding.least, most, list, [&](R value, R bound) {
+        return (value - bound <= settling.reach) &
+               !((bound <= settling.allowed * value) | (bound * sharpness <= settling.flat));
       });
   for (int64_t i = 0; i < found; ++i) d[list[i]] = row_distance<V>(query, b.rows + list[i] * Cp, Cp);
   return found;
 }
 
-// d[m * pitch + i] of M queries, right wherever it matters; see "Settled". `moments`: as in Settling. `list`: room for b.count
-// places. Returns whether they come from products.
+// d[m * pitch + i] of M queries, right wherever it matters; see "Settled". `moments`: as in Settling. `list`: room for
+// b.count places. Returns whether they come from products.
 template <class V>
-static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
-                              const Frames<typename V::S>& b, int64_t t0, bool moments, typename V::S* d, int64_t* list) {
+static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample,
+                              const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, bool moments,
+                              typename V::S* d, int64_t* list) {
   constexpr int L = V::L, M = V::M;
   const Rounding<typename V::S> rounding = rounding_of<typename V::S>(C);
   const int64_t at = t0 / L * L * C + t0 % L;
@@ -183,8 +195,8 @@ static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
   int64_t left = max_of<int64_t>(4 * M, M * b.count / 16);
   for (int m = 0; m < rows; ++m) {
-    const int64_t found = settle_row<V>(d + m * s.pitch, a.rows + (t0 + m) * s.C, a.sizes[t0 + m], b, s.C, rounding, sample.sharpness,
-                                        moments, left, list);
+    const int64_t found = settle_row<V>(d + m * s.pitch, a.rows + (t0 + m) * s.C, a.sizes[t0 + m], b, s.C, rounding,
+                                        sample.sharpness, moments, left, list);
     if (found < 0) {
       distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
       return false;
@@ -197,8 +209,9 @@ static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V
 // Frames that are compared by differences at once.
 static constexpr int64_t most_compared = 16;
 
-// A block of queries whose nearest frames are sought: `rows` of them from t0 on, their distances d (settled ones of products, or
-// differences), the most probable frames, and the soft neighbours, as the block's centre and rest. found[m]: -2 while it is not known.
+// A block of queries whose nearest frames are sought: `rows` of them from t0 on, their distances d (settled ones of
+// products, or differences), the most probable frames, and the soft neighbours, as the block's centre and rest.
+// found[m]: -2 while it is not known.
 template <class V>
 struct Nearest {
   using S = typename V::S;
@@ -232,20 +245,21 @@ struct Nearest {
     }
   }
 
-  // By the triangle inequality, where that leaves at most `most` frames. slack[m]: how far the soft neighbour may be from where it
-  // is said to be; only a single frame is a finding then.
+  // By the triangle inequality, where that leaves at most `most` frames. slack[m]: how far the soft neighbour may be
+  // from where it is said to be; only a single frame is a finding then.
   void by_distances(int64_t most, const double* slack) const {
     for (int m = 0; m < rows; ++m) {
       if (found[m] >= -1) continue;
       const auto to_soft = [&](const S* row) {
         return __builtin_sqrt(static_cast<double>(row_distance_to_soft<V>(row, centre + m * s.C, rest + m * s.C, s.C)));
       };
-      const double away = to_soft(a.rows + (t0 + m) * s.C) + to_soft(b.rows + likely[m] * s.C) + (slack ? 2 * slack[m] : 0);
-      const S reach = static_cast<S>(1.001 * away * away) + rounding.least;  // roots and distances are good to far more than that
-      const int64_t count = places_where<V>(d + m * s.pitch, a.sizes[t0 + m], b.sizes, b.count, rounding.products, rounding.least,
-                                            most, list, [&](R value, R bound) {
-                                              return value - (products ? bound : value * rounding.differences) <= reach;
-                                            });
+      const double away =
+          to_soft(a.rows + (t0 + m) * s.C) + to_soft(b.rows + likely[m] * s.C) + (slack ? 2 * slack[m] : 0);
+      // Roots and distances are good to far more than that.
+      const S reach = static_cast<S>(1.001 * away * away) + rounding.least;
+      const int64_t count = places_where<V>(
+          d + m * s.pitch, a.sizes[t0 + m], b.sizes, b.count, rounding.products, rounding.least, most, list,
+          [&](R value, R bound) { return value - (products ? bound : value * rounding.differences) <= reach; });
       if (count > 0) compare(m, count);
     }
   }

@@ -104,7 +104,8 @@ void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
       parallel.pool, (all.columns + all.width - 1) / all.width,
       [](void* context, int64_t i) {
         const All& a = *static_cast<const All*>(context);
-        const int64_t first = i * a.width, left = a.columns - first, numbers = fast_gru::panel_numbers(a.p.C, a.p.R, a.width);
+        const int64_t first = i * a.width, left = a.columns - first,
+                      numbers = fast_gru::panel_numbers(a.p.C, a.p.R, a.width);
         a.kernels.columns(a.p, first, left < a.width ? left : a.width,
                           static_cast<float*>(scratch(1, static_cast<size_t>(numbers) * sizeof(float))));
       },

@@ -62,7 +62,8 @@ static void panel_product(float* out, const float* weight, int64_t rows, int64_t
   }
 }
 
-static void product_of(int vectors, float* out, const float* weight, int64_t rows, int64_t inputs, const float* in, bool add) {
+static void product_of(int vectors, float* out, const float* weight, int64_t rows, int64_t inputs, const float* in,
+                       bool add) {
   switch (vectors) {
     case 1: return panel_product<1>(out, weight, rows, inputs, in, add);
     case 2: return panel_product<2>(out, weight, rows, inputs, in, add);
@@ -105,7 +106,8 @@ static inline void for_vectors(int64_t count, Visit visit) {
 
 // to[column][row] = from[row][column] for up to L rows and columns, in registers.
 template <class To, class From, class Count>
-static inline void transpose_block(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, Count rows, Count columns) {
+static inline void transpose_block(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, Count rows,
+                                   Count columns) {
   constexpr int L = Vector<float>::L;
   Floats block[L];
 #pragma GCC unroll 16
@@ -139,7 +141,8 @@ static void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_p
 
 // panel [channels][NR] from `count` adjacent columns of a view's clip, or to them.
 template <class T>
-static void read_panel(float* panel, int64_t NR, const T* from, const fast_gru::View& view, int64_t channels, int64_t count) {
+static void read_panel(float* panel, int64_t NR, const T* from, const fast_gru::View& view, int64_t channels,
+                       int64_t count) {
   if (view.position != 1) return transpose(panel, NR, from, view.position, count, channels);
   for (int64_t c = 0; c < channels; ++c)
     for_vectors(count, [&](int64_t i, auto lanes) {
@@ -147,7 +150,8 @@ static void read_panel(float* panel, int64_t NR, const T* from, const fast_gru::
     });
 }
 template <class T>
-static void write_panel(const float* panel, int64_t NR, T* to, const fast_gru::View& view, int64_t channels, int64_t count) {
+static void write_panel(const float* panel, int64_t NR, T* to, const fast_gru::View& view, int64_t channels,
+                        int64_t count) {
   if (view.position != 1) return transpose(to, view.position, panel, NR, channels, count);
   for (int64_t c = 0; c < channels; ++c)
     for_vectors(count, [&](int64_t i, auto lanes) {
@@ -171,8 +175,8 @@ static inline void for_samples(const fast_gru::Columns& p, int64_t begin, int64_
   }
 }
 
-static void read_any(const fast_gru::Columns& p, float* panel, int64_t NR, const fast_gru::View& view, DType dtype, int64_t step,
-                     int64_t begin, int64_t channels, int64_t count) {
+static void read_any(const fast_gru::Columns& p, float* panel, int64_t NR, const fast_gru::View& view, DType dtype,
+                     int64_t step, int64_t begin, int64_t channels, int64_t count) {
   for_samples(p, begin, count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
     const auto from = [&](auto type) { return clip_of<decltype(type)>(view, sample, step, position); };
     switch (dtype) {
@@ -182,8 +186,8 @@ static void read_any(const fast_gru::Columns& p, float* panel, int64_t NR, const
     }
   });
 }
-static void write_any(const fast_gru::Columns& p, const float* panel, int64_t NR, const fast_gru::View& view, DType dtype,
-                      int64_t step, int64_t begin, int64_t channels, int64_t count) {
+static void write_any(const fast_gru::Columns& p, const float* panel, int64_t NR, const fast_gru::View& view,
+                      DType dtype, int64_t step, int64_t begin, int64_t channels, int64_t count) {
   for_samples(p, begin, count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
     const auto to = [&](auto type) { return clip_of<decltype(type)>(view, sample, step, position); };
     switch (dtype) {

@@ -1,8 +1,8 @@
 // fast_gru's passes over vectors. Included inside the namespace of an instruction set, after vector.h.
 //
-// Work.   Each element is read and written once, by one task; what is in and out is changed in place. Tasks are ranges of the
-//         flattened rows x segments x length. Every element goes through the same operations wherever a range or a vector ends,
-//         so results do not depend on the number of threads.
+// Work.   Each element is read and written once, by one task; what is in and out is changed in place. Tasks are ranges
+//         of the flattened rows x segments x length. Every element goes through the same operations wherever a range or
+//         a vector ends, so results do not depend on the number of threads.
 // Bound.  By memory, or in cache by one or two divisions per element (sigmoid, tanh).
 
 // visit(offset of the run's first element in each plane, elements in the run) for all runs of [begin, end).

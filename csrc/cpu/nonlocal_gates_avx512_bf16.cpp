@@ -1,6 +1,6 @@
-// nonlocal_gates for bf16 on AVX512-BF16: both products by the instruction that adds pairs of bf16 products in fp32. Scores take
-// rows as they lie; for the sums the weights (and their gradients) are rounded to bf16, as eager PyTorch does, and packed in
-// pairs of neighbouring keys, like the rows of values.
+// nonlocal_gates for bf16 on AVX512-BF16: both products by the instruction that adds pairs of bf16 products in fp32.
+// Scores take rows as they lie; for the sums the weights (and their gradients) are rounded to bf16, as eager PyTorch
+// does, and packed in pairs of neighbouring keys, like the rows of values.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -28,7 +28,9 @@ struct Arithmetic<Floats, bf16_t> {
   static constexpr int step = 32;
   using Operand = __m512bh;
   static Operand load(const bf16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static Operand load(const bf16_t* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((uint64_t(1) << n) - 1, p); }
+  static Operand load(const bf16_t* p, int64_t n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((uint64_t(1) << n) - 1, p);
+  }
   static __m512 add(Operand a, Operand b, __m512 sum) { return _mm512_dpbf16_ps(sum, a, b); }
 
   using S = float;

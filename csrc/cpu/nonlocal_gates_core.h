@@ -1,25 +1,26 @@
 // nonlocal_gates on vector units: the body of every instruction set.
 //
-// Included once per instruction set, inside a namespace of its own and under that file's target pragma, so that no inline
-// function compiled for one processor can be linked into the code of another. For the same reason nothing here instantiates
-// a template of the standard library.
+// Included once per instruction set, inside a namespace of its own and under that file's target pragma, so that no
+// inline function compiled for one processor can be linked into the code of another. For the same reason nothing here
+// instantiates a template of the standard library.
 //
-// Layout.   Operands are read where they lie, rows of unit stride. Scores: panels of keys are transposed, 128 channels at a time,
-//           and the queries' numbers broadcast; few rows, and pairs of bf16, are dot products. Products with the weights:
-//           sums of rows by panels of channels, the weights broadcast.
+// Layout.   Operands are read where they lie, rows of unit stride. Scores: panels of keys are transposed, 128 channels
+//           at a time, and the queries' numbers broadcast; few rows, and pairs of bf16, are dot products. Products with
+//           the weights: sums of rows by panels of channels, the weights broadcast.
 // Tasks.    Forward: (sample, gate, block of queries), a step takes all four gates of its block so that the cell update
-//           follows while the gates are in the cache. Backward: (sample, gate) where they keep all threads busy, block of queries
-//           by block, else blocks of queries (dquery, and three numbers per query), then blocks of keys (dkey, dvalue, maps
-//           recomputed). A step's goes in rounds of a few samples and a block of queries: gates by blocks, then gradients by
-//           (sample, gate) from the weights that the gates left.
-// Scratch.  Per task the weights of its block and a panel of results, per round the weights of its queries, up to 2^20 numbers
-//           per thread; never a map of the batch, never the gates.
+//           follows while the gates are in the cache. Backward: (sample, gate) where they keep all threads busy, block
+//           of queries by block, else blocks of queries (dquery, and three numbers per query), then blocks of keys
+//           (dkey, dvalue, maps recomputed). A step's goes in rounds of a few samples and a block of queries: gates by
+//           blocks, then gradients by (sample, gate) from the weights that the gates left.
+// Scratch.  Per task the weights of its block and a panel of results, per round the weights of its queries, up to 2^20
+//           numbers per thread; never a map of the batch, never the gates.
 // Aliasing. Outputs must not overlap inputs or each other.
-// Order.    A score sums over the channels in order, 128 at a time (a dot product: V::L sums, one per lane, added at the end), a result
-//           over the keys in the same way. Neither depends on the blocks, so results do not depend on the number of threads.
-// Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials, about
-//           20 operations for a vector of numbers, are N M + 5 N E / 4 per gate. Products of N M D or N M E: forward 2,
-//           backward 5 (7 where keys have blocks of their own), a step's 6 (9).
+// Order.    A score sums over the channels in order, 128 at a time (a dot product: V::L sums, one per lane, added at
+//           the end), a result over the keys in the same way. Neither depends on the blocks, so results do not depend
+//           on the number of threads.
+// Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials,
+//           about 20 operations for a vector of numbers, are N M + 5 N E / 4 per gate. Products of N M D or N M E:
+//           forward 2, backward 5 (7 where keys have blocks of their own), a step's 6 (9).
 //
 // The including file defines, in the namespace: Floats and Doubles (vectors_<isa>.h) and the blocks' sizes
 // score_rows x score_columns and sum_rows x sum_vectors.
@@ -31,7 +32,8 @@ using Byte = uint8_t;
 constexpr int64_t sum_terms = 128;  // added up one after the other
 
 // Rows lie a page or so apart, and only a panel of each is used at a time: too little for the processor to guess what
-// comes next. So whoever reads a panel asks for the next one, which comes to the second cache while this one is worked on.
+// comes next. So whoever reads a panel asks for the next one, which comes to the second cache while this one is worked
+// on.
 template <class T>
 static inline void soon(const T* p) {
   __builtin_prefetch(p, 0, 2);
@@ -52,9 +54,9 @@ static inline void store_part(T* p, typename V::R v, int64_t n) {
   memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
-// How numbers of type T are multiplied and added up in V's precision; a file may specialise it for an instruction that takes
-// them as they are. Scores: operands are loaded along the rows, `step` numbers at a time. Sums: the left factor is used where
-// it lies (or packed to [row][k]), the right one is packed to [k][width] by panels.
+// How numbers of type T are multiplied and added up in V's precision; a file may specialise it for an instruction that
+// takes them as they are. Scores: operands are loaded along the rows, `step` numbers at a time. Sums: the left factor
+// is used where it lies (or packed to [row][k]), the right one is packed to [k][width] by panels.
 template <class V, class T>
 struct Arithmetic {
   static constexpr int step = V::L;
@@ -91,7 +93,7 @@ struct Arithmetic {
 // out[i][j] = a_i . b_j, rows of d numbers.
 template <class V, class T>
 [[gnu::noinline]] static void dots(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
-                                     int64_t d, typename V::S* out, int64_t out_row) {
+                                   int64_t d, typename V::S* out, int64_t out_row) {
   using P = Arithmetic<V, T>;
   constexpr int MR = score_rows, NC = score_columns;
   for (int64_t i0 = 0; i0 < rows; i0 += MR)
@@ -144,13 +146,14 @@ template <class V, class T>
 // out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there.
 template <class V, class T, int NV>
 [[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
-                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out, int64_t out_row,
-                                   bool more = false) {
+                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out,
+                                   int64_t out_row, bool more = false) {
   using P = Arithmetic<V, T>;
   constexpr int MR = sum_rows;
   int64_t begin = 0;
-  do {  // sums of 128 terms, then of these: one long sum would round more than a library's product does. So much of b stays in
-        // the first cache for all rows.
+  // Sums of 128 terms, then of these: one long sum would round more than a library's product does. So much of b stays
+  // in the first cache for all rows.
+  do {
     const int64_t end = min_of(steps, begin + sum_terms);
     for (int64_t i0 = 0; i0 < rows; i0 += MR) {
       const int64_t mr = min_of<int64_t>(MR, rows - i0);
@@ -190,15 +193,15 @@ template <class V, class T, int NV>
 }
 
 template <class V>
-constexpr int64_t panel = sum_vectors* V::L;
+constexpr int64_t panel = sum_vectors * V::L;
 
-// The same from panels of b^T, for `columns` of b's b_rows rows, rounded up to whole vectors (what lies beyond the last row is
-// garbage): no sums of lanes, and b comes from the second cache once per block of rows instead of once per score_rows. Memory:
-// sum_terms x (panel + rows) numbers.
+// The same from panels of b^T, for `columns` of b's b_rows rows, rounded up to whole vectors (what lies beyond the last
+// row is garbage): no sums of lanes, and b comes from the second cache once per block of rows instead of once per
+// score_rows. Memory: sum_terms x (panel + rows) numbers.
 template <class V, class T>
-[[gnu::noinline]] static void scores_by_panels(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
-                                               int64_t b_rows, int64_t d, typename V::S* out, int64_t out_row,
-                                               typename V::S* memory) {
+[[gnu::noinline]] static void scores_by_panels(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row,
+                                               int64_t columns, int64_t b_rows, int64_t d, typename V::S* out,
+                                               int64_t out_row, typename V::S* memory) {
   using S = typename V::S;
   S *const right = memory, *const left = right + sum_terms * panel<V>;
   int64_t k0 = 0;
@@ -234,11 +237,11 @@ template <class V, class T>
   } while (k0 < d);
 }
 
-// out[i][j] = a_i . b_j, `rows` of `all_rows` rows of a; `out_row` holds whole vectors. How a score is added up depends neither on
-// `rows` nor on which of the two is a: blocks of queries and blocks of keys find the same scores.
+// out[i][j] = a_i . b_j, `rows` of `all_rows` rows of a; `out_row` holds whole vectors. How a score is added up depends
+// neither on `rows` nor on which of the two is a: blocks of queries and blocks of keys find the same scores.
 template <class V, class T>
-static void scores(const T* a, int64_t a_row, int64_t rows, int64_t all_rows, const T* b, int64_t b_row, int64_t columns, int64_t d,
-                   typename V::S* out, int64_t out_row) {
+static void scores(const T* a, int64_t a_row, int64_t rows, int64_t all_rows, const T* b, int64_t b_row,
+                   int64_t columns, int64_t d, typename V::S* out, int64_t out_row) {
   using S = typename V::S;
   if constexpr (Arithmetic<V, T>::step == V::L) {  // no instruction takes pairs of T
     if (all_rows >= panel<V> && columns >= panel<V>) {
@@ -249,7 +252,8 @@ static void scores(const T* a, int64_t a_row, int64_t rows, int64_t all_rows, co
       S* const memory = static_cast<S*>(scratch(2, static_cast<size_t>(most + rest * width) * sizeof(S)));
       scores_by_panels<V>(a, a_row, rows, b, b_row, by_panels, columns, d, out, out_row, memory);
       if (rest == 0) return;
-      S* const turned = memory + most;  // few columns, which would leave a vector of them empty: a's rows take their place
+      // Few columns, which would leave a vector of them empty: a's rows take their place.
+      S* const turned = memory + most;
       scores_by_panels<V>(b + by_panels * b_row, b_row, rest, a, a_row, rows, rows, d, turned, width, memory);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < rest; ++j) out[i * out_row + by_panels + j] = turned[j * width + i];
@@ -266,16 +270,17 @@ struct Left {
   int64_t row, step;
 };
 template <class V, class T>
-static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int64_t row, int64_t step, int64_t rows, int64_t K,
-                                                     typename Arithmetic<V, T>::Left* packed) {
+static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int64_t row, int64_t step, int64_t rows,
+                                                     int64_t K, typename Arithmetic<V, T>::Left* packed) {
   const auto* const data = Arithmetic<V, T>::pack(a, row, step, rows, K, packed);
   return {data, row, step};
 }
 
-// Columns [from, from + n) of the product, n up to a panel; out's columns up to the next whole vector or panel are zero.
+// Columns [from, from + n) of the product, n up to a panel; out's columns up to the next whole vector or panel are
+// zero.
 template <class V, class T>
-static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row, int64_t K,
-                          const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
+static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row,
+                          int64_t K, const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
                           typename Arithmetic<V, T>::Right* packed, bool more = false) {
   using P = Arithmetic<V, T>;
   P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : panel<V>, packed);
@@ -285,7 +290,8 @@ static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_
     sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more);
 }
 
-// Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the bytes.
+// Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the
+// bytes.
 struct Pieces {
   char* base = nullptr;
   size_t used = 0;
@@ -310,12 +316,12 @@ struct Workspace {
   }
 };
 
-// out = a b for all n columns, leaving out the k of `dead_k`; rows of out of `dead_row` are zero. With `more`, added to what is
-// there, which the caller keeps to numbers as wide as the sums.
+// out = a b for all n columns, leaving out the k of `dead_k`; rows of out of `dead_row` are zero. With `more`, added to
+// what is there, which the caller keeps to numbers as wide as the sums.
 template <class V, class T>
-static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_row, int64_t K,
-                    const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row, const Workspace<V, T>& w,
-                    bool more = false) {
+static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_row,
+                    int64_t K, const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row,
+                    const Workspace<V, T>& w, bool more = false) {
   const auto left = left_of<V, T>(a, a_row, a_k, rows, K, w.left);
   for (int64_t from = 0; from < n; from += panel<V>) {
     const int64_t width = min_of(panel<V>, n - from);
@@ -421,7 +427,8 @@ static inline void pad(typename V::S* s, int64_t m, typename V::S value) {
     V::store(s + j, V::less(V::load(places), V::set1(static_cast<S>(m - j)), V::load(s + j), V::set1(value)));
 }
 
-// s[0 .. m) *= scale; what is not seen, and the padding, becomes -inf (softmax) or 0 (count). Returns how many are seen.
+// s[0 .. m) *= scale; what is not seen, and the padding, becomes -inf (softmax) or 0 (count). Returns how many are
+// seen.
 template <class V>
 static int64_t scaled(const Relation& r, typename V::S* s, int64_t m, const Byte* mask, int64_t mask_step) {
   using S = typename V::S;
@@ -441,7 +448,8 @@ static int64_t scaled(const Relation& r, typename V::S* s, int64_t m, const Byte
 
 // Scores to weights, in place. Returns whether the query is dead.
 template <class V>
-static bool weigh(const Relation& r, typename V::S* s, int64_t m, const Byte* mask, int64_t mask_step, Query<typename V::S>& q) {
+static bool weigh(const Relation& r, typename V::S* s, int64_t m, const Byte* mask, int64_t mask_step,
+                  Query<typename V::S>& q) {
   using S = typename V::S;
   using R = typename V::R;
   const int64_t seen = scaled<V>(r, s, m, mask, mask_step);
@@ -480,7 +488,8 @@ template <class V, class T>
 static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t rows, typename V::S* s, Byte* dead,
                     Query<typename V::S>* queries) {
   const int64_t ld = padded<typename V::S>(r.M);
-  scores<V, T>(at<const T>(r.query, b, g, n), r.query.row, rows, r.N, at<const T>(r.key, b, g, 0), r.key.row, r.M, r.D, s, ld);
+  scores<V, T>(at<const T>(r.query, b, g, n), r.query.row, rows, r.N, at<const T>(r.key, b, g, 0), r.key.row, r.M, r.D,
+               s, ld);
   bool any = false;
   for (int64_t i = 0; i < rows; ++i) {
     Query<typename V::S> q;
@@ -492,8 +501,8 @@ static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t 
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-// Queries per task: as few tasks as keep all threads busy, because each packs keys and values again, and a block of weights that
-// stays in the cache. others: samples (and gates, where a task takes one).
+// Queries per task: as few tasks as keep all threads busy, because each packs keys and values again, and a block of
+// weights that stays in the cache. others: samples (and gates, where a task takes one).
 static int64_t block_of(int64_t queries, int64_t keys, int64_t others, int threads) {
   int64_t block = max_of<int64_t>(1, min_of<int64_t>(140, (1 << 18) / max_of<int64_t>(1, keys)));
   if (others % threads != 0 && others < 3 * threads) {
@@ -540,8 +549,8 @@ static void attend_task(void* context, int64_t index) {
   Memory({}, r, rows, &bytes);
   const Memory m({static_cast<char*>(scratch(1, bytes)), 0}, r, rows);
   const bool any = weights<V, T>(r, b, g, n, rows, m.s, m.dead, nullptr);
-  product<V, T>(m.s, padded<S>(r.M), 1, rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr, any ? m.dead : nullptr,
-                r.E, at<T>(job.problem.out, b, g, n), job.problem.out.row, m.work);
+  product<V, T>(m.s, padded<S>(r.M), 1, rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr,
+                any ? m.dead : nullptr, r.E, at<T>(job.problem.out, b, g, n), job.problem.out.row, m.work);
 }
 
 template <class V, class T>
@@ -554,7 +563,8 @@ static void attend_as(const Attention& p, const Parallel& parallel) {
 // ---- the step ---------------------------------------------------------------------------------------------------
 
 template <class V, class T>
-static inline typename V::R load_state(const Rows& rows, bool is_state, int64_t b, int64_t n, int64_t j, int64_t width) {
+static inline typename V::R load_state(const Rows& rows, bool is_state, int64_t b, int64_t n, int64_t j,
+                                       int64_t width) {
   using S = typename V::S;
   if (is_state) {
     const S* p = at<const S>(rows, b, 0, n) + j;
@@ -566,7 +576,8 @@ static inline typename V::R load_state(const Rows& rows, bool is_state, int64_t 
   return width >= V::L ? V::load(p) : part_of<V>(p, width);
 }
 template <class V, class T>
-static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64_t n, int64_t j, int64_t width, typename V::R v) {
+static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64_t n, int64_t j, int64_t width,
+                               typename V::R v) {
   using S = typename V::S;
   if (is_state) {
     S* p = at<S>(rows, b, 0, n) + j;
@@ -579,7 +590,8 @@ static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64
   }
 }
 
-// The weights of some queries of a sample's gates: query i of gate g at s + (g * gate + i) * padded M, and whether it is dead.
+// The weights of some queries of a sample's gates: query i of gate g at s + (g * gate + i) * padded M, and whether it
+// is dead.
 template <class S>
 struct Maps {
   S* s = nullptr;
@@ -599,7 +611,8 @@ struct GateMemory {
     using P = Arithmetic<V, T>;
     if (!kept.s) maps = {m.take<S>(4 * rows * padded<S>(r.M)), m.take<Byte>(4 * rows), rows};
     tile = m.take<S>(4 * rows * panel<V>);
-    left = m.take<typename P::Left>(4 * P::left_size(rows, r.M)), right = m.take<typename P::Right>(P::right_size(r.M, panel<V>));
+    left = m.take<typename P::Left>(4 * P::left_size(rows, r.M)),
+    right = m.take<typename P::Right>(P::right_size(r.M, panel<V>));
     bytes = m.used;
   }
 };
@@ -619,8 +632,8 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
   for (int64_t from = 0; from < r.E; from += panel<V>) {
     const int64_t width = min_of(panel<V>, r.E - from);
     for (int64_t g = 0; g < 4; ++g)
-      sums_of_panel<V>(left[g], rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr, from, width, m.tile + g * area,
-                       panel<V>, m.right);
+      sums_of_panel<V>(left[g], rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr, from, width,
+                       m.tile + g * area, panel<V>, m.right);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; j += V::L) {
         typename V::R a[4];
@@ -659,7 +672,8 @@ static void step_as(const Step& p, const Parallel& parallel) {
 
 // ---- backward ---------------------------------------------------------------------------------------------------
 
-// One sample and gate, queries [n, n + rows), its weights p and dp = g value^T in scratch: dp becomes ds. Returns delta.
+// One sample and gate, queries [n, n + rows), its weights p and dp = g value^T in scratch: dp becomes ds. Returns
+// delta.
 template <class V>
 static typename V::S score_gradient(const Relation& r, const typename V::S* p, typename V::S* dp, const Byte* mask,
                                     typename V::S count) {
@@ -705,12 +719,12 @@ struct GradMemory {  // for maps of rows x columns
         bytes(m.used) {}
 };
 
-// Queries [n, n + rows): dquery, and with `keys` their part of dkey and dvalue, else what the keys' pass needs, in `queries`.
-// n a multiple of sum_terms then: dkey and dvalue are added up as if all queries were in the block. kept: the weights, where they
-// were found before.
+// Queries [n, n + rows): dquery, and with `keys` their part of dkey and dvalue, else what the keys' pass needs, in
+// `queries`. n a multiple of sum_terms then: dkey and dvalue are added up as if all queries were in the block. kept:
+// the weights, where they were found before.
 template <class V, class T>
-static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows, bool keys, Pieces memory,
-                            Query<typename V::S>* queries, const Maps<typename V::S>& kept = {}) {
+static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows, bool keys,
+                            Pieces memory, Query<typename V::S>* queries, const Maps<typename V::S>& kept = {}) {
   using S = typename V::S;
   const Relation& r = q.relation;
   const int64_t ld = padded<S>(r.M);
@@ -734,12 +748,13 @@ static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_
     if (dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
   }
   if (!any) dead = nullptr;
-  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr, dead, r.D, at<T>(q.dquery, b, g, n),
-                q.dquery.row, m.work);
+  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr, dead, r.D,
+                at<T>(q.dquery, b, g, n), q.dquery.row, m.work);
   if (!keys) return;
-  product<V, T>(m.ds, 1, ld, r.M, at<const T>(r.query, b, g, n), r.query.row, rows, dead, nullptr, r.D, at<T>(q.dkey, b, g, 0),
-                q.dkey.row, m.work, n > 0);
-  product<V, T>(p, 1, ld, r.M, grad, q.grad.row, rows, dead, nullptr, r.E, at<T>(q.dvalue, b, g, 0), q.dvalue.row, m.work, n > 0);
+  product<V, T>(m.ds, 1, ld, r.M, at<const T>(r.query, b, g, n), r.query.row, rows, dead, nullptr, r.D,
+                at<T>(q.dkey, b, g, 0), q.dkey.row, m.work, n > 0);
+  product<V, T>(p, 1, ld, r.M, grad, q.grad.row, rows, dead, nullptr, r.E, at<T>(q.dvalue, b, g, 0), q.dvalue.row,
+                m.work, n > 0);
 }
 
 // Keys [j, j + rows): dkey and dvalue, from the transposed maps, recomputed.
@@ -758,7 +773,8 @@ static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t 
     if (n < r.N) any |= m.dead[n] = one.sum == 0;
   }
   const T* const grad = at<const T>(q.grad, b, g, 0);
-  scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D, m.p, ld);
+  scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D,
+               m.p, ld);
   scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, r.M, grad, q.grad.row, r.N, r.E, m.ds, ld);
   const R scale = V::set1(static_cast<S>(r.scale));
   for (int64_t i = 0; i < rows; ++i) {
@@ -785,9 +801,10 @@ static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t 
         if (m.dead[n]) p[n] = ds[n] = 0;
   }
   const Byte* const dead = any ? m.dead : nullptr;
-  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead, nullptr, r.D, at<T>(q.dkey, b, g, j),
-                q.dkey.row, m.work);
-  product<V, T>(m.p, ld, 1, rows, grad, q.grad.row, r.N, dead, nullptr, r.E, at<T>(q.dvalue, b, g, j), q.dvalue.row, m.work);
+  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead, nullptr, r.D,
+                at<T>(q.dkey, b, g, j), q.dkey.row, m.work);
+  product<V, T>(m.p, ld, 1, rows, grad, q.grad.row, r.N, dead, nullptr, r.E, at<T>(q.dvalue, b, g, j), q.dvalue.row,
+                m.work);
 }
 
 template <class V, class T>
@@ -820,8 +837,8 @@ static void key_gradients_task(void* context, int64_t index) {
                       static_cast<const Query<typename V::S>*>(job.shared) + bg * r.N);
 }
 
-// Queries at a time where a task takes all queries of a sample and gate, 0 if it may not: a block whose `maps` stay in the cache.
-// dkey and dvalue add up over the blocks where they lie, so that 16-bit ones allow one block alone.
+// Queries at a time where a task takes all queries of a sample and gate, 0 if it may not: a block whose `maps` stay in
+// the cache. dkey and dvalue add up over the blocks where they lie, so that 16-bit ones allow one block alone.
 static int64_t whole_block(const Relation& r, int64_t maps, bool narrow) {
   if (r.N * r.M * maps <= 1 << 18) return r.N;
   if (r.M * maps > 1 << 13) return 0;
@@ -829,7 +846,9 @@ static int64_t whole_block(const Relation& r, int64_t maps, bool narrow) {
   return narrow && block < r.N ? 0 : block;
 }
 // Whether whole samples pay, `tasks` for the threads to share: 5 products each, blocks 7 that can be shared evenly.
-static bool shared_evenly(int64_t tasks, int threads) { return (tasks + threads - 1) / threads * threads * 5 <= tasks * 7; }
+static bool shared_evenly(int64_t tasks, int threads) {
+  return (tasks + threads - 1) / threads * threads * 5 <= tasks * 7;
+}
 
 template <class V, class T>
 static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
@@ -839,7 +858,8 @@ static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
   if (r.N == 0 || r.M == 0) {  // no scores: whatever gradient there is, is zero
     for (int64_t i = 0; i < samples; ++i) {
       const int64_t b = i / r.G, g = i % r.G;
-      for (int64_t n = 0; n < r.N; ++n) memset(static_cast<void*>(at<T>(p.dquery, b, g, n)), 0, static_cast<size_t>(r.D) * sizeof(T));
+      for (int64_t n = 0; n < r.N; ++n)
+        memset(static_cast<void*>(at<T>(p.dquery, b, g, n)), 0, static_cast<size_t>(r.D) * sizeof(T));
       for (int64_t j = 0; j < r.M; ++j) {
         memset(static_cast<void*>(at<T>(p.dkey, b, g, j)), 0, static_cast<size_t>(r.D) * sizeof(T));
         memset(static_cast<void*>(at<T>(p.dvalue, b, g, j)), 0, static_cast<size_t>(r.E) * sizeof(T));
@@ -853,13 +873,16 @@ static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
     return;
   }
   void* const shared = scratch(0, static_cast<size_t>(samples * r.N) * sizeof(Query<S>));
-  const int64_t queries = block_of(r.N, r.M, samples, parallel.threads), keys = block_of(r.M, r.N, samples, parallel.threads);
+  const int64_t queries = block_of(r.N, r.M, samples, parallel.threads),
+                keys = block_of(r.M, r.N, samples, parallel.threads);
   const int64_t query_blocks = (r.N + queries - 1) / queries, key_blocks = (r.M + keys - 1) / keys;
-  run(parallel, Job<AttentionGrad>{p, queries, query_blocks, shared}, samples * query_blocks, query_gradients_task<V, T>);
+  run(parallel, Job<AttentionGrad>{p, queries, query_blocks, shared}, samples * query_blocks,
+      query_gradients_task<V, T>);
   run(parallel, Job<AttentionGrad>{p, keys, key_blocks, shared}, samples * key_blocks, key_gradients_task<V, T>);
 }
 
-// The weights of a step's round, kept from the gates for the gradients: [samples][4][queries][padded M], then which are dead.
+// The weights of a step's round, kept from the gates for the gradients: [samples][4][queries][padded M], then which are
+// dead.
 template <class S>
 static size_t kept_bytes(const Relation& r, int64_t samples, int64_t queries) {
   return static_cast<size_t>(samples * 4 * queries) * (static_cast<size_t>(padded<S>(r.M)) * sizeof(S) + 1);
@@ -893,8 +916,9 @@ static void gate_gradients_task(void* context, int64_t index) {
     const R dh = p.grad_h.data ? load_state<V, T>(p.grad_h, false, b, row, j, width) : zero;
     R dc = V::mul(V::mul(dh, o), V::sub(one, V::mul(t, t)));
     if (p.grad_c.data) dc = V::add(dc, load_state<V, T>(p.grad_c, true, b, row, j, width));
-    const R da[4] = {V::mul(V::mul(dc, g), V::mul(i, V::sub(one, i))), V::mul(V::mul(dc, before), V::mul(f, V::sub(one, f))),
-                     V::mul(V::mul(dh, t), V::mul(o, V::sub(one, o))), V::mul(V::mul(dc, i), V::sub(one, V::mul(g, g)))};
+    const R da[4] = {
+        V::mul(V::mul(dc, g), V::mul(i, V::sub(one, i))), V::mul(V::mul(dc, before), V::mul(f, V::sub(one, f))),
+        V::mul(V::mul(dh, t), V::mul(o, V::sub(one, o))), V::mul(V::mul(dc, i), V::sub(one, V::mul(g, g)))};
     for (int64_t gate = 0; gate < 4; ++gate) {
       T* to = at<T>(p.dx_gates, b, gate, row) + j;
       soon(to + panel<V>);
@@ -912,8 +936,8 @@ static void kept_gradients_task(void* context, int64_t index) {
   const Relation& r = p.relation;
   const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, job.queries, r.M, true).bytes)), 0};
   const int64_t sample = index / 4, g = index % 4;
-  query_gradients<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, job.sample + sample, g, job.query, job.queries, true, memory,
-                        nullptr, kept_maps<V>(job, sample, g, 0));
+  query_gradients<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, job.sample + sample, g, job.query, job.queries,
+                        true, memory, nullptr, kept_maps<V>(job, sample, g, 0));
 }
 
 template <class V, class T>
@@ -921,8 +945,8 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
   using S = typename V::S;
   const Relation& r = p.relation;
   const int threads = parallel.threads;
-  // Rounds of a sample per thread (more, if they are small) and a block of its queries: weights and dx_gates wait in the cache
-  // for the gradients.
+  // Rounds of a sample per thread (more, if they are small) and a block of its queries: weights and dx_gates wait in
+  // the cache for the gradients.
   int64_t queries = whole_block(r, 4, sizeof(T) < sizeof(S));
   const bool kept = queries > 0 && r.M > 0 && shared_evenly(4 * r.B, threads);
   if (!kept) queries = r.N;
@@ -931,7 +955,8 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
   void* const maps = kept ? scratch(0, kept_bytes<S>(r, samples, queries)) : nullptr;
   for (int64_t b = 0; b < r.B; b += samples)
     for (int64_t n = 0; n < r.N; n += queries) {
-      const int64_t some = min_of(samples, r.B - b), rows = min_of(queries, r.N - n), block = block_of(rows, r.M, some, threads);
+      const int64_t some = min_of(samples, r.B - b), rows = min_of(queries, r.N - n),
+                    block = block_of(rows, r.M, some, threads);
       const Job<StepGrad> job{p, block, (rows + block - 1) / block, maps, b, n, some, rows};
       run(parallel, job, some * job.blocks, gate_gradients_task<V, T>);
       if (kept) run(parallel, job, some * 4, kept_gradients_task<V, T>);
@@ -947,14 +972,14 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
 #define RCU_OPS_ENTRY_POINT(name, Problem) \
   void name(const Problem& p, const Parallel& parallel) { name##_as<Floats, bf16_t>(p, parallel); }
 #else
-#define RCU_OPS_ENTRY_POINT(name, Problem)                                          \
-  void name(const Problem& p, const Parallel& parallel) {                           \
-    switch (p.relation.dtype) {                                                     \
-      case DType::f64: return name##_as<Doubles, double>(p, parallel);              \
-      case DType::f32: return name##_as<Floats, float>(p, parallel);                \
-      case DType::bf16: return name##_as<Floats, bf16_t>(p, parallel);              \
-      default: return name##_as<Floats, f16_t>(p, parallel);                        \
-    }                                                                               \
+#define RCU_OPS_ENTRY_POINT(name, Problem)                             \
+  void name(const Problem& p, const Parallel& parallel) {              \
+    switch (p.relation.dtype) {                                        \
+      case DType::f64: return name##_as<Doubles, double>(p, parallel); \
+      case DType::f32: return name##_as<Floats, float>(p, parallel);   \
+      case DType::bf16: return name##_as<Floats, bf16_t>(p, parallel); \
+      default: return name##_as<Floats, f16_t>(p, parallel);           \
+    }                                                                  \
   }
 #endif
 RCU_OPS_ENTRY_POINT(attend, Attention)

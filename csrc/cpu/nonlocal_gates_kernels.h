@@ -8,10 +8,10 @@
 #include "../common/nonlocal_gates.h"
 #include "memory.h"
 
-#define RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS                    \
-  void attend(const Attention&, const Parallel&);              \
-  void attend_grad(const AttentionGrad&, const Parallel&);     \
-  void step(const Step&, const Parallel&);                     \
+#define RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS                \
+  void attend(const Attention&, const Parallel&);          \
+  void attend_grad(const AttentionGrad&, const Parallel&); \
+  void step(const Step&, const Parallel&);                 \
   void step_grad(const StepGrad&, const Parallel&);
 
 namespace rcu_ops::cpu {

@@ -43,8 +43,9 @@ PlanInput plan_input(const Scan& p, int threads) {
   in.dtype = p.dtype;
   in.threads = threads;
   in.channels_contiguous = channels_contiguous(p);
-  in.dense_channels = (!p.x.data || p.x.c == 1) && (!p.y.data || p.y.c == 1) && (!p.residual.data || p.residual.c == 1) &&
-                      p.first.c == 1 && (p.last_kind == Last::none || (p.last.c == 1 && p.last.dtype == DType::f32));
+  in.dense_channels = (!p.x.data || p.x.c == 1) && (!p.y.data || p.y.c == 1) &&
+                      (!p.residual.data || p.residual.c == 1) && p.first.c == 1 &&
+                      (p.last_kind == Last::none || (p.last.c == 1 && p.last.dtype == DType::f32));
   in.single_product = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   return in;
 }
@@ -55,15 +56,15 @@ void plain_scan(const Scan& p, const Parallel& parallel) {
   scan_as(isa, p, plan_scan(plan_input(p, parallel.threads), isa), parallel);
 }
 
-// The time-parallel form. With M = alpha W, chunks j = 0 .. J-1 of L frames, and a_j what the frames before a chunk add to its
-// first frame:
+// The time-parallel form. With M = alpha W, chunks j = 0 .. J-1 of L frames, and a_j what the frames before a chunk add
+// to its first frame:
 //
 //   1. local ends d_j of chunks 0 .. J-2, all at once, with a_0 from the given state and a_j = 0
 //   2. e_0 = d_0, e_j = M^L e_{j-1} + d_j: the true ends
 //   3. a_j = W e_{j-1}, all at once, and the chunks again, now with outputs
 //
-// The errors of W^L enter every chunk alike and would add up, unlike those of single frames: powers, ends and sums are fp64.
-// Every step is itself a scan or a product in the form of one.
+// The errors of W^L enter every chunk alike and would add up, unlike those of single frames: powers, ends and sums are
+// fp64. Every step is itself a scan or a product in the form of one.
 void chunked_scan(Scan p, int64_t L, const Parallel& parallel) {
   constexpr DType state = DType::f64;
   const int64_t C = p.C, P = p.H * p.W, J = ceil_div(p.T, L), size = p.N * C * P;
@@ -89,8 +90,7 @@ void chunked_scan(Scan p, int64_t L, const Parallel& parallel) {
     return v;
   };
   for (int64_t o = 0; o < C; ++o)
-    for (int64_t i = 0; i < C; ++i)
-      weight[o * C + i] = load_any(p.weight, p.dtype, o * p.weight_out + i * p.weight_in);
+    for (int64_t i = 0; i < C; ++i) weight[o * C + i] = load_any(p.weight, p.dtype, o * p.weight_out + i * p.weight_in);
 
   const auto product = [&](const double* w, View from, View to, int64_t N, int64_t G, int64_t H, int64_t W) {
     Scan s;

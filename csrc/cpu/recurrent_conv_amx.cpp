@@ -8,7 +8,8 @@
 #include "recurrent_conv_kernels.h"
 
 // To the end of the file: templates are instantiated there.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16,prefer-vector-width=512")
 
 namespace rcu_ops::cpu::amx {
 

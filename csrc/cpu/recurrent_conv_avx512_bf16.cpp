@@ -22,7 +22,8 @@ struct Unit {
     Scope() {}  // nothing to set up
   };
 
-  // 8 rows x 2 vectors of lanes at a time: 16 sums hide the instruction's latency, and each pair of A's is broadcast to two.
+  // 8 rows x 2 vectors of lanes at a time: 16 sums hide the instruction's latency, and each pair of A's is broadcast to
+  // two.
   static void product(const Operands& o, int64_t rows, float* c) {
     constexpr int R = 8;
     for (int64_t r0 = 0; r0 < rows; r0 += R) {

@@ -1,19 +1,19 @@
-// recurrent_conv_batch_norm on vector units: the passes around the scans, the body of every instruction set. Included as
-// recurrent_conv_core.h is, after scalar.h and the vector types.
+// recurrent_conv_batch_norm on vector units: the passes around the scans, the body of every instruction set. Included
+// as recurrent_conv_core.h is, after scalar.h and the vector types.
 //
 // Layout.   Three forms, chosen by the strides of all tensors of the pass together:
-//             planes    positions adjacent: a part is up to 4096 positions of one (sample, channel), of all frames where those
-//                       follow each other, else of one frame; vectors along positions
-//             channels  channels adjacent: a part is as many rows [W][C] as fill 128 KB (at least one); vectors along channels
-//             numbers   anything else: a part is a frame of one (sample, channel), number by number
-// Owner.    One task per part, or per run of small ones. A part's sums go to partial[part][2] (planes, numbers: parts of a
-//           channel adjacent) or partial[part][C][2], in fp64; each channel's are added up by one task.
-// Order.    Within a part by lanes, then lanes, then parts in ascending order: the sizes and the layout alone decide it, not the
-//           number of threads. A part's moments are its mean first and deviations from that mean after it, from the nearest
-//           cache, and combine as such: a large mean costs the variance nothing.
+//             planes    positions adjacent: a part is up to 4096 positions of one (sample, channel), of all frames
+//                       where those follow each other, else of one frame; vectors along positions
+//             channels  channels adjacent: a part is as many rows [W][C] as fill 128 KB (at least one); vectors along
+//             channels numbers   anything else: a part is a frame of one (sample, channel), number by number
+// Owner.    One task per part, or per run of small ones. A part's sums go to partial[part][2] (planes, numbers: parts
+//           of a channel adjacent) or partial[part][C][2], in fp64; each channel's are added up by one task.
+// Order.    Within a part by lanes, then lanes, then parts in ascending order: the sizes and the layout alone decide
+//           it, not the number of threads. A part's moments are its mean first and deviations from that mean after it,
+//           from the nearest cache, and combine as such: a large mean costs the variance nothing.
 // Scratch.  Slot 0: the partial sums and five numbers per channel.
-// Bound.    Bytes: moments reads h; normalize reads h (and the residual), writes y; sums reads h and grad (and y, and writes dz);
-//           gradient reads h and grad, writes one. A handful of FLOP per number.
+// Bound.    Bytes: moments reads h; normalize reads h (and the residual), writes y; sums reads h and grad (and y, and
+//           writes dz); gradient reads h and grad, writes one. A handful of FLOP per number.
 
 template <class V, class T>
 struct NormTask {
@@ -25,9 +25,9 @@ struct NormTask {
 
   const Norm& p;
   Form form;
-  int64_t positions = 0, frames = 0;     // of one plane; planes per (sample, channel)
-  int64_t parts = 0, part_size = 0;      // per channel (or of all); positions (or rows) of one
-  int64_t per_plane = 1, padded = 0;     // parts per plane; channels rounded up to whole vectors
+  int64_t positions = 0, frames = 0;  // of one plane; planes per (sample, channel)
+  int64_t parts = 0, part_size = 0;   // per channel (or of all); positions (or rows) of one
+  int64_t per_plane = 1, padded = 0;  // parts per plane; channels rounded up to whole vectors
   S *mean = nullptr, *scale = nullptr, *shift = nullptr, *slope = nullptr, *offset = nullptr;  // [padded]
   double* partial = nullptr;
 
@@ -147,7 +147,8 @@ struct NormTask {
     corrected(static_cast<double>(center), rest, squares, static_cast<double>(count), to);
   }
 
-  // Moments of a part from the deviations from a center near its mean: what rounding did to the center is taken out again.
+  // Moments of a part from the deviations from a center near its mean: what rounding did to the center is taken out
+  // again.
   static void corrected(double center, double deviations, double squares, double count, double* to) {
     to[0] = center + deviations / count;
     to[1] = squares - deviations * (deviations / count);
@@ -192,9 +193,7 @@ struct NormTask {
         visit(h, other, of_y, out);
     }
   }
-  int64_t positions_of(int64_t part) const {
-    return (min_of(part_size, p.N * p.T * p.H - part * part_size)) * p.W;
-  }
+  int64_t positions_of(int64_t part) const { return (min_of(part_size, p.N * p.T * p.H - part * part_size)) * p.W; }
 
   static R load_few(const T* from, int64_t count) {
     T copy[L] = {};
@@ -224,7 +223,8 @@ struct NormTask {
     for (int m = 0; m < M; ++m)
       V::store(lanes[0] + m * L, sum[m]), V::store(lanes[1] + m * L, rest[m]), V::store(lanes[2] + m * L, squares[m]);
     double* to = partial + (part * p.C + c) * 2;
-    for (int64_t i = 0; i < (few ? few : M * L); ++i) corrected(lanes[0][i], lanes[1][i], lanes[2][i], count, to + 2 * i);
+    for (int64_t i = 0; i < (few ? few : M * L); ++i)
+      corrected(lanes[0][i], lanes[1][i], lanes[2][i], count, to + 2 * i);
   }
 
   template <int M>
@@ -238,8 +238,8 @@ struct NormTask {
       T *of_y = y0 ? y0 + y : nullptr, *to = out0 ? out0 + out : nullptr;
       if (few) return few_at(few, h0 + h, other0 + other, of_y, to, k[0], a[0], b[0]);
       for (int m = 0; m < M; ++m)
-        numbers_at(h0 + h + m * L, other0 + other + m * L, of_y ? of_y + m * L : nullptr, to ? to + m * L : nullptr, k[m], a[m],
-                   b[m]);
+        numbers_at(h0 + h + m * L, other0 + other + m * L, of_y ? of_y + m * L : nullptr, to ? to + m * L : nullptr,
+                   k[m], a[m], b[m]);
     });
     alignas(64) S first[M * L], second[M * L];
     for (int m = 0; m < M; ++m) V::store(first + m * L, a[m]), V::store(second + m * L, b[m]);
@@ -266,7 +266,8 @@ struct NormTask {
       for (; c + L <= p.C; c += L)
         numbers_at(h0 + h + c, from(other0, other + c), from(y0, y + c), from(out0, out + c), of_lanes(c), none, none);
       if (c < p.C)
-        few_at(p.C - c, h0 + h + c, from(other0, other + c), from(y0, y + c), from(out0, out + c), of_lanes(c), none, none);
+        few_at(p.C - c, h0 + h + c, from(other0, other + c), from(y0, y + c), from(out0, out + c), of_lanes(c), none,
+               none);
     });
   }
 
@@ -382,7 +383,8 @@ struct NormTask {
       const int64_t together = max_of<int64_t>(run_elements / size, 1);
       run(parallel, (all + together - 1) / together, [&](int64_t index) {
         for (int64_t i = index * together; i < min_of(all, (index + 1) * together); ++i)
-          task.form == Form::planes ? task.plane(i / task.parts, i % task.parts) : task.numbers(i / task.parts, i % task.parts);
+          task.form == Form::planes ? task.plane(i / task.parts, i % task.parts)
+                                    : task.numbers(i / task.parts, i % task.parts);
       });
     }
     if (!task.reduces()) return;

@@ -18,9 +18,9 @@
 // Order.    k in steps of 32 whatever the blocking; (products + s . v) + x, times alpha. Same results for any tiling.
 // Non-finite states. 0 * inf in E bf16(v) and s . v would give NaN where W v is infinite: columns that hold an infinity
 //           are recomputed from W itself; columns that hold a NaN are NaN throughout.
-// Bound.    4 bytes per element of x and y against 2 C FLOP. On the matrix unit: memory for every C at which W's tiles stay in
-//           the second level cache; from C = 256 on their 2 KiB per 4 matrix instructions come from there. On vector units:
-//           memory at C = 64, arithmetic beyond.
+// Bound.    4 bytes per element of x and y against 2 C FLOP. On the matrix unit: memory for every C at which W's tiles
+//           stay in the second level cache; from C = 256 on their 2 KiB per 4 matrix instructions come from there. On
+//           vector units: memory at C = 64, arithmetic beyond.
 //
 // Included once per unit, inside a namespace of its own, after scalar.h, recurrent_conv_transport.h and
 // recurrent_conv_bf16_operands.h, and a struct Unit with
@@ -47,10 +47,10 @@ static inline __m512 high_half(__m512i v) {
 }
 
 struct Weights {
-  const bf16_t* tiles = nullptr;     // packed operand tiles [tile of outputs][tile of k]
-  const bf16_t* direct = nullptr;    // or W's own rows, and
-  const bf16_t* diagonal = nullptr;  // the one tile per 16 outputs that E changes
-  int64_t stride = 0;                // of W's rows
+  const bf16_t* tiles = nullptr;      // packed operand tiles [tile of outputs][tile of k]
+  const bf16_t* direct = nullptr;     // or W's own rows, and
+  const bf16_t* diagonal = nullptr;   // the one tile per 16 outputs that E changes
+  int64_t stride = 0;                 // of W's rows
   const uint8_t* identity = nullptr;  // s, padded with zeros
 };
 
@@ -62,8 +62,8 @@ struct Task {
   int64_t padded;              // channels, a multiple of 32
   int64_t k_tiles;
 
-  int64_t group;               // blocks of lanes per stage
-  bool around, around_state;   // y and the last state go past the caches
+  int64_t group;              // blocks of lanes per stage
+  bool around, around_state;  // y and the last state go past the caches
 
   void make_stream(const View& view, Stream<bf16_t>& s, int64_t q0, int64_t columns, int64_t* table) const {
     if (!view.data) return;
@@ -111,9 +111,12 @@ struct Task {
     bool product = false, add_state = false;
   };
 
-  // Columns whose old state is not finite: c becomes W v, and the state that would be added to it (v, where given) zero.
-  void repair(const bf16_t* state, const uint8_t* unusual, int64_t row_block, int64_t lane_block, float* c, float* v) const {
-    const int64_t column0 = (Channels ? row_block : lane_block) * block, c0 = (Channels ? lane_block : row_block) * block;
+  // Columns whose old state is not finite: c becomes W v, and the state that would be added to it (v, where given)
+  // zero.
+  void repair(const bf16_t* state, const uint8_t* unusual, int64_t row_block, int64_t lane_block, float* c,
+              float* v) const {
+    const int64_t column0 = (Channels ? row_block : lane_block) * block,
+                  c0 = (Channels ? lane_block : row_block) * block;
     const bf16_t* weight = static_cast<const bf16_t*>(p.weight);
     for (int64_t j = 0; j < block; ++j) {
       const uint8_t kind = unusual[column0 + j];
@@ -150,24 +153,29 @@ struct Task {
     const float *const scale_of = scale + channel0, *const shift_of = shift + channel0;
     const __m512 alpha = _mm512_set1_ps(f.alpha), zero = _mm512_setzero_ps();
     const __mmask16 valid[2] = {static_cast<__mmask16>(lanes >= 16 ? 0xffff : (1u << lanes) - 1),
-                                static_cast<__mmask16>(lanes >= 32 ? 0xffff : lanes <= 16 ? 0 : (1u << (lanes - 16)) - 1)};
+                                static_cast<__mmask16>(lanes >= 32   ? 0xffff
+                                                       : lanes <= 16 ? 0
+                                                                     : (1u << (lanes - 16)) - 1)};
     __mmask16 add[2] = {0xffff, 0xffff};
     __m512 scale_lanes[2] = {zero, zero}, shift_lanes[2] = {zero, zero};
     if (Channels)
       for (int h = 0; h < 2; ++h) {
         if (with_product)
-          add[h] = _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(identity + 16 * h)), _mm_set1_epi8(1));
-        if (Affine) scale_lanes[h] = _mm512_loadu_ps(scale_of + 16 * h), shift_lanes[h] = _mm512_loadu_ps(shift_of + 16 * h);
+          add[h] = _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(identity + 16 * h)),
+                                      _mm_set1_epi8(1));
+        if (Affine)
+          scale_lanes[h] = _mm512_loadu_ps(scale_of + 16 * h), shift_lanes[h] = _mm512_loadu_ps(shift_of + 16 * h);
       }
     // Interleaves a pair of rows: [row 0 lane 0, row 1 lane 0, row 0 lane 1, ...], lanes 0 to 15 and 16 to 31.
-    alignas(64) static constexpr uint16_t interleave[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static constexpr uint16_t interleave[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                            37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                            11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i pick_low = _mm512_load_si512(interleave);
     const __m512i pick_high = _mm512_add_epi16(pick_low, _mm512_set1_epi16(16));
     const __m512i exponent = _mm512_set1_epi16(0x7f80), magnitude = _mm512_set1_epi16(0x7fff);
     bf16_t* const operands = !operand_tiles ? nullptr
-                             : Channels ? operand_tiles + (rb * 2 * k_tiles + lb) * tile_values
-                                      : operand_tiles + (lb * 2 * k_tiles + rb) * tile_values;
+                             : Channels     ? operand_tiles + (rb * 2 * k_tiles + lb) * tile_values
+                                            : operand_tiles + (lb * 2 * k_tiles + rb) * tile_values;
     const int64_t operand_step = k_tiles * tile_values;
     __mmask32 odd = 0;
     __m512i previous = _mm512_setzero_si512();
@@ -209,7 +217,8 @@ struct Task {
       if (!y_stage) continue;
       __m512i out = rounded;
       if constexpr (Affine) {
-        const __m512i residual = residual_stage ? _mm512_loadu_si512(residual_stage + r * stage) : _mm512_setzero_si512();
+        const __m512i residual =
+            residual_stage ? _mm512_loadu_si512(residual_stage + r * stage) : _mm512_setzero_si512();
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           __m512 y = _mm512_fmadd_ps(Channels ? scale_lanes[h] : _mm512_set1_ps(scale_of[r]), value[h],
@@ -240,13 +249,13 @@ struct Task {
     return kind;
   }
 
-  // Everything adjacent along channels: nothing is staged. A block of columns goes through all frames by itself, its fp32 state
-  // [32][C] in the nearest cache that holds it; every frame rounds it to operands, and each product meets x and the old state
-  // where they lie.
+  // Everything adjacent along channels: nothing is staged. A block of columns goes through all frames by itself, its
+  // fp32 state [32][C] in the nearest cache that holds it; every frame rounds it to operands, and each product meets x
+  // and the old state where they lie.
   bool direct_rows() const {
     const auto adjacent = [](const View& v) { return !v.data || v.c == 1; };
-    return Channels && p.C % block == 0 && adjacent(p.x) && adjacent(p.y) && adjacent(p.residual) && adjacent(p.first) &&
-           adjacent(p.last);
+    return Channels && p.C % block == 0 && adjacent(p.x) && adjacent(p.y) && adjacent(p.residual) &&
+           adjacent(p.first) && adjacent(p.last);
   }
 
   // Where a view's column lies, and the step from one frame to the next in the order of processing.
@@ -293,7 +302,8 @@ struct Task {
       bytes += (size + 63) / 64 * 64;
       return at;
     };
-    const size_t at_operands = reserve(2 * k_tiles * tile_values * sizeof(bf16_t)), at_v = reserve(block * C * sizeof(float));
+    const size_t at_operands = reserve(2 * k_tiles * tile_values * sizeof(bf16_t)),
+                 at_v = reserve(block * C * sizeof(float));
     const size_t at_c = reserve(4096), at_unusual = reserve(block), at_tables = reserve(5 * columns * sizeof(int64_t));
     char* memory = static_cast<char*>(scratch(1, bytes));
     bf16_t* const operands = reinterpret_cast<bf16_t*>(memory + at_operands);
@@ -316,18 +326,23 @@ struct Task {
 
     const Unit::Scope scope;
     for (int64_t m0 = 0; m0 < columns; m0 += block) {
-      const int64_t rows = min_of<int64_t>(block, columns - m0), next_rows = min_of<int64_t>(block, columns - m0 - block);
+      const int64_t rows = min_of<int64_t>(block, columns - m0),
+                    next_rows = min_of<int64_t>(block, columns - m0 - block);
       if (p.init != Init::none) load_rows(first, m0, rows, v);
       for (int64_t i = 0; i < frames; ++i) {
         const bool transport = i < p.T, final = i + 1 == frames, product_here = i > 0 || p.init == Init::state;
-        const bool with_x = transport && x.data, with_y = transport && y.data, with_residual = Affine && transport && residual.data;
+        const bool with_x = transport && x.data, with_y = transport && y.data,
+                   with_residual = Affine && transport && residual.data;
         const bool to_last = final && last_here;
-        const __m512 alpha = _mm512_set1_ps(
-            static_cast<float>(i == p.T ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha));
+        const __m512 alpha = _mm512_set1_ps(static_cast<float>(i == p.T       ? 1
+                                                               : i == p.T - 1 ? p.alpha_final
+                                                               : i == 0       ? p.alpha_first
+                                                                              : p.alpha));
         bool any_unusual = false;
         if (product_here) round_state(v, rows, operands, unusual, any_unusual);
         for (int64_t c0 = channel_begin; c0 < channel_end; c0 += block) {
-          // What comes next: the same columns' next frame, or the next columns, whose state was last touched a frame ago.
+          // What comes next: the same columns' next frame, or the next columns, whose state was last touched a frame
+          // ago.
           const int64_t ahead = i + 1 < p.T ? m0 : m0 + block, ahead_frame = i + 1 < p.T ? i + 1 : 0;
           const int64_t ahead_rows = i + 1 < p.T ? rows : final ? next_rows : 0;
           for (int64_t r = 0; r < ahead_rows; ++r) {
@@ -351,7 +366,9 @@ struct Task {
             } else if (p.init == Init::added) {
               add[h] = 0xffff;
             }
-            if (Affine) scale_lanes[h] = _mm512_loadu_ps(scale + c0 + 16 * h), shift_lanes[h] = _mm512_loadu_ps(shift + c0 + 16 * h);
+            if (Affine)
+              scale_lanes[h] = _mm512_loadu_ps(scale + c0 + 16 * h),
+              shift_lanes[h] = _mm512_loadu_ps(shift + c0 + 16 * h);
           }
           for (int64_t r = 0; r < rows; ++r) {
             const __mmask16 keep = any_unusual && unusual[r] ? 0 : 0xffff;
@@ -360,7 +377,8 @@ struct Task {
             __m512 value[2];
 #pragma GCC unroll 2
             for (int h = 0; h < 2; ++h) {
-              __m512 u = product_here ? _mm512_load_ps(c + (r >> 4) * 512 + (r & 15) * tile + h * 256) : _mm512_set1_ps(-0.0f);
+              __m512 u =
+                  product_here ? _mm512_load_ps(c + (r >> 4) * 512 + (r & 15) * tile + h * 256) : _mm512_set1_ps(-0.0f);
               u = _mm512_mask_add_ps(u, add[h] & keep, u, _mm512_loadu_ps(state + 16 * h));
               if (with_x) u = _mm512_add_ps(u, h ? high_half(x_row) : low_half(x_row));
               value[h] = _mm512_mul_ps(u, alpha);
@@ -380,7 +398,8 @@ struct Task {
             }
             if (!with_y) continue;
             if constexpr (Affine) {
-              const __m512i added = with_residual ? _mm512_loadu_si512(residual.row(m0 + r, i) + c0 * 2) : _mm512_setzero_si512();
+              const __m512i added =
+                  with_residual ? _mm512_loadu_si512(residual.row(m0 + r, i) + c0 * 2) : _mm512_setzero_si512();
 #pragma GCC unroll 2
               for (int h = 0; h < 2; ++h) {
                 __m512 out = _mm512_fmadd_ps(scale_lanes[h], value[h], shift_lanes[h]);
@@ -398,7 +417,8 @@ struct Task {
       }
       if (p.last_kind != Last::none && !last_here)
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t k = channel_begin; k < channel_end; ++k) store_any(last.row(m0 + r, 0), p.last.dtype, k, v[r * C + k]);
+          for (int64_t k = channel_begin; k < channel_end; ++k)
+            store_any(last.row(m0 + r, 0), p.last.dtype, k, v[r * C + k]);
     }
     if (past_caches || around) end_around();
   }
@@ -429,7 +449,8 @@ struct Task {
       return at;
     };
     const size_t state_size = padded_columns * padded;
-    const size_t at_v = reserve(state_size * 4), at_operands = reserve(state_size * 4), at_tables = reserve((3 * table + 2 * columns) * 8);
+    const size_t at_v = reserve(state_size * 4), at_operands = reserve(state_size * 4),
+                 at_tables = reserve((3 * table + 2 * columns) * 8);
     const size_t at_stage = reserve(3 * stage_size * 2), at_c = reserve(4096), at_unusual = reserve(2 * padded_columns);
     char* memory = static_cast<char*>(scratch(1, bytes));
     float* v = reinterpret_cast<float*>(memory + at_v);
@@ -447,7 +468,8 @@ struct Task {
     make_stream(p.x, x, q0, columns, tables);
     make_stream(p.y, y, q0, columns, tables + table);
     make_stream(p.residual, residual, q0, columns, tables + 2 * table);
-    if (p.init != Init::none) load_state(v, old_state, old_unusual, q0, columns, row_blocks, lane_blocks, c, tables + 3 * table);
+    if (p.init != Init::none)
+      load_state(v, old_state, old_unusual, q0, columns, row_blocks, lane_blocks, c, tables + 3 * table);
 
     const Unit::Scope scope;
     const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
@@ -468,7 +490,8 @@ struct Task {
         for (int64_t m0 = row_begin; m0 < row_end; m0 += block) {
           const int64_t rb = m0 / block, group_rows = min_of<int64_t>(block, row_end - m0);
           if (transport && x.base)
-            copy_in<bf16_t>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * block, group_lanes, stage, stage_width);
+            copy_in<bf16_t>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * block, group_lanes, stage,
+                            stage_width);
           if (transport && residual.base)
             copy_in<bf16_t>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * block,
                             group_lanes, stage + stage_size, stage_width);
@@ -519,8 +542,8 @@ struct Task {
                   int64_t lane_blocks, float* given, int64_t* column_at) const {
     column_offsets(p, p.first, q0, columns, column_at);
     const int64_t rows = Channels ? columns : p.C, lanes = Channels ? p.C : columns;
-    // Row by row of blocks, as the state lies in memory, and the next block's lines asked for ahead: the state of a stream was
-    // last touched a frame ago and comes from far away.
+    // Row by row of blocks, as the state lies in memory, and the next block's lines asked for ahead: the state of a
+    // stream was last touched a frame ago and comes from far away.
     const auto row_at = [&](int64_t r) { return Channels ? column_at[r] : r * p.first.c; };
     const auto lane_at = [&](int64_t l) { return Channels ? l * p.first.c : column_at[l]; };
     const int64_t element = p.first.dtype == DType::f32 ? 4 : 2;
@@ -564,7 +587,8 @@ struct Task {
       const int64_t end = run_end(column_at, q, columns);
       while (q < end) run_ends[q++] = end;
     }
-    const int64_t begin = Channels ? 0 : c0, end = Channels ? columns : min_of(c1, p.C), lanes = Channels ? c1 : columns;
+    const int64_t begin = Channels ? 0 : c0, end = Channels ? columns : min_of(c1, p.C),
+                  lanes = Channels ? c1 : columns;
     const int64_t lane_begin = Channels ? c0 / block : 0;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t row = Channels ? column_at[r] : r * p.last.c;
@@ -624,7 +648,7 @@ struct Call {
   const Scan& p;
   const Plan& plan;
   int64_t padded, k_tiles;
-  bf16_t* tiles;     // packed, or the diagonal only
+  bf16_t* tiles;  // packed, or the diagonal only
   bool direct;
   uint8_t* identity;
   Weights weights;
@@ -664,8 +688,9 @@ struct Call {
   static void task(void* self, int64_t index) {
     const auto& t = *static_cast<const Call*>(self);
     const TaskRange r = task_range(t.plan, t.p.N * t.p.G * t.p.H * t.p.W, t.p.C, index);
-    Task<Channels>{t.p, t.weights, t.scale, t.shift, t.padded, t.k_tiles, t.plan.group, t.plan.around, t.plan.around_state}.run(
-        r.column_begin, r.column_end, r.channel_begin, r.channel_end);
+    Task<Channels>{t.p,           t.weights,          t.scale, t.shift, t.padded, t.k_tiles, t.plan.group,
+                   t.plan.around, t.plan.around_state}
+        .run(r.column_begin, r.column_end, r.channel_begin, r.channel_end);
   }
 
   static void run(const Scan& p, const Plan& plan, const Parallel& parallel) {

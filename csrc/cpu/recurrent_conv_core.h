@@ -9,14 +9,15 @@
 //             planar    [panel][channel][NV * L columns]            vectors along columns, W[out][k] broadcast
 //             channels  [panel of MR columns][channel / L][MR][L]   vectors along channels, the state broadcast,
 //                                                                   W packed to [panel][k][NV * L output channels]
-//           so both read their operands with unit stride and write the next state where the next frame reads it.
-//           x, y and the residual are read and written where they lie if their lanes are adjacent there; else, and at the
+//           so both read their operands with unit stride and write the next state where the next frame reads it. x, y
+//           and the residual are read and written where they lie if their lanes are adjacent there; else, and at the
 //           edges, they pass through stages of [MR rows][a group of panels], see recurrent_conv_transport.h.
 // Aliasing. y must not overlap any input. The caller owns every tensor; scratch belongs to the thread.
 // Scratch.  2 * C * columns of state per task, and W once per call in the form above (none for fp32 rows as they are).
-// Order.    For every 128 k: acc = -0, acc = fma(W[o][k], v[k], acc) one k after the other; then the sum of these parts, in
-//           order; v' = alpha * (sum + x). Neither the blocking nor a tail nor the orientation changes that, so results do
-//           not depend on tiling, number of threads, or on how many frames one call is given. (-0 + x is x for every x.)
+// Order.    For every 128 k: acc = -0, acc = fma(W[o][k], v[k], acc) one k after the other; then the sum of these
+//           parts, in order; v' = alpha * (sum + x). Neither the blocking nor a tail nor the orientation changes that,
+//           so results do not depend on tiling, number of threads, or on how many frames one call is given. (-0 + x is
+//           x for every x.)
 // Bound.    Per element 2 C FLOP and, beyond the caches, x read + y written once (+ the read that a write of a line
 //           costs): memory below C of about bytes_per_element * FLOP_rate / (2 * bandwidth), arithmetic above it.
 //
@@ -40,7 +41,7 @@ struct Block {
   const int64_t *x_at = nullptr, *residual_at = nullptr, *y_at = nullptr;  // of each row
   S* state = nullptr;  // where the last state belongs in its tensor, instead of c
   const int64_t* state_at = nullptr;
-  bool around = false, around_state = false;  // y, or the state, goes past the caches; its rows are aligned to lines
+  bool around = false, around_state = false;   // y, or the state, goes past the caches; its rows are aligned to lines
   const S *scale = nullptr, *shift = nullptr;  // of this block's channels
 };
 
@@ -168,7 +169,7 @@ struct Tile {
   int64_t ldw;
   const S *scale, *shift;  // padded to a multiple of lanes and rows
   int64_t k_block;
-  int64_t plan_group;  // vectors per stage
+  int64_t plan_group;         // vectors per stage
   bool around, around_state;  // y and the last state go past the caches
 
   // Lanes are cut into panels of NV vectors; the rest goes to narrower ones.
@@ -249,7 +250,8 @@ struct Tile {
       bytes += (size + 63) / 64 * 64;
       return at;
     };
-    const size_t at_state = reserve(2 * state_size * sizeof(S)), at_table = reserve((4 * table + 2 * columns) * sizeof(int64_t));
+    const size_t at_state = reserve(2 * state_size * sizeof(S)),
+                 at_table = reserve((4 * table + 2 * columns) * sizeof(int64_t));
     const size_t at_stage = reserve(3 * stage_size * sizeof(T));
     char* memory = static_cast<char*>(scratch(1, bytes));
     S* old_state = reinterpret_cast<S*>(memory + at_state);
@@ -257,7 +259,8 @@ struct Tile {
     int64_t* tables = reinterpret_cast<int64_t*>(memory + at_table);
     int64_t* const state_table = tables + 3 * table;
     T* stage = reinterpret_cast<T*>(memory + at_stage);
-    memset(static_cast<void*>(stage), 0, 3 * stage_size * sizeof(T));  // rows and lanes that do not exist compute on zeros
+    // Rows and lanes that do not exist compute on zeros.
+    memset(static_cast<void*>(stage), 0, 3 * stage_size * sizeof(T));
 
     Stream<T> x, y, residual;
     make_stream(p.x, x, q0, columns, tables);
@@ -268,7 +271,8 @@ struct Tile {
     const bool y_lines = whole_lines<T>(p.y);
     int64_t group = plan_group;
     if (!Channels && group > NV && x.base && y.base) {
-      // Long rows are for stages. What is read and written where it lies goes panel by panel, its states in the nearest cache.
+      // Long rows are for stages. What is read and written where it lies goes panel by panel, its states in the nearest
+      // cache.
       int64_t staged = 0;
       for (int64_t v = 0; v < lane_vectors;) {
         const int64_t end = v + vectors_at(v, lane_vectors);
@@ -279,7 +283,8 @@ struct Tile {
       if (2 * staged < lane_vectors) group = NV;
     }
 
-    if (p.init != Init::none) load_state(p.init == Init::state ? old_state : new_state, q0, columns, state_size, state_table);
+    if (p.init != Init::none)
+      load_state(p.init == Init::state ? old_state : new_state, q0, columns, state_size, state_table);
 
     const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
     const int64_t row_begin = Channels ? 0 : c0, row_end = Channels ? rows : min_of(c1, rows);
@@ -300,26 +305,29 @@ struct Tile {
         const bool last = k0 + k_block >= K, transport = last && !extra;
         for (int64_t g0 = 0; g0 < lane_vectors;) {
           int64_t g1 = g0;
-          while (g1 < lane_vectors && g1 + vectors_at(g1, lane_vectors) - g0 <= group) g1 += vectors_at(g1, lane_vectors);
+          while (g1 < lane_vectors && g1 + vectors_at(g1, lane_vectors) - g0 <= group)
+            g1 += vectors_at(g1, lane_vectors);
           const int64_t group_lanes = min_of(g1 * L, lanes) - g0 * L;
           for (int64_t m0 = row_begin; m0 < row_end; m0 += MR) {
             const int64_t group_rows = min_of<int64_t>(MR, row_end - m0);
             const bool whole = group_rows == MR;
             const bool x_here = x.base && whole && dense(x, g0, g1, lanes);
             const bool residual_here = residual.base && whole && dense(residual, g0, g1, lanes);
-            const bool y_here = y.base && whole && dense(y, g0, g1, lanes) && (!around || (y_lines && starts_line(y, g0)));
+            const bool y_here =
+                y.base && whole && dense(y, g0, g1, lanes) && (!around || (y_lines && starts_line(y, g0)));
             if (transport && x.base && !x_here)
               copy_in<T>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * L, group_lanes, stage, stage_width);
             if (transport && residual.base && !residual_here)
-              copy_in<T>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * L, group_lanes,
-                         stage + stage_size, stage_width);
+              copy_in<T>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * L,
+                         group_lanes, stage + stage_size, stage_width);
             if (transport && x.base) {
               // The next piece, so that it has come by when this one is computed.
               const bool same_group = m0 + MR < row_end, same_frame = same_group || g1 < lane_vectors;
               const int64_t m = same_group ? m0 + MR : row_begin;
               const int64_t g = same_group ? g0 : same_frame ? g1 : 0, f = same_frame ? i : i + 1;
               if (f < p.T) {
-                const int64_t next_rows = min_of<int64_t>(MR, row_end - m), next_lanes = min_of(group_lanes, lanes - g * L);
+                const int64_t next_rows = min_of<int64_t>(MR, row_end - m),
+                              next_lanes = min_of(group_lanes, lanes - g * L);
                 prefetch_rows<T>(x.base + f * x.t, x.rows + m, next_rows, x.lanes[g * L], next_lanes);
                 if (residual.base)
                   prefetch_rows<T>(residual.base + f * residual.t, residual.rows + m, next_rows, residual.lanes[g * L],
@@ -369,8 +377,8 @@ struct Tile {
               dispatch(b, nv, p.scale != nullptr);
             }
             if (transport && y.base && !y_here)
-              copy_out<T>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes, stage + 2 * stage_size,
-                          stage_width, around);
+              copy_out<T>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes,
+                          stage + 2 * stage_size, stage_width, around);
           }
           g0 = g1;
         }
@@ -389,9 +397,9 @@ struct Tile {
     if (around || around_state) end_around();
   }
 
-  // Calls visit(state index, offset in v, offsets, count, adjacent) for every piece of a state that is adjacent in scratch:
-  // columns of one channel (planar, all of them; unless adjacent in v too, column i lies offsets[i] further) or channels of one
-  // column.
+  // Calls visit(state index, offset in v, offsets, count, adjacent) for every piece of a state that is adjacent in
+  // scratch: columns of one channel (planar, all of them; unless adjacent in v too, column i lies offsets[i] further)
+  // or channels of one column.
   template <class Visit>
   void for_each_piece(const View& v, int64_t q0, int64_t columns, int64_t first_column, int64_t c0, int64_t c1,
                       int64_t* column_at, Visit&& visit) const {
@@ -401,7 +409,8 @@ struct Tile {
       const int64_t padded_channels = round_up(p.C, L);
       for (int64_t q = first_column; q < columns; ++q) {
         const int64_t offset = column_at[q], at = q / MR * MR * padded_channels + q % MR * L;
-        for (int64_t c = c0; c < c1; c += L) visit(at + c * MR, offset + c * v.c, nullptr, min_of<int64_t>(L, c1 - c), v.c == 1);
+        for (int64_t c = c0; c < c1; c += L)
+          visit(at + c * MR, offset + c * v.c, nullptr, min_of<int64_t>(L, c1 - c), v.c == 1);
       }
     } else {
       const int64_t lane_vectors = round_up(columns, L) / L;
@@ -424,28 +433,34 @@ struct Tile {
     if (columns % (Channels ? MR : L)) memset(static_cast<void*>(state), 0, sizeof(S) * state_size);
     const View& v = p.first;
     const bool same = v.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
-    for_each_piece(v, q0, columns, 0, 0, p.C, column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
-      if (same && adjacent)
-        copy_row(state + at, static_cast<const S*>(v.data) + offset, count * sizeof(S));
-      else
-        for (int64_t i = 0; i < count; ++i)
-          state[at + i] = static_cast<S>(load_any(v.data, v.dtype, offset + (adjacent ? i : Channels ? i * v.c : offsets[i])));
-    });
+    for_each_piece(v, q0, columns, 0, 0, p.C, column_at,
+                   [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
+                     if (same && adjacent)
+                       copy_row(state + at, static_cast<const S*>(v.data) + offset, count * sizeof(S));
+                     else
+                       for (int64_t i = 0; i < count; ++i)
+                         state[at + i] = static_cast<S>(load_any(v.data, v.dtype,
+                                                                 offset + (adjacent   ? i
+                                                                           : Channels ? i * v.c
+                                                                                      : offsets[i])));
+                   });
   }
 
   void store_state(const S* state, int64_t q0, int64_t columns, int64_t first_column, int64_t c0, int64_t c1,
                    int64_t* column_at) const {
     const View& v = p.last;
     const bool same = v.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
-    for_each_piece(v, q0, columns, first_column, c0, min_of(c1, p.C), column_at, [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
-      if (same && adjacent && around_state)
-        copy_around(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
-      else if (same && adjacent)
-        copy_row(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
-      else
-        for (int64_t i = 0; i < count; ++i)
-          store_any(v.data, v.dtype, offset + (adjacent ? i : Channels ? i * v.c : offsets[i]), state[at + i]);
-    });
+    for_each_piece(
+        v, q0, columns, first_column, c0, min_of(c1, p.C), column_at,
+        [&](int64_t at, int64_t offset, const int64_t* offsets, int64_t count, bool adjacent) {
+          if (same && adjacent && around_state)
+            copy_around(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
+          else if (same && adjacent)
+            copy_row(static_cast<S*>(v.data) + offset, state + at, count * sizeof(S));
+          else
+            for (int64_t i = 0; i < count; ++i)
+              store_any(v.data, v.dtype, offset + (adjacent ? i : Channels ? i * v.c : offsets[i]), state[at + i]);
+        });
   }
 };
 
@@ -513,7 +528,8 @@ struct ScanTasks {
 
   static void run(const Scan& p, const Plan& plan, const Parallel& parallel) {
     const int64_t C = p.C, columns = p.N * p.G * p.H * p.W;
-    ScanTasks t{p, plan, nullptr, TileType{p, nullptr, C, nullptr, nullptr, plan.k_block, plan.group, plan.around, plan.around_state}};
+    ScanTasks t{p, plan, nullptr,
+                TileType{p, nullptr, C, nullptr, nullptr, plan.k_block, plan.group, plan.around, plan.around_state}};
     const bool as_is = !Channels && sizeof(T) == sizeof(S) && p.weight_in == 1 && C % MR == 0;
     const int64_t weight_size = Channels ? round_up(C, L) * C : round_up(C, MR) * C;
     const int64_t affine_size = round_up(C, MR * L);
@@ -573,15 +589,17 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 //
 // dW = U H^T over rows r = (frame, column), U = dx at that frame and H = the state before it.
 //
-// Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K rows of H
-//           to panels [K][NR] and of its slab of U to [o / A][K][A], or, where positions are adjacent, to [o][K]: either way
-//           both are read in the order in which they lie, and widened to fp32 (fp64) once for all blocks that multiply them.
-// Order.    Chains of K rows (of a quarter where a frame has few columns: sums frame by frame would be as exact as that), one fma
-//           after the other, are added up to sums of `flush` rows, those within a range with their rounding errors kept beside them,
-//           and the ranges in fp64: independent of the number of threads, and as exact as short sums however many rows.
+// Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K
+//           rows of H to panels [K][NR] and of its slab of U to [o / A][K][A], or, where positions are adjacent, to
+//           [o][K]: either way both are read in the order in which they lie, and widened to fp32 (fp64) once for all
+//           blocks that multiply them.
+// Order.    Chains of K rows (of a quarter where a frame has few columns: sums frame by frame would be as exact as
+//           that), one fma after the other, are added up to sums of `flush` rows, those within a range with their
+//           rounding errors kept beside them, and the ranges in fp64: independent of the number of threads, and as
+//           exact as short sums however many rows.
 // Scratch.  2 * parts * C * C shared; per task K * (slab + C) and slab * C.
-// Bound.    2 C^2 FLOP per row, one load for 1.6 multiply-adds; packing moves 2 * C (1 + C / slab) elements per row, which
-//           the blocks before have asked for.
+// Bound.    2 C^2 FLOP per row, one load for 1.6 multiply-adds; packing moves 2 * C (1 + C / slab) elements per row,
+//           which the blocks before have asked for.
 
 static constexpr int64_t grad_rows = 128;
 
@@ -648,7 +666,8 @@ struct WeightGradTasks {
     shape.N = p.N, shape.H = p.H, shape.W = p.W;
     const int64_t count = chunk.count = max_of<int64_t>(min_of(K, end - r0), 0);
     for (int64_t k = 0; k < count;) {
-      const int64_t i = (r0 + k) / columns + first_frame, q = (r0 + k) % columns, piece = min_of(count - k, columns - q);
+      const int64_t i = (r0 + k) / columns + first_frame, q = (r0 + k) % columns,
+                    piece = min_of(count - k, columns - q);
       const int64_t t = p.reverse ? p.T - 1 - i : i, before = i == 0 ? 0 : p.reverse ? t + 1 : t - 1;
       column_offsets(shape, p.dx, q, piece, chunk.u + k);
       column_offsets(shape, i == 0 ? p.first : p.h, q, piece, chunk.h + k);
@@ -666,7 +685,11 @@ struct WeightGradTasks {
     const int64_t* at;
     int64_t c0, units, share, bytes, done = 0;
     Prefetch(const View& view, const int64_t* offsets, int64_t count, int64_t begin, int64_t end, int64_t parts)
-        : v(view), at(offsets), c0(begin), units(view.c == 1 ? count : end - begin), share((units + parts - 1) / parts),
+        : v(view),
+          at(offsets),
+          c0(begin),
+          units(view.c == 1 ? count : end - begin),
+          share((units + parts - 1) / parts),
           bytes((view.c == 1 ? end - begin : count) * static_cast<int64_t>(sizeof(T))) {
       if (count == 0) units = 0;
     }
@@ -696,7 +719,8 @@ struct WeightGradTasks {
     S* const lost = sum + slab_size;
     memset(static_cast<void*>(sum), 0, 2 * slab_size * sizeof(S));
 
-    char* memory = static_cast<char*>(scratch(1, ((padded + panels * NR) * K + slab_size) * sizeof(S) + 2 * sizeof(Chunk)));
+    char* memory =
+        static_cast<char*>(scratch(1, ((padded + panels * NR) * K + slab_size) * sizeof(S) + 2 * sizeof(Chunk)));
     S* const u = reinterpret_cast<S*>(memory);
     S* const h = u + padded * K;
     S* const block = h + panels * NR * K;
@@ -791,8 +815,7 @@ struct WeightGradTasks {
         for (; c < wide; c += L)
           V::template transpose<T>(src + rows_at[k] + c * p.h.c, channels, h + c / NR * K * NR + k * NR + c % NR, NR);
       } else if (p.h.c == 1) {
-        for (; c < wide; c += L)
-          V::store(h + c / NR * K * NR + k * NR + c % NR, V::load(src + rows_at[k] + c));
+        for (; c < wide; c += L) V::store(h + c / NR * K * NR + k * NR + c % NR, V::load(src + rows_at[k] + c));
       }
       for (; c < panels * NR; ++c)
         for (int64_t s = 0; s < step; ++s)

@@ -1,17 +1,18 @@
-// recurrent_conv: a single product, v' = alpha (W v + x), of tensors whose channels are adjacent. Included at the end of
-// recurrent_conv_core.h, for every instruction set that includes it.
+// recurrent_conv: a single product, v' = alpha (W v + x), of tensors whose channels are adjacent. Included at the end
+// of recurrent_conv_core.h, for every instruction set that includes it.
 //
-// A scan packs W once for many frames; one frame has to pay for W as for its operands. So a task takes panels of W of its own,
-// turns 128 inputs x 32 outputs of one at a time into the first-level cache, and takes all its rows (positions) through them.
+// A scan packs W once for many frames; one frame has to pay for W as for its operands. So a task takes panels of W of
+// its own, turns 128 inputs x 32 outputs of one at a time into the first-level cache, and takes all its rows
+// (positions) through them.
 //
-// Layout.   A task owns a range of rows and of output channels. The state is read where it lies, MR rows at a time; rows beyond
-//           the last whole block, and all of them where they are not evenly spaced, of another dtype, or a multiple of a
-//           page apart (they would fall on one another in the cache), are copied first, [row][C + L].
+// Layout.   A task owns a range of rows and of output channels. The state is read where it lies, MR rows at a time;
+//           rows beyond the last whole block, and all of them where they are not evenly spaced, of another dtype, or a
+//           multiple of a page apart (they would fall on one another in the cache), are copied first, [row][C + L].
 // Aliasing. As for scans.
 // Scratch.  A piece of a panel, one panel's sums of all rows, the copied rows, tables of offsets.
 // Order.    That of scans: results are the same bit by bit.
-// Bound.    2 C FLOP per element; W comes by once per task and is asked for one piece ahead, the state once per panel, from the
-//           second-level cache: 4 C bytes for 32 * 2 C FLOP.
+// Bound.    2 C FLOP per element; W comes by once per task and is asked for one piece ahead, the state once per panel,
+//           from the second-level cache: 4 C bytes for 32 * 2 C FLOP.
 
 // sums[m][n] (+)= sum over k of a[m][k] b[k][n] for MR rows and NV vectors of columns; rows of b and of sums are Pitch
 // numbers apart.
@@ -58,9 +59,11 @@ struct Step {
 
   static void block(bool half, int vectors, const S* a, int64_t lda, const S* b, int64_t count, S* sums, bool resume) {
     if (vectors == NV)
-      half ? step_block<V, HALF, NV>(a, lda, b, count, sums, resume) : step_block<V, MR, NV>(a, lda, b, count, sums, resume);
+      half ? step_block<V, HALF, NV>(a, lda, b, count, sums, resume)
+           : step_block<V, MR, NV>(a, lda, b, count, sums, resume);
     else
-      half ? step_block<V, HALF, 1>(a, lda, b, count, sums, resume) : step_block<V, MR, 1>(a, lda, b, count, sums, resume);
+      half ? step_block<V, HALF, 1>(a, lda, b, count, sums, resume)
+           : step_block<V, MR, 1>(a, lda, b, count, sums, resume);
   }
 
   void run(int64_t q0, int64_t q1, int64_t c0, int64_t c1) const {
@@ -134,11 +137,12 @@ struct Step {
           const bool at_home = m0 < read_here;
           const S* const a = at_home ? first + first_at[m0] + k0 : copies + (m0 - read_here) * copied_row + k0;
           S* const sum = sums + (C > k_part ? m0 * NR : 0);
-          block(present <= HALF, static_cast<int>(vectors), a, at_home ? spacing : copied_row, panel, count, sum, k0 > 0);
+          block(present <= HALF, static_cast<int>(vectors), a, at_home ? spacing : copied_row, panel, count, sum,
+                k0 > 0);
           if (!last) continue;
           for (int64_t m = m0; m < m0 + present; ++m)
-            finish(sum + (m - m0) * width, static_cast<int>(vectors), l0, {x_at[m], residual_at[m], y_at[m], last_at[m]}, around,
-                   around_state);
+            finish(sum + (m - m0) * width, static_cast<int>(vectors), l0,
+                   {x_at[m], residual_at[m], y_at[m], last_at[m]}, around, around_state);
         }
       }
     }
@@ -169,7 +173,8 @@ struct Step {
   template <class E>
   static bool whole_lines(const View& v) {
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
-    return streams<V, E> && v.data && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 && (v.n | v.g | v.h | v.w) % line == 0;
+    return streams<V, E> && v.data && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 &&
+           (v.n | v.g | v.h | v.w) % line == 0;
   }
   static void prefetch_row(const T* row, int64_t count) {
     const char* from = reinterpret_cast<const char*>(row);

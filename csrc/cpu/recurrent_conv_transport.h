@@ -51,14 +51,13 @@ static void copy_in(const T* frame, const int64_t* rows, int64_t row_count, cons
       for (int64_t m = 0; m < row_count; ++m)
         for (int64_t i = l; i < end; ++i) stage[m * width + i] = src[rows[m] + i - l];
     else
-      for (int64_t m = 0; m < row_count; ++m)
-        copy_row(stage + m * width + l, src + rows[m], (end - l) * sizeof(T));
+      for (int64_t m = 0; m < row_count; ++m) copy_row(stage + m * width + l, src + rows[m], (end - l) * sizeof(T));
     l = end;
   }
 }
 
-// `around` the caches where whole lines are written and the tensor is too large to be found there again: a scattered store
-// that first reads its line costs several times the store.
+// `around` the caches where whole lines are written and the tensor is too large to be found there again: a scattered
+// store that first reads its line costs several times the store.
 template <class T>
 static void copy_out(T* frame, const int64_t* rows, int64_t row_count, const int64_t* lanes, int64_t lane_count,
                      const T* stage, int64_t width, bool around) {
@@ -86,7 +85,8 @@ static void copy_out(T* frame, const int64_t* rows, int64_t row_count, const int
 
 // Asks for the lines of `row_count` rows of a piece of a frame that will be copied in next.
 template <class T>
-static inline void prefetch_rows(const T* frame, const int64_t* rows, int64_t row_count, int64_t first_lane, int64_t lane_count) {
+static inline void prefetch_rows(const T* frame, const int64_t* rows, int64_t row_count, int64_t first_lane,
+                                 int64_t lane_count) {
   for (int64_t m = 0; m < row_count; ++m) {
     const char* at = reinterpret_cast<const char*>(frame + rows[m] + first_lane);
     for (int64_t i = 0; i < lane_count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);

@@ -1,5 +1,5 @@
-// Scalar conversions of the 16-bit formats (memory.h). Included inside the namespace of the instruction set that uses them, so that
-// no copy compiled for another one is linked in its place.
+// Scalar conversions of the 16-bit formats (memory.h). Included inside the namespace of the instruction set that uses
+// them, so that no copy compiled for another one is linked in its place.
 
 template <class A>
 static inline A min_of(A a, A b) {

@@ -1,10 +1,11 @@
-// The data path of an SRTG block on vector units: the body of every instruction set, included as cycle_consistency_core.h is.
+// The data path of an SRTG block on vector units: the body of every instruction set, included as
+// cycle_consistency_core.h is.
 //
-// Layout.   Vectors along positions where a frame's positions are adjacent, along channels where those are, in one pass over x (and
-//           grad) either way; any other strides number by number.
+// Layout.   Vectors along positions where a frame's positions are adjacent, along channels where those are, in one pass
+//           over x (and grad) either way; any other strides number by number.
 // Owner.    Of sums: the task of (sample, channel, frame), or of (sample, frame, channels). Of y: the same task.
-// Order.    Sums over positions are vectors' worth of partial sums, in parts (part_of) along channels, in an order that depends
-//           on the sizes and the layout alone.
+// Order.    Sums over positions are vectors' worth of partial sums, in parts (part_of) along channels, in an order that
+//           depends on the sizes and the layout alone.
 // Tails.    The last vector overlaps the one before it: it writes the same numbers again, and adds only what is new.
 // Bound.    Bytes: x read once (and grad), y written once.
 
@@ -48,8 +49,8 @@ struct GateTask {
     return (acc[0] + acc[1]) + (acc[2] + acc[3]);
   }
 
-  // Sums of K planes of `count` >= L adjacent positions each, side by side: reads of several pages at once are on their way, where one
-  // stream would wait at every page's end.
+  // Sums of K planes of `count` >= L adjacent positions each, side by side: reads of several pages at once are on their
+  // way, where one stream would wait at every page's end.
   template <int K>
   static void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
     R acc[K][2] = {};
@@ -69,13 +70,12 @@ struct GateTask {
     }
   }
 
-  // Channels [c0, c1), at least L of them, of the positions in rows [i0, i1) of one frame: along memory, position by position. Sums
-  // are kept in `sum`, 2 (c1 - c0) numbers: the part that is being added up, and the parts before it.
+  // Channels [c0, c1), at least L of them, of the positions in rows [i0, i1) of one frame: along memory, position by
+  // position. Sums are kept in `sum`, 2 (c1 - c0) numbers: the part that is being added up, and the parts before it.
   template <GatePass Pass>
-  static void channels(const GateData& p, int64_t n, int64_t t, int64_t c0, int64_t c1, int64_t i0, int64_t i1, const S* h, S* sum) {
-    const auto base = [&](const View& v) {
-      return static_cast<T*>(v.data) + (v.data ? n * v.n + t * v.t + c0 : 0);
-    };
+  static void channels(const GateData& p, int64_t n, int64_t t, int64_t c0, int64_t c1, int64_t i0, int64_t i1,
+                       const S* h, S* sum) {
+    const auto base = [&](const View& v) { return static_cast<T*>(v.data) + (v.data ? n * v.n + t * v.t + c0 : 0); };
     const T *x = base(p.x), *grad = base(p.grad);
     T* y = base(p.y);
     const int64_t count = c1 - c0, part = part_of(p.H * p.W), last = count - L;
@@ -92,7 +92,8 @@ struct GateTask {
           if constexpr (Pass != GatePass::squeeze) V::store(to + c, result<Pass>(value, of_grad, V::load(h + c)));
           if constexpr (sums(Pass)) {
             const R term = summand<Pass>(value, of_grad);
-            V::store(sum + c, V::load(sum + c) + (all ? term : (lane_numbers<V>() < static_cast<S>(done) ? R{} : term)));
+            V::store(sum + c,
+                     V::load(sum + c) + (all ? term : (lane_numbers<V>() < static_cast<S>(done) ? R{} : term)));
           }
         };
         int64_t c = 0;
@@ -110,14 +111,17 @@ struct GateTask {
   // Number by number.
   template <GatePass Pass>
   static S scattered(const GateData& p, int64_t n, int64_t c, int64_t t, S h) {
-    const auto at = [&](const View& v, int64_t i, int64_t j) { return n * v.n + c * v.c + t * v.t + i * v.h + j * v.w; };
+    const auto at = [&](const View& v, int64_t i, int64_t j) {
+      return n * v.n + c * v.c + t * v.t + i * v.h + j * v.w;
+    };
     S total = 0;
     for (int64_t i = 0; i < p.H; ++i) {
       S row = 0;
       for (int64_t j = 0; j < p.W; ++j) {
         const S x = static_cast<S>(to_double(static_cast<const T*>(p.x.data)[at(p.x, i, j)]));
         S g = 0;
-        if constexpr (Pass == GatePass::backward) g = static_cast<S>(to_double(static_cast<const T*>(p.grad.data)[at(p.grad, i, j)]));
+        if constexpr (Pass == GatePass::backward)
+          g = static_cast<S>(to_double(static_cast<const T*>(p.grad.data)[at(p.grad, i, j)]));
         if constexpr (Pass != GatePass::squeeze) {
           const S y = Pass == GatePass::mul ? x * h : Pass == GatePass::add ? x + h : g * h;
           from_double(y, static_cast<T*>(p.y.data)[at(p.y, i, j)]);
@@ -198,7 +202,8 @@ struct GateTask {
     S* const out = static_cast<S*>(p.sums);
     const S* const h = static_cast<const S*>(p.h);
     if (columns && !rows) {
-      // A task: a frame, or a few rows of it; with sums a frame, or a range of its channels that has a few pages' worth of sums.
+      // A task: a frame, or a few rows of it; with sums a frame, or a range of its channels that has a few pages' worth
+      // of sums.
       const bool by_rows = !sums(Pass);
       const int64_t rows_per_task = max_of<int64_t>(1, 65536 / (p.W * p.C * static_cast<int64_t>(sizeof(T))));
       const int64_t chunks = by_rows ? (p.H + rows_per_task - 1) / rows_per_task : max_of<int64_t>(1, p.C / 512);
@@ -258,7 +263,8 @@ struct GateTask {
         waiting[count] = sum, to[count] = at, of[count] = n;
         if (++count < L && i + 1 < end) continue;
         for (int l = count; l < L; ++l) waiting[l] = R{};
-        V::store(ready, Pass == GatePass::squeeze ? sums_of_lanes(waiting) / static_cast<S>(positions) : sums_of_lanes(waiting));
+        V::store(ready, Pass == GatePass::squeeze ? sums_of_lanes(waiting) / static_cast<S>(positions)
+                                                  : sums_of_lanes(waiting));
         for (int l = 0; l < count; ++l) out[to[l]] = Pass == GatePass::squeeze || open(p, of[l]) ? ready[l] : S(0);
         count = 0;
       }

@@ -1,6 +1,6 @@
-// Vectors F32 and F64 in the compiler's own types, for kernels whose inner loops it turns into good code by itself. Included inside
-// the namespace of the instruction set that uses them, after scalar.h; that file defines `vector_bytes`, load_half, store_half and
-// any_set: whether any bit of a vector is.
+// Vectors F32 and F64 in the compiler's own types, for kernels whose inner loops it turns into good code by itself.
+// Included inside the namespace of the instruction set that uses them, after scalar.h; that file defines
+// `vector_bytes`, load_half, store_half and any_set: whether any bit of a vector is.
 
 template <int... I>
 struct Lanes {};
@@ -19,7 +19,8 @@ struct Vectors {
   using S = Scalar;
   using R = Vector;
   static constexpr int L = vector_bytes / sizeof(S);
-  static constexpr int M = L < 8 ? L : 8;  // broadcast operands of a block: accumulators, and as many operands, fit the registers
+  // Broadcast operands of a block: accumulators, and as many operands, fit the registers.
+  static constexpr int M = L < 8 ? L : 8;
 
   static R load(const S* p) {
     R v;

@@ -1,5 +1,5 @@
-// Vectors of numbers for any processor, in 16-byte vectors of the compiler's own: what the CPU kernels are written in. Included,
-// after scalar.h, inside the namespace.
+// Vectors of numbers for any processor, in 16-byte vectors of the compiler's own: what the CPU kernels are written in.
+// Included, after scalar.h, inside the namespace.
 //
 // R is a register of L numbers S; memory may hold a 16-bit type instead. No alignment is asked for.
 
@@ -59,7 +59,8 @@ struct Portable {
     return (v + shift) - shift;
   }
   static R times_power(R v, R n) {  // v 2^n, n whole and within the range of normal numbers
-    for (int i = 0; i < L; ++i) v[i] = sizeof(S) == 8 ? S(__builtin_ldexp(v[i], int(n[i]))) : __builtin_ldexpf(float(v[i]), int(n[i]));
+    for (int i = 0; i < L; ++i)
+      v[i] = sizeof(S) == 8 ? S(__builtin_ldexp(v[i], int(n[i]))) : __builtin_ldexpf(float(v[i]), int(n[i]));
     return v;
   }
   static S sum(R v) {

@@ -33,8 +33,8 @@ __device__ S block_sum(S value, S* memory) {
   return value;
 }
 
-// The first of the smallest of values[0 .. count) and its place; -1 where none is less than infinity. Every thread gets it.
-// `memory`: 2 * align_warps numbers. Places are exact in fp32 up to 2^24.
+// The first of the smallest of values[0 .. count) and its place; -1 where none is less than infinity. Every thread gets
+// it. `memory`: 2 * align_warps numbers. Places are exact in fp32 up to 2^24.
 template <typename S>
 __device__ int64_t block_first_smallest(const S* values, int64_t count, S* memory, S& least) {
   const S infinity = static_cast<S>(INFINITY);
@@ -59,8 +59,8 @@ __device__ int64_t block_first_smallest(const S* values, int64_t count, S* memor
 
 // ---- the scale of a sample -----------------------------------------------------------------------------------------
 
-// scale[n]: the power of two by which the numbers of sample n are multiplied before they are squared; 1 unless their squares
-// would leave the range of S. One block per sample. Bound: reading a and b once.
+// scale[n]: the power of two by which the numbers of sample n are multiplied before they are squared; 1 unless their
+// squares would leave the range of S. One block per sample. Bound: reading a and b once.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, Accumulator<T>* scale) {
   using S = Accumulator<T>;
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
     for (int64_t i = threadIdx.x; i < frames * p.C; i += align_threads) {
       const int64_t t = i / p.C, c = i % p.C;
       if (!there(mask, n, t)) continue;
-      const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c]), size = value < 0 ? -value : value;
+      const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c]),
+              size = value < 0 ? -value : value;
       if (size > largest) largest = size;
     }
   };
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
   for (int w = 0; w < align_warps; ++w)
     if (memory[w] > largest) largest = memory[w];
   const double low = sizeof(S) == 8 ? 0x1p-400 : 0x1p-30, high = sizeof(S) == 8 ? 0x1p400 : 0x1p50;
-  const double most = sizeof(S) == 8 ? 0x1p1000 : 0x1p120;  // the factor itself stays in range, if not all that it makes large
+  // The factor itself stays in range, if not all that it makes large.
+  const double most = sizeof(S) == 8 ? 0x1p1000 : 0x1p120;
   double factor = 1, size = largest;
   if (size > 0 && size < static_cast<double>(INFINITY) && (size < low || size > high)) {
     while (size < 1 && factor < most) size *= 2, factor *= 2;
@@ -101,19 +103,23 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
 
 // A query against all keys, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
 //
-// Work.     A block owns one query: a frame of a, or, with `cycle`, also one of b (rows from N T on). Distances: a warp takes every
-//           8th key, its lanes every 32nd channel, by differences. Softmax: all threads. Sums of keys: a thread owns every 256th
-//           channel. Soft neighbours are kept as the sum u as it comes out and the rest, sum_i z_i (b_i - u): right under offsets
-//           and scene cuts, where rounding u loses the differences between frames (see csrc/cpu/cycle_consistency_core.h).
-// Memory.   `row`: z or distances [S], weights [S], u [C], rest [C], in shared memory where they fit; for gradients z and the
-//           weights stay in the scratch, [N T][2 S], for key_gradient.
+// Work.     A block owns one query: a frame of a, or, with `cycle`, also one of b (rows from N T on). Distances: a warp
+//           takes every 8th key, its lanes every 32nd channel, by differences. Softmax: all threads. Sums of keys: a
+//           thread owns every 256th channel. Soft neighbours are kept as the sum u as it comes out and the rest, sum_i
+//           z_i (b_i - u): right under offsets and scene cuts, where rounding u loses the differences between frames
+//           (see csrc/cpu/cycle_consistency_core.h).
+// Memory.   `row`: z or distances [S], weights [S], u [C], rest [C], in shared memory where they fit; for gradients z
+//           and the weights stay in the scratch, [N T][2 S], for key_gradient.
 // Order.    Fixed; no atomics; equal keys have equal distances wherever they stand.
 // Output.   Every element has one writer. Rows of frames that are not there: index -1, results and gradients 0.
-// Code.     A thread's own keys and channels are a few: those loops are not unrolled, which would be a quarter of the kernel.
-// Bound.    Two to five passes over b per query, from L2: S C numbers each. T S C differences and multiply-adds per pass.
+// Code.     A thread's own keys and channels are a few: those loops are not unrolled, which would be a quarter of the
+//           kernel.
+// Bound.    Two to five passes over b per query, from L2: S C numbers each. T S C differences and multiply-adds per
+//           pass.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
-    align_query(const Alignment p, const Accumulator<T>* scale, Accumulator<T>* scratch, int64_t row_numbers, bool in_shared) {
+    align_query(const Alignment p, const Accumulator<T>* scale, Accumulator<T>* scratch, int64_t row_numbers,
+                bool in_shared) {
   using S = Accumulator<T>;
   S* memory = dynamic_shared<S>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -139,7 +145,8 @@ __global__ void __launch_bounds__(align_threads, 2)
     if (threadIdx.x == 0) {
       if (index) index[task] = -1;
       if (p.kind == Align::back)
-        static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] = 0;
+        static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] =
+            0;
     }
     T* vector = static_cast<T*>(gradients ? p.da : p.soft);
 #pragma unroll 1
@@ -247,7 +254,8 @@ __global__ void __launch_bounds__(align_threads, 2)
   for_channels(rest, gradients ? w : z, centre);
   if (gradients) {
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; c < p.C; c += align_threads) static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c]);
+    for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
+      static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c]);
     return;
   }
   if (p.soft)
@@ -263,8 +271,8 @@ __global__ void __launch_bounds__(align_threads, 2)
   if (threadIdx.x == 0) index[task] = nearest;
 }
 
-// db of one key: sum_t (z_ti grad_t + w_ti (a_t - b_i)), with z and w as align_query left them. A block owns a key, a thread every
-// 256th channel. Bound: reading a (and grad) from L2 once per key.
+// db of one key: sum_t (z_ti grad_t + w_ti (a_t - b_i)), with z and w as align_query left them. A block owns a key, a
+// thread every 256th channel. Bound: reading a (and grad) from L2 once per key.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
     key_gradient(const Alignment p, const Accumulator<T>* scale, const Accumulator<T>* rows, int64_t row_numbers) {
@@ -283,7 +291,8 @@ __global__ void __launch_bounds__(align_threads, 2)
           const S query = widen(static_cast<const T*>(p.a.data)[n * p.a.n + t * p.a.t + c * p.a.c]) * factor;
           part += weights[t * row_numbers + p.S] * (query - own);
           if (p.kind == Align::soft_backward)
-            part += weights[t * row_numbers] * widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c]);
+            part += weights[t * row_numbers] *
+                    widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c]);
         }
         if (t % 16 == 15) sum += part, part = 0;
       }
@@ -319,7 +328,8 @@ struct RowPlan {
 RowPlan plan_rows(const Alignment& p, const Gpu& gpu) {
   const int64_t keys = p.T > p.S ? p.T : p.S, size = state_size(p.dtype);
   const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
-  RowPlan plan{2 * (p.kind == Align::cycle ? keys : p.S) + 2 * p.C, p.N * (p.T + (p.kind == Align::cycle ? p.S : 0)), 0, false};
+  RowPlan plan{2 * (p.kind == Align::cycle ? keys : p.S) + 2 * p.C, p.N * (p.T + (p.kind == Align::cycle ? p.S : 0)), 0,
+               false};
   plan.in_shared = !gradients && (plan.numbers + static_numbers) * size <= gpu.shared_bytes;
   plan.scratch_numbers = (p.N + 3) / 4 * 4 + (plan.in_shared ? 0 : plan.numbers * plan.rows);
   return plan;
@@ -330,15 +340,15 @@ Error align_as(const Alignment& p, const RowPlan& plan, void* scratch, Stream st
   using S = Accumulator<T>;
   S *scale = static_cast<S*>(scratch), *rows = scale + (p.N + 3) / 4 * 4;
   const size_t base = static_numbers * sizeof(S);
-  Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N)), dim3(align_threads), base, stream,
-                       p, scale);
+  Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N)), dim3(align_threads),
+                       base, stream, p, scale);
   if (error.empty())
-    error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.rows)), dim3(align_threads),
-                   base + (plan.in_shared ? static_cast<size_t>(plan.numbers) * sizeof(S) : 0), stream, p, scale, rows,
-                   plan.numbers, plan.in_shared);
+    error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.rows)),
+                   dim3(align_threads), base + (plan.in_shared ? static_cast<size_t>(plan.numbers) * sizeof(S) : 0),
+                   stream, p, scale, rows, plan.numbers, plan.in_shared);
   if (error.empty() && p.db)
-    error = launch("cycle_consistency key_gradient", key_gradient<T>, dim3(static_cast<unsigned>(p.N * p.S)), dim3(align_threads), 0,
-                   stream, p, scale, rows, plan.numbers);
+    error = launch("cycle_consistency key_gradient", key_gradient<T>, dim3(static_cast<unsigned>(p.N * p.S)),
+                   dim3(align_threads), 0, stream, p, scale, rows, plan.numbers);
   return error.empty() && p.gate ? launch_gate(p, stream) : error;
 }
 

@@ -1,27 +1,31 @@
-// Alignment of long sequences on CUDA devices, T in {float, bf16, half}: distances by products on the matrix unit, by differences
-// where their rounding could be seen.
+// Alignment of long sequences on CUDA devices, T in {float, bf16, half}: distances by products on the matrix unit, by
+// differences where their rounding could be seen.
 //
-// Maths.    |a - b|^2 = |a|^2 + |b|^2 - 2 a.b of frames centred at the mean of both sequences. A centred frame is multiplied by a
-//           power of two of its own and cut in two fp16 parts, 22 bits together; hi hi + hi lo + lo hi is their product but for
-//           2^-22. Every distance has a bound, and those that cannot stand are found again in the same block, by differences of the
-//           frames as they were given (common/cycle_consistency_products.h).
-// Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: what may be nearest is usually one frame,
-//           for cycles even from a soft neighbour of the largest weights alone, with a bound on what the others add. Then a few are
-//           compared by differences; where many are left (flat weights), products with the soft neighbour leave a few. So no pass
-//           over the distances within a sequence is needed, whatever T and C.
-// Work.     survey: mean and largest magnitude, a block per 32 channels of a sample. split_frames: parts and sizes, a warp per frame.
-//           align_tile: a block per 16 queries and all keys. Products: a warp takes every 8th 32 keys, from global memory to
-//           fragments (16 bytes per lane; channels in any order, the same for both). Rows of distances: two per warp. Sums over keys:
-//           a thread owns a channel of 128 and every other 16 keys; keys without weight for any query are passed over.
-// Memory.   Shared, or the scratch where they do not fit: distances [16][keys + 8], centres and rests [16][C], parts of soft
-//           neighbours [16][2][C] fp16. No operand is staged: a key is used by one warp of a block, and of keys to be
-//           added up a block reads each number once, by the one thread that multiplies it by 16 weights.
-// Order.    Fixed, no atomics. Equal keys go the same way (a pair's own numbers and its query's decide) and have equal distances.
+// Maths.    |a - b|^2 = |a|^2 + |b|^2 - 2 a.b of frames centred at the mean of both sequences. A centred frame is
+//           multiplied by a power of two of its own and cut in two fp16 parts, 22 bits together; hi hi + hi lo + lo hi
+//           is their product but for 2^-22. Every distance has a bound, and those that cannot stand are found again in
+//           the same block, by differences of the frames as they were given (common/cycle_consistency_products.h).
+// Nearest.  |soft - b_i| >= |a - b_i| - |a - soft|, and the last is one number per query: what may be nearest is
+//           usually one frame, for cycles even from a soft neighbour of the largest weights alone, with a bound on what
+//           the others add. Then a few are compared by differences; where many are left (flat weights), products with
+//           the soft neighbour leave a few. So no pass over the distances within a sequence is needed, whatever T and
+//           C.
+// Work.     survey: mean and largest magnitude, a block per 32 channels of a sample. split_frames: parts and sizes, a
+//           warp per frame. align_tile: a block per 16 queries and all keys. Products: a warp takes every 8th 32 keys,
+//           from global memory to fragments (16 bytes per lane; channels in any order, the same for both). Rows of
+//           distances: two per warp. Sums over keys: a thread owns a channel of 128 and every other 16 keys; keys
+//           without weight for any query are passed over.
+// Memory.   Shared, or the scratch where they do not fit: distances [16][keys + 8], centres and rests [16][C], parts of
+//           soft neighbours [16][2][C] fp16. No operand is staged: a key is used by one warp of a block, and of keys to
+//           be added up a block reads each number once, by the one thread that multiplies it by 16 weights.
+// Order.    Fixed, no atomics. Equal keys go the same way (a pair's own numbers and its query's decide) and have equal
+//           distances.
 // Output.   Every element has one writer. Rows of frames that are not there: index -1, results 0.
-// Bound.    3 x 2 T S C FLOPs on the matrix unit per direction, and 4 S C bytes from L2 per 16 queries; weighted sums as far as
-//           weights are not negligible, 32 T S C FLOPs / 16 on the FP32 units. N = 1, T = 512, C = 128, a cycle: 1 us of each on an
-//           H200 (est.), and 4 launches; N = 8, T = 2048: 52 GFLOP of fp16, 0.1 ms, and 2.1 GB from L2, 0.4 ms (est.): L2 is the
-//           bound. fp32 multiply-adds instead: 0.3 ms and the same L2; TF32 in three parts: half the rate and twice the bytes.
+// Bound.    3 x 2 T S C FLOPs on the matrix unit per direction, and 4 S C bytes from L2 per 16 queries; weighted sums
+//           as far as weights are not negligible, 32 T S C FLOPs / 16 on the FP32 units. N = 1, T = 512, C = 128, a
+//           cycle: 1 us of each on an H200 (est.), and 4 launches; N = 8, T = 2048: 52 GFLOP of fp16, 0.1 ms, and 2.1
+//           GB from L2, 0.4 ms (est.): L2 is the bound. fp32 multiply-adds instead: 0.3 ms and the same L2; TF32 in
+//           three parts: half the rate and twice the bytes.
 #include "cuda/cycle_consistency_products.h"
 
 #include "cuda/device/barrier.h"
@@ -36,7 +40,8 @@ namespace rcu_ops::cuda {
 namespace {
 
 constexpr int tile_queries = ProductTiles::queries, tile_keys = ProductTiles::keys;
-constexpr int tile_threads = ProductTiles::threads, tile_warps = tile_threads / 32, rows_per_warp = tile_queries / tile_warps;
+constexpr int tile_threads = ProductTiles::threads, tile_warps = tile_threads / 32,
+              rows_per_warp = tile_queries / tile_warps;
 constexpr int survey_threads = ProductTiles::survey_threads, survey_warps = survey_threads / 32;
 constexpr int weight_pitch = tile_queries + 4;
 constexpr int unknown = -2;
@@ -72,7 +77,8 @@ __device__ __forceinline__ const T* frame_at(const Side& side, int64_t n, int64_
   return static_cast<const T*>(side.frames.data) + n * side.frames.n + t * side.frames.t;
 }
 
-// Mean and largest magnitude (infinite where a number is not finite) of 32 channels, over all frames of a sample that are there.
+// Mean and largest magnitude (infinite where a number is not finite) of 32 channels, over all frames of a sample that
+// are there.
 template <typename T>
 __global__ void __launch_bounds__(survey_threads, 2) survey(const Alignment p, const ProductTiles plan, char* scratch) {
   float* memory = dynamic_shared<float>();
@@ -98,7 +104,8 @@ __global__ void __launch_bounds__(survey_threads, 2) survey(const Alignment p, c
   if (lane == 0) reinterpret_cast<float*>(scratch + plan.largest_at)[n * plan.chunks + chunk] = most;
 }
 
-// The power of two by which a sample's numbers are multiplied before they are squared; 0 where not all of them are finite.
+// The power of two by which a sample's numbers are multiplied before they are squared; 0 where not all of them are
+// finite.
 __device__ float sample_factor(const ProductTiles& plan, const char* scratch, int64_t n) {
   const float* largest = reinterpret_cast<const float*>(scratch + plan.largest_at) + n * plan.chunks;
   float most = 0;
@@ -113,10 +120,11 @@ __device__ float sample_factor(const ProductTiles& plan, const char* scratch, in
   return static_cast<float>(factor);
 }
 
-// A centred frame, value(c) of channel c, to its two parts, its size and the inverse of the parts' factor. One warp; the size is the
-// same whatever the lanes: it is added up in fp64.
+// A centred frame, value(c) of channel c, to its two parts, its size and the inverse of the parts' factor. One warp;
+// the size is the same whatever the lanes: it is added up in fp64.
 template <typename Value>
-__device__ void split_frame(const ProductTiles& plan, int64_t C, __half* parts, float& size, float& inverse, Value value) {
+__device__ void split_frame(const ProductTiles& plan, int64_t C, __half* parts, float& size, float& inverse,
+                            Value value) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float most = 0;
   double squares = 0;
@@ -128,12 +136,14 @@ __device__ void split_frame(const ProductTiles& plan, int64_t C, __half* parts, 
   most = over_lanes(most, larger);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) squares += shuffle_xor(squares, mask);
-  // Of the largest number 2^14 <= factor |v| < 2^15: inside fp16, and its lower part's last bit far above the smallest of fp16.
+  // Of the largest number 2^14 <= factor |v| < 2^15: inside fp16, and its lower part's last bit far above the smallest
+  // of fp16.
   uint32_t bits;
   memcpy(&bits, &most, 4);
   int exponent = 14 + 127 - static_cast<int>(bits >> 23);
   exponent = most > 0 ? (exponent < 120 ? exponent : 120) : 0;
-  const uint32_t of_factor = static_cast<uint32_t>(127 + exponent) << 23, of_inverse = static_cast<uint32_t>(127 - exponent) << 23;
+  const uint32_t of_factor = static_cast<uint32_t>(127 + exponent) << 23,
+                 of_inverse = static_cast<uint32_t>(127 - exponent) << 23;
   float factor;
   memcpy(&factor, &of_factor, 4), memcpy(&inverse, &of_inverse, 4);
   size = static_cast<float>(squares);
@@ -146,7 +156,8 @@ __device__ void split_frame(const ProductTiles& plan, int64_t C, __half* parts, 
 
 // Parts and sizes of every frame, a warp each. Frames that are not there: zeros of infinite size.
 template <typename T>
-__global__ void __launch_bounds__(tile_threads, 4) split_frames(const Alignment p, const ProductTiles plan, char* scratch) {
+__global__ void __launch_bounds__(tile_threads, 4)
+    split_frames(const Alignment p, const ProductTiles plan, char* scratch) {
   const int64_t frame = static_cast<int64_t>(blockIdx.x) * tile_warps + threadIdx.x / 32;
   if (frame >= p.N * (p.T + p.S)) return;
   const int64_t n = frame / (p.T + p.S), f = frame % (p.T + p.S), t = f < p.T ? f : f - p.T;
@@ -156,9 +167,10 @@ __global__ void __launch_bounds__(tile_threads, 4) split_frames(const Alignment 
   const float* mean = reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded;
   const T* from = frame_at<T>(side, n, t);
   float size, inverse;
-  split_frame(plan, p.C, reinterpret_cast<__half*>(scratch + plan.parts_at) + frame * 2 * plan.padded, size, inverse, [&](int64_t c) {
-    return present && factor > 0 ? widen(from[c * side.frames.c]) * factor - mean[c] * factor : 0.f;
-  });
+  split_frame(plan, p.C, reinterpret_cast<__half*>(scratch + plan.parts_at) + frame * 2 * plan.padded, size, inverse,
+              [&](int64_t c) {
+                return present && factor > 0 ? widen(from[c * side.frames.c]) * factor - mean[c] * factor : 0.f;
+              });
   if (threadIdx.x % 32 > 0) return;
   reinterpret_cast<float*>(scratch + plan.size_at)[frame] = present ? size : INFINITY;
   reinterpret_cast<float*>(scratch + plan.factor_at)[frame] = inverse;
@@ -178,7 +190,8 @@ struct Tile {
   const float *key_sizes, *key_factors, *query_sizes, *query_factors;
   const __half *key_parts, *query_parts;
   const Rounding<float> rounding;
-  // In shared memory: weights [32][20], keys with weight [8], six numbers per query, one per warp. Then, or in the scratch: rows.
+  // In shared memory: weights [32][20], keys with weight [8], six numbers per query, one per warp. Then, or in the
+  // scratch: rows.
   float* weights;
   uint32_t* used;
   float *least, *total, *size, *inverse;
@@ -188,18 +201,25 @@ struct Tile {
   __half* parts;
   int lane, warp;
 
-  __device__ float key(int64_t i, int64_t c) const { return widen(frame_at<T>(to, n, i)[c * to.frames.c]) * factor_or_one(); }
-  __device__ float query(int r, int64_t c) const { return widen(frame_at<T>(from, n, t0 + r)[c * from.frames.c]) * factor_or_one(); }
+  __device__ float key(int64_t i, int64_t c) const {
+    return widen(frame_at<T>(to, n, i)[c * to.frames.c]) * factor_or_one();
+  }
+  __device__ float query(int r, int64_t c) const {
+    return widen(frame_at<T>(from, n, t0 + r)[c * from.frames.c]) * factor_or_one();
+  }
   __device__ float factor_or_one() const { return factor > 0 ? factor : 1.f; }
   __device__ bool finite() const { return factor > 0; }
   __device__ bool query_there(int r) const { return r < rows && there(from.mask, n, t0 + r); }
   __device__ bool key_there(int64_t i) const { return there(to.mask, n, i); }
-  __device__ float bound(float of_query, int64_t i) const { return (of_query + key_sizes[i]) * rounding.products + rounding.least; }
+  __device__ float bound(float of_query, int64_t i) const {
+    return (of_query + key_sizes[i]) * rounding.products + rounding.least;
+  }
   __device__ float weight(int r, int64_t i) const {
     return key_there(i) ? exp((least[r] - d[r * plan.pitch + i]) * sharpness) / total[r] : 0.f;
   }
 
-  // |query r - key i|^2; |(key i - centre r) - rest r|^2, and the same of the query itself. A warp each; every lane gets it.
+  // |query r - key i|^2; |(key i - centre r) - rest r|^2, and the same of the query itself. A warp each; every lane
+  // gets it.
   __device__ float difference(int r, int64_t i) const {
     float sum = 0;
     for (int64_t c = lane; c < p.C; c += 32) {
@@ -221,7 +241,8 @@ struct Tile {
     return to_soft(r, [&](int64_t c) { return key(i, c); });
   }
 
-  // d[r][i] of 16 queries, whose parts begin at `of_queries`, those beyond `last` being the last again; size[] and inverse[] are theirs.
+  // d[r][i] of 16 queries, whose parts begin at `of_queries`, those beyond `last` being the last again; size[] and
+  // inverse[] are theirs.
   __device__ void products(const __half* of_queries, int last) const {
     const int g = lane / 4, q = lane % 4;
     const __half *low_row = of_queries + (g < last ? g : last) * 2 * plan.padded,
@@ -245,7 +266,8 @@ struct Tile {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-          for (int part = 0; part < 2; ++part) b[part][j] = *reinterpret_cast<const uint4*>(key_row[j] + part * plan.padded + c);
+          for (int part = 0; part < 2; ++part)
+            b[part][j] = *reinterpret_cast<const uint4*>(key_row[j] + part * plan.padded + c);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t x[2][4];
@@ -299,7 +321,8 @@ struct Tile {
       bool again = i < keys && key_there(i);
       if (again && finite()) {
         const float value = row[i], error = bound(size[r], i);
-        again = value - error <= settling.reach && !(error <= settling.allowed * value || error * sharpness <= settling.flat);
+        again = value - error <= settling.reach &&
+                !(error <= settling.allowed * value || error * sharpness <= settling.flat);
       } else if (i < keys && !again) {
         row[i] = INFINITY;
       }
@@ -342,8 +365,8 @@ struct Tile {
     return likely;
   }
 
-  // out[r][c] = sum of weights (key - centre) over the keys to which any query gives more than `negligible`; not centred: without
-  // centre. The whole block.
+  // out[r][c] = sum of weights (key - centre) over the keys to which any query gives more than `negligible`; not
+  // centred: without centre. The whole block.
   __device__ void weighted_sums(bool centred, float negligible, float* out) const {
     constexpr int channels = 128, M = tile_queries;
     const int group = static_cast<int>(threadIdx.x) / channels;
@@ -370,7 +393,8 @@ struct Tile {
         left &= group ? 0xffff0000u : 0xffffu;
         float part[M] = {};
         while (left) {
-          // Up to four at once, for as many loads on their way. Those beyond the last are the last again, without weight.
+          // Up to four at once, for as many loads on their way. Those beyond the last are the last again, without
+          // weight.
           constexpr int K = 4;
           int at[K];
           float value[K];
@@ -411,7 +435,8 @@ struct Tile {
     }
   }
 
-  // How far the weights up to `negligible` can move the soft neighbour of row r from the most probable key (see the CPU's left_out).
+  // How far the weights up to `negligible` can move the soft neighbour of row r from the most probable key (see the
+  // CPU's left_out).
   __device__ float left_out(int r, int64_t likely, float negligible) const {
     const float* row = d + r * plan.pitch;
     float weights_out = 0, moment = 0;
@@ -425,8 +450,9 @@ struct Tile {
     return 1.001f * (sqrtf(weights_out * moment) + weights_out * sqrtf(farthest));
   }
 
-  // The first of the nearest to the soft neighbour among the keys with d - bound <= reach, or, where numbers are not finite, among
-  // all; `unknown` if they are more than `most`. If that is one, it is the answer, wherever the soft neighbour is said to be.
+  // The first of the nearest to the soft neighbour among the keys with d - bound <= reach, or, where numbers are not
+  // finite, among all; `unknown` if they are more than `most`. If that is one, it is the answer, wherever the soft
+  // neighbour is said to be.
   __device__ int nearest_of(int r, int most, float reach) const {
     const float* row = d + r * plan.pitch;
     const auto candidates = [&](int i0) {
@@ -435,7 +461,8 @@ struct Tile {
     };
     int count = 0, only = -1;
     for (int i0 = 0; i0 < keys && count <= most; i0 += 32)
-      for (uint32_t left = candidates(i0); left && count <= most; left &= left - 1) ++count, only = i0 + lowest_bit(left);
+      for (uint32_t left = candidates(i0); left && count <= most; left &= left - 1)
+        ++count, only = i0 + lowest_bit(left);
     if (count == 0 || count > most) return unknown;
     if (most == 1) return only;
     float best = INFINITY;
@@ -449,8 +476,8 @@ struct Tile {
     return nearest;
   }
 
-  // No key whose distance to query r is beyond this is nearer to the soft neighbour than the most probable one: the triangle
-  // inequality, with a soft neighbour up to `slack` from where it is said to be.
+  // No key whose distance to query r is beyond this is nearer to the soft neighbour than the most probable one: the
+  // triangle inequality, with a soft neighbour up to `slack` from where it is said to be.
   __device__ float reach_of_triangle(int r, float slack) const {
     const float of_query = to_soft(r, [&](int64_t c) { return query(r, c); });
     const float away = sqrtf(of_query) + sqrtf(key_to_soft(r, likely[r])) + 2 * slack;
@@ -461,7 +488,8 @@ struct Tile {
   __device__ void write_nothing(int64_t at, int64_t* index) const {
     if (lane == 0 && index) index[at] = -1;
     if (lane == 0 && p.kind == Align::back)
-      static_cast<float*>(p.log_probability)[at] = static_cast<float*>(p.mean)[at] = static_cast<float*>(p.variance)[at] = 0;
+      static_cast<float*>(p.log_probability)[at] = static_cast<float*>(p.mean)[at] =
+          static_cast<float*>(p.variance)[at] = 0;
     for (int64_t c = lane; p.soft && c < p.C; c += 32) static_cast<T*>(p.soft)[at * p.C + c] = narrow<T>(0.f);
   }
 
@@ -509,8 +537,8 @@ struct Tile {
   }
 };
 
-// A block's queries [t0, t0 + 16): soft neighbours, nearest keys, or where they land. In stages, so that each piece of code is there
-// once; a stage that is not needed is passed over, and the last ends when every row is known.
+// A block's queries [t0, t0 + 16): soft neighbours, nearest keys, or where they land. In stages, so that each piece of
+// code is there once; a stage that is not needed is passed over, and the last ends when every row is known.
 template <typename T>
 __device__ void align_queries(const Tile<T>& tile) {
   enum Stage { distances, largest_weights, centres, rests, products_with_soft, stages };
@@ -549,7 +577,11 @@ __device__ void align_queries(const Tile<T>& tile) {
       if (finite) tile.products(first ? tile.query_parts : tile.parts, first ? tile.rows - 1 : tile_queries - 1);
       block_barrier();
     } else {
-      tile.weighted_sums(stage != centres, stage == largest_weights ? few : finite ? 0.f : -1.f,  // 0 * inf has to be seen
+      // Without finite rows every weight counts, 0 too: 0 * inf has to be seen.
+      tile.weighted_sums(stage != centres,
+                         stage == largest_weights ? few
+                         : finite                 ? 0.f
+                                                  : -1.f,
                          stage == centres ? tile.centre : tile.rest);
     }
     if (stage == centres) continue;
@@ -574,7 +606,8 @@ __device__ void align_queries(const Tile<T>& tile) {
         warp_barrier();
         if (p.kind == Align::back) tile.land(r, out0 + r, own);
         if (!centre_is_sum)
-          for (int64_t c = tile.lane; c < p.C; c += 32) tile.centre[r * tile.plan.padded + c] = likely < 0 ? 0.f : tile.key(likely, c);
+          for (int64_t c = tile.lane; c < p.C; c += 32)
+            tile.centre[r * tile.plan.padded + c] = likely < 0 ? 0.f : tile.key(likely, c);
         continue;
       }
       if (tile.found[r] != unknown) continue;
@@ -584,7 +617,11 @@ __device__ void align_queries(const Tile<T>& tile) {
         reach = stage == products_with_soft
                     ? tile.smallest_end(r)
                     : tile.reach_of_triangle(r, stage == largest_weights ? tile.left_out(r, tile.likely[r], few) : 0.f);
-      int nearest = tile.nearest_of(r, last ? tile.keys : stage == largest_weights ? 1 : ProductTiles::most_compared, reach);
+      int nearest = tile.nearest_of(r,
+                                    last                       ? tile.keys
+                                    : stage == largest_weights ? 1
+                                                               : ProductTiles::most_compared,
+                                    reach);
       if (last && nearest == unknown) nearest = -1;
       warp_barrier();
       if (tile.lane == 0) tile.found[r] = nearest;
@@ -621,24 +658,53 @@ __global__ void __launch_bounds__(tile_threads, 1)
     const int64_t blocks = turned ? blocks_b : blocks_a, of_side = turned ? task - p.N * blocks_a : task;
     const int64_t n = of_side / blocks, t0 = of_side % blocks * tile_queries;
     const Side from = side_of(p, turned), to = side_of(p, !turned);
-    const int64_t left = from.count - t0, query0 = n * (p.T + p.S) + (turned ? p.T : 0) + t0, key0 = n * (p.T + p.S) + (turned ? 0 : p.T);
+    const int64_t left = from.count - t0, query0 = n * (p.T + p.S) + (turned ? p.T : 0) + t0,
+                  key0 = n * (p.T + p.S) + (turned ? 0 : p.T);
     const float factor = sample_factor(plan, scratch, n);
     const double scale = factor > 0 ? factor : 1, sharp = 1 / scale / scale / p.temperature;
-    const float *sizes = reinterpret_cast<const float*>(scratch + plan.size_at), *factors = reinterpret_cast<const float*>(scratch + plan.factor_at);
+    const float *sizes = reinterpret_cast<const float*>(scratch + plan.size_at),
+                *factors = reinterpret_cast<const float*>(scratch + plan.factor_at);
     const __half* parts = reinterpret_cast<const __half*>(scratch + plan.parts_at);
     float* numbers = memory + tile_keys * weight_pitch;
     float* fixed = numbers + tile_warps;
-    float* rows = plan.in_shared ? fixed + 6 * tile_queries + tile_warps
-                                 : reinterpret_cast<float*>(scratch + plan.rows_at + static_cast<int64_t>(blockIdx.x) * plan.row_bytes);
+    float* rows =
+        plan.in_shared
+            ? fixed + 6 * tile_queries + tile_warps
+            : reinterpret_cast<float*>(scratch + plan.rows_at + static_cast<int64_t>(blockIdx.x) * plan.row_bytes);
     float *centre = rows + tile_queries * plan.pitch, *rest = centre + tile_queries * plan.padded;
-    align_queries(Tile<T>{p, plan, n, t0, turned, from, to, static_cast<int>(left < tile_queries ? left : tile_queries),
-                          static_cast<int>(to.count), factor, static_cast<float>(sharp < 3.4e38 ? sharp : 3.4e38),
-                          reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded, sizes + key0, factors + key0,
-                          sizes + query0, factors + query0, parts + key0 * 2 * plan.padded, parts + query0 * 2 * plan.padded,
-                          ProductTiles::rounding(p.C), memory, reinterpret_cast<uint32_t*>(numbers), fixed, fixed + tile_queries,
-                          fixed + 2 * tile_queries, fixed + 3 * tile_queries, reinterpret_cast<int*>(fixed + 4 * tile_queries),
-                          reinterpret_cast<int*>(fixed + 5 * tile_queries), fixed + 6 * tile_queries, rows, centre, rest,
-                          reinterpret_cast<__half*>(rest + tile_queries * plan.padded), static_cast<int>(threadIdx.x) % 32,
+    align_queries(Tile<T>{p,
+                          plan,
+                          n,
+                          t0,
+                          turned,
+                          from,
+                          to,
+                          static_cast<int>(left < tile_queries ? left : tile_queries),
+                          static_cast<int>(to.count),
+                          factor,
+                          static_cast<float>(sharp < 3.4e38 ? sharp : 3.4e38),
+                          reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded,
+                          sizes + key0,
+                          factors + key0,
+                          sizes + query0,
+                          factors + query0,
+                          parts + key0 * 2 * plan.padded,
+                          parts + query0 * 2 * plan.padded,
+                          ProductTiles::rounding(p.C),
+                          memory,
+                          reinterpret_cast<uint32_t*>(numbers),
+                          fixed,
+                          fixed + tile_queries,
+                          fixed + 2 * tile_queries,
+                          fixed + 3 * tile_queries,
+                          reinterpret_cast<int*>(fixed + 4 * tile_queries),
+                          reinterpret_cast<int*>(fixed + 5 * tile_queries),
+                          fixed + 6 * tile_queries,
+                          rows,
+                          centre,
+                          rest,
+                          reinterpret_cast<__half*>(rest + tile_queries * plan.padded),
+                          static_cast<int>(threadIdx.x) % 32,
                           static_cast<int>(threadIdx.x) / 32});
     block_barrier();
   }
@@ -647,21 +713,23 @@ __global__ void __launch_bounds__(tile_threads, 1)
 template <typename T>
 Error align_as(const Alignment& p, const ProductTiles& plan, char* scratch, Stream stream) {
   const int64_t frames = p.N * (p.T + p.S);
-  Error error = launch("cycle_consistency survey", survey<T>, dim3(static_cast<unsigned>(p.N * plan.chunks)), dim3(survey_threads),
-                       (survey_threads + survey_warps) * sizeof(float), stream, p, plan, scratch);
+  Error error = launch("cycle_consistency survey", survey<T>, dim3(static_cast<unsigned>(p.N * plan.chunks)),
+                       dim3(survey_threads), (survey_threads + survey_warps) * sizeof(float), stream, p, plan, scratch);
   if (error.empty())
-    error = launch("cycle_consistency split_frames", split_frames<T>, dim3(static_cast<unsigned>((frames + tile_warps - 1) / tile_warps)),
-                   dim3(tile_threads), 0, stream, p, plan, scratch);
+    error = launch("cycle_consistency split_frames", split_frames<T>,
+                   dim3(static_cast<unsigned>((frames + tile_warps - 1) / tile_warps)), dim3(tile_threads), 0, stream,
+                   p, plan, scratch);
   if (error.empty())
-    error = launch("cycle_consistency align_tile", align_tile<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(tile_threads),
-                   static_cast<size_t>(plan.shared_bytes), stream, p, plan, scratch);
+    error = launch("cycle_consistency align_tile", align_tile<T>, dim3(static_cast<unsigned>(plan.blocks)),
+                   dim3(tile_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan, scratch);
   return error;
 }
 
 }  // namespace
 
 Text align_products(const Alignment& p, const ProductTiles& plan, void* scratch, Stream stream) {
-  if (p.N * (p.T + p.S) > most_blocks || p.N * plan.chunks > most_blocks) return "cycle_consistency: too many frames for one launch";
+  if (p.N * (p.T + p.S) > most_blocks || p.N * plan.chunks > most_blocks)
+    return "cycle_consistency: too many frames for one launch";
   char* bytes = static_cast<char*>(scratch);
   switch (p.dtype) {
     case DType::f32: return align_as<float>(p, plan, bytes, stream);

@@ -1,21 +1,23 @@
 // Cycle consistency of sequences of at most 32 frames on CUDA devices, T in {float, bf16, half}: a and b are read once.
 //
-// Maths.    d_ij = |f_i - f_j|^2 by differences for all F = T + S frames of a sample; z = softmax(-d / temperature) of a query over
-//           the other sequence; nearest frame argmin_i sum_j z_j d_ji, which differs from |soft - b_i|^2 by the same number for
-//           every i. Differences of far-apart scenes cancel nothing.
-// Work.     Block (n, s): sample n, channels of split s. A thread owns 4 x 4 pairs of frames, on or above the diagonal, and every
-//           groups-th quad of channels; there are as many groups as 288 threads have room for. With one split the block goes on to
-//           the softmax and the indices, a warp per query and a lane per key; otherwise its distances go to the scratch, and
-//           a second launch adds them up.
-// Memory.   Two stages of [F][128 channels] in T, rows 16 bytes apart from a multiple of 128: filled by asynchronous copies of 16 or
-//           4 bytes where channels are adjacent and aligned, number by number elsewhere and at the end of a range; then d, [F][F + 1].
-// Order.    A thread adds up a stage's channels, then stages; groups are added in order, then splits: fixed, no atomics. Every pair
-//           in the same order, so that equal frames have equal distances.
-// Scale.    Where the largest distance is not finite or is below 2^-60, numbers may be too large or too small to be squared: the
-//           block measures them and starts again with all of them times a power of two. This reads a and b twice more.
+// Maths.    d_ij = |f_i - f_j|^2 by differences for all F = T + S frames of a sample; z = softmax(-d / temperature) of
+//           a query over the other sequence; nearest frame argmin_i sum_j z_j d_ji, which differs from |soft - b_i|^2
+//           by the same number for every i. Differences of far-apart scenes cancel nothing.
+// Work.     Block (n, s): sample n, channels of split s. A thread owns 4 x 4 pairs of frames, on or above the diagonal,
+//           and every groups-th quad of channels; there are as many groups as 288 threads have room for. With one split
+//           the block goes on to the softmax and the indices, a warp per query and a lane per key; otherwise its
+//           distances go to the scratch, and a second launch adds them up.
+// Memory.   Two stages of [F][128 channels] in T, rows 16 bytes apart from a multiple of 128: filled by asynchronous
+//           copies of 16 or 4 bytes where channels are adjacent and aligned, number by number elsewhere and at the end
+//           of a range; then d, [F][F + 1].
+// Order.    A thread adds up a stage's channels, then stages; groups are added in order, then splits: fixed, no
+//           atomics. Every pair in the same order, so that equal frames have equal distances.
+// Scale.    Where the largest distance is not finite or is below 2^-60, numbers may be too large or too small to be
+//           squared: the block measures them and starts again with all of them times a power of two. This reads a and b
+//           twice more.
 // Output.   Every element of index_ab, index_ba and gate has one writer. -1 for frames that are not there.
-// Bound.    Bytes: (T + S) C numbers. F^2 / 2 C differences and multiply-adds: at F = 32, C = 2048 8 us of one multiprocessor's
-//           arithmetic per sample (est.), which is why few samples are split over channels.
+// Bound.    Bytes: (T + S) C numbers. F^2 / 2 C differences and multiply-adds: at F = 32, C = 2048 8 us of one
+//           multiprocessor's arithmetic per sample (est.), which is why few samples are split over channels.
 #include "cuda/cycle_consistency_short.h"
 
 #include "cuda/device/async_copy.h"
@@ -33,7 +35,8 @@ constexpr int threads = ShortCycle::threads, warps = threads / 32, side_of_tile 
 constexpr int stage_channels = ShortCycle::channels;
 
 template <typename T>
-constexpr int row_pitch = stage_channels + 16 / static_cast<int>(sizeof(T));  // rows of one quad of channels: different banks
+// Rows of one quad of channels: different banks.
+constexpr int row_pitch = stage_channels + 16 / static_cast<int>(sizeof(T));
 
 __device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
   return !mask.data || mask.data[n * mask.n + t * mask.t];
@@ -47,9 +50,11 @@ __device__ __forceinline__ const T* frame_at(const Alignment& p, int64_t n, int 
                  : static_cast<const T*>(p.b.data) + n * p.b.n + (f - p.T) * p.b.t;
 }
 
-// Channels [c, c + 128) of all frames to a stage, zero from `end` on. word: bytes of an asynchronous copy, 0: number by number.
+// Channels [c, c + 128) of all frames to a stage, zero from `end` on. word: bytes of an asynchronous copy, 0: number by
+// number.
 template <typename T>
-__device__ void fill_stage(const Alignment& p, int64_t n, int frames, int64_t c, int64_t end, int word, float factor, T* stage) {
+__device__ void fill_stage(const Alignment& p, int64_t n, int frames, int64_t c, int64_t end, int word, float factor,
+                           T* stage) {
   const auto copy = [&](auto bytes) {
     constexpr int Bytes = decltype(bytes)::value, words = stage_channels * static_cast<int>(sizeof(T)) / Bytes;
     for (int i = static_cast<int>(threadIdx.x); i < frames * words; i += threads) {
@@ -58,8 +63,10 @@ __device__ void fill_stage(const Alignment& p, int64_t n, int frames, int64_t c,
     }
   };
   if (word && c + stage_channels <= end) {
-    if (word == 16) copy(std::integral_constant<int, 16>());
-    else copy(std::integral_constant<int, 4>());
+    if (word == 16)
+      copy(std::integral_constant<int, 16>());
+    else
+      copy(std::integral_constant<int, 4>());
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < frames * stage_channels; i += threads) {
       const int f = i / stage_channels, at = i % stage_channels;
@@ -85,7 +92,8 @@ __device__ __forceinline__ void quad(const T* from, float (&to)[4]) {
 
 // d[i][j], both triangles, over channels [begin, end). All threads return together, with d complete.
 template <typename T>
-__device__ void find_distances(const Alignment& p, int64_t n, int64_t begin, int64_t end, int word, float factor, T* stages, float* d) {
+__device__ void find_distances(const Alignment& p, int64_t n, int64_t begin, int64_t end, int word, float factor,
+                               T* stages, float* d) {
   constexpr int M = side_of_tile;
   const int frames = static_cast<int>(p.T + p.S), side = (frames + M - 1) / M, tiles = ShortCycle::tiles(frames);
   const int groups = ShortCycle::groups(frames), group = static_cast<int>(threadIdx.x) / tiles, pitch = frames + 1;
@@ -115,7 +123,8 @@ __device__ void find_distances(const Alignment& p, int64_t n, int64_t begin, int
       for (int q = group; q < stage_channels / 4; q += groups) {
         float a[M][4], b[M][4];
 #pragma unroll
-        for (int m = 0; m < M; ++m) quad(stage + left[m] * row_pitch<T> + 4 * q, a[m]), quad(stage + right[m] * row_pitch<T> + 4 * q, b[m]);
+        for (int m = 0; m < M; ++m)
+          quad(stage + left[m] * row_pitch<T> + 4 * q, a[m]), quad(stage + right[m] * row_pitch<T> + 4 * q, b[m]);
 #pragma unroll
         for (int i = 0; i < M; ++i)
 #pragma unroll
@@ -171,7 +180,8 @@ __device__ __forceinline__ float largest_lane(float value) {
   return value;
 }
 
-// The power of two by which the sample's numbers are to be multiplied; every thread gets it. `memory`: a number per warp.
+// The power of two by which the sample's numbers are to be multiplied; every thread gets it. `memory`: a number per
+// warp.
 template <typename T>
 __device__ float measure(const Alignment& p, int64_t n, float* memory) {
   float largest = 0;
@@ -302,7 +312,8 @@ int copied_word(const Alignment& p) {
   for (const int word : {16, 4}) {
     bool fits = true;
     for (const Sequence* v : {&p.a, &p.b})
-      fits = fits && v->c == 1 && reinterpret_cast<uintptr_t>(v->data) % word == 0 && v->n * size % word == 0 && v->t * size % word == 0;
+      fits = fits && v->c == 1 && reinterpret_cast<uintptr_t>(v->data) % word == 0 && v->n * size % word == 0 &&
+             v->t * size % word == 0;
     if (fits) return word;
   }
   return 0;
@@ -311,13 +322,14 @@ int copied_word(const Alignment& p) {
 template <typename T>
 Error align_as(const Alignment& p, const ShortCycle& plan, float* partial, Stream stream) {
   const int frames = static_cast<int>(p.T + p.S), word = copied_word(p);
-  const size_t bytes = static_cast<size_t>(shared_header(frames)) * 4 + 2 * static_cast<size_t>(frames * row_pitch<T>) * sizeof(T);
-  Error error = launch("cycle_consistency align_short", align_short_kernel<T>,
-                       dim3(static_cast<unsigned>(p.N * plan.splits)), dim3(threads), bytes, stream, p, plan, word, false,
-                       partial);
+  const size_t bytes =
+      static_cast<size_t>(shared_header(frames)) * 4 + 2 * static_cast<size_t>(frames * row_pitch<T>) * sizeof(T);
+  Error error =
+      launch("cycle_consistency align_short", align_short_kernel<T>, dim3(static_cast<unsigned>(p.N * plan.splits)),
+             dim3(threads), bytes, stream, p, plan, word, false, partial);
   if (error.empty() && plan.splits > 1)
-    error = launch("cycle_consistency align_short", align_short_kernel<T>, dim3(static_cast<unsigned>(p.N)), dim3(threads),
-                   bytes, stream, p, plan, word, true, partial);
+    error = launch("cycle_consistency align_short", align_short_kernel<T>, dim3(static_cast<unsigned>(p.N)),
+                   dim3(threads), bytes, stream, p, plan, word, true, partial);
   return error;
 }
 

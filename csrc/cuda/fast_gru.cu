@@ -26,8 +26,8 @@ __device__ __forceinline__ S sigmoid(S x) {
 
 // A pass over elements, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
 //
-// Work.     Thread i owns elements [i V, i V + V) of the flattened rows x segments x length and nobody else touches them; V
-//           is 16 bytes of T where every operand's runs are that aligned, else 1.
+// Work.     Thread i owns elements [i V, i V + V) of the flattened rows x segments x length and nobody else touches
+//           them; V is 16 bytes of T where every operand's runs are that aligned, else 1.
 // Memory.   No shared memory; every operand is read once and written once.
 // Aliasing. In-and-out operands are changed in place by their owner; no others overlap.
 // Bound.    By memory: up to 8 operands of 2 to 8 bytes per element, one or two exponentials and divisions. For the few
@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
 
   S a[V], b[V], c[V], d[V], e[V];
   switch (p.pass) {
-    case Pass::hidden:
-      get(0, a), get(1, b);
+    case Pass::hidden: get(0, a), get(1, b);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         a[j] += b[j];
@@ -74,14 +73,12 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
       }
       put(0, a);
       break;
-    case Pass::gates:
-      get(0, a), get(1, b), get_wide(2, c);
+    case Pass::gates: get(0, a), get(1, b), get_wide(2, c);
 #pragma unroll
       for (int j = 0; j < V; ++j) a[j] = sigmoid(a[j]), b[j] = sigmoid(b[j]), c[j] *= a[j];
       put(0, a), put(1, b), put(3, c);
       break;
-    case Pass::output:
-      get(0, a), get(1, b);
+    case Pass::output: get(0, a), get(1, b);
 #pragma unroll
       for (int j = 0; j < V; ++j) a[j] = tanh(a[j] + b[j]);
       put(0, a);
@@ -114,8 +111,7 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
       }
       put(6, d), put(7, e), put_wide(0, a);
       break;
-    case Pass::d_gates:
-      get_wide(0, a), get(1, b), get(2, c), get(3, d);  // carry, q, r, before
+    case Pass::d_gates: get_wide(0, a), get(1, b), get(2, c), get(3, d);  // carry, q, r, before
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         a[j] += b[j] * c[j];
@@ -124,8 +120,7 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
       }
       put_wide(0, a), put(4, b), put(5, d);
       break;
-    case Pass::d_hidden:
-      get(0, a), get(1, b);
+    case Pass::d_hidden: get(0, a), get(1, b);
 #pragma unroll
       for (int j = 0; j < V; ++j)
         if (!(b[j] > 0)) a[j] = 0;

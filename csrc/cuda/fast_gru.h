@@ -21,6 +21,7 @@ Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, bool backward, 
 
 // Enqueue all steps in one cooperative launch; `scratch`: plan.scratch_bytes, aligned to 16. As elementwise otherwise.
 Text steps(const fast_gru::Steps& p, const fast_gru::PersistentPlan& plan, void* scratch, CUstream_st* stream);
-Text steps_backward(const fast_gru::StepsBackward& p, const fast_gru::PersistentPlan& plan, void* scratch, CUstream_st* stream);
+Text steps_backward(const fast_gru::StepsBackward& p, const fast_gru::PersistentPlan& plan, void* scratch,
+                    CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

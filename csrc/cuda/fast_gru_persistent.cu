@@ -45,17 +45,20 @@ __global__ void __launch_bounds__(threads, 1)
     const int feature = feature_of(o);
     return feature < 0 || i >= C ? nullptr : vo + static_cast<int64_t>(i) * C + feature;
   });
-  share.template fetch<true>(plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, [&](int o, int i) -> const T* {
-    const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
-    return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
-  });
-  share.template fetch<true>(plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, [&](int o, int i) -> const T* {
-    const int hidden = share.hidden_of(o), half = hidden / R;
-    return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
-  });
+  share.template fetch<true>(
+      plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, [&](int o, int i) -> const T* {
+        const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
+        return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
+      });
+  share.template fetch<true>(
+      plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, [&](int o, int i) -> const T* {
+        const int hidden = share.hidden_of(o), half = hidden / R;
+        return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
+      });
 
   float sums[pairs], carry[pairs], z[pairs], candidate[pairs], before[pairs], r[pairs];
-  share.for_pairs(feature_of, [&](int i, int row, int feature) { carry[i] = p.carry[static_cast<int64_t>(row) * C + feature]; });
+  share.for_pairs(feature_of,
+                  [&](int i, int row, int feature) { carry[i] = p.carry[static_cast<int64_t>(row) * C + feature]; });
   const auto read_step = [&](int64_t step) {
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       const int64_t at = (step * M + row) * C + feature;
@@ -102,7 +105,8 @@ __global__ void __launch_bounds__(threads, 1)
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       const int64_t at = (first + row) * C + feature;
       carry[i] += sums[i] * r[i];
-      exchange_r[row * depth + feature] = static_cast<T*>(p.dr)[at] = narrow<T>(sums[i] * before[i] * r[i] * (1 - r[i]));
+      exchange_r[row * depth + feature] = static_cast<T*>(p.dr)[at] =
+          narrow<T>(sums[i] * before[i] * r[i] * (1 - r[i]));
       static_cast<T*>(p.gated)[at] = narrow<T>(r[i] * before[i]);
     });
     barrier.arrive();
@@ -118,7 +122,8 @@ __global__ void __launch_bounds__(threads, 1)
     share.for_pairs(feature_of, [&](int i, int, int) { carry[i] += sums[i]; });
     if (step == 0) break;
   }
-  share.for_pairs(feature_of, [&](int i, int row, int feature) { p.carry[static_cast<int64_t>(row) * C + feature] = carry[i]; });
+  share.for_pairs(feature_of,
+                  [&](int i, int row, int feature) { p.carry[static_cast<int64_t>(row) * C + feature] = carry[i]; });
 }
 
 }  // namespace

@@ -141,8 +141,7 @@ struct Share {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           partial[(warp * most_rows + 16 * m + 8 * (j / 2) + group) * fast_gru::partial_pitch + 8 * n + 2 * quad +
-                  j % 2] =
-              acc[m][n][j];
+                  j % 2] = acc[m][n][j];
     block_barrier();
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
@@ -272,7 +271,7 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
   share.template fetch<false>(
       plan.hidden_at, plan.weight_pitch, blocks * 8 * plan.hidden_units, inputs,
       [&](int o, int i) { return element(uo, share.hidden_from(first_block, o), C, first_input + i); });
-  const auto product_of_all = [&](float(&to)[pairs], const T* from, int64_t at, int units) {
+  const auto product_of_all = [&](float (&to)[pairs], const T* from, int64_t at, int units) {
     if constexpr (Clustered)
       share.sliced_product(to, from, depth, at, units);
     else
@@ -337,9 +336,8 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
     read_hidden(step + 1);
     barrier.wait();
   }
-  share.for_pairs(feature_of, [&](int i, int row, int feature) {
-    p.state[static_cast<int64_t>(row) * C + feature] = state[i];
-  });
+  share.for_pairs(feature_of,
+                  [&](int i, int row, int feature) { p.state[static_cast<int64_t>(row) * C + feature] = state[i]; });
 }
 
 template <typename Problem>

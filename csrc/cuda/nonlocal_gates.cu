@@ -14,10 +14,10 @@
 namespace rcu_ops::cuda {
 namespace {
 
-// ---- parts of the plain kernels --------------------------------------------------------------------------------------
+// ---- parts of the plain kernels -------------------------------------------------------------------------------------
 //
-// A map holds what a block's R rows have to do with other rows: map[column][row], a lane of every warp per row. All arithmetic
-// is in S: double for fp64, else float.
+// A map holds what a block's R rows have to do with other rows: map[column][row], a lane of every warp per row. All
+// arithmetic is in S: double for fp64, else float.
 
 constexpr int R = plain_relate_rows, threads = plain_relate_threads, warps = plain_relate_warps;
 constexpr int tile_columns = plain_relate_columns, depth = plain_relate_depth;
@@ -28,8 +28,8 @@ struct alignas(16) Lanes {
   S v[L];
 };
 
-// Rows of `dtype`, which is double where S is, and float, bf16 or half where S is float. The kernels know S alone: a branch that
-// all threads take alike around a loop that copies costs nothing, a kernel per dtype costs the build.
+// Rows of `dtype`, which is double where S is, and float, bf16 or half where S is float. The kernels know S alone: a
+// branch that all threads take alike around a loop that copies costs nothing, a kernel per dtype costs the build.
 struct Matrix {
   const void* data;
   int64_t first, row;  // element (i, k) is data[first + i * row + k]
@@ -40,10 +40,12 @@ __device__ __forceinline__ Matrix rows_at(const Rows& rows, int64_t b, int64_t g
   return {rows.data, b * rows.batch + g * rows.gate, rows.row};
 }
 
-// map[column][row] = left_row . right_column over `channels` numbers; rows beyond the last are zero. All threads; begins and
-// ends with a barrier. Sums of `depth` terms, then of these: one long sum would round more than a library's product does.
+// map[column][row] = left_row . right_column over `channels` numbers; rows beyond the last are zero. All threads;
+// begins and ends with a barrier. Sums of `depth` terms, then of these: one long sum would round more than a library's
+// product does.
 template <typename S>
-__device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64_t columns, int64_t channels, S* stage, S* map) {
+__device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64_t columns, int64_t channels, S* stage,
+                         S* map) {
   constexpr int left_pitch = R + plain_relate_pad, right_pitch = tile_columns + plain_relate_pad;
   S *a = stage, *b = stage + depth * left_pitch;
   const int my_row = threadIdx.x % (R / L) * L, my_column = threadIdx.x / (R / L) * 2;
@@ -56,7 +58,8 @@ __device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64
       const bool there = k0 + k < channels;
       with_numbers<S>(dtype, [&](auto type) {
         const auto* from_left = static_cast<const decltype(type)*>(left.data) + left.first + k0 + k;
-        const auto* from_right = static_cast<const decltype(type)*>(right.data) + right.first + column0 * right.row + k0 + k;
+        const auto* from_right =
+            static_cast<const decltype(type)*>(right.data) + right.first + column0 * right.row + k0 + k;
 #pragma unroll
         for (int r = threadIdx.x / depth; r < R; r += threads / depth)
           a[k * left_pitch + r] = there && r < rows ? widen(from_left[r * left.row]) : S(0);
@@ -94,12 +97,12 @@ __device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64
   block_barrier();
 }
 
-// total[i][j] += sum over c of map[c][L warp + i] * right_c[channel0 + lane + 32 j] for a slice of 32 J channels, leaving out the
-// c that are not alive: what stands in their rows is not even multiplied by zero. All threads; begins with a barrier, after which
-// `map` may be read.
+// total[i][j] += sum over c of map[c][L warp + i] * right_c[channel0 + lane + 32 j] for a slice of 32 J channels,
+// leaving out the c that are not alive: what stands in their rows is not even multiplied by zero. All threads; begins
+// with a barrier, after which `map` may be read.
 template <typename S, int J, typename Alive>
-__device__ void sums(DType dtype, const S* map, int64_t columns, Matrix right, int64_t channel0, int64_t channels, Alive alive,
-                     S* stage, S (&total)[L][J]) {
+__device__ void sums(DType dtype, const S* map, int64_t columns, Matrix right, int64_t channel0, int64_t channels,
+                     Alive alive, S* stage, S (&total)[L][J]) {
   constexpr int slice_width = 32 * J;
   const int lane = threadIdx.x % 32, my_row = threadIdx.x / 32 * L;
   const int width = channels - channel0 < slice_width ? static_cast<int>(channels - channel0) : slice_width;
@@ -138,7 +141,8 @@ __device__ __forceinline__ void for_results(const S (&total)[L][J], Visit visit)
 #pragma unroll
   for (int i = 0; i < L; ++i)
 #pragma unroll
-    for (int j = 0; j < J; ++j) visit(total[i][j], threadIdx.x / 32 * L + i, static_cast<int>(threadIdx.x % 32) + 32 * j);
+    for (int j = 0; j < J; ++j)
+      visit(total[i][j], threadIdx.x / 32 * L + i, static_cast<int>(threadIdx.x % 32) + 32 * j);
 }
 
 // Of one query, a lane's: over the keys seen so far the largest score, the sum of exp(score - peak) (under count: their
@@ -185,11 +189,11 @@ __device__ __forceinline__ S score_of(const Relation& r, bool sees, S product) {
   return sees ? static_cast<S>(r.scale) * product : r.count ? S(0) : -static_cast<S>(INFINITY);
 }
 
-// Takes a chunk of raw products into the statistics of this lane's query, and leaves the scores in the map. gradients: the
-// products of the gradient with the values, or nullptr.
+// Takes a chunk of raw products into the statistics of this lane's query, and leaves the scores in the map. gradients:
+// the products of the gradient with the values, or nullptr.
 template <typename S>
-__device__ void look_at(const Relation& r, const Visible& visible, int64_t key0, int64_t columns, S* map, const S* gradients,
-                        S* memory, Query<S>& query) {
+__device__ void look_at(const Relation& r, const Visible& visible, int64_t key0, int64_t columns, S* map,
+                        const S* gradients, S* memory, Query<S>& query) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto add = [](S x, S y) { return x + y; };
   S largest = -static_cast<S>(INFINITY), seen = 0;
@@ -234,33 +238,38 @@ __device__ __forceinline__ S score_gradient(const Relation& r, const Query<S>& q
   return r.count ? (sees ? scale * product / query.sum : S(0)) : scale * (weight * (product - query.delta));
 }
 
-// ---- forward, and the gates' part of the step's backward pass ----------------------------------------------------------
+// ---- forward, and the gates' part of the step's backward pass -------------------------------------------------------
 
 // out = w value (common/nonlocal_gates.h), any dtype.
 //
-// Work.     A block owns R queries of a sample (and gate, or all four gates) and every splits-th slice of channels. Scores:
-//           tiles of R x 64, channels staged 32 at a time; weights: lane = query, a warp takes every 8th key; results: R x 64
-//           (fp64: 32), keys staged 32 at a time, gate by gate into shared memory, where the cell update takes them.
-// Memory.   Shared memory as in PlainRelatePlan: a stage, the statistics of the rows, the results of a slice, and a map per gate
-//           (resident) or one for `chunk` keys, made again for every slice. No map ever leaves the block.
-// Order.    Scores: 32 terms, then sums of these; statistics: keys modulo 8, then the warps, then chunks; results: 32 keys, then
-//           sums of these. No atomics. All of it depends on shapes (and, beyond what fits, the size of shared memory) alone.
+// Work.     A block owns R queries of a sample (and gate, or all four gates) and every splits-th slice of channels.
+//           Scores: tiles of R x 64, channels staged 32 at a time; weights: lane = query, a warp takes every 8th key;
+//           results: R x 64 (fp64: 32), keys staged 32 at a time, gate by gate into shared memory, where the cell
+//           update takes them.
+// Memory.   Shared memory as in PlainRelatePlan: a stage, the statistics of the rows, the results of a slice, and a map
+//           per gate (resident) or one for `chunk` keys, made again for every slice. No map ever leaves the block.
+// Order.    Scores: 32 terms, then sums of these; statistics: keys modulo 8, then the warps, then chunks; results: 32
+//           keys, then sums of these. No atomics. All of it depends on shapes (and, beyond what fits, the size of
+//           shared memory) alone.
 // Output.   Every element has one writer; dead queries get zeros whatever the values are.
-// Bound.    Arithmetic: 2 M (D splits + E) FLOP per query and gate on the FMA units, from shared memory: 3 reads for 8 FMAs, so
-//           half of the FMA rate at best. Bytes: a sample's rows once per 32 queries.
+// Bound.    Arithmetic: 2 M (D splits + E) FLOP per query and gate on the FMA units, from shared memory: 3 reads for 8
+//           FMAs, so half of the FMA rate at best. Bytes: a sample's rows once per 32 queries.
 template <typename S>
-__global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(const Forward p, const PlainRelatePlan plan) {
+__global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
+    plain_relate(const Forward p, const PlainRelatePlan plan) {
   constexpr int width = plain_relate_slice_bytes / static_cast<int>(sizeof(S)), J = width / 32;
   const Relation& r = p.relation;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const PlainRelatePlace at = place_of(plan, blockIdx.x, r.N);
-  const int64_t problem_gates = p.gates == 1 ? r.G : 1, b = at.problem / problem_gates, gate0 = at.problem % problem_gates;
+  const int64_t problem_gates = p.gates == 1 ? r.G : 1, b = at.problem / problem_gates,
+                gate0 = at.problem % problem_gates;
   S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *peaks = memory + warps * R;
   S *totals = peaks + 4 * R, *results = dynamic_shared<S>(plan.results_at);  // [gate][row][channel]
   const Visible visible = visible_from(r, b, at.row0 + lane);
 
   // The first round over the keys is for the statistics alone, every other one for a slice.
-  for (int64_t channel0 = -width; channel0 < r.E; channel0 += channel0 < 0 ? (at.split + 1) * width : plan.splits * width) {
+  for (int64_t channel0 = -width; channel0 < r.E;
+       channel0 += channel0 < 0 ? (at.split + 1) * width : plan.splits * width) {
     const bool first = channel0 < 0;
     for (int gate = 0; gate < p.gates; ++gate) {
       S* map = dynamic_shared<S>(plan.maps_at + (plan.resident ? gate * plan.map_bytes : 0));
@@ -281,8 +290,9 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(
             map[c * R + lane] = weight_of(r, query, first ? made : score_of(r, visible(key0 + c), made));
           }
         if (!first)
-          sums<S, J>(r.dtype, map, columns, rows_at(r.value, b, gate0 + gate).from(key0), channel0, r.E,
-                     [](int64_t) { return true; }, stage, total);
+          sums<S, J>(
+              r.dtype, map, columns, rows_at(r.value, b, gate0 + gate).from(key0), channel0, r.E,
+              [](int64_t) { return true; }, stage, total);
       }
       if (first) {
         if (warp == 0) peaks[gate * R + lane] = query.peak, totals[gate * R + lane] = query.sum;
@@ -301,20 +311,21 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2) plain_relate(
         store_number<S>(p.out.data, r.dtype, rows_at(p.out, b, gate0).from(n).first + channel, results[i]);
         continue;
       }
-      const S relation[4] = {results[i], results[R * width + i], results[2 * R * width + i], results[3 * R * width + i]};
+      const S relation[4] = {results[i], results[R * width + i], results[2 * R * width + i],
+                             results[3 * R * width + i]};
       update_cell(p, b, n, channel, relation);
     }
   }
 }
 
-// ---- gradients ---------------------------------------------------------------------------------------------------------
+// ---- gradients ------------------------------------------------------------------------------------------------------
 
 constexpr int gradient_width = plain_gradient_slice, gradient_lanes = gradient_width / 32;
 
 // dquery, and peak, sum and delta [3][B G N] of every query for the keys' kernel.
 //
-// Work.     As plain_relate, with a second map for the products of the gradient with the values, which becomes that of the
-//           scores' gradients; slices are of dquery's channels, results stay in registers.
+// Work.     As plain_relate, with a second map for the products of the gradient with the values, which becomes that of
+//           the scores' gradients; slices are of dquery's channels, results stay in registers.
 // Output.   dquery by whoever owns the rows and the slice, the numbers by the first of the blocks that share the rows.
 // Bound.    2 M ((D + E) splits + D) FLOP per query.
 template <typename S>
@@ -335,10 +346,10 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
     for (int64_t key0 = 0; key0 < r.M; key0 += plan.chunk) {
       const int64_t columns = r.M - key0 < plan.chunk ? r.M - key0 : plan.chunk;
       if (first || !plan.resident) {
-        products<S>(r.dtype, rows_at(r.query, b, g).from(at.row0), at.rows, rows_at(r.key, b, g).from(key0), columns, r.D, stage,
-                    weights);
-        products<S>(r.dtype, rows_at(p.grad, b, g).from(at.row0), at.rows, rows_at(r.value, b, g).from(key0), columns, r.E, stage,
-                    gradients);
+        products<S>(r.dtype, rows_at(r.query, b, g).from(at.row0), at.rows, rows_at(r.key, b, g).from(key0), columns,
+                    r.D, stage, weights);
+        products<S>(r.dtype, rows_at(p.grad, b, g).from(at.row0), at.rows, rows_at(r.value, b, g).from(key0), columns,
+                    r.E, stage, gradients);
         if (first) {
           look_at<S>(r, visible, key0, columns, weights, gradients, memory, query);
           if (key0 + columns == r.M) query.delta /= query.divisor();
@@ -347,12 +358,14 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
           for (int64_t c = warp; c < columns; c += warps) {
             const bool sees = visible(key0 + c);
             const S score = first ? weights[c * R + lane] : score_of(r, sees, weights[c * R + lane]);
-            gradients[c * R + lane] = score_gradient(r, query, sees, weight_of(r, query, score), gradients[c * R + lane]);
+            gradients[c * R + lane] =
+                score_gradient(r, query, sees, weight_of(r, query, score), gradients[c * R + lane]);
           }
       }
       if (!first)
-        sums<S, gradient_lanes>(r.dtype, gradients, columns, rows_at(r.key, b, g).from(key0), channel0, r.D,
-                                [](int64_t) { return true; }, stage, total);
+        sums<S, gradient_lanes>(
+            r.dtype, gradients, columns, rows_at(r.key, b, g).from(key0), channel0, r.D, [](int64_t) { return true; },
+            stage, total);
     }
     if (first) {
       if (warp == 0) totals[lane] = query.sum;
@@ -373,9 +386,10 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
 
 // dkey and dvalue, from the numbers that plain_query_gradient left.
 //
-// Work.     A block owns R keys of a sample and gate and every splits-th slice of the channels of key and then of value; maps are
-//           its keys against the queries, made again from the inputs.
-// Output.   Every element has one writer. Rows of dead queries are left out of the sums, so nothing in them reaches a key.
+// Work.     A block owns R keys of a sample and gate and every splits-th slice of the channels of key and then of
+//           value; maps are its keys against the queries, made again from the inputs.
+// Output.   Every element has one writer. Rows of dead queries are left out of the sums, so nothing in them reaches a
+//           key.
 // Bound.    2 N (D + E) (1 + splits) FLOP per key.
 template <typename S>
 __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
@@ -397,10 +411,10 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
     for (int64_t query0 = 0; query0 < r.N; query0 += plan.chunk) {
       const int64_t columns = r.N - query0 < plan.chunk ? r.N - query0 : plan.chunk;
       if (slice == at.split || !plan.resident) {
-        products<S>(r.dtype, rows_at(r.key, b, g).from(at.row0), at.rows, rows_at(r.query, b, g).from(query0), columns, r.D,
-                    stage, weights);
-        products<S>(r.dtype, rows_at(r.value, b, g).from(at.row0), at.rows, rows_at(p.grad, b, g).from(query0), columns, r.E,
-                    stage, gradients);
+        products<S>(r.dtype, rows_at(r.key, b, g).from(at.row0), at.rows, rows_at(r.query, b, g).from(query0), columns,
+                    r.D, stage, weights);
+        products<S>(r.dtype, rows_at(r.value, b, g).from(at.row0), at.rows, rows_at(p.grad, b, g).from(query0), columns,
+                    r.E, stage, gradients);
         for (int64_t c = warp; c < columns; c += warps) {
           Query<S> query;
           query.peak = peaks[query0 + c], query.sum = totals[query0 + c], query.delta = deltas[query0 + c];
@@ -410,24 +424,27 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
           weights[c * R + lane] = weight;
         }
       }
-      sums<S, gradient_lanes>(r.dtype, of_key ? gradients : weights, columns, rows_at(right, b, g).from(query0), channel0,
-                              channels, [&](int64_t c) { return totals[query0 + c] != 0; }, stage, total);
+      sums<S, gradient_lanes>(
+          r.dtype, of_key ? gradients : weights, columns, rows_at(right, b, g).from(query0), channel0, channels,
+          [&](int64_t c) { return totals[query0 + c] != 0; }, stage, total);
     }
     for_results(total, [&](S value, int row, int channel) {
       if (row < at.rows && channel0 + channel < channels)
-        store_number<S>(result.data, r.dtype, rows_at(result, b, g).from(at.row0 + row).first + channel0 + channel, value);
+        store_number<S>(result.data, r.dtype, rows_at(result, b, g).from(at.row0 + row).first + channel0 + channel,
+                        value);
     });
   }
 }
 
-// ---- launches ------------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 template <typename Kernel, typename Problem, typename... More>
-Error launch_plain(const char* name, Kernel kernel, const Problem& p, const PlainRelatePlan& plan, Stream stream, More... more) {
+Error launch_plain(const char* name, Kernel kernel, const Problem& p, const PlainRelatePlan& plan, Stream stream,
+                   More... more) {
   if (plan.blocks == 0) return {};
   if (plan.blocks > most_blocks) return Text(name) + ": too many rows for one launch";
-  return launch(name, kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), static_cast<size_t>(plan.shared_bytes),
-                stream, p, plan, more...);
+  return launch(name, kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads),
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan, more...);
 }
 
 Error launch_forward(const Forward& p, Stream stream, RelateKernel kernel) {
@@ -442,8 +459,8 @@ Error launch_forward(const Forward& p, Stream stream, RelateKernel kernel) {
     }
   }
   const PlainRelatePlan plan = p.gates == 1 ? plan_plain_attend(r, gpu) : plan_plain_step(r, gpu);
-  return launch_plain("nonlocal_gates plain_relate", r.dtype == DType::f64 ? plain_relate<double> : plain_relate<float>, p, plan,
-                      stream);
+  return launch_plain("nonlocal_gates plain_relate", r.dtype == DType::f64 ? plain_relate<double> : plain_relate<float>,
+                      p, plan, stream);
 }
 
 template <typename S>
@@ -459,8 +476,8 @@ Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream, Relate
                                  plan_plain_query_gradient(p.relation, gpu), stream, queries);
       !error.empty())
     return error;
-  return launch_plain("nonlocal_gates plain_key_gradient", plain_key_gradient<S>, p, plan_plain_key_gradient(p.relation, gpu),
-                      stream, queries);
+  return launch_plain("nonlocal_gates plain_key_gradient", plain_key_gradient<S>, p,
+                      plan_plain_key_gradient(p.relation, gpu), stream, queries);
 }
 
 }  // namespace

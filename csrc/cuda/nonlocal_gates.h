@@ -23,8 +23,9 @@ Scratch scratch_of(const AttentionGrad& problem);
 Scratch scratch_of(const Step& problem);
 Scratch scratch_of(const StepGrad& problem);
 
-// Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or an
-// empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph. Outputs overlap no input.
+// Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error,
+// or an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph. Outputs
+// overlap no input.
 Text relate(const Attention& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
 Text relate(const AttentionGrad& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);
 Text relate(const Step& problem, void* scratch, CUstream_st* stream, RelateKernel kernel = RelateKernel::best);

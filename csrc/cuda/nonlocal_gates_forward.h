@@ -1,4 +1,5 @@
-// What the forward kernels of nonlocal_gates share: the problem as they get it, numbers of any dtype, and the cell update.
+// What the forward kernels of nonlocal_gates share: the problem as they get it, numbers of any dtype, and the cell
+// update.
 #pragma once
 
 #include "common/nonlocal_gates.h"
@@ -7,8 +8,8 @@
 
 namespace rcu_ops::cuda {
 
-// Whose results a kernel writes: of Attention (gates = 1: out), of Step (gates = 4: h and c), or, with dx_gates, the first part
-// of StepGrad: dx_gates and dcell.
+// Whose results a kernel writes: of Attention (gates = 1: out), of Step (gates = 4: h and c), or, with dx_gates, the
+// first part of StepGrad: dx_gates and dcell.
 struct Forward {
   Relation relation;
   int gates = 1;
@@ -47,8 +48,10 @@ __device__ __forceinline__ S sigmoid(S x) {
 
 // One element of a step, or of its backward pass, from the relations of its four gates.
 template <typename S>
-__device__ __forceinline__ void update_cell(const Forward& p, int64_t b, int64_t n, int64_t channel, const S (&relation)[4]) {
-  const DType dtype = p.relation.dtype, state = sizeof(S) == 8 ? DType::f64 : DType::f32, cell = p.cell_is_state ? state : dtype;
+__device__ __forceinline__ void update_cell(const Forward& p, int64_t b, int64_t n, int64_t channel,
+                                            const S (&relation)[4]) {
+  const DType dtype = p.relation.dtype, state = sizeof(S) == 8 ? DType::f64 : DType::f32,
+              cell = p.cell_is_state ? state : dtype;
   const auto place = [&](const Rows& rows) { return b * rows.batch + n * rows.row + channel; };
   S a[4];
 #pragma unroll
@@ -56,7 +59,8 @@ __device__ __forceinline__ void update_cell(const Forward& p, int64_t b, int64_t
     a[gate] = relation[gate] + load_number<S>(p.x_gates.data, dtype, place(p.x_gates) + gate * p.x_gates.gate);
     a[gate] = gate < 3 ? sigmoid(a[gate]) : tanh(a[gate]);
   }
-  const S before = load_number<S>(p.cell.data, cell, place(p.cell)), after = a[1] * before + a[0] * a[3], squashed = tanh(after);
+  const S before = load_number<S>(p.cell.data, cell, place(p.cell)), after = a[1] * before + a[0] * a[3],
+          squashed = tanh(after);
   if (!p.dx_gates.data) {
     store_number<S>(p.c.data, state, place(p.c), after);
     store_number<S>(p.h.data, dtype, place(p.h), a[2] * squashed);

@@ -4,31 +4,34 @@
 namespace rcu_ops::cuda {
 namespace {
 
-// dquery and the queries' statistics (OfKeys false), or dkey and dvalue (true), for T in {bf16, half}; see AttentionGrad.
+// dquery and the queries' statistics (OfKeys false), or dkey and dvalue (true), for T in {bf16, half}; see
+// AttentionGrad.
 //
-// Work.     A block owns 32 rows of one sample and gate: queries and their gradients, or keys and their values. First two maps of
-//           its rows against all rows on the other side, in tiles of 32 x 64: the scores, and the products of gradients and
-//           values; 64 channels at a time are staged by cp.async while the stage before is multiplied. Then a warp per row makes
-//           weights and the scores' gradients of them. Then slices of 128 channels of the results, 32 rows of the other side
-//           staged at a time. Of the 8 warps, four by four take 16 rows, each its quarter of the columns.
+// Work.     A block owns 32 rows of one sample and gate: queries and their gradients, or keys and their values. First
+//           two maps of its rows against all rows on the other side, in tiles of 32 x 64: the scores, and the products
+//           of gradients and values; 64 channels at a time are staged by cp.async while the stage before is multiplied.
+//           Then a warp per row makes weights and the scores' gradients of them. Then slices of 128 channels of the
+//           results, 32 rows of the other side staged at a time. Of the 8 warps, four by four take 16 rows, each its
+//           quarter of the columns.
 // Shares.   `shares` blocks have the same rows: each makes the maps, and every shares-th slice of the results.
-// Scratch.  queries [3][B G N] fp32: of every query the peak, the sum and delta. Written by the queries' kernel, read by the keys',
-//           which computes the weights from them again. No map leaves a block.
-// Memory.   Shared memory as in TileGradientPlan. A row of a map is read whole by its warp and overwritten by half as many bytes;
-//           rows are 16 bytes more than a multiple of 128, and words of a stage exchanged by the row's number, so that eight rows
-//           of one column lie in different banks.
+// Scratch.  queries [3][B G N] fp32: of every query the peak, the sum and delta. Written by the queries' kernel, read
+//           by the keys', which computes the weights from them again. No map leaves a block.
+// Memory.   Shared memory as in TileGradientPlan. A row of a map is read whole by its warp and overwritten by half as
+//           many bytes; rows are 16 bytes more than a multiple of 128, and words of a stage exchanged by the row's
+//           number, so that eight rows of one column lie in different banks.
 // Order.    The matrix unit's, stages in order; sums over keys by shuffles. It depends on shapes alone. No atomics.
 // Rounding. Weights and the scores' gradients are rounded to T for the second products, as in eager PyTorch.
-// Padding.  Words beyond the last row or channel are zeros in the stage; what is not seen has weight and gradient zero. Rows of
-//           dead queries are zeros in the keys' stages, so nothing in them reaches a key.
+// Padding.  Words beyond the last row or channel are zeros in the stage; what is not seen has weight and gradient zero.
+//           Rows of dead queries are zeros in the keys' stages, so nothing in them reaches a key.
 // Output.   Every element has one writer. dquery, dkey and dvalue overlap no input.
-// Bound.    L2: a block reads its rows and all rows of the other side once for the maps, and the latter again for the results. At
-//           B = 24, four gates, P = 49, D = E = 1024 the queries' kernel reads 82 MB for 2.5 GFLOP, the keys' 101 MB for 3.2,
-//           from L2; memory moves 67 MB, 16 us at 4.3 TB/s (arithmetic).
+// Bound.    L2: a block reads its rows and all rows of the other side once for the maps, and the latter again for the
+//           results. At B = 24, four gates, P = 49, D = E = 1024 the queries' kernel reads 82 MB for 2.5 GFLOP, the
+//           keys' 101 MB for 3.2, from L2; memory moves 67 MB, 16 us at 4.3 TB/s (arithmetic).
 template <typename T, bool OfKeys>
 __global__ void __launch_bounds__(tile_relate_threads, 2)
     tile_gradient(const AttentionGrad p, const TileGradientPlan plan, float* queries) {
-  constexpr int R = tile_gradient_rows, threads = tile_relate_threads, warps = threads / 32, others = tile_gradient_others;
+  constexpr int R = tile_gradient_rows, threads = tile_relate_threads, warps = threads / 32,
+                others = tile_gradient_others;
   constexpr int depth = tile_gradient_depth, width = tile_gradient_slice, most = tile_relate_most_keys / 64;
   const Relation& r = p.relation;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row16 = warp / 4 * 16, quarter = warp % 4;
@@ -40,8 +43,12 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
   float *maps = dynamic_shared<float>(), *totals = dynamic_shared<float>(plan.totals_at);
   float *peaks_of = queries + problem * r.N, *totals_of = peaks_of + all, *deltas_of = totals_of + all;
   const auto row_of = [&](int map, int row) { return maps + (map * R + row) * pitch; };
-  const auto slot_of = [&](int stage) { return dynamic_shared<unsigned char>(plan.stages_at + stage % 2 * plan.stage_bytes); };
-  const auto first_of = [&](const Rows& rows) { return static_cast<const T*>(rows.data) + b * rows.batch + g * rows.gate; };
+  const auto slot_of = [&](int stage) {
+    return dynamic_shared<unsigned char>(plan.stages_at + stage % 2 * plan.stage_bytes);
+  };
+  const auto first_of = [&](const Rows& rows) {
+    return static_cast<const T*>(rows.data) + b * rows.batch + g * rows.gate;
+  };
 
   // ---- the maps: 0 the scores, 1 the products of gradients and values ----
   const auto product_word = [](int row, int word) { return row * (2 * depth) + (word ^ (row % 8)) * 16; };
@@ -71,7 +78,8 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
             for (int k = 0; k < depth / 16; ++k) {
               uint32_t a[4], c[4];
               load_matrix<4, false>(a, slot + product_word(row16 + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
-              load_matrix<4, false>(c, slot + product_word(R + 16 * quarter + tile / 2 * 8 + tile_row, 2 * k + tile % 2));
+              load_matrix<4, false>(c,
+                                    slot + product_word(R + 16 * quarter + tile / 2 * 8 + tile_row, 2 * k + tile % 2));
               const uint32_t first[2] = {c[0], c[1]}, second[2] = {c[2], c[3]};
               mma_m16n8k16<T>(acc[0], a, first);
               mma_m16n8k16<T>(acc[1], a, second);
@@ -125,7 +133,8 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
           if (sees[t][j]) delta += weight[t][j] * gradient[t][j];
         }
 #pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) total += shuffle_xor(total, distance), delta += shuffle_xor(delta, distance);
+      for (int distance = 16; distance > 0; distance /= 2)
+        total += shuffle_xor(total, distance), delta += shuffle_xor(delta, distance);
       const float divisor = total == 0 ? 1.0f : total;  // dead: zeros stay zeros
       delta = r.count ? 0.0f : delta / divisor;
 #pragma unroll
@@ -176,7 +185,8 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
   const int64_t of_d = (r.D + width - 1) / width, slices = of_d + (OfKeys ? (r.E + width - 1) / width : 0);
   for (int64_t slice = share; slice < slices; slice += plan.shares) {
     const bool of_value = OfKeys && slice >= of_d;
-    const Rows &right = of_value ? p.grad : (OfKeys ? r.query : r.key), &out = of_value ? p.dvalue : (OfKeys ? p.dkey : p.dquery);
+    const Rows &right = of_value ? p.grad : (OfKeys ? r.query : r.key),
+               &out = of_value ? p.dvalue : (OfKeys ? p.dkey : p.dquery);
     const int64_t channel0 = (of_value ? slice - of_d : slice) * width, channels = of_value ? r.E : r.D;
     const T* from = first_of(right);
     float acc[4][4] = {};
@@ -223,11 +233,11 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
 }
 
 template <typename T>
-Error launch_as(const AttentionGrad& p, const TileGradientPlan& of_queries, const TileGradientPlan& of_keys, float* queries,
-                Stream stream) {
+Error launch_as(const AttentionGrad& p, const TileGradientPlan& of_queries, const TileGradientPlan& of_keys,
+                float* queries, Stream stream) {
   const auto go = [&](auto kernel, const TileGradientPlan& plan) {
-    return launch("nonlocal_gates tile_gradient", kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(tile_relate_threads),
-                  static_cast<size_t>(plan.shared_bytes), stream, p, plan, queries);
+    return launch("nonlocal_gates tile_gradient", kernel, dim3(static_cast<unsigned>(plan.blocks)),
+                  dim3(tile_relate_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan, queries);
   };
   if (Error error = go(tile_gradient<T, false>, of_queries); !error.empty()) return error;
   return go(tile_gradient<T, true>, of_keys);
@@ -237,7 +247,8 @@ Error launch_as(const AttentionGrad& p, const TileGradientPlan& of_queries, cons
 
 Error launch_tile_gradients(const AttentionGrad& p, const TileGradientPlan& of_queries, const TileGradientPlan& of_keys,
                             float* queries, Stream stream) {
-  if (of_queries.blocks > most_blocks || of_keys.blocks > most_blocks) return "nonlocal_gates: too many rows for one launch";
+  if (of_queries.blocks > most_blocks || of_keys.blocks > most_blocks)
+    return "nonlocal_gates: too many rows for one launch";
   return p.relation.dtype == DType::bf16 ? launch_as<__nv_bfloat16>(p, of_queries, of_keys, queries, stream)
                                          : launch_as<__half>(p, of_queries, of_keys, queries, stream);
 }

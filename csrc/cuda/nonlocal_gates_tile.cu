@@ -16,8 +16,8 @@ Error launch_tile_relate(const Forward& p, const TileRelatePlan& plan, Stream st
   const bool one = plan.rows == 16, bf16 = p.relation.dtype == DType::bf16;
   const auto kernel = bf16 ? (one ? tile_relate<__nv_bfloat16, 1> : tile_relate<__nv_bfloat16, 2>)
                            : (one ? tile_relate<__half, 1> : tile_relate<__half, 2>);
-  return launch("nonlocal_gates tile_relate", kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(tile_relate_threads),
-                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
+  return launch("nonlocal_gates tile_relate", kernel, dim3(static_cast<unsigned>(plan.blocks)),
+                dim3(tile_relate_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 }  // namespace rcu_ops::cuda

@@ -1,4 +1,5 @@
-// nonlocal_gates on the matrix unit: 16-bit data and up to 256 keys, with blocks alone or in clusters; and the launches of both.
+// nonlocal_gates on the matrix unit: 16-bit data and up to 256 keys, with blocks alone or in clusters; and the launches
+// of both.
 #pragma once
 
 #include "common/nonlocal_gates_gpu_plan.h"
@@ -17,10 +18,12 @@
 namespace rcu_ops::cuda {
 
 Error launch_tile_relate(const Forward& problem, const TileRelatePlan& plan, Stream stream);
-Error launch_cluster_relate(const Forward& problem, const TileRelatePlan& plan, Stream stream);  // nonlocal_gates_sm90.cu
+// nonlocal_gates_sm90.cu.
+Error launch_cluster_relate(const Forward& problem, const TileRelatePlan& plan, Stream stream);
 
-Error launch_tile_gradients(const AttentionGrad& problem, const TileGradientPlan& of_queries, const TileGradientPlan& of_keys,
-                            float* queries, Stream stream);  // nonlocal_gates_gradients.cu
+Error launch_tile_gradients(const AttentionGrad& problem, const TileGradientPlan& of_queries,
+                            const TileGradientPlan& of_keys, float* queries,
+                            Stream stream);  // nonlocal_gates_gradients.cu
 
 struct alignas(16) Word {
   uint32_t v[4];
@@ -50,24 +53,27 @@ __device__ __forceinline__ void staged(int stages, Slot slot_of, Fetch fetch, Ta
 
 // out = w value (common/nonlocal_gates.h) for T in {bf16, half}, MT in {1, 2}.
 //
-// Work.     A block owns 16 MT queries of four relations: the four gates of a sample, or four problems of an attention. Two of
-//           its 8 warps take each. Scores: tiles of 16 MT x 64 keys, the channels staged 32 at a time by cp.async while the
-//           stage before is multiplied; weights: a warp per query; results: slices of 64 channels, values staged 32 keys at a
-//           time in the same way; then the cell update.
-// Shares.   `shares` blocks have the same queries. Alone, each computes all scores, and every shares-th slice of results. In a
-//           cluster (Clustered) each multiplies every shares-th stage of channels; the partial scores are added in the order of
-//           the ranks by the block that owns the query, through distributed shared memory, and its weights go to all: every
-//           query, key and value is then read once per 16 MT queries, and h and c are written once.
-// Memory.   Shared memory as in TileRelatePlan: scores in fp32, [4][16 MT][padded + 8], whose place the results take; weights in
-//           T, the same pitch; the sums that divided them; two stages. A row of a stage is 64 or 128 bytes without padding, its
-//           16-byte words exchanged by the row's number, so that eight rows of one column lie in different banks.
-// Order.    The matrix unit's, stages in order, ranks in order; sums over keys by shuffles. It depends on shapes and the number
-//           of shares alone. No atomics.
+// Work.     A block owns 16 MT queries of four relations: the four gates of a sample, or four problems of an attention.
+//           Two of its 8 warps take each. Scores: tiles of 16 MT x 64 keys, the channels staged 32 at a time by
+//           cp.async while the stage before is multiplied; weights: a warp per query; results: slices of 64 channels,
+//           values staged 32 keys at a time in the same way; then the cell update.
+// Shares.   `shares` blocks have the same queries. Alone, each computes all scores, and every shares-th slice of
+//           results. In a cluster (Clustered) each multiplies every shares-th stage of channels; the partial scores are
+//           added in the order of the ranks by the block that owns the query, through distributed shared memory, and
+//           its weights go to all: every query, key and value is then read once per 16 MT queries, and h and c are
+//           written once.
+// Memory.   Shared memory as in TileRelatePlan: scores in fp32, [4][16 MT][padded + 8], whose place the results take;
+//           weights in T, the same pitch; the sums that divided them; two stages. A row of a stage is 64 or 128 bytes
+//           without padding, its 16-byte words exchanged by the row's number, so that eight rows of one column lie in
+//           different banks.
+// Order.    The matrix unit's, stages in order, ranks in order; sums over keys by shuffles. It depends on shapes and
+//           the number of shares alone. No atomics.
 // Rounding. Weights are rounded to T for the second product, as in eager PyTorch; scores are not.
-// Padding.  Words beyond the last row, key or channel are zeros in the stage; weights of keys that are not there are zero.
+// Padding.  Words beyond the last row, key or channel are zeros in the stage; weights of keys that are not there are
+//           zero.
 // Output.   Every element has one writer; dead queries get zeros whatever the values are.
-// Bound.    Alone, L2: D (keys and queries) per block and share. In clusters memory: at B = 24, P = 49, D = E = 1024 about 45 MB
-//           for 0.9 GFLOP, 11 us at 4.3 TB/s.
+// Bound.    Alone, L2: D (keys and queries) per block and share. In clusters memory: at B = 24, P = 49, D = E = 1024
+//           about 45 MB for 0.9 GFLOP, 11 us at 4.3 TB/s.
 template <typename T, int MT, bool Clustered>
 __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRelatePlan& plan) {
   constexpr int RT = 16 * MT, threads = tile_relate_threads, warps = threads / 32, keys = tile_relate_keys;
@@ -79,7 +85,9 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
   const int64_t row0 = blockIdx.x / plan.shares % plan.tiles * RT, group = blockIdx.x / plan.shares / plan.tiles;
   float *scores = dynamic_shared<float>(), *sums = dynamic_shared<float>(plan.sums_at);
   T* weights = dynamic_shared<T>(plan.weights_at);
-  const auto slot_of = [&](int stage) { return dynamic_shared<unsigned char>(plan.stages_at + stage % 2 * plan.stage_bytes); };
+  const auto slot_of = [&](int stage) {
+    return dynamic_shared<unsigned char>(plan.stages_at + stage % 2 * plan.stage_bytes);
+  };
   const auto barrier_of_shares = [] {
     if constexpr (Clustered)
       cluster_barrier();
@@ -131,7 +139,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
 
   // ---- scores: a stage holds the queries of the four relations, then 64 of their keys, 32 channels of each ----
   const auto score_word = [](int row, int word) { return row * 64 + (word ^ (row / 2 % 4)) * 16; };
-  const int all_stages = static_cast<int>((r.D + 31) / 32), step = Clustered ? plan.shares : 1, begin = Clustered ? share : 0;
+  const int all_stages = static_cast<int>((r.D + 31) / 32), step = Clustered ? plan.shares : 1,
+            begin = Clustered ? share : 0;
   const int stages = all_stages > begin ? (all_stages - begin + step - 1) / step : 0;
   for (int key0 = 0; key0 < padded; key0 += keys) {
     clear();
@@ -157,7 +166,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
             uint32_t a[MT][4], b[4];
 #pragma unroll
             for (int m = 0; m < MT; ++m)
-              load_matrix<4, false>(a[m], slot + score_word(gate * RT + 16 * m + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
+              load_matrix<4, false>(a[m],
+                                    slot + score_word(gate * RT + 16 * m + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
 #pragma unroll
             for (int n = 0; n < 4; n += 2) {
               const int row = 4 * RT + gate * keys + half * 32 + 8 * n + tile / 2 * 8 + tile_row;
@@ -171,7 +181,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
   barrier_of_shares();  // all scores are there
 
   // ---- weights: a warp per query, a lane for keys 64 t + 2 lane and + 1 ----
-  for (int query = (Clustered ? share * warps : 0) + warp; query < 4 * RT; query += (Clustered ? plan.shares : 1) * warps) {
+  for (int query = (Clustered ? share * warps : 0) + warp; query < 4 * RT;
+       query += (Clustered ? plan.shares : 1) * warps) {
     constexpr int most = tile_relate_most_keys / 64;
     int64_t b, g;
     const int64_t n = row0 + query % RT;
@@ -243,7 +254,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
           for (int q = 0; q < 4; ++q) {
             const T* first = first_of(r.value, q);
             const bool there = first && 32 * i + key < r.M && channel < r.E;
-            copy_word(slot + value_word(32 * q + key, word), there ? first + (32 * i + key) * r.value.row + channel : nullptr);
+            copy_word(slot + value_word(32 * q + key, word),
+                      there ? first + (32 * i + key) * r.value.row + channel : nullptr);
           }
         },
         [&](int i, unsigned char* slot) {
@@ -252,11 +264,12 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
             uint32_t a[MT][4], b[4];
 #pragma unroll
             for (int m = 0; m < MT; ++m)
-              load_matrix<4, false>(a[m], weights + (gate * RT + 16 * m + tile % 2 * 8 + tile_row) * pitch + 32 * i + 16 * k +
-                                              tile / 2 * 8);
+              load_matrix<4, false>(a[m], weights + (gate * RT + 16 * m + tile % 2 * 8 + tile_row) * pitch + 32 * i +
+                                              16 * k + tile / 2 * 8);
 #pragma unroll
             for (int n = 0; n < 4; n += 2) {
-              load_matrix<4, true>(b, slot + value_word(32 * gate + 16 * k + tile % 2 * 8 + tile_row, 4 * half + n + tile / 2));
+              load_matrix<4, true>(
+                  b, slot + value_word(32 * gate + 16 * k + tile % 2 * 8 + tile_row, 4 * half + n + tile / 2));
               multiply(a, b, n);
             }
           }
@@ -279,7 +292,8 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
       for (int q = 0; q < 4; ++q) {
         int64_t b, g;
         if (problem_of(q, b, g))
-          static_cast<T*>(p.out.data)[b * p.out.batch + g * p.out.gate + n * p.out.row + channel] = narrow<T>(relation[q]);
+          static_cast<T*>(p.out.data)[b * p.out.batch + g * p.out.gate + n * p.out.row + channel] =
+              narrow<T>(relation[q]);
       }
     }
   }

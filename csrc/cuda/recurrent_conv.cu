@@ -16,8 +16,8 @@ namespace {
 
 // ---- the plain scan ----------------------------------------------------------------------------------------------
 
-// W[row0 .. row0 + rows) of input channels x [column0 .. column0 + columns) of output channels, transposed and widened, to
-// weight[input][output]; zeros beyond C up to the next multiple of plain_lanes. All threads of the block.
+// W[row0 .. row0 + rows) of input channels x [column0 .. column0 + columns) of output channels, transposed and widened,
+// to weight[input][output]; zeros beyond C up to the next multiple of plain_lanes. All threads of the block.
 template <typename T, typename S>
 __device__ void stage_weight(const Scan& p, S* weight, int64_t pitch, int64_t input0, int64_t inputs, int64_t output0,
                              int64_t outputs) {
@@ -25,29 +25,28 @@ __device__ void stage_weight(const Scan& p, S* weight, int64_t pitch, int64_t in
   for (int64_t i = threadIdx.x; i < inputs * outputs; i += blockDim.x) {
     const bool along_inputs = p.weight_in == 1;
     const int64_t input = along_inputs ? i % inputs : i / outputs, output = along_inputs ? i / inputs : i % outputs;
-    weight[input * pitch + output] = output0 + output < p.C
-                                         ? widen(w[(output0 + output) * p.weight_out + (input0 + input) * p.weight_in])
-                                         : S(0);
+    weight[input * pitch + output] =
+        output0 + output < p.C ? widen(w[(output0 + output) * p.weight_out + (input0 + input) * p.weight_in]) : S(0);
   }
 }
 
 // One scan over time (common/recurrent_conv.h), any C, any strides, T in {double, float, bf16, half}, arithmetic in
 // S = Accumulator<T>.
 //
-// Work.     A block owns plan.positions columns for all frames. Per frame: x is copied into the new state (phase 1), every
-//           thread adds W times the old state for its 4 channels x 4 columns, one range of plan.channels output channels
-//           after the other (phase 2), and the new state is copied out as y (phase 3). Copies run along whichever of
-//           channels and columns is contiguous in that tensor.
-// Memory.   Shared: five offsets per column; two copies of the state [C][state_pitch], the old and the new one, which change
-//           places every frame (in `scratch`, one pair per block, when they do not fit); W as [input][output], whole, or
-//           one piece of depth x channels at a time, read again from L2 every frame.
-// Order.    acc = -0; for k: acc = fma(W[c][k], v[k], acc); v' = alpha * (acc + x): the CPU kernels' order, independent of
-//           tiles, so cutting a sequence in two changes no bit. (-0 + x is x for every x, -0 included.)
+// Work.     A block owns plan.positions columns for all frames. Per frame: x is copied into the new state (phase 1),
+//           every thread adds W times the old state for its 4 channels x 4 columns, one range of plan.channels output
+//           channels after the other (phase 2), and the new state is copied out as y (phase 3). Copies run along
+//           whichever of channels and columns is contiguous in that tensor.
+// Memory.   Shared: five offsets per column; two copies of the state [C][state_pitch], the old and the new one, which
+//           change places every frame (in `scratch`, one pair per block, when they do not fit); W as [input][output],
+//           whole, or one piece of depth x channels at a time, read again from L2 every frame.
+// Order.    acc = -0; for k: acc = fma(W[c][k], v[k], acc); v' = alpha * (acc + x): the CPU kernels' order, independent
+//           of tiles, so cutting a sequence in two changes no bit. (-0 + x is x for every x, -0 included.)
 // Aliasing. y and last overlap no input. Every output element has one writer.
-// Bound.    2 C FLOP per element against x read + y written once: at 67 TFLOP/s of fp32 and 4.3 TB/s arithmetic takes over
-//           from C = 64 (fp32) or C = 32 (16 bits) on. The inner loop reads two 16-byte words of shared memory for 16 FMAs,
-//           so it reaches at most about half of the FMA rate. Small blocks (many channels) read W from L2: 2 C^2 bytes
-//           (16 bits) per frame and block.
+// Bound.    2 C FLOP per element against x read + y written once: at 67 TFLOP/s of fp32 and 4.3 TB/s arithmetic takes
+//           over from C = 64 (fp32) or C = 32 (16 bits) on. The inner loop reads two 16-byte words of shared memory for
+//           16 FMAs, so it reaches at most about half of the FMA rate. Small blocks (many channels) read W from L2: 2
+//           C^2 bytes (16 bits) per frame and block.
 template <typename T, bool StateShared>
 __global__ void __launch_bounds__(plain_threads, 2)
     plain_scan(const Scan p, const PlainScanPlan plan, Accumulator<T>* scratch) {
@@ -63,7 +62,8 @@ __global__ void __launch_bounds__(plain_threads, 2)
   int64_t *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
           *last_offset = first_offset + P;
   S* weight = dynamic_shared<S>(plan.weight_at);
-  S* old_state = StateShared ? dynamic_shared<S>(plan.state_at) : scratch + static_cast<int64_t>(blockIdx.x) * 2 * C * pitch;
+  S* old_state =
+      StateShared ? dynamic_shared<S>(plan.state_at) : scratch + static_cast<int64_t>(blockIdx.x) * 2 * C * pitch;
   S* new_state = old_state + C * pitch;
 
   for (int i = thread; i < columns; i += blockDim.x)
@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(plain_threads, 2)
   block_barrier();
   if (p.init == Init::state)
     for_tile(p.first.c == 1, C, P, [&](int64_t c, int i) {
-      old_state[c * pitch + i] = i < columns ? load_state<T, S>(p.first, first_offset[i] + c * p.first.c, p.dtype) : S(0);
+      old_state[c * pitch + i] =
+          i < columns ? load_state<T, S>(p.first, first_offset[i] + c * p.first.c, p.dtype) : S(0);
     });
 
   const int column_groups = P / L, my_column = thread % column_groups * L, my_channel = thread / column_groups * L;
@@ -164,8 +165,8 @@ __global__ void __launch_bounds__(plain_threads, 2)
 template <typename T>
 Error launch_plain_scan(const Scan& p, const PlainScanPlan& plan, void* scratch, Stream stream) {
   return launch("recurrent_conv plain_scan", plan.state_shared ? plain_scan<T, true> : plain_scan<T, false>,
-                dim3(static_cast<unsigned>(plan.blocks)), dim3(plain_threads), static_cast<size_t>(plan.shared_bytes), stream,
-                p, plan, static_cast<Accumulator<T>*>(scratch));
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(plain_threads), static_cast<size_t>(plan.shared_bytes),
+                stream, p, plan, static_cast<Accumulator<T>*>(scratch));
 }
 
 }  // namespace
@@ -204,14 +205,16 @@ Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   const ScanPlan plan = plan_scan(p, gpu, kernel);
-  if (p.norm.present() && !fused_norm_columns(plan)) return "recurrent_conv: this scan takes no part of batch normalisation";
+  if (p.norm.present() && !fused_norm_columns(plan))
+    return "recurrent_conv: this scan takes no part of batch normalisation";
   if (plan.blocks() > most_blocks) return "recurrent_conv: too many positions for one launch";
   if (plan.step) return launch_step_scan(p, *plan.step, scratch, stream);
   if (plan.fp32) return launch_fp32_scan(p, *plan.fp32, stream);
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
   if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
   if (plan.hopper) return launch_hopper_scan(p, *plan.hopper, stream);
-  return with_type(p.dtype, [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });
+  return with_type(p.dtype,
+                   [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });
 }
 
 }  // namespace rcu_ops::cuda

@@ -16,16 +16,16 @@ Scratch weight_grad_scratch(const WeightGrad& problem, Kernel kernel = Kernel::b
 Text describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
 Text describe_weight_grad(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
-// How many frames the chunks have of the library's products that are predicted to be faster than `scan` on the current device, 0 for
-// none, or an error.
+// How many frames the chunks have of the library's products that are predicted to be faster than `scan` on the current
+// device, 0 for none, or an error.
 Text planned_chunk(const Scan& problem, int64_t& frames);
 
-// How many columns have a part of batch normalisation's statistics to themselves where the scan's kernel takes Scan::norm on the current
-// device, 0 where it does not, or an error.
+// How many columns have a part of batch normalisation's statistics to themselves where the scan's kernel takes
+// Scan::norm on the current device, 0 where it does not, or an error.
 Text fused_norm_columns(const Scan& problem, int64_t& columns);
 
-// Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error, or
-// an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
+// Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error,
+// or an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
 Text scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
 Text weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
 

@@ -35,8 +35,8 @@ NormParts norm_parts(const Norm& p) {
 
 bool reduces(const Norm& p) { return p.pass == NormPass::moments || p.pass == NormPass::sums; }
 
-// The sum over the block's threads, or over those of the same lane (Channels), the same for all of them and in a fixed order:
-// lanes in pairs of pairs, then warps one after the other. All threads; `shared`: norm_threads numbers.
+// The sum over the block's threads, or over those of the same lane (Channels), the same for all of them and in a fixed
+// order: lanes in pairs of pairs, then warps one after the other. All threads; `shared`: norm_threads numbers.
 template <bool Channels, typename S>
 __device__ __forceinline__ S block_sum(S value, S* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -59,16 +59,17 @@ __device__ __forceinline__ S block_sum(S value, S* shared) {
 // One pass (common/recurrent_conv_batch_norm.h), any strides, T in {double, float, bf16, half}, arithmetic in
 // S = Accumulator<T>.
 //
-// Work.     Along positions: a block owns one part of one channel, a thread every 256th of its positions. Along channels
-//           (Channels): a block owns one part of 32 channels, a lane is a channel, a warp takes every 8th position. Choose the one
-//           along which h's numbers are adjacent.
-// Memory.   Shared: one number per thread, for sums over the block. `moments` sweeps its part twice, the second time from L2:
-//           the mean, then what deviates from it, so that a large mean costs the variance nothing.
-// Output.   partial[channel][part][2], fp64: the part's mean and squared deviations, or sum dz and sum dz (h - mean); else y or
-//           out. Every element has one writer; y and out overlap no input.
+// Work.     Along positions: a block owns one part of one channel, a thread every 256th of its positions. Along
+//           channels (Channels): a block owns one part of 32 channels, a lane is a channel, a warp takes every 8th
+//           position. Choose the one along which h's numbers are adjacent.
+// Memory.   Shared: one number per thread, for sums over the block. `moments` sweeps its part twice, the second time
+//           from L2: the mean, then what deviates from it, so that a large mean costs the variance nothing.
+// Output.   partial[channel][part][2], fp64: the part's mean and squared deviations, or sum dz and sum dz (h - mean);
+//           else y or out. Every element has one writer; y and out overlap no input.
 // Order.    A thread's positions in ascending order, then block_sum: no atomics.
-// Bound.    Bytes: 1 (moments), 2 or 3 (normalize), 2 to 4 (sums), 3 (gradient) numbers per element. Loads are one number per
-//           lane: 64 bytes per warp and instruction in 16 bits, so that the issue rate may bound it before HBM does.
+// Bound.    Bytes: 1 (moments), 2 or 3 (normalize), 2 to 4 (sums), 3 (gradient) numbers per element. Loads are one
+//           number per lane: 64 bytes per warp and instruction in 16 bits, so that the issue rate may bound it before
+//           HBM does.
 template <typename T, bool Channels>
 __global__ void __launch_bounds__(norm_threads, 4) norm_pass(const Norm p, const NormParts plan, double* partial) {
   using S = Accumulator<T>;
@@ -160,10 +161,11 @@ __global__ void __launch_bounds__(norm_threads, 4) norm_pass(const Norm p, const
   if (writes_partial) to[0] = static_cast<double>(sum), to[1] = static_cast<double>(product);
 }
 
-// The parts of a channel together, in fp64. A warp per channel; a lane takes every 32nd part, in order, then lanes in pairs of
-// pairs. Bound: reading `partial`.
+// The parts of a channel together, in fp64. A warp per channel; a lane takes every 32nd part, in order, then lanes in
+// pairs of pairs. Bound: reading `partial`.
 template <typename S>
-__global__ void __launch_bounds__(norm_threads, 4) norm_finish(const Norm p, const NormParts plan, const double* partial) {
+__global__ void __launch_bounds__(norm_threads, 4)
+    norm_finish(const Norm p, const NormParts plan, const double* partial) {
   const int lane = threadIdx.x % 32;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * norm_warps + threadIdx.x / 32;
   if (c >= p.C) return;  // the whole warp
@@ -209,14 +211,15 @@ Error launch_as(const Norm& p, const NormParts& plan, double* partial, Stream st
   const int64_t blocks = plan.parts * (plan.channels ? (p.C + 31) / 32 : p.C);
   if (blocks > INT32_MAX) return "recurrent_conv_batch_norm: too many positions for one launch";
   if (blocks > 0) {
-    Error error = launch("recurrent_conv_batch_norm norm_pass", plan.channels ? norm_pass<T, true> : norm_pass<T, false>,
-                         dim3(static_cast<unsigned>(blocks)), dim3(norm_threads), norm_threads * sizeof(S), stream, p, plan,
-                         partial);
+    Error error = launch("recurrent_conv_batch_norm norm_pass",
+                         plan.channels ? norm_pass<T, true> : norm_pass<T, false>, dim3(static_cast<unsigned>(blocks)),
+                         dim3(norm_threads), norm_threads * sizeof(S), stream, p, plan, partial);
     if (!error.empty()) return error;
   }
   if (!reduces(p)) return {};
   return launch("recurrent_conv_batch_norm norm_finish", norm_finish<S>,
-                dim3(static_cast<unsigned>((p.C + norm_warps - 1) / norm_warps)), dim3(norm_threads), 0, stream, p, plan, partial);
+                dim3(static_cast<unsigned>((p.C + norm_warps - 1) / norm_warps)), dim3(norm_threads), 0, stream, p,
+                plan, partial);
 }
 
 }  // namespace
@@ -231,7 +234,8 @@ Text finish_moments(const Norm& p, int64_t columns, const double* partial, Strea
   plan.size = columns * p.T;  // the last part has the rest
   plan.parts = (plan.positions + plan.size - 1) / plan.size;
   return launch("recurrent_conv_batch_norm norm_finish", norm_finish<float>,
-                dim3(static_cast<unsigned>((p.C + norm_warps - 1) / norm_warps)), dim3(norm_threads), 0, stream, p, plan, partial);
+                dim3(static_cast<unsigned>((p.C + norm_warps - 1) / norm_warps)), dim3(norm_threads), 0, stream, p,
+                plan, partial);
 }
 
 Text batch_norm(const Norm& p, void* scratch, Stream stream) {

@@ -9,8 +9,8 @@ namespace rcu_ops::cuda {
 
 Scratch batch_norm_scratch(const Norm& problem);
 
-// As scan() in recurrent_conv.h; finish_moments: NormPass::moments' result from what a scan has left (ScanNorm::partial), of parts of
-// so many columns each.
+// As scan() in recurrent_conv.h; finish_moments: NormPass::moments' result from what a scan has left
+// (ScanNorm::partial), of parts of so many columns each.
 Text finish_moments(const Norm& problem, int64_t columns, const double* partial, CUstream_st* stream);
 Text batch_norm(const Norm& problem, void* scratch, CUstream_st* stream);
 

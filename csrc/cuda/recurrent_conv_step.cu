@@ -1,7 +1,8 @@
 // recurrent_conv one frame per launch: the step of a stream, and scans of 16-bit data with more than 256 channels.
 //
-// A scan's kernel gives a block all output channels of its columns, because the next frame needs them all. A single frame does not,
-// so here output channels are split as well: 49 positions of 512 channels are 64 blocks instead of one or two.
+// A scan's kernel gives a block all output channels of its columns, because the next frame needs them all. A single
+// frame does not, so here output channels are split as well: 49 positions of 512 channels are 64 blocks instead of one
+// or two.
 #include "cuda/device/async_copy.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
@@ -65,31 +66,35 @@ __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* v
     });
 }
 
-// ---- the matrix unit -------------------------------------------------------------------------------------------------
+// ---- the matrix unit ------------------------------------------------------------------------------------------------
 
 // One frame (a Scan with T = 1), T bf16 or half, any C, any strides.
 //
-// Work.     A block of 4 warps computes O = 32 M output channels at P = 16 N columns; a warp 16 M x 8 N of them. Rows of the matrix
-//           product are output channels, its columns columns of the problem.
-// State.    As in tile_scan: v = alpha * (W round(v) + diag(W) * (v - round(v)) + x), added up in the order of tile_scan and wide_scan,
-//           16 input channels per step: on the host machine, which contracts nothing, the bits are those of the sequence. On a GPU
-//           the compiler may contract the second term in one kernel and not in another: then they agree to an ulp of the fp32
-//           state. Frame after frame (more than 256 channels) and one by one it is this kernel both times, and the same bits.
-// Memory.   Shared memory as in StepScanPlan. W comes by cp.async where its rows allow, the state through registers, where it is
-//           rounded; depth input channels of both at a time. x and the state's share are laid down as `values`, from where they
-//           become accumulators, and the new state goes back there, so that every tensor is read and written along its own
-//           contiguous dimension.
-// Padding.  Input channels beyond the last are zero in both factors, columns and output channels beyond the last are not stored.
+// Work.     A block of 4 warps computes O = 32 M output channels at P = 16 N columns; a warp 16 M x 8 N of them. Rows
+//           of the matrix product are output channels, its columns columns of the problem.
+// State.    As in tile_scan: v = alpha * (W round(v) + diag(W) * (v - round(v)) + x), added up in the order of
+//           tile_scan and wide_scan, 16 input channels per step: on the host machine, which contracts nothing, the bits
+//           are those of the sequence. On a GPU the compiler may contract the second term in one kernel and not in
+//           another: then they agree to an ulp of the fp32 state. Frame after frame (more than 256 channels) and one by
+//           one it is this kernel both times, and the same bits.
+// Memory.   Shared memory as in StepScanPlan. W comes by cp.async where its rows allow, the state through registers,
+//           where it is rounded; depth input channels of both at a time. x and the state's share are laid down as
+//           `values`, from where they become accumulators, and the new state goes back there, so that every tensor is
+//           read and written along its own contiguous dimension.
+// Padding.  Input channels beyond the last are zero in both factors, columns and output channels beyond the last are
+//           not stored.
 // Aliasing. y and last overlap no input. Every output element has one writer.
-// Bound.    A few hundred positions: latency, of one round trip to L2 (W has been there since the last frame, or comes from HBM:
-//           2 C^2 bytes), C / 16 dependent products, and the launch. Floor: bytes of W, x, y and both states at HBM's rate, plus a
-//           launch. With many positions the blocks read 0.25 bytes per multiply-add from L2, 0.09 with the larger tile.
+// Bound.    A few hundred positions: latency, of one round trip to L2 (W has been there since the last frame, or comes
+//           from HBM: 2 C^2 bytes), C / 16 dependent products, and the launch. Floor: bytes of W, x, y and both states
+//           at HBM's rate, plus a launch. With many positions the blocks read 0.25 bytes per multiply-add from L2, 0.09
+//           with the larger tile.
 template <typename T, int M, int N>
 __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const StepScanPlan plan) {
   constexpr int O = 32 * M, P = 16 * N;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = lane / 8, tile_row = lane % 8;
   const int pitch = static_cast<int>(plan.pitch);
-  unsigned char *weight = dynamic_shared<unsigned char>(plan.weight_at), *state = dynamic_shared<unsigned char>(plan.state_at);
+  unsigned char *weight = dynamic_shared<unsigned char>(plan.weight_at),
+                *state = dynamic_shared<unsigned char>(plan.state_at);
   float* values = dynamic_shared<float>(plan.values_at);
   const Block b = block_of<O, P>(p, plan);
   block_barrier();
@@ -148,7 +153,8 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          visit(acc[m][n][i], values[(my_channel + 16 * m + i / 2 * 8 + lane / 4) * (P + 1) + my_column + 8 * n + lane % 4 * 2 + i % 2]);
+          visit(acc[m][n][i], values[(my_channel + 16 * m + i / 2 * 8 + lane / 4) * (P + 1) + my_column + 8 * n +
+                                     lane % 4 * 2 + i % 2]);
   };
   for (int64_t k0 = 0; k0 < p.C; k0 += plan.depth) {
     const int depth = p.C - k0 < plan.depth ? static_cast<int>((p.C - k0 + 15) / 16 * 16) : plan.depth;
@@ -162,7 +168,8 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
       uint32_t a[M][4];
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        load_matrix<4, false>(a[m], weight + (my_channel + 16 * m + tile % 2 * 8 + tile_row) * pitch + 2 * (k + tile / 2 * 8));
+        load_matrix<4, false>(
+            a[m], weight + (my_channel + 16 * m + tile % 2 * 8 + tile_row) * pitch + 2 * (k + tile / 2 * 8));
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         uint32_t h[2];
@@ -178,17 +185,18 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
   write_values<T, float, O, P>(p, b, values);
 }
 
-// ---- FMAs ------------------------------------------------------------------------------------------------------------
+// ---- FMAs -----------------------------------------------------------------------------------------------------------
 
 // One frame (a Scan with T = 1), T float or double, any C, any strides.
 //
 // Work.     A block computes 32 output channels at 16 columns, a thread 2 x 2 of them.
-// Memory.   Shared memory as in StepScanPlan: W and the state come by cp.async, number by number, W transposed on its way; one
-//           piece of 128 input channels is computed while the next one comes.
+// Memory.   Shared memory as in StepScanPlan: W and the state come by cp.async, number by number, W transposed on its
+//           way; one piece of 128 input channels is computed while the next one comes.
 // Order.    That of plain_scan, bit for bit: acc = -0; for k: acc = fma(W[c][k], v[k], acc); v' = alpha * (acc + x).
-// Padding.  What lies in shared memory beyond the last output channel or column reaches only values that are not stored.
-// Bound.    As step_scan: latency, here of C dependent FMAs (4 cycles each) and a round trip to L2; each FMA needs two numbers of
-//           shared memory per thread, so many positions are better off with the scans.
+// Padding.  What lies in shared memory beyond the last output channel or column reaches only values that are not
+//           stored.
+// Bound.    As step_scan: latency, here of C dependent FMAs (4 cycles each) and a round trip to L2; each FMA needs two
+//           numbers of shared memory per thread, so many positions are better off with the scans.
 template <typename T>
 __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p, const StepScanPlan plan) {
   constexpr int O = plain_step_outputs, P = plain_step_columns, D = plain_step_depth, pitch = O + 2;
@@ -201,7 +209,8 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
   const Block b = block_of<O, P>(p, plan);
   block_barrier();
 
-  const T *w = static_cast<const T*>(p.weight) + b.channel0 * p.weight_out, *first = static_cast<const T*>(p.first.data);
+  const T *w = static_cast<const T*>(p.weight) + b.channel0 * p.weight_out,
+          *first = static_cast<const T*>(p.first.data);
   const bool product = p.init == Init::state;
   const auto fetch = [&](int64_t k0) {
     if (k0 < p.C) {
@@ -253,8 +262,8 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
 template <typename T>
 Error launch_matrix_step(const Scan& p, const StepScanPlan& plan, Stream stream) {
   return launch("recurrent_conv step_scan", plan.outputs == 64 ? step_scan<T, 2, 4> : step_scan<T, 1, 1>,
-                dim3(static_cast<unsigned>(plan.blocks)), dim3(step_threads), static_cast<size_t>(plan.shared_bytes), stream, p,
-                plan);
+                dim3(static_cast<unsigned>(plan.blocks)), dim3(step_threads), static_cast<size_t>(plan.shared_bytes),
+                stream, p, plan);
 }
 
 template <typename T>

@@ -24,35 +24,36 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 // Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any
 //           other strides. Which of the two they have, and the width of words, are conditions on loops and on single
 //           instructions: a kernel for each would take as long again to compile.
-// Work.     A block is plan.warps warps: 4, or 2 or 1 where that leaves less to the busiest multiprocessor. A warp owns M = 32
-//           columns (16 for KT = 8) for all frames and meets the others only after W has been staged, so that no bit depends
-//           on how many there are. Rows of the matrix product are columns of the problem, its columns output channels: the
-//           accumulator fragments d[M][16 KT] (mma.h) are the state in fp32, and rounded to T they are, register by
-//           register, the a fragments of the next frame's product. W[out][in] in shared memory is b as it stands.
-// State.    v' = alpha * (W round(v) + diag(W) * (v - round(v)) + x): the matrix unit sees the state rounded to T, and the
-//           diagonal, which carries the state from frame to frame, makes good for that in fp32. With W = I this is the fp32
-//           recurrence. Of the rounding error only what the off-diagonal elements multiply is left.
-// Memory.   Shared memory as in TileScanPlan. Frame i + stages - 1 is copied by cp.async while frame i is computed (2-byte
-//           words by ordinary loads). A slot's x becomes fragments by ldmatrix (.trans when columns are contiguous); the
-//           same slot then takes y by stmatrix, and goes out in words of vector_bytes. A slot is rewritten only after the
-//           warp barrier of the next frame, so one barrier per frame orders loads, one more x's readers against y's writers,
-//           and one y's writers against those who copy it out.
-//           W is staged by 16-byte asynchronous copies where its rows allow, else by batches of loads: a block of one warp
-//           has no others to hide behind the latency of one load after another.
-// Padding.  Channels from C on have zero weights and are set to zero in the state every frame: an infinite state in another
-//           channel must not reach them as 0 * inf. Columns beyond the last are computed on zeros and not stored.
-// Norm.     Batch normalisation (ScanNorm): its statistics of y are added up where y lies in the slot, a lane per channel, column after
-//           column and frame after frame, about the first frame's mean; its gradient is taken of x and of h, which comes
-//           through the residual's slots, on the way to the state.
+// Work.     A block is plan.warps warps: 4, or 2 or 1 where that leaves less to the busiest multiprocessor. A warp owns
+//           M = 32 columns (16 for KT = 8) for all frames and meets the others only after W has been staged, so that no
+//           bit depends on how many there are. Rows of the matrix product are columns of the problem, its columns
+//           output channels: the accumulator fragments d[M][16 KT] (mma.h) are the state in fp32, and rounded to T they
+//           are, register by register, the a fragments of the next frame's product. W[out][in] in shared memory is b as
+//           it stands.
+// State.    v' = alpha * (W round(v) + diag(W) * (v - round(v)) + x): the matrix unit sees the state rounded to T, and
+//           the diagonal, which carries the state from frame to frame, makes good for that in fp32. With W = I this is
+//           the fp32 recurrence. Of the rounding error only what the off-diagonal elements multiply is left.
+// Memory.   Shared memory as in TileScanPlan. Frame i + stages - 1 is copied by cp.async while frame i is computed
+//           (2-byte words by ordinary loads). A slot's x becomes fragments by ldmatrix (.trans when columns are
+//           contiguous); the same slot then takes y by stmatrix, and goes out in words of vector_bytes. A slot is
+//           rewritten only after the warp barrier of the next frame, so one barrier per frame orders loads, one more
+//           x's readers against y's writers, and one y's writers against those who copy it out.
+//           W is staged by 16-byte asynchronous copies where its rows allow, else by batches of loads: a block of one
+//           warp has no others to hide behind the latency of one load after another.
+// Padding.  Channels from C on have zero weights and are set to zero in the state every frame: an infinite state in
+//           another channel must not reach them as 0 * inf. Columns beyond the last are computed on zeros and not
+//           stored.
+// Norm.     Batch normalisation (ScanNorm): its statistics of y are added up where y lies in the slot, a lane per
+//           channel, column after column and frame after frame, about the first frame's mean; its gradient is taken of
+//           x and of h, which comes through the residual's slots, on the way to the state.
 // Aliasing. y and last overlap no input. Every output element has one writer.
-// Order.    The matrix unit's order of additions depends on nothing but C: cutting a sequence in two changes no bit, as the
-//           state handed on is fp32 (h0 in T loses what rounding to T loses).
-// Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s). Reading b
-//           from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and y need
-//           from HBM, the reason why more channels want another kernel.
+// Order.    The matrix unit's order of additions depends on nothing but C: cutting a sequence in two changes no bit, as
+//           the state handed on is fp32 (h0 in T loses what rounding to T loses).
+// Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s).
+//           Reading b from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and
+//           y need from HBM, the reason why more channels want another kernel.
 template <typename T, int KT>
-__global__ void __launch_bounds__(tile_threads, tile_blocks)
-    tile_scan(const Scan p, const TileScanPlan plan) {
+__global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Scan p, const TileScanPlan plan) {
   constexpr int CP = 16 * KT, M = rows_of_warp<CP>, MT = M / 16, NT = 2 * KT, weight_pitch = CP + 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = static_cast<int>(p.C);
   const int fragment_row = lane / 4, fragment_pair = lane % 4 * 2;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
   const NormTables tables{scale, shift, mean, mean + CP, mean + 2 * CP};
   Offset* x_offset = dynamic_shared<Offset>(plan.offsets_at) + warp * 5 * M;
   Offset *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
-          *last_offset = first_offset + M;
+         *last_offset = first_offset + M;
   const bool with_residual = p.residual.data != nullptr;
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
   constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks)
     async_commit();
   };
 
-  // The address of this lane's row of the 16 x 16 tile (columns from 16 m, channels from 16 k) in a slot; the four 8 x 8
-  // tiles come in the order of a's registers.
+  // The address of this lane's row of the 16 x 16 tile (columns from 16 m, channels from 16 k) in a slot; the four 8 x
+  // 8 tiles come in the order of a's registers.
   const int tile = lane / 8, tile_row = lane % 8;
   const int tile_at = along_channels ? (tile % 2 * 8 + tile_row) * channels_pitch + tile / 2 * 16
                                      : (tile / 2 * 8 + tile_row) * columns_pitch + tile % 2 * 16;

@@ -54,8 +54,8 @@ __device__ __forceinline__ float2 norm_gradient(const NormTables& tables, int c,
 }
 
 // Fills them for channel c; all zero from C on.
-__device__ __forceinline__ void fill_norm_tables(const ScanNorm& norm, int C, int c, float* scale, float* shift, float* mean,
-                                                 float* slope, float* constant) {
+__device__ __forceinline__ void fill_norm_tables(const ScanNorm& norm, int C, int c, float* scale, float* shift,
+                                                 float* mean, float* slope, float* constant) {
   scale[c] = shift[c] = mean[c] = slope[c] = constant[c] = 0;
   if (c >= C) return;
   const float count = norm.moments[2 * C + c] > 1 ? norm.moments[2 * C + c] : 1.0f;
@@ -67,8 +67,8 @@ __device__ __forceinline__ void fill_norm_tables(const ScanNorm& norm, int C, in
   constant[c] = -scale[c] * norm.sums[c] / count;
 }
 
-// Statistics of y in shared memory, one of each per channel: deviations from the first frame's mean, so that a large mean costs the
-// variance nothing. A frame's are added up in fp32, the frames' in fp64.
+// Statistics of y in shared memory, one of each per channel: deviations from the first frame's mean, so that a large
+// mean costs the variance nothing. A frame's are added up in fp32, the frames' in fp64.
 struct Statistics {
   double *sum, *squares;
   float* center;
@@ -117,8 +117,8 @@ __device__ __forceinline__ void add_statistics(const Statistics& to, const unsig
 }
 
 // Of all frames: the part's mean and squared deviations, to partial[c][part].
-__device__ __forceinline__ void store_statistics(const Statistics& from, double* partial, int64_t parts, int64_t part, int c,
-                                                 int64_t count) {
+__device__ __forceinline__ void store_statistics(const Statistics& from, double* partial, int64_t parts, int64_t part,
+                                                 int c, int64_t count) {
   double* to = partial + (c * parts + part) * 2;
   const double apart = from.sum[c] / static_cast<double>(count);
   to[0] = static_cast<double>(from.center[c]) + apart;

@@ -2,9 +2,9 @@
 //
 //     dW[o][i] = sum over rows of dx[row][o] * before[row][i]
 //
-// a row being a frame and a position, and `before` the output of the frame processed before it (or the state before the first).
-// One kernel for 16-bit data on the matrix unit, one for everything else; both cut the rows into splits, and a third adds up the
-// splits' partial sums in a fixed order.
+// a row being a frame and a position, and `before` the output of the frame processed before it (or the state before the
+// first). One kernel for 16-bit data on the matrix unit, one for everything else; both cut the rows into splits, and a
+// third adds up the splits' partial sums in a fixed order.
 #include "common/recurrent_conv_weight_grad_plan.h"
 
 #include "cuda/device/async_copy.h"
@@ -29,26 +29,29 @@ constexpr int matrix_threads = 2 * Tile;
 
 // Partial sums of dW (above), T bf16 or half, any C.
 //
-// Layout.   dx and h have contiguous channels (Channels) or contiguous columns (otherwise), any other strides; the state before
-//           the first frame has any.
-// Work.     Block (x, y): Tile x Tile elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows, two steps of the
-//           matrix unit, at a time. Rows of the matrix product are output channels, its columns input channels; a warp computes
-//           Tile / 2 x 32 of them.
-// Memory.   Shared: as in WeightGradPlan. Stage s + 2 is copied by cp.async while stage s is computed (2-byte words, and the state
-//           before the first frame, by ordinary loads). Both factors become fragments by ldmatrix, transposed where channels are
-//           contiguous. The warps take turns at finding the rows of a stage, one stage before these are copied.
-// Order.    One block barrier per stage: before it every thread has waited for its part of the stage, has read the stage before
-//           it, whose slot is rewritten next, and has written the next stage's rows. Rows are added in ascending order within a
-//           split, 16 per step of the matrix unit, in fp32; splits in sum_splits. No atomics: the same bits on every run.
-// Rounding. A state before the first frame in fp32 is rounded to T, as all other states have been. For what the matrix unit's
-//           own additions lose see matrix_weight_grad_rows.
-// Padding.  Rows beyond the last are zero in both factors. Channels beyond the last are whatever the slot held: they reach only
-//           elements that are not stored.
+// Layout.   dx and h have contiguous channels (Channels) or contiguous columns (otherwise), any other strides; the
+//           state before the first frame has any.
+// Work.     Block (x, y): Tile x Tile elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows, two steps
+//           of the matrix unit, at a time. Rows of the matrix product are output channels, its columns input channels;
+//           a warp computes Tile / 2 x 32 of them.
+// Memory.   Shared: as in WeightGradPlan. Stage s + 2 is copied by cp.async while stage s is computed (2-byte words,
+//           and the state before the first frame, by ordinary loads). Both factors become fragments by ldmatrix,
+//           transposed where channels are contiguous. The warps take turns at finding the rows of a stage, one stage
+//           before these are copied.
+// Order.    One block barrier per stage: before it every thread has waited for its part of the stage, has read the
+//           stage before it, whose slot is rewritten next, and has written the next stage's rows. Rows are added in
+//           ascending order within a split, 16 per step of the matrix unit, in fp32; splits in sum_splits. No atomics:
+//           the same bits on every run.
+// Rounding. A state before the first frame in fp32 is rounded to T, as all other states have been. For what the matrix
+//           unit's own additions lose see matrix_weight_grad_rows.
+// Padding.  Rows beyond the last are zero in both factors. Channels beyond the last are whatever the slot held: they
+//           reach only elements that are not stored.
 // Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
-// Bound.    2 C^2 FLOP per row against 4 C bytes, read once while C <= Tile, C / 128 times (mostly from L2) beyond: memory up to
-//           C = 256 (at 4.3 TB/s and C = 256: 550 TFLOP/s, what mma.sync may reach at best), then arithmetic. Floor: 4 C bytes
-//           per row at HBM's rate, or 2 C^2 FLOP at the matrix unit's. A step of 16 rows reads 6 (Tile 64: 4) fragments of 512 bytes
-//           from shared memory per warp for 16 (8) products: 24 cycles where the products take 16 to 32.
+// Bound.    2 C^2 FLOP per row against 4 C bytes, read once while C <= Tile, C / 128 times (mostly from L2) beyond:
+//           memory up to C = 256 (at 4.3 TB/s and C = 256: 550 TFLOP/s, what mma.sync may reach at best), then
+//           arithmetic. Floor: 4 C bytes per row at HBM's rate, or 2 C^2 FLOP at the matrix unit's. A step of 16 rows
+//           reads 6 (Tile 64: 4) fragments of 512 bytes from shared memory per warp for 16 (8) products: 24 cycles
+//           where the products take 16 to 32.
 template <typename T, int Tile, bool Channels>
 __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
     matrix_weight_grad(const WeightGrad p, const WeightGradPlan plan, float* partial) {
@@ -107,8 +110,8 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
     }
     async_commit();
   };
-  // This lane's row of a slot's four 8 x 8 tiles, 16 channels from `channel` x 16 rows from `row`: channels first (of dx, in the
-  // order of a's registers) or rows first (of the states, two b).
+  // This lane's row of a slot's four 8 x 8 tiles, 16 channels from `channel` x 16 rows from `row`: channels first (of
+  // dx, in the order of a's registers) or rows first (of the states, two b).
   const auto tiles_at = [&](unsigned char* slot, int channel, int row, bool rows_first) {
     const int second = tile % 2 * 8, third = tile / 2 * 8;
     channel += rows_first ? third : second;
@@ -164,17 +167,18 @@ Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan,
   const auto as = [&](auto kernel) {
     return launch("recurrent_conv matrix_weight_grad", kernel,
                   dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)),
-                  dim3(static_cast<unsigned>(2 * plan.tile)), static_cast<size_t>(plan.shared_bytes),
-                  stream, p, plan, static_cast<float*>(scratch));
+                  dim3(static_cast<unsigned>(2 * plan.tile)), static_cast<size_t>(plan.shared_bytes), stream, p, plan,
+                  static_cast<float*>(scratch));
   };
-  if (plan.tile == 64) return as(plan.along_channels ? matrix_weight_grad<T, 64, true> : matrix_weight_grad<T, 64, false>);
+  if (plan.tile == 64)
+    return as(plan.along_channels ? matrix_weight_grad<T, 64, true> : matrix_weight_grad<T, 64, false>);
   return as(plan.along_channels ? matrix_weight_grad<T, 128, true> : matrix_weight_grad<T, 128, false>);
 }
 
 // ---- any dtype and strides -----------------------------------------------------------------------------------------
 
-// Kahan's sum: what rounding cut off is added with the next term. Nothing here is compiled with fast-math, so it stays. An
-// infinite sum has no such rest.
+// Kahan's sum: what rounding cut off is added with the next term. Nothing here is compiled with fast-math, so it stays.
+// An infinite sum has no such rest.
 template <typename S>
 struct CompensatedSum {
   S sum = 0, carry = 0;
@@ -187,14 +191,15 @@ struct CompensatedSum {
 
 // Partial sums of dW (above), any C, any strides, T in {double, float, bf16, half}, arithmetic in Accumulator<T>.
 //
-// Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time through
-//           shared memory; a thread adds up 4 x 4 elements.
+// Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time
+//           through shared memory; a thread adds up 4 x 4 elements.
 // Memory.   Shared: 2 x 2 tables of the rows' offsets (the stage in use and the next one), and both factors [32][68].
-// Order.    Rows in ascending order within a stage of 32, stages within a split, splits in sum_splits, the latter two with
-//           the rounding error carried along (CompensatedSum): no atomics, the same bits on every run and every GPU.
+// Order.    Rows in ascending order within a stage of 32, stages within a split, splits in sum_splits, the latter two
+//           with the rounding error carried along (CompensatedSum): no atomics, the same bits on every run and every
+//           GPU.
 // Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
-// Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor again,
-//           mostly from L2): arithmetic from C = 64 on.
+// Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor
+//           again, mostly from L2): arithmetic from C = 64 on.
 template <typename T>
 __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
     weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, Accumulator<T>* partial) {
@@ -277,9 +282,9 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
 
 inline constexpr int sum_elements = 32, sum_ranges = weight_grad_threads / sum_elements;
 
-// dweight[e] = sum over s of partial[s][e]: thread (e, range) of a block adds up splits range, range + 8, ... of one element, and
-// the first 32 threads add up the ranges. Neighbouring threads take neighbouring elements. Bound: reading `partial`, which has
-// just been written and mostly lies in L2, once.
+// dweight[e] = sum over s of partial[s][e]: thread (e, range) of a block adds up splits range, range + 8, ... of one
+// element, and the first 32 threads add up the ranges. Neighbouring threads take neighbouring elements. Bound: reading
+// `partial`, which has just been written and mostly lies in L2, once.
 template <typename T>
 __global__ void __launch_bounds__(weight_grad_threads, 2)
     sum_splits(const Accumulator<T>* partial, int64_t splits, int64_t elements, T* dweight) {
@@ -311,8 +316,8 @@ Error launch_sum_splits(const WeightGrad& p, const WeightGradPlan& plan, const v
   const int64_t elements = p.C * p.C;
   return launch("recurrent_conv sum_splits", sum_splits<T>,
                 dim3(static_cast<unsigned>(ceil_div(elements, sum_elements))), dim3(weight_grad_threads),
-                weight_grad_threads * sizeof(Accumulator<T>), stream, static_cast<const Accumulator<T>*>(scratch), plan.splits,
-                elements, static_cast<T*>(p.dweight));
+                weight_grad_threads * sizeof(Accumulator<T>), stream, static_cast<const Accumulator<T>*>(scratch),
+                plan.splits, elements, static_cast<T*>(p.dweight));
 }
 
 }  // namespace
@@ -336,9 +341,11 @@ Text weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kerne
   Error error = current_gpu(gpu);
   if (!error.empty()) return error;
   const WeightGradPlan plan = plan_weight_grad(p, gpu, kernel);
-  if (plan.tiles > most_blocks || plan.splits > most_splits) return "recurrent_conv: too many channels or rows for one launch";
+  if (plan.tiles > most_blocks || plan.splits > most_splits)
+    return "recurrent_conv: too many channels or rows for one launch";
   if (!plan.vector_bytes)
-    error = with_type(p.dtype, [&](auto type) { return launch_plain_weight_grad<decltype(type)>(p, plan, scratch, stream); });
+    error = with_type(p.dtype,
+                      [&](auto type) { return launch_plain_weight_grad<decltype(type)>(p, plan, scratch, stream); });
   else if (p.dtype == DType::bf16)
     error = launch_matrix_weight_grad<__nv_bfloat16>(p, plan, scratch, stream);
   else

@@ -22,26 +22,29 @@ constexpr int columns_pitch = static_cast<int>(odd_words(2 * wide_positions));
 
 // One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 256.
 //
-// Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any other
-//           strides; which of the two, and the width of words, are conditions on loops and on single instructions.
-// Work.     A block is 8 warps and owns P = wide_positions columns for all frames; warp w computes output channels 32 w .. 32 w + 31. Rows of the
-//           matrix product are output channels, its columns columns of the problem: W is the a operand and stays in registers
-//           (2 x 16 fragments of 4), the accumulators are the state in fp32, and b is the state of all warps, rounded to T, in
-//           shared memory. No byte of W is read after the first frame, so few columns per block cost little more than the
-//           barriers, and where there are few rows every multiprocessor still gets some.
+// Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any
+//           other strides; which of the two, and the width of words, are conditions on loops and on single
+//           instructions.
+// Work.     A block is 8 warps and owns P = wide_positions columns for all frames; warp w computes output channels 32 w
+//           .. 32 w + 31. Rows of the matrix product are output channels, its columns columns of the problem: W is the
+//           a operand and stays in registers (2 x 16 fragments of 4), the accumulators are the state in fp32, and b is
+//           the state of all warps, rounded to T, in shared memory. No byte of W is read after the first frame, so few
+//           columns per block cost little more than the barriers, and where there are few rows every multiprocessor
+//           still gets some.
 // State.    As in tile_scan: v' = alpha * (W round(v) + diag(W) * (v - round(v)) + x).
-// Memory.   Shared memory as in WideScanPlan. Two buffers of the rounded state change places every frame; without an epilogue
-//           the new one is y as well and goes out from there, else y takes over the slot of x. Frame i + stages - 1 is copied by
-//           cp.async into the slot of frame i - 1 after frame i has been computed.
-// Order.    One block barrier per frame, after the new state has been written: before it every thread has waited for its part of
-//           the next frame's x, has read the old state and has copied out what was before; after it the new state is read and
-//           copied out, the old one rewritten. The order of additions depends on nothing but C.
-// Padding.  Channels from C on have zero weights and are set to zero in the state every frame (0 * inf); columns beyond the last
-//           are computed on zeros and not stored.
+// Memory.   Shared memory as in WideScanPlan. Two buffers of the rounded state change places every frame; without an
+//           epilogue the new one is y as well and goes out from there, else y takes over the slot of x. Frame i +
+//           stages - 1 is copied by cp.async into the slot of frame i - 1 after frame i has been computed.
+// Order.    One block barrier per frame, after the new state has been written: before it every thread has waited for
+//           its part of the next frame's x, has read the old state and has copied out what was before; after it the new
+//           state is read and copied out, the old one rewritten. The order of additions depends on nothing but C.
+// Padding.  Channels from C on have zero weights and are set to zero in the state every frame (0 * inf); columns beyond
+//           the last are computed on zeros and not stored.
 // Norm.     As in tile_scan; a thread adds up the statistics of one channel.
 // Aliasing. y and last overlap no input. Every output element has one writer.
-// Bound.    4 bytes per element moved against 2 C FLOP: at C = 256 still memory (4.3 TB/s: 275 TFLOP/s on the matrix unit). Reading
-//           b costs 8 warps x 512 bytes of shared memory per column and frame, 32 cycles where x and y need 54 from HBM.
+// Bound.    4 bytes per element moved against 2 C FLOP: at C = 256 still memory (4.3 TB/s: 275 TFLOP/s on the matrix
+//           unit). Reading b costs 8 warps x 512 bytes of shared memory per column and frame, 32 cycles where x and y
+//           need 54 from HBM.
 template <typename T>
 __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const WideScanPlan plan) {
   constexpr int P = wide_positions, CP = wide_most_channels, KT = CP / 16, NT = P / 8, piece = wide_weight_piece;
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
 
   Offset* x_offset = dynamic_shared<Offset>();
   Offset *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
-          *last_offset = first_offset + P;
+         *last_offset = first_offset + P;
   float* numbers = dynamic_shared<float>(plan.numbers_at);  // of batch normalisation
   const Statistics statistics = statistics_at(numbers, CP);
   const NormTables tables{numbers, numbers + CP, numbers + 2 * CP, numbers + 3 * CP, numbers + 4 * CP};
@@ -90,7 +93,8 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
       async_wait<0>();
     }
     for (int i = thread; !whole_words && i < CP * piece; i += wide_threads) {
-      const int output = along_inputs ? i / piece : i % CP, at = along_inputs ? i % piece : i / CP, input = 16 * k0 + at;
+      const int output = along_inputs ? i / piece : i % CP, at = along_inputs ? i % piece : i / CP,
+                input = 16 * k0 + at;
       *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) =
           output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : narrow<T>(0.0f);
     }
@@ -99,12 +103,14 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int k = 0; k < piece / 16; ++k)
-        load_matrix<4, false>(weight[m][k0 + k], states + (first_channel + 16 * m + tile % 2 * 8 + tile_row) * plan.weight_pitch +
-                                                     2 * (16 * k + tile / 2 * 8));
+        load_matrix<4, false>(weight[m][k0 + k],
+                              states + (first_channel + 16 * m + tile % 2 * 8 + tile_row) * plan.weight_pitch +
+                                  2 * (16 * k + tile / 2 * 8));
     block_barrier();
   }
   // Copies write what exists; the rest of a slot stays zero.
-  for (int64_t i = thread; i < (plan.stages * stage_bytes) / 4; i += wide_threads) reinterpret_cast<uint32_t*>(slots)[i] = 0;
+  for (int64_t i = thread; i < (plan.stages * stage_bytes) / 4; i += wide_threads)
+    reinterpret_cast<uint32_t*>(slots)[i] = 0;
   block_barrier();
 
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
@@ -201,8 +207,9 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
         for (int r = 0; r < 4; ++r) {
           const int channel = first_channel + 8 * r + lane / 4;
           const float2 dz = unpack<T>(x[r]), h = unpack<T>(normalised[r]);
-          with_rest(n, r, float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
-                                 norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
+          with_rest(n, r,
+                    float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
+                           norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
         }
       }
     } else {

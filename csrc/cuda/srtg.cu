@@ -16,8 +16,8 @@ constexpr int gate_threads = 256, gate_warps = gate_threads / 32;
 // One pass (common/srtg.h), any strides, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
 //
 // Work.     Along positions: a warp owns a frame of one channel, its lanes take every 32nd position. Along channels
-//           (Channels): a block owns 32 channels of one frame, a lane is a channel, its 8 warps take every 8th position. Choose
-//           the one along which x's numbers are adjacent.
+//           (Channels): a block owns 32 channels of one frame, a lane is a channel, its 8 warps take every 8th
+//           position. Choose the one along which x's numbers are adjacent.
 // Memory.   Shared, along channels: [8][32] partial sums. x and grad are read once, y is written once.
 // Order.    A lane adds up its positions in order; then lanes in pairs of pairs, or warps in order. No atomics.
 // Aliasing. y overlaps no input. Every element has one writer.
@@ -60,8 +60,9 @@ __global__ void __launch_bounds__(gate_threads, 4) gate_pass(const GateData p) {
       S of_grad = 0;
       if (pass == GatePass::backward) of_grad = widen(grad[grad0 + row * p.grad.h + column * p.grad.w]);
       if (pass != GatePass::squeeze)
-        y[y0 + row * p.y.h + column * p.y.w] =
-            narrow<T>(pass == GatePass::mul ? value * factor : pass == GatePass::add ? value + factor : of_grad * factor);
+        y[y0 + row * p.y.h + column * p.y.w] = narrow<T>(pass == GatePass::mul   ? value * factor
+                                                         : pass == GatePass::add ? value + factor
+                                                                                 : of_grad * factor);
       if (sums) total += pass == GatePass::squeeze ? value : value * of_grad;
     }
   }
@@ -89,8 +90,8 @@ Error launch_as(const GateData& p, Stream stream) {
   if (blocks == 0) return {};
   if (blocks > INT32_MAX) return "srtg: too many frames for one launch";
   const size_t shared = channels ? gate_threads * sizeof(Accumulator<T>) : 0;
-  return launch("srtg gate_pass", channels ? gate_pass<T, true> : gate_pass<T, false>, dim3(static_cast<unsigned>(blocks)),
-                dim3(gate_threads), shared, stream, p);
+  return launch("srtg gate_pass", channels ? gate_pass<T, true> : gate_pass<T, false>,
+                dim3(static_cast<unsigned>(blocks)), dim3(gate_threads), shared, stream, p);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Soft neighbours of two fp32 sequences by the portable CPU kernels, from a copy of their sources in which faults are planted: number
-// `planted` is in force, 0 is none.
+// Soft neighbours of two fp32 sequences by the portable CPU kernels, from a copy of their sources in which faults are
+// planted: number `planted` is in force, 0 is none.
 #include "cpu/cycle_consistency_kernels.h"
 
 using namespace rcu_ops;
@@ -7,7 +7,8 @@ using namespace rcu_ops;
 extern "C" {
 int planted = 0;
 
-void align(int64_t T, int64_t S, int64_t C, double temperature, const float* a, const float* b, float* soft, int64_t* index) {
+void align(int64_t T, int64_t S, int64_t C, double temperature, const float* a, const float* b, float* soft,
+           int64_t* index) {
   Alignment p;
   p.kind = Align::soft, p.N = 1, p.T = T, p.S = S, p.C = C, p.temperature = temperature;
   p.a = {a, T * C, C, 1}, p.b = {b, S * C, C, 1};

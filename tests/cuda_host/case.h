@@ -1,8 +1,8 @@
 // A case as main.cpp reads it, for the run_<op>.cpp files, which turn cases into launches.
 //
-// A case is CASE.txt, lines of a key and its values, and CASE.bin, the storages one after the other. Every storage becomes a
-// heap block of exactly its size. Values: a tensor is STORAGE BYTE_OFFSET DTYPE STRIDE... (DTYPE -1: not one of rcu_ops::DType),
-// anything else is a word or a number.
+// A case is CASE.txt, lines of a key and its values, and CASE.bin, the storages one after the other. Every storage
+// becomes a heap block of exactly its size. Values: a tensor is STORAGE BYTE_OFFSET DTYPE STRIDE... (DTYPE -1: not one
+// of rcu_ops::DType), anything else is a word or a number.
 #pragma once
 
 #include <cstdint>

@@ -17,8 +17,8 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-// This file is compiled without -fsanitize=thread, so that ThreadSanitizer sees the kernels alone, and is told what orders
-// memory through its fiber interface.
+// This file is compiled without -fsanitize=thread, so that ThreadSanitizer sees the kernels alone, and is told what
+// orders memory through its fiber interface.
 #if defined(CUDA_HOST_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_write_range(void* address, unsigned long size);
@@ -143,7 +143,7 @@ void release([[maybe_unused]] void* token) {
 #endif
 }
 
-// ---- threads, warps, blocks ------------------------------------------------------------------------------------------
+// ---- threads, warps, blocks -----------------------------------------------------------------------------------------
 
 struct Copy {
   void* shared;
@@ -284,11 +284,12 @@ void fiber_main() {
   arrived(running->context);
   acquire(&running->block->begin);
   (*launch->kernel)();
-  const bool landed = std::all_of(running->groups.begin(), running->groups.end(), [](const auto& g) { return g.empty(); });
-  if (!running->open.empty() || !landed)
-    fail("a thread exits with asynchronous copies in flight", Location::current());
+  const bool landed =
+      std::all_of(running->groups.begin(), running->groups.end(), [](const auto& g) { return g.empty(); });
+  if (!running->open.empty() || !landed) fail("a thread exits with asynchronous copies in flight", Location::current());
   if (!running->accumulators.empty()) fail("a thread exits with products in flight", Location::current());
-  if (running->arrived_at_cluster) fail("a thread arrives at a cluster barrier and exits without waiting", Location::current());
+  if (running->arrived_at_cluster)
+    fail("a thread arrives at a cluster barrier and exits without waiting", Location::current());
   if (Block& mine = *running->block; mine.exited + 1 == mine.fibers.size()) close_shared(mine);
   release(&running->block->end);
   running->wait = Wait::exited;
@@ -305,7 +306,8 @@ Fiber* new_fiber() {
   auto* f = new Fiber;
   // An inaccessible page below the stack: an overflow is a fault and not somebody else's data.
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, page + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, page + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
     std::perror("a fiber's stack");
     std::abort();
@@ -323,7 +325,8 @@ std::unique_ptr<Block> start_block(Cluster& cluster, uint64_t number) {
   auto block = std::make_unique<Block>();
   block->cluster = &cluster;
   block->rank = static_cast<int>(cluster.blocks.size());
-  block->index = {static_cast<unsigned>(number % shape.grid.x), static_cast<unsigned>(number / shape.grid.x % shape.grid.y),
+  block->index = {static_cast<unsigned>(number % shape.grid.x),
+                  static_cast<unsigned>(number / shape.grid.x % shape.grid.y),
                   static_cast<unsigned>(number / shape.grid.x / shape.grid.y)};
   if (shape.shared_bytes > 0) {
     void* memory = nullptr;
@@ -385,8 +388,8 @@ std::string report_deadlock(const std::vector<const Fiber*>& fibers, const char*
   };
   std::vector<Group> groups;
   for (const Fiber* f : fibers) {
-    std::string text = f->wait == Wait::exited ? "exited"
-                                               : std::string("at ") + f->operation + " (" + place(f->where) + ")";
+    std::string text =
+        f->wait == Wait::exited ? "exited" : std::string("at ") + f->operation + " (" + place(f->where) + ")";
     const auto same = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return g.text == text; });
     if (same != groups.end())
       ++same->count;
@@ -407,7 +410,8 @@ std::string report_deadlock(const Block& block) {
 
 // All that are in flight, or one block of them where blocks do not wait for each other.
 std::string report_deadlock() {
-  if (polling.empty() && launch->shape.cluster == 1) return report_deadlock(*resident[draw(resident.size())]->blocks.front());
+  if (polling.empty() && launch->shape.cluster == 1)
+    return report_deadlock(*resident[draw(resident.size())]->blocks.front());
   std::vector<const Fiber*> fibers;
   for (const auto& cluster : resident)
     for (const auto& block : cluster->blocks) fibers.insert(fibers.end(), block->fibers.begin(), block->fibers.end());
@@ -461,24 +465,30 @@ void meet_warp(const char* operation, const Location& where) {
 }  // namespace
 
 int64_t resident_blocks(int64_t threads, size_t shared_bytes) {
-  const int64_t rounded = (threads + 31) / 32 * 32, reserved = 1024;  // of shared memory, by the system, for every block
+  // Of shared memory, by the system, for every block.
+  const int64_t rounded = (threads + 31) / 32 * 32, reserved = 1024;
   const int64_t by_memory = (options.shared_bytes + reserved) / (static_cast<int64_t>(shared_bytes) + reserved);
   return options.multiprocessors * std::min({2048 / rounded, by_memory, int64_t{32}});
 }
 
 std::string run(const char* name, const Shape& shape, const std::function<void()>& kernel) {
   const dim3 grid = shape.grid, block = shape.block;
-  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z,
+                 threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const auto refuse = [&](const std::string& why) { return std::string(name) + ": invalid launch: " + why; };
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || blocks == 0) return refuse("the grid is empty or too large");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || blocks == 0)
+    return refuse("the grid is empty or too large");
   if (threads == 0 || threads > 1024 || block.z > 64) return refuse(std::to_string(threads) + " threads per block");
   if (static_cast<int64_t>(shape.shared_bytes) > options.shared_bytes)
-    return refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(options.shared_bytes));
+    return refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, the device has " +
+                  std::to_string(options.shared_bytes));
   if (shape.cluster != 1) {
     if (options.architecture < 90) return refuse("clusters on an architecture before sm_90");
-    if (shape.cluster < 1 || shape.cluster > 16) return refuse("clusters of " + std::to_string(shape.cluster) + " blocks");
+    if (shape.cluster < 1 || shape.cluster > 16)
+      return refuse("clusters of " + std::to_string(shape.cluster) + " blocks");
     if (grid.x % static_cast<unsigned>(shape.cluster) != 0)
-      return refuse(std::to_string(grid.x) + " blocks along x are not whole clusters of " + std::to_string(shape.cluster));
+      return refuse(std::to_string(grid.x) + " blocks along x are not whole clusters of " +
+                    std::to_string(shape.cluster));
   }
   if (const int64_t most = resident_blocks(static_cast<int64_t>(threads), shape.shared_bytes);
       shape.cooperative && static_cast<int64_t>(blocks) > most)
@@ -493,7 +503,8 @@ std::string run(const char* name, const Shape& shape, const std::function<void()
   std::vector<uint64_t> order(blocks / static_cast<uint64_t>(shape.cluster));
   for (uint64_t i = 0; i < order.size(); ++i) order[i] = i * static_cast<uint64_t>(shape.cluster);
   std::shuffle(order.begin(), order.end(), random_source);
-  const size_t together = shape.cooperative ? order.size() : static_cast<size_t>(std::max(1, options.resident / shape.cluster));
+  const size_t together =
+      shape.cooperative ? order.size() : static_cast<size_t>(std::max(1, options.resident / shape.cluster));
   // Fibers add to the first: were it to grow there, ThreadSanitizer would see the machine's own memory move.
   for (auto* list : {&runnable, &polling}) list->reserve(together * static_cast<size_t>(shape.cluster) * threads);
   size_t started = 0, unchanged = 0;  // unchanged: threads in a row that found memory as they had left it
@@ -503,7 +514,8 @@ std::string run(const char* name, const Shape& shape, const std::function<void()
       current.error = report_deadlock();
       break;
     }
-    // Whoever polls looks again now and then, and when nobody else is left: then all in turn, so that none is forgotten.
+    // Whoever polls looks again now and then, and when nobody else is left: then all in turn, so that none is
+    // forgotten.
     auto& from = polling.empty() || (!runnable.empty() && draw(8) != 0) ? runnable : polling;
     const bool in_turn = &from == &polling && runnable.empty();
     const size_t chosen = in_turn ? 0 : draw(from.size());
@@ -531,7 +543,8 @@ std::string run(const char* name, const Shape& shape, const std::function<void()
       release_cluster_if_complete(cluster);
       if (++of.exited == of.fibers.size() && ++cluster.blocks_exited == cluster.blocks.size()) {
         end_cluster(cluster);
-        resident.erase(std::find_if(resident.begin(), resident.end(), [&](const auto& c) { return c.get() == &cluster; }));
+        resident.erase(
+            std::find_if(resident.begin(), resident.end(), [&](const auto& c) { return c.get() == &cluster; }));
       }
     }
   }
@@ -612,11 +625,13 @@ void* map_shared(const void* own, int rank, const Location& where) {
   if (!mine.shared || at < mine.shared || at >= mine.shared + launch->shape.shared_bytes)
     fail("mapping an address outside of the block's shared memory", where);
   if (rank < 0 || rank >= launch->shape.cluster)
-    fail("mapping the shared memory of block " + std::to_string(rank) + " of a cluster of " + std::to_string(launch->shape.cluster),
+    fail("mapping the shared memory of block " + std::to_string(rank) + " of a cluster of " +
+             std::to_string(launch->shape.cluster),
          where);
   Block& other = *mine.cluster->blocks[static_cast<size_t>(rank)];
   if (&other != &mine) {
-    if (mine.cluster->barriers == 0) fail("mapping another block's shared memory before the first cluster barrier", where);
+    if (mine.cluster->barriers == 0)
+      fail("mapping another block's shared memory before the first cluster barrier", where);
     if (other.exited == other.fibers.size()) fail("mapping the shared memory of a block that has exited", where);
     other.mapped = true;
     other.mapped_after = mine.cluster->barriers;
@@ -669,7 +684,9 @@ Accumulators& begin_product(float* accumulators, size_t count, const Location& w
   return held;
 }
 
-void issue_product(std::function<void(const Location&)> complete) { running->open_products.push_back(std::move(complete)); }
+void issue_product(std::function<void(const Location&)> complete) {
+  running->open_products.push_back(std::move(complete));
+}
 
 void end_product(float* accumulators) {
   const auto held = running->accumulators.find(accumulators);

@@ -1,28 +1,31 @@
-// A CUDA device on a CPU: runs the unchanged kernels thread by thread. The headers under include/cuda/device/ stand in for
-// those of csrc/cuda/device/ and call this.
+// A CUDA device on a CPU: runs the unchanged kernels thread by thread. The headers under include/cuda/device/ stand in
+// for those of csrc/cuda/device/ and call this.
 //
-// Threads.     Every CUDA thread is a fiber of one CPU thread; nothing runs in parallel. Whenever a fiber must wait, the
-//              next one is drawn at random from all that can run (Options::seed), across the `resident` blocks that are in
-//              flight at once, which start in random order. A missing barrier therefore shows as a wrong result under most
-//              seeds, and, in the build with ThreadSanitizer, as a data race under all of them: each fiber is a thread to
-//              it, and only what orders memory in CUDA (block_barrier, warp_barrier, the ends of a launch) orders it here.
-// Shared       Dynamic shared memory is a heap block of exactly the launch's size, so that AddressSanitizer sees the first
-// memory.      byte beyond it, and starts as 0xff bytes: NaN in every format, -1 as an index.
-// Waiting.     Threads that wait for each other in different places, for threads that have exited, or for a value in memory
-//              that nobody is left to write, end the launch with a report instead of a hang.
+// Threads.     Every CUDA thread is a fiber of one CPU thread; nothing runs in parallel. Whenever a fiber must wait,
+//              the next one is drawn at random from all that can run (Options::seed), across the `resident` blocks that
+//              are in flight at once, which start in random order. A missing barrier therefore shows as a wrong result
+//              under most seeds, and, in the build with ThreadSanitizer, as a data race under all of them: each fiber
+//              is a thread to it, and only what orders memory in CUDA (block_barrier, warp_barrier, the ends of a
+//              launch) orders it here.
+// Shared       Dynamic shared memory is a heap block of exactly the launch's size, so that AddressSanitizer sees the
+// first memory.      byte beyond it, and starts as 0xff bytes: NaN in every format, -1 as an index.
+// Waiting.     Threads that wait for each other in different places, for threads that have exited, or for a value in
+//              memory that nobody is left to write, end the launch with a report instead of a hang.
 // Together.    All blocks of a cooperative launch are in flight at once, and all blocks of a cluster. A block's shared
 //              memory can be mapped by the others of its cluster after the cluster's first barrier; a block that exits
-//              without a barrier after such a mapping is reported, and what is read from its memory later is 0xff bytes, a
-//              race to ThreadSanitizer and poisoned to AddressSanitizer.
+//              without a barrier after such a mapping is reported, and what is read from its memory later is 0xff
+//              bytes, a race to ThreadSanitizer and poisoned to AddressSanitizer.
 // Warps.       Warp-wide operations meet at exchange(): all 32 lanes, the same operation, the same source line.
-// Products.    wgmma computes when its thread waits for it and not before, from what its operands hold then; until then the
-//              accumulators hold NaN. One that is issued without a fence after the last wait, or that is still in flight when
-//              its thread exits, is reported.
-// Copies.      An asynchronous copy lands when its thread waits for it and not before, in random order within what the wait
-//              covers; until then its destination holds 0xff bytes. Copies still in flight when a thread exits are reported.
+// Products.    wgmma computes when its thread waits for it and not before, from what its operands hold then; until then
+//              the accumulators hold NaN. One that is issued without a fence after the last wait, or that is still in
+//              flight when its thread exits, is reported.
+// Copies.      An asynchronous copy lands when its thread waits for it and not before, in random order within what the
+//              wait covers; until then its destination holds 0xff bytes. Copies still in flight when a thread exits are
+//              reported.
 //
-// What this does not show: timing, bank conflicts, coalescing, registers, the rounding of the matrix unit (a product sum is
-// computed exactly and truncated to fp32), a missing async_proxy_fence, and races between blocks that were not in flight together.
+// What this does not show: timing, bank conflicts, coalescing, registers, the rounding of the matrix unit (a product
+// sum is computed exactly and truncated to fp32), a missing async_proxy_fence, and races between blocks that were not
+// in flight together.
 #pragma once
 
 #include <vector_types.h>
@@ -124,9 +127,9 @@ void async_copy(void* shared, const void* global, size_t bytes, const Location& 
 void async_commit();
 void async_wait(size_t groups);
 
-// Work of the matrix unit that runs beside the thread which issues it. It is done when the thread waits and not before: then
-// `complete` is called, with the place of the wait. Until then the accumulators, at `accumulators`, hold NaN; begin_product()
-// says what they held before.
+// Work of the matrix unit that runs beside the thread which issues it. It is done when the thread waits and not before:
+// then `complete` is called, with the place of the wait. Until then the accumulators, at `accumulators`, hold NaN;
+// begin_product() says what they held before.
 struct Accumulators {
   std::vector<float> values;
   int products = 0;  // in flight

@@ -1,8 +1,8 @@
-// Runs cases from files: cuda_host CASE... (see case.h). Afterwards CASE.out holds the storages, and the standard output has
-// one line per case: "ok" and how it ran, or "error: " and what the launch returned.
+// Runs cases from files: cuda_host CASE... (see case.h). Afterwards CASE.out holds the storages, and the standard
+// output has one line per case: "ok" and how it ran, or "error: " and what the launch returned.
 //
-// Keys of every case: storages BYTES...; seed, resident, multiprocessors, shared_bytes, architecture N; op NAME, one of those
-// that the run_<op>.cpp files register, or probe with name NAME.
+// Keys of every case: storages BYTES...; seed, resident, multiprocessors, shared_bytes, architecture N; op NAME, one of
+// those that the run_<op>.cpp files register, or probe with name NAME.
 
 #include <fstream>
 #include <iostream>
@@ -55,7 +55,9 @@ std::map<std::string, Runner>& runners() {
   return all;
 }
 
-const Registration probe("probe", [](const Case& c, std::string&) { return rcu_ops::cuda::run_probe(c.word("name"), c.storages); });
+const Registration probe("probe", [](const Case& c, std::string&) {
+  return rcu_ops::cuda::run_probe(c.word("name"), c.storages);
+});
 
 std::string run_case(const std::string& path, std::string& plan) {
   const Case c(path);

@@ -97,12 +97,13 @@ __global__ void index_probe(int* out) {
   at[3] = blockDim.x + 10 * blockDim.y + 100 * blockDim.z;
 }
 
-// Rounds of: every block writes a number, and reads all the others' of the round. numbers [2][blocks] scratch, out [blocks].
-// Split: arrive and wait are apart. One slot for both parities would need a second barrier.
+// Rounds of: every block writes a number, and reads all the others' of the round. numbers [2][blocks] scratch, out
+// [blocks]. Split: arrive and wait are apart. One slot for both parities would need a second barrier.
 template <bool Split>
 __global__ void grid_barrier_probe(GridCounter* counter, int* numbers, int* out) {
   GridBarrier barrier(counter);
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x),
+            thread = static_cast<int>(threadIdx.x);
   int sum = 0;
   for (int round = 0; round < 4; ++round) {
     int* mine = numbers + round % 2 * blocks;
@@ -123,8 +124,7 @@ __global__ void grid_barrier_probe(GridCounter* counter, int* numbers, int* out)
 template <bool Ordered>
 __global__ void chain_probe(uint32_t* values, int* plain) {
   const unsigned b = blockIdx.x;
-  if (b > 0)
-    wait_until([&] { return (Ordered ? load_acquire(values + b - 1) : load_relaxed(values + b - 1)) != 0; });
+  if (b > 0) wait_until([&] { return (Ordered ? load_acquire(values + b - 1) : load_relaxed(values + b - 1)) != 0; });
   plain[b] = b == 0 ? 1 : plain[b - 1] + 1;
   store_release(values + b, 1u);
 }
@@ -132,7 +132,7 @@ __global__ void chain_probe(uint32_t* values, int* plain) {
 // ticket [1], out [blocks]: the order of arrival, each number once.
 __global__ void ticket_probe(uint32_t* ticket, int* out) { out[blockIdx.x] = static_cast<int>(fetch_add(ticket, 1u)); }
 
-// ---- faults ----------------------------------------------------------------------------------------------------------
+// ---- faults ---------------------------------------------------------------------------------------------------------
 
 __global__ void divergent_barrier(int* out) {
   if (threadIdx.x < 40)
@@ -197,8 +197,9 @@ Error load_probe(const std::vector<void*>& s) {
 }
 template <int Count, bool Transposed, bool Shuffled>
 Error store_probe(const std::vector<void*>& s) {
-  return launch("store_matrix_probe", store_matrix_probe<Count, Transposed, Shuffled>, dim3(1), dim3(32), tile_bytes, Stream(),
-                static_cast<uint32_t*>(s[0]), static_cast<const int*>(s[1]), static_cast<const uint32_t*>(s[2]));
+  return launch("store_matrix_probe", store_matrix_probe<Count, Transposed, Shuffled>, dim3(1), dim3(32), tile_bytes,
+                Stream(), static_cast<uint32_t*>(s[0]), static_cast<const int*>(s[1]),
+                static_cast<const uint32_t*>(s[2]));
 }
 template <typename T>
 Error mma(const std::vector<void*>& s) {
@@ -221,17 +222,18 @@ Error grid_barriers(const std::vector<void*>& s) {
   auto* counter = static_cast<GridCounter*>(s[0]);
   auto *numbers = static_cast<int*>(s[1]), *out = static_cast<int*>(s[2]);
   if constexpr (!Cooperative)
-    return launch("grid_barrier_probe", grid_barrier_probe<Split>, dim3(3), dim3(64), 0, Stream(), counter, numbers, out);
+    return launch("grid_barrier_probe", grid_barrier_probe<Split>, dim3(3), dim3(64), 0, Stream(), counter, numbers,
+                  out);
   Error error = fill_zero(counter, sizeof(GridCounter), Stream());
   for (int i = 0; i < 2 && error.empty(); ++i)
-    error = launch_cooperative("grid_barrier_probe", grid_barrier_probe<Split>, 1, dim3(5), dim3(64), 0, Stream(), counter,
-                               numbers, out);
+    error = launch_cooperative("grid_barrier_probe", grid_barrier_probe<Split>, 1, dim3(5), dim3(64), 0, Stream(),
+                               counter, numbers, out);
   return error;
 }
 template <bool Ordered>
 Error chain(const std::vector<void*>& s) {
-  return launch_cooperative("chain_probe", chain_probe<Ordered>, 2, dim3(6), dim3(1), 0, Stream(), static_cast<uint32_t*>(s[0]),
-                            static_cast<int*>(s[1]));
+  return launch_cooperative("chain_probe", chain_probe<Ordered>, 2, dim3(6), dim3(1), 0, Stream(),
+                            static_cast<uint32_t*>(s[0]), static_cast<int*>(s[1]));
 }
 Error tickets(const std::vector<void*>& s) {
   return launch("ticket_probe", ticket_probe, dim3(7), dim3(1), 0, Stream(), static_cast<uint32_t*>(s[0]),
@@ -242,8 +244,8 @@ Error one_block_too_many(const std::vector<void*>& s) {
   int64_t most = 0;
   const Error error = resident_blocks("index_probe", index_probe, 1, 96, 30 * 1024, most);
   if (!error.empty()) return error;
-  return launch_cooperative("index_probe", index_probe, 1, dim3(static_cast<unsigned>(most + 1)), dim3(96), 30 * 1024, Stream(),
-                            static_cast<int*>(s[0]));
+  return launch_cooperative("index_probe", index_probe, 1, dim3(static_cast<unsigned>(most + 1)), dim3(96), 30 * 1024,
+                            Stream(), static_cast<int*>(s[0]));
 }
 
 const Probes& probes() {
@@ -271,8 +273,8 @@ const Probes& probes() {
       {"store_4_transposed_shuffled", store_probe<4, true, true>},
       {"shuffles",
        [](const std::vector<void*>& s) {
-         return launch("shuffle_probe", shuffle_probe, dim3(1), dim3(32), 0, Stream(), static_cast<const int64_t*>(s[0]),
-                       static_cast<const int*>(s[1]), static_cast<int64_t*>(s[2]));
+         return launch("shuffle_probe", shuffle_probe, dim3(1), dim3(32), 0, Stream(),
+                       static_cast<const int64_t*>(s[0]), static_cast<const int*>(s[1]), static_cast<int64_t*>(s[2]));
        }},
       {"indices",
        [](const std::vector<void*>& s) {

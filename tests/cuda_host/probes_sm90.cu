@@ -10,8 +10,9 @@
 namespace rcu_ops::cuda {
 namespace {
 
-// The blocks of a cluster add up their numbers, each in rank order through the others' shared memory, and push their own to
-// the next one's. out [blocks][4]: rank, size, sum, what was pushed. Barriers: 0 all, 1 without the second, 2 without the last.
+// The blocks of a cluster add up their numbers, each in rank order through the others' shared memory, and push their
+// own to the next one's. out [blocks][4]: rank, size, sum, what was pushed. Barriers: 0 all, 1 without the second, 2
+// without the last.
 template <int Missing>
 __global__ void cluster_probe(int* out) {
   auto* memory = dynamic_shared<int>();
@@ -33,8 +34,8 @@ __global__ void cluster_probe(int* out) {
   if (sum == 1) out[0] = 0;
 }
 
-// a [128 threads][4], shared memory [bytes] in; d [128][N / 2] in and out. b, and a unless it is in registers, begin at the
-// bytes that `at` names: a, b, and how far the next 8 rows and (without a swizzle) the next 8 numbers along k are.
+// a [128 threads][4], shared memory [bytes] in; d [128][N / 2] in and out. b, and a unless it is in registers, begin at
+// the bytes that `at` names: a, b, and how far the next 8 rows and (without a swizzle) the next 8 numbers along k are.
 enum class Missing { nothing, fence, wait };
 template <typename T, int N, Swizzle Mode, bool SharedA, Missing Left = Missing::nothing>
 __global__ void wgmma_probe(const uint32_t* a, const uint32_t* shared, const int* at, float* d, int words) {
@@ -47,8 +48,10 @@ __global__ void wgmma_probe(const uint32_t* a, const uint32_t* shared, const int
   for (int i = 0; i < 4; ++i) x[i] = a[4 * thread + i];
   async_proxy_fence();
   group_barrier(3, 128);
-  const SharedMatrix left(dynamic_shared<char>(at[0]), Mode, static_cast<unsigned>(at[2]), static_cast<unsigned>(at[3]));
-  const SharedMatrix right(dynamic_shared<char>(at[1]), Mode, static_cast<unsigned>(at[2]), static_cast<unsigned>(at[3]));
+  const SharedMatrix left(dynamic_shared<char>(at[0]), Mode, static_cast<unsigned>(at[2]),
+                          static_cast<unsigned>(at[3]));
+  const SharedMatrix right(dynamic_shared<char>(at[1]), Mode, static_cast<unsigned>(at[2]),
+                           static_cast<unsigned>(at[3]));
   if constexpr (Left != Missing::fence) wgmma_fence(sum);
   if constexpr (SharedA)
     wgmma<T>(sum, left, right);
@@ -73,9 +76,11 @@ Error descriptor(const std::vector<void*>& s) {
                 static_cast<const int*>(s[0]), static_cast<uint64_t*>(s[1]));
 }
 
-// ---- faults ----------------------------------------------------------------------------------------------------------
+// ---- faults ---------------------------------------------------------------------------------------------------------
 
-__global__ void mapping_too_early(int* out) { out[threadIdx.x] = *cluster_shared(dynamic_shared<int>(), 1 - cluster_rank()); }
+__global__ void mapping_too_early(int* out) {
+  out[threadIdx.x] = *cluster_shared(dynamic_shared<int>(), 1 - cluster_rank());
+}
 __global__ void mapping_beyond_the_cluster(int* out) {
   cluster_barrier();
   out[threadIdx.x] = *cluster_shared(dynamic_shared<int>(), 2);
@@ -120,8 +125,9 @@ Error clusters(const std::vector<void*>& s) {
 template <typename T, int N, Swizzle Mode, bool SharedA, Missing Left = Missing::nothing>
 Error products(const std::vector<void*>& s) {
   const int* at = static_cast<const int*>(s[2]);
-  return launch("wgmma_probe", wgmma_probe<T, N, Mode, SharedA, Left>, dim3(1), dim3(128), static_cast<size_t>(at[4]), Stream(),
-                static_cast<const uint32_t*>(s[0]), static_cast<const uint32_t*>(s[1]), at, static_cast<float*>(s[3]), at[4] / 4);
+  return launch("wgmma_probe", wgmma_probe<T, N, Mode, SharedA, Left>, dim3(1), dim3(128), static_cast<size_t>(at[4]),
+                Stream(), static_cast<const uint32_t*>(s[0]), static_cast<const uint32_t*>(s[1]), at,
+                static_cast<float*>(s[3]), at[4] / 4);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Cases of cycle_consistency and srtg: op align, with the fields of Alignment, and op gate_data, with those of GateData.
+// Cases of cycle_consistency and srtg: op align, with the fields of Alignment, and op gate_data, with those of
+// GateData.
 #include "case.h"
 #include "cuda/cycle_consistency.h"
 #include "cuda/srtg.h"
@@ -32,7 +33,8 @@ std::string run_align(const Case& c, std::string&) {
   p.soft = c.tensor("soft"), p.da = c.tensor("da"), p.db = c.tensor("db");
   p.index_ab = static_cast<int64_t*>(c.tensor("index_ab")), p.index_ba = static_cast<int64_t*>(c.tensor("index_ba"));
   p.gate = static_cast<uint8_t*>(c.tensor("gate"));
-  return with_scratch(rcu_ops::cuda::align_scratch(p), [&](void* scratch) { return rcu_ops::cuda::align(p, scratch, nullptr); });
+  return with_scratch(rcu_ops::cuda::align_scratch(p),
+                      [&](void* scratch) { return rcu_ops::cuda::align(p, scratch, nullptr); });
 }
 
 rcu_ops::View view(const Case& c, const char* key) {
@@ -40,7 +42,8 @@ rcu_ops::View view(const Case& c, const char* key) {
   v.data = c.tensor(key);
   if (!v.data) return v;
   v.dtype = c.dtype(key);
-  v.n = c.stride(key, 0), v.c = c.stride(key, 1), v.t = c.stride(key, 2), v.h = c.stride(key, 3), v.w = c.stride(key, 4);
+  v.n = c.stride(key, 0), v.c = c.stride(key, 1), v.t = c.stride(key, 2), v.h = c.stride(key, 3),
+  v.w = c.stride(key, 4);
   return v;
 }
 

@@ -1,5 +1,6 @@
-// Cases of fast_gru: op fast_gru_pass, with the fields of Elementwise; operand i is the tensor p<i> [rows,segments,length]. Op
-// fast_gru_steps, with the fields of Steps as integers and tensors, and cluster as plan_persistent takes it.
+// Cases of fast_gru: op fast_gru_pass, with the fields of Elementwise; operand i is the tensor p<i>
+// [rows,segments,length]. Op fast_gru_steps, with the fields of Steps as integers and tensors, and cluster as
+// plan_persistent takes it.
 #include "case.h"
 #include "cuda/fast_gru.h"
 
@@ -52,12 +53,15 @@ std::string run_steps_backward(const Case& c, std::string& plan_text) {
   p.grad = c.tensor("grad");
   if (p.grad) p.grad_sample = c.stride("grad", 0), p.grad_step = c.stride("grad", 1);
   p.carry = static_cast<float*>(c.tensor("carry"));
-  p.dc = c.tensor("dc"), p.dr = c.tensor("dr"), p.dz = c.tensor("dz"), p.du = c.tensor("du"), p.gated = c.tensor("gated");
+  p.dc = c.tensor("dc"), p.dr = c.tensor("dr"), p.dz = c.tensor("dz"), p.du = c.tensor("du"),
+  p.gated = c.tensor("gated");
   rcu_ops::fast_gru::PersistentPlan plan;
-  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, true, plan); !error.empty()) return error.c_str();
+  if (const auto error = rcu_ops::cuda::plan_steps(p.rows, p.C, p.R, p.dtype, true, plan); !error.empty())
+    return error.c_str();
   plan_text = rcu_ops::fast_gru::describe(plan).c_str();
-  return cuda_host::with_scratch({plan.scratch_bytes, {}},
-                                 [&](void* scratch) { return rcu_ops::cuda::steps_backward(p, plan, scratch, nullptr); });
+  return cuda_host::with_scratch({plan.scratch_bytes, {}}, [&](void* scratch) {
+    return rcu_ops::cuda::steps_backward(p, plan, scratch, nullptr);
+  });
 }
 
 const cuda_host::Registration pass("fast_gru_pass", run_pass);

@@ -1,6 +1,6 @@
-// Cases of nonlocal_gates: ops attend, attend_grad, step, step_grad. Sizes B, G, N, M, D, E; plain: on the plain kernels
-// whatever the planner prefers; tensors by the names of common/nonlocal_gates.h, rows [B,G,rows,columns] (cell and what is like
-// it [B,1,rows,columns]); mask [B,N,M].
+// Cases of nonlocal_gates: ops attend, attend_grad, step, step_grad. Sizes B, G, N, M, D, E; plain: on the plain
+// kernels whatever the planner prefers; tensors by the names of common/nonlocal_gates.h, rows [B,G,rows,columns] (cell
+// and what is like it [B,1,rows,columns]); mask [B,N,M].
 #include <type_traits>
 
 #include "case.h"
@@ -42,8 +42,10 @@ std::string run(const Case& c, std::string& plan, bool step, const Problem& p) {
     plan = cuda::describe_relate(p.relation, step).c_str();
   if constexpr (std::is_same_v<Problem, StepGrad>)
     if (!c.integer("plain"))
-      plan = plan + "; " + cuda::describe_relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}).c_str();
-  return cuda_host::with_scratch(cuda::scratch_of(p), [&](void* scratch) { return cuda::relate(p, scratch, nullptr, kernel); });
+      plan = plan + "; " +
+             cuda::describe_relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}).c_str();
+  return cuda_host::with_scratch(cuda::scratch_of(p),
+                                 [&](void* scratch) { return cuda::relate(p, scratch, nullptr, kernel); });
 }
 
 bool is_state(const Case& c) { return c.dtype("cell") == (c.dtype("query") == DType::f64 ? DType::f64 : DType::f32); }
@@ -53,17 +55,20 @@ const cuda_host::Registration attend("attend", [](const Case& c, std::string& pl
 });
 
 const cuda_host::Registration attend_grad("attend_grad", [](const Case& c, std::string& plan) {
-  return run(c, plan, false, AttentionGrad{relation(c), rows(c, "grad"), rows(c, "dquery"), rows(c, "dkey"), rows(c, "dvalue")});
+  return run(c, plan, false,
+             AttentionGrad{relation(c), rows(c, "grad"), rows(c, "dquery"), rows(c, "dkey"), rows(c, "dvalue")});
 });
 
 const cuda_host::Registration step("step", [](const Case& c, std::string& plan) {
-  return run(c, plan, true, Step{relation(c), rows(c, "x_gates"), rows(c, "cell"), rows(c, "h"), rows(c, "c"), is_state(c)});
+  return run(c, plan, true,
+             Step{relation(c), rows(c, "x_gates"), rows(c, "cell"), rows(c, "h"), rows(c, "c"), is_state(c)});
 });
 
 const cuda_host::Registration step_grad("step_grad", [](const Case& c, std::string& plan) {
   return run(c, plan, true,
              StepGrad{relation(c), rows(c, "x_gates"), rows(c, "cell"), rows(c, "grad_h"), rows(c, "grad_c"),
-                      rows(c, "dx_gates"), rows(c, "dquery"), rows(c, "dkey"), rows(c, "dvalue"), rows(c, "dcell"), is_state(c)});
+                      rows(c, "dx_gates"), rows(c, "dquery"), rows(c, "dkey"), rows(c, "dvalue"), rows(c, "dcell"),
+                      is_state(c)});
 });
 
 }  // namespace

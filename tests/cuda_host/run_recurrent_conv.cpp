@@ -54,13 +54,13 @@ std::string run_scan(const Case& c, std::string& plan) {
   p.alpha_final = c.number("alpha_final");
   p.norm.partial = static_cast<double*>(c.tensor("partial"));
   const auto table = [&](const char* key) { return static_cast<const float*>(c.tensor(key)); };
-  p.norm.moments = table("moments"), p.norm.gamma = table("gamma"), p.norm.beta = table("beta"), p.norm.sums = table("sums");
+  p.norm.moments = table("moments"), p.norm.gamma = table("gamma"), p.norm.beta = table("beta"),
+  p.norm.sums = table("sums");
   if (p.norm.moments) p.norm.eps = static_cast<float>(c.number("eps")), p.norm.relu = p.relu;
   const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
   plan = rcu_ops::cuda::describe_scan(p, kernel).c_str();
-  return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel), [&](void* scratch) {
-    return rcu_ops::cuda::scan(p, scratch, nullptr, kernel);
-  });
+  return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel),
+                      [&](void* scratch) { return rcu_ops::cuda::scan(p, scratch, nullptr, kernel); });
 }
 
 std::string run_weight_grad(const Case& c, std::string& plan) {
@@ -72,9 +72,8 @@ std::string run_weight_grad(const Case& c, std::string& plan) {
   p.dweight = c.tensor("dweight");
   const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
   plan = rcu_ops::cuda::describe_weight_grad(p, kernel).c_str();
-  return with_scratch(rcu_ops::cuda::weight_grad_scratch(p, kernel), [&](void* scratch) {
-    return rcu_ops::cuda::weight_grad(p, scratch, nullptr, kernel);
-  });
+  return with_scratch(rcu_ops::cuda::weight_grad_scratch(p, kernel),
+                      [&](void* scratch) { return rcu_ops::cuda::weight_grad(p, scratch, nullptr, kernel); });
 }
 
 const cuda_host::Registration scan("scan", run_scan), weight_grad("weight_grad", run_weight_grad);

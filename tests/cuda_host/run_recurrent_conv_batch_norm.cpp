@@ -11,7 +11,8 @@ rcu_ops::View view(const Case& c, const char* key) {
   v.data = c.tensor(key);
   if (!v.data) return v;
   v.dtype = c.dtype(key);
-  v.n = c.stride(key, 0), v.c = c.stride(key, 1), v.t = c.stride(key, 2), v.h = c.stride(key, 3), v.w = c.stride(key, 4);
+  v.n = c.stride(key, 0), v.c = c.stride(key, 1), v.t = c.stride(key, 2), v.h = c.stride(key, 3),
+  v.w = c.stride(key, 4);
   return v;
 }
 
@@ -35,7 +36,8 @@ std::string run_finish(const Case& c, std::string&) {
   p.N = c.integer("N"), p.C = c.integer("C"), p.T = c.integer("T"), p.H = c.integer("H"), p.W = c.integer("W");
   p.dtype = static_cast<rcu_ops::DType>(c.integer("dtype"));
   p.result = c.tensor("result");
-  return rcu_ops::cuda::finish_moments(p, c.integer("columns"), static_cast<const double*>(c.tensor("partial")), nullptr)
+  return rcu_ops::cuda::finish_moments(p, c.integer("columns"), static_cast<const double*>(c.tensor("partial")),
+                                       nullptr)
       .c_str();
 }
 

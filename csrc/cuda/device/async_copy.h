@@ -1,8 +1,8 @@
 // cp.async: copies from global to shared memory that run beside the thread which issued them (sm_80).
 //
 // A copy belongs to the group that its thread commits next. async_wait<N>() returns when all but the newest N groups of
-// *this* thread have landed; other threads see the bytes after that wait and a barrier. Between issue and wait both ends
-// belong to the copy.
+// *this* thread have landed; other threads see the bytes after that wait and a barrier. Between issue and wait both
+// ends belong to the copy.
 #pragma once
 
 #include "cuda/device/runtime.h"

@@ -1,8 +1,8 @@
 // Numbers in global memory that threads of different blocks exchange. T: a 32- or 64-bit unsigned integer, aligned.
 //
-// What a thread did before a release, and what it had seen others do (a block_barrier before it makes that the whole block's
-// work), is seen by a thread that acquires the released value, and by its block after a barrier. Relaxed accesses order
-// nothing.
+// What a thread did before a release, and what it had seen others do (a block_barrier before it makes that the whole
+// block's work), is seen by a thread that acquires the released value, and by its block after a barrier. Relaxed
+// accesses order nothing.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,8 @@ __device__ __forceinline__ void add_release(T* p, T value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(value) : "memory");
 }
 
-// *p += value; returns what was there before. Acquire and release: of all that add, each sees the work of those before it.
+// *p += value; returns what was there before. Acquire and release: of all that add, each sees the work of those before
+// it.
 template <typename T>
 __device__ __forceinline__ T fetch_add(T* p, T value) {
   T before;
@@ -65,8 +66,8 @@ __device__ __forceinline__ T fetch_add(T* p, T value) {
   return before;
 }
 
-// Returns once ready() does, which reads memory (load_acquire, for what follows to be in order) and changes nothing. Whoever
-// makes it true must be certain to run: a thread of the same block, cluster or cooperative launch.
+// Returns once ready() does, which reads memory (load_acquire, for what follows to be in order) and changes nothing.
+// Whoever makes it true must be certain to run: a thread of the same block, cluster or cooperative launch.
 template <typename Ready>
 __device__ __forceinline__ void wait_until(Ready ready) {
   while (!ready()) {

@@ -16,8 +16,8 @@ __device__ __forceinline__ void group_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Between ordinary accesses to shared memory and those of wgmma and bulk copies: every thread that made the former calls it
-// before the barrier after which the latter are issued.
+// Between ordinary accesses to shared memory and those of wgmma and bulk copies: every thread that made the former
+// calls it before the barrier after which the latter are issued.
 __device__ __forceinline__ void async_proxy_fence() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

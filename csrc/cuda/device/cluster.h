@@ -1,8 +1,8 @@
 // Thread-block clusters (sm_90): blocks with neighbouring blockIdx.x that run at the same time on one part of the chip
 // (launch_clusters), wait for each other in hardware, and read and write each other's shared memory.
 //
-// Another block's shared memory is there from the cluster's first barrier on, and until its block exits: a kernel begins with
-// a cluster_barrier before it maps anything, and ends with one after the last access.
+// Another block's shared memory is there from the cluster's first barrier on, and until its block exits: a kernel
+// begins with a cluster_barrier before it maps anything, and ends with one after the last access.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,11 @@ __device__ __forceinline__ int cluster_size() {
   return static_cast<int>(size);
 }
 
-// A barrier of all threads of the cluster; orders their accesses to shared and global memory. Every arrival is followed by
-// the same thread's wait; between them is time for work that needs no other block. All lanes of a warp together.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// A barrier of all threads of the cluster; orders their accesses to shared and global memory. Every arrival is followed
+// by the same thread's wait; between them is time for work that needs no other block. All lanes of a warp together.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
   cluster_arrive();

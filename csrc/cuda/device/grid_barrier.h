@@ -1,11 +1,12 @@
 // A barrier of all threads of a cooperative launch (launch_cooperative), as often as wanted.
 //
 // The counter, in global memory, counts blocks that have arrived, ever: it needs no reset between barriers, nor between
-// launches of equally many blocks on one stream. It must be a multiple of the number of blocks when a launch begins: zero it
-// once (fill_zero, which a CUDA graph captures) before the first launch, and again when the number of blocks changes or a
-// launch has failed. One counter per launch in flight.
+// launches of equally many blocks on one stream. It must be a multiple of the number of blocks when a launch begins:
+// zero it once (fill_zero, which a CUDA graph captures) before the first launch, and again when the number of blocks
+// changes or a launch has failed. One counter per launch in flight.
 //
-// Cost: an addition in L2 that nobody waits for, and one read of L2 after the last block's has got there (about 1 us in all).
+// Cost: an addition in L2 that nobody waits for, and one read of L2 after the last block's has got there (about 1 us in
+// all).
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ class GridBarrier {
     if (threadIdx.x + threadIdx.y + threadIdx.z == 0) target_ = load_relaxed(counter) / blocks_ * blocks_;
   }
 
-  // The block's work so far is done. All its threads; between this and wait() is time for work that needs no other block.
+  // The block's work so far is done. All its threads; between this and wait() is time for work that needs no other
+  // block.
   __device__ __forceinline__ void arrive() {
     block_barrier();
     if (threadIdx.x + threadIdx.y + threadIdx.z == 0) add_release(counter_, GridCounter{1});

@@ -59,9 +59,8 @@ Error launch_together(const char* name, void (*kernel)(Parameters...), Together 
   }(static_cast<Parameters>(arguments)...);
   if (status == cudaSuccess) return {};
   cudaGetLastError();
-  return error_text(name, status) + ", launching " + to_text(grid.x) + "x" + to_text(grid.y) + "x" +
-         to_text(grid.z) + " blocks of " + to_text(block.x * block.y * block.z) + " threads" +
-         (together.grid ? ", all at once" : "") +
+  return error_text(name, status) + ", launching " + to_text(grid.x) + "x" + to_text(grid.y) + "x" + to_text(grid.z) +
+         " blocks of " + to_text(block.x * block.y * block.z) + " threads" + (together.grid ? ", all at once" : "") +
          (together.cluster > 1 ? ", in clusters of " + to_text(together.cluster) : "");
 }
 
@@ -88,7 +87,8 @@ Error resident_blocks(const char* name, void (*kernel)(Parameters...), int clust
   } else {
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, threads, shared_bytes);
     if (status == cudaSuccess) status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess)
+      status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     blocks = static_cast<int64_t>(count) * multiprocessors;
   }
   if (status != cudaSuccess) cudaGetLastError();

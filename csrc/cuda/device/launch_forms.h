@@ -20,12 +20,13 @@ using Error = Text;  // empty: success
 // Which blocks of a launch are certain to run at the same time.
 struct Together {
   bool grid = false;  // all of them (a cooperative launch), as grid_barrier.h needs
-  int cluster = 1;    // this many with neighbouring blockIdx.x (sm_90), as cluster.h needs; gridDim.x is a multiple of it
+  // This many with neighbouring blockIdx.x (sm_90), as cluster.h needs; gridDim.x is a multiple of it.
+  int cluster = 1;
 };
 
 // Enqueue `kernel` on `stream`. `shared_bytes` of dynamic shared memory, any amount the device has. The arguments are
-// converted to the kernel's parameter types and copied, so they may go out of scope. An error of the launch itself comes
-// back as text; one inside the kernel shows at the next synchronisation, as always with CUDA.
+// converted to the kernel's parameter types and copied, so they may go out of scope. An error of the launch itself
+// comes back as text; one inside the kernel shows at the next synchronisation, as always with CUDA.
 template <typename... Parameters, typename... Arguments>
 Error launch_together(const char* name, void (*kernel)(Parameters...), Together together, dim3 grid, dim3 block,
                       size_t shared_bytes, Stream stream, Arguments&&... arguments);
@@ -40,7 +41,8 @@ Error resident_blocks(const char* name, void (*kernel)(Parameters...), int clust
 template <typename... Parameters, typename... Arguments>
 Error launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
              Arguments&&... arguments) {
-  return launch_together(name, kernel, Together{}, grid, block, shared_bytes, stream, static_cast<Arguments&&>(arguments)...);
+  return launch_together(name, kernel, Together{}, grid, block, shared_bytes, stream,
+                         static_cast<Arguments&&>(arguments)...);
 }
 
 // A launch whose blocks all run at once, as grid_barrier.h needs; with `cluster` > 1 in clusters, too. A grid that the
@@ -53,17 +55,16 @@ Error launch_cooperative(const char* name, void (*kernel)(Parameters...), int cl
   const int threads = static_cast<int>(block.x * block.y * block.z);
   if (Error error = resident_blocks(name, kernel, cluster, threads, shared_bytes, most); !error.empty()) return error;
   if (wanted > most)
-    return Text(name) + ": " + to_text(wanted) + " blocks must run at once, the device holds " +
-           to_text(most) + " of " + to_text(threads) + " threads and " + to_text(shared_bytes) +
-           " bytes of shared memory";
+    return Text(name) + ": " + to_text(wanted) + " blocks must run at once, the device holds " + to_text(most) +
+           " of " + to_text(threads) + " threads and " + to_text(shared_bytes) + " bytes of shared memory";
   return launch_together(name, kernel, Together{true, cluster}, grid, block, shared_bytes, stream,
                          static_cast<Arguments&&>(arguments)...);
 }
 
 // A launch in clusters of `cluster` blocks (sm_90).
 template <typename... Parameters, typename... Arguments>
-Error launch_clusters(const char* name, void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared_bytes,
-                      Stream stream, Arguments&&... arguments) {
+Error launch_clusters(const char* name, void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
+                      size_t shared_bytes, Stream stream, Arguments&&... arguments) {
   return launch_together(name, kernel, Together{false, cluster}, grid, block, shared_bytes, stream,
                          static_cast<Arguments&&>(arguments)...);
 }

@@ -1,7 +1,8 @@
-// ldmatrix: 8x8 tiles of 16-bit values from shared memory to the fragments of mma.h, one warp. matrix_store.h is the way back.
+// ldmatrix: 8x8 tiles of 16-bit values from shared memory to the fragments of mma.h, one warp. matrix_store.h is the
+// way back.
 //
-// Count tiles (1, 2 or 4). Lane 8i + r passes the address of row r of tile i: 16 bytes, aligned to 16 (lanes from
-// 8 * Count on pass anything). Register i of lane l holds row l / 4, columns 2 (l % 4) and + 1 of tile i; with Transposed
+// Count tiles (1, 2 or 4). Lane 8i + r passes the address of row r of tile i: 16 bytes, aligned to 16 (lanes from 8 *
+// Count on pass anything). Register i of lane l holds row l / 4, columns 2 (l % 4) and + 1 of tile i; with Transposed
 // rows and columns of the tile change places.
 #pragma once
 

@@ -1,7 +1,7 @@
 // stmatrix: matrix_copy.h's tiles back from fragments to shared memory.
 //
-// The code differs between architectures, so that files which include this are compiled once for each: the build reads that off
-// their include of it, and defines RCU_OPS_EACH_ARCHITECTURE. All others share one front end.
+// The code differs between architectures, so that files which include this are compiled once for each: the build reads
+// that off their include of it, and defines RCU_OPS_EACH_ARCHITECTURE. All others share one front end.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The 16-bit formats: their types, and conversions from and to fp32, to nearest with ties to even (sm_80).
 //
-// The types have the names that the toolkit gives them. Its own headers of them, which every kernel file would include, take the
-// compiler as long as many a kernel does.
+// The types have the names that the toolkit gives them. Its own headers of them, which every kernel file would include,
+// take the compiler as long as many a kernel does.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 
 namespace rcu_ops::cuda {
 
-// `value`, of which the compiler knows nothing any more: what follows from it is computed where it is used, and not kept from
-// one iteration of a loop to the next.
+// `value`, of which the compiler knows nothing any more: what follows from it is computed where it is used, and not
+// kept from one iteration of a loop to the next.
 __device__ __forceinline__ int recomputed(int value) {
   asm volatile("" : "+r"(value));
   return value;

@@ -5,7 +5,9 @@
 
 namespace rcu_ops::cuda {
 
-inline void block_barrier(cuda_host::Location where = cuda_host::Location::current()) { cuda_host::block_barrier(where); }
+inline void block_barrier(cuda_host::Location where = cuda_host::Location::current()) {
+  cuda_host::block_barrier(where);
+}
 inline void warp_barrier(cuda_host::Location where = cuda_host::Location::current()) { cuda_host::warp_barrier(where); }
 inline void group_barrier(int id, int threads, cuda_host::Location where = cuda_host::Location::current()) {
   cuda_host::group_barrier(id, threads, where);

@@ -22,7 +22,8 @@ Error launch_together(const char* name, void (*kernel)(Parameters...), Together 
 }
 
 template <typename... Parameters>
-Error resident_blocks(const char*, void (*)(Parameters...), int cluster, int threads, size_t shared_bytes, int64_t& blocks) {
+Error resident_blocks(const char*, void (*)(Parameters...), int cluster, int threads, size_t shared_bytes,
+                      int64_t& blocks) {
   blocks = cuda_host::resident_blocks(threads, shared_bytes) / cluster * cluster;
   return {};
 }

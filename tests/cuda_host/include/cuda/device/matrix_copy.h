@@ -1,5 +1,6 @@
-// Host twin of csrc/cuda/device/matrix_copy.h. Every lane reads and writes its own elements itself, so that the sanitizers
-// see who touches what; and since nothing says which lane of the warp fetches a row, the one that names it reads it too.
+// Host twin of csrc/cuda/device/matrix_copy.h. Every lane reads and writes its own elements itself, so that the
+// sanitizers see who touches what; and since nothing says which lane of the warp fetches a row, the one that names it
+// reads it too.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@ namespace matrix_host {
 template <int Count>
 auto rows(const char* operation, const void* row, const cuda_host::Location& where) {
   const auto mine = reinterpret_cast<uintptr_t>(row);
-  if (cuda_host::lane() < 8 * Count && mine % 16 != 0) cuda_host::fail("a row of a tile is not aligned to 16 bytes", where);
+  if (cuda_host::lane() < 8 * Count && mine % 16 != 0)
+    cuda_host::fail("a row of a tile is not aligned to 16 bytes", where);
   return cuda_host::exchange(operation, mine, where);
 }
 

@@ -1,5 +1,5 @@
-// Host twin of csrc/cuda/device/mma.h: the register layouts of the PTX manual, sums exact and then truncated to fp32, which
-// is the least that the matrix unit promises.
+// Host twin of csrc/cuda/device/mma.h: the register layouts of the PTX manual, sums exact and then truncated to fp32,
+// which is the least that the matrix unit promises.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,9 @@ struct Operands {
 
 inline float truncated(double sum) {
   const float nearest = static_cast<float>(sum);
-  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f)
-                                                                                           : nearest;
+  return std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(sum)
+             ? std::nextafterf(nearest, 0.0f)
+             : nearest;
 }
 
 inline float tf32(uint32_t bits) {
@@ -46,14 +47,14 @@ void multiply(float (&d)[4], int depth, A a, B b) {
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   cuda_host::Location where = cuda_host::Location::current()) {
-  const auto all = cuda_host::exchange("mma_m16n8k16", mma_host::Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, where);
+  const auto all =
+      cuda_host::exchange("mma_m16n8k16", mma_host::Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, where);
   const auto half_of = [](uint32_t bits, int k) {
     const float2 pair = unpack<T>(bits);
     return k % 2 ? pair.y : pair.x;
   };
   mma_host::multiply(
-      d, 16,
-      [&](int row, int k) { return half_of(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k); },
+      d, 16, [&](int row, int k) { return half_of(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k); },
       [&](int k, int column) { return half_of(all[column * 4 + k % 8 / 2].b[k / 8], k); });
 }
 

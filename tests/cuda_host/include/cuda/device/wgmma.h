@@ -1,5 +1,5 @@
-// Host twin of csrc/cuda/device/wgmma.h. Every thread computes its own elements when it waits, and reads what they need of the
-// operands in shared memory, so that the sanitizers see it.
+// Host twin of csrc/cuda/device/wgmma.h. Every thread computes its own elements when it waits, and reads what they need
+// of the operands in shared memory, so that the sanitizers see it.
 #pragma once
 
 #include <cstdint>
@@ -98,7 +98,8 @@ void wgmma(float (&d)[Count], const uint32_t (&a)[4], SharedMatrix b,
 }
 
 template <typename T, int Count>
-void wgmma(float (&d)[Count], SharedMatrix a, SharedMatrix b, cuda_host::Location where = cuda_host::Location::current()) {
+void wgmma(float (&d)[Count], SharedMatrix a, SharedMatrix b,
+           cuda_host::Location where = cuda_host::Location::current()) {
   auto& sums = wgmma_host::begin(d, where).values;
   const wgmma_host::Reader left(a, where), right(b, where);
   cuda_host::issue_product([to = &d[0], &sums, left, right](const cuda_host::Location&) {
