@@ -337,14 +337,17 @@ class _Network:
 
 @dataclass(frozen=True)
 class _Result:
-    """What one frame gave: per-frame scores, and the probabilities of the video so far and of the frame alone."""
+    """What one frame gave: scores, and the probabilities of the video so far and of the frame alone.
+
+    ``instant`` and ``frame_leading`` are None for networks of clips, which say nothing of a frame alone.
+    """
 
     frame: Frame
     scores: np.ndarray
     running: np.ndarray
-    instant: np.ndarray
+    instant: np.ndarray | None
     leading: list[tuple[int, float]]
-    frame_leading: tuple[int, float]
+    frame_leading: tuple[int, float] | None
 
 
 class _Session:
@@ -427,14 +430,16 @@ class _Session:
                 + ("; try --dtype bf16 or fp32" if self._network.dtype_name == "fp16" else "")
             )
         self.frames += 1
+        instant = frame_leading = None
         if self._network.clip_length is not None:  # the prediction is that of the video so far already
-            running = instant = _softmax(scores)
+            running = _softmax(scores)
         else:
             self._total = scores if self._total is None else self._total + scores
             running, instant = _softmax(self._total / self.frames), _softmax(scores)
+            best = int(np.argmax(instant))
+            frame_leading = (best, float(instant[best]))
         leading = [(int(c), float(running[c])) for c in np.argsort(-running, kind="stable")[: self._top]]
-        best = int(np.argmax(instant))
-        result = _Result(frame, scores, running, instant, leading, (best, float(instant[best])))
+        result = _Result(frame, scores, running, instant, leading, frame_leading)
         self._last = result
         if self._files is not None:
             self._files.write(result, image)
@@ -573,19 +578,25 @@ class _OutputFiles:
 
     def write(self, result: _Result, image: np.ndarray) -> None:
         """Add one frame to all of them."""
+        import numpy as np
+
         labels = self._network.labels
         frame = result.frame
-        line = {
+        line: dict[str, Any] = {
             "index": frame.index,
             "time": round(frame.time_seconds, 6),
             "top": [_class_entry(labels, c, score) for c, score in result.leading],
-            "frame_top": _class_entry(labels, *result.frame_leading),
+        }
+        if result.frame_leading is not None:
+            line["frame_top"] = _class_entry(labels, *result.frame_leading)
+        line |= {
             "scores": [float(f"{score:.6g}") for score in result.scores],
             "untrained": self._network.weights == "untrained",
             **self._network.cost_so_far(),
         }
         self._scores.write(json.dumps(line) + "\n")
-        self._history.append(frame.time_seconds, result.running, result.instant)
+        beside = np.array([self._network.gmac]) if result.instant is None else result.instant
+        self._history.append(frame.time_seconds, result.running, beside)
         rows = [(labels[c], score) for c, score in result.leading]
         picture = self._panel.draw(image, time_seconds=frame.time_seconds, index=frame.index, scores=rows)
         self._video.write(picture, frame.time_seconds)
@@ -609,6 +620,7 @@ class _OutputFiles:
                 + (f"; {summary['status']}" if summary["status"] != "complete" else ""),
                 warning=network.warning,
                 top=self._top,
+                cost=last.instant is None,
             )
             summary = {**summary, "annotated_codec": self._video.codec}
             with replacing(self._out / "summary.json") as temporary:
@@ -638,9 +650,8 @@ class _Table:
         self._labels = network.labels
         self._next = 0.0
         self._shown: int | None = None
-        self._heading = (
-            f"{'time':>10} {'frame':>8}   {'video so far':<34} {'this frame':<34} {network.warning}".rstrip()
-        )
+        beside = f"{'this frame':<34} " if network.gmac is None else f"{'cost so far':<25} "
+        self._heading = f"{'time':>10} {'frame':>8}   {'video so far':<34} {beside}{network.warning}".rstrip()
 
     def show(self, result: _Result, bar: Progress) -> None:
         now = time.perf_counter()
@@ -660,7 +671,8 @@ class _Table:
     def _line(self, result: _Result) -> str:
         gmac = self._network.gmac
         cost = "" if gmac is None else f"{self._network.clips:5d} clips {gmac:9.1f} GMAC"
-        cells = [f"{self._name(c):<24} {100 * p:6.1f} %  " for c, p in (result.leading[0], result.frame_leading)]
+        shown = [result.leading[0]] + ([] if result.frame_leading is None else [result.frame_leading])
+        cells = [f"{self._name(c):<24} {100 * p:6.1f} %  " for c, p in shown]
         return f"{result.frame.time_seconds:8.2f} s {result.frame.index:8d}   {' '.join(cells)}{cost}".rstrip()
 
     def _name(self, index: int) -> str:

@@ -525,6 +525,7 @@ def test_networks_of_clips(tmp_path, labels, capsys):
     assert [line["clips"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 4
     assert (summary["clips"], summary["frames"]) == (3, 27)
     assert lines[0]["gmac"] < lines[8]["gmac"] < lines[-1]["gmac"] == summary["gmac"]
+    assert all("frame_top" not in line for line in lines)  # nothing is said of a frame alone
     assert "3 clips" in capsys.readouterr().out
     # The same clips by hand.
     with torch.random.fork_rng():
@@ -538,6 +539,14 @@ def test_networks_of_clips(tmp_path, labels, capsys):
     got = np.asarray([lines[k]["scores"] for k in (0, 8, 16)]).T
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert summary["state_bytes"] < 4 * 3 * 8 * 32 * 32 + 4 * 128 * 16 + 64  # at most a clip and the aggregator's state
+
+
+def test_the_table_of_clips_shows_their_cost(tmp_path, capsys):
+    assert stream(write_clip(tmp_path / "clip.mp4", 17), *CLIPS) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (heading,) = (line for line in lines if "video so far" in line)
+    assert "cost so far" in heading and "this frame" not in heading
+    assert any(line.endswith("GMAC") and "2 clips" in line and line.count("%") == 1 for line in lines)
 
 
 def test_video_shorter_than_a_clip(tmp_path, capsys):

@@ -40,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     cache = commands.add_parser("cache", help="write what the frozen networks say of every clip")
     _add_model(cache)
+    cache.add_argument("--classes", type=int, default=400, metavar="K", help="default: %(default)s")
     cache.add_argument("--expensive-weights", metavar="FILE", help="of the expensive network (default: untrained)")
     cache.add_argument("--cheap-weights", metavar="FILE", help="of the cheap network (default: untrained)")
     cache.add_argument("--videos", type=Path, required=True, metavar="LIST", help="labelled videos")
@@ -83,7 +84,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="faster32", help="faster16 or faster32 (default)")
     parser.add_argument("--model-option", action="append", default=[], metavar="NAME=VALUE", help="may repeat")
-    parser.add_argument("--classes", type=int, default=400, metavar="K", help="default: %(default)s")
 
 
 def _model(args: argparse.Namespace, classes: int, device: Any) -> Faster:

@@ -223,6 +223,9 @@ def test_command(motion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
                 line.startswith('"average, expensive",4') and line.endswith(",1.0") for line in lines
             )
         assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="2"):  # the classes are the cache's
+        main([*curve, "--out", str(tmp_path / "none"), "--classes", "2"])
+    assert "--classes" in capsys.readouterr().err
     other = [*cache, "--clips", "1", "--out", str(tmp_path / "c")]
     assert main(other) == 2
     assert "--overwrite" in capsys.readouterr().err

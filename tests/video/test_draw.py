@@ -125,3 +125,17 @@ def test_timeline(tmp_path, count):
     corner = imread(path)[: picture.shape[0] // 8, -picture.shape[1] // 6 :, :3]
     assert (corner == 1).all()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_timeline_of_a_network_of_clips_shows_its_cost_below(tmp_path):
+    history = ScoreHistory()
+    for index in range(50):
+        history.append(index / 25, np.array([0.7, 0.2, 0.1]), np.array([3.0 + index // 10]))
+    path = tmp_path / "timeline.png"
+    plot_timeline(path, history, ["a", "b", "c"], title="model on clip", cost=True)
+    picture = imread(path)[..., :3]
+    colour = np.abs(picture - np.array([0x00, 0x72, 0xB2]) / 255).max(axis=-1) < 0.1  # of the leading class
+    grey = np.abs(picture - np.array([0x99, 0x99, 0x99]) / 255).max(axis=-1) < 0.02
+    half, plot = picture.shape[0] * 6 // 10, slice(picture.shape[1] // 8, picture.shape[1] * 7 // 10)
+    assert colour[:half, plot].any() and not colour[half:, plot].any()
+    assert grey[half:, plot].any(axis=1).sum() > grey[:half, plot].any(axis=1).sum()
