@@ -3,7 +3,8 @@
 Heads here are wide (1024 channels) and rows few (49 to 196 positions), the opposite of what attention kernels are
 made for: a block of queries keeps its *weights* on chip and walks over the channels, so that no accumulator is as wide
 as a head. Up to :data:`WHOLE` keys the weights of a block are one tile; beyond, a first pass finds each query's peak
-and sum, and the scores are computed again for every slice of channels.
+and sum, and a second one computes the scores again: fp32 results add up over the tiles of keys where they lie, 16-bit
+ones cannot, and their scores are computed for every slice of channels.
 
 Scores, sums and results are fp32 whatever the inputs; the matrix unit reads weights (and their gradients) in the
 inputs' dtype. A query that sees no key is dead: zeros come out, and no gradient passes through it. Nothing but the
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from rcu_ops.triton_kernels.recurrent_conv import Launch
 
-#: The most keys whose weights are one tile.
-WHOLE = 256
+#: The most keys whose weights are one tile; in fp32, whose products may be without the matrix unit, what registers
+#: hold.
+WHOLE, WHOLE_FP32 = 256, 128
 #: The most positions of a step in one kernel. Of more, the weights of four gates do not fit the registers: every warp
 #: holds a whole copy of them, as operands of the matrix unit.
 FUSED = 64
@@ -104,6 +106,30 @@ def _weights_again(scores, visible, peak, total, COUNT: tl.constexpr):
     return powers / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
+@triton.jit
+def _store(base, batch, rows, n, columns, width, acc, total):
+    # acc to [rows, columns] of a contiguous [b, n, width]; zeros for dead queries.
+    to = base + (batch * n + rows)[:, None] * width + columns[None, :]
+    acc = tl.where((total == 0.0)[:, None], 0.0, acc)
+    tl.store(to, acc.to(base.dtype.element_ty), mask=(rows < n)[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def _add_products(
+    weights, base, keys, m, base_row, to, batch, rows, n, width, total, more, first, step,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The products of a tile of weights with every step-th slice of base's channels, into fp32 results [b, n, width];
+    # with `more` added to what the tiles before left there.
+    for start in tl.range(first * BLOCK, width, step * BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        there = (rows < n)[:, None] & (channel < width)[None, :] & more
+        acc = tl.load(to + (batch * n + rows)[:, None] * width + channel[None, :], mask=there, other=0.0)
+        acc = tl.dot(weights, _load(base, keys, m, base_row, channel, width), acc, input_precision=PRECISION)
+        _store(to, batch, rows, n, channel, width, acc, total)
+    tl.debug_barrier()  # whichever thread reads a result next
+
+
 @triton.jit(do_not_specialize=["n", "m", "d", "e", "scale"])
 def attend_kernel(
     query, key, value, mask, out, n, m, d, e, scale,
@@ -115,7 +141,8 @@ def attend_kernel(
     """``out[b, n, e]``, contiguous.
 
     Program (i, b) owns queries [i / SPLIT BLOCK_N, ..) and every SPLIT-th slice of channels.
-    ONE: BLOCK_M holds all keys, and the weights stay in registers for all slices; else they are recomputed for each.
+    ONE: BLOCK_M holds all keys, and the weights stay in registers for all slices; else they are recomputed, for fp32
+    results once, for others once per slice.
     Bound by the matrix unit, (2 D + 2 E) operations per weight, where a sample's key and value come from L2.
     """
     block, batch = tl.program_id(0) // SPLIT, tl.program_id(1).to(tl.int64)
@@ -151,26 +178,39 @@ def attend_kernel(
                 base = tl.where(higher == float("-inf"), 0.0, higher)
                 total = total * tl.exp(peak - base) + tl.sum(_exp(scores, higher, visible), 1)
                 peak = higher
-    for first in tl.range(tl.program_id(0) % SPLIT * BLOCK_E, e, SPLIT * BLOCK_E):
-        channel = first + tl.arange(0, BLOCK_E)
-        acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        if ONE:
-            values = _load(value, keys, m, value_row, channel, e)
-            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-        else:
-            for start in tl.range(0, m, BLOCK_M):
-                keys = start + tl.arange(0, BLOCK_M)
-                visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-                scores = scale * _products(
-                    query, rows, n, query_row, key, keys, m, key_row, d,
-                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-                )  # fmt: skip
+    own = tl.program_id(0) % SPLIT
+    if not ONE and out.dtype.element_ty == tl.float32:
+        for start in tl.range(0, m, BLOCK_M):
+            keys = start + tl.arange(0, BLOCK_M)
+            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+            scores = scale * _products(
+                query, rows, n, query_row, key, keys, m, key_row, d,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            weights = _weights_again(scores, visible, peak, total, COUNT)
+            _add_products(
+                weights, value, keys, m, value_row, out, batch, rows, n, e, total, start > 0, own, SPLIT,
+                BLOCK_N, BLOCK_E, PRECISION,
+            )  # fmt: skip
+    else:
+        for first in tl.range(own * BLOCK_E, e, SPLIT * BLOCK_E):
+            channel = first + tl.arange(0, BLOCK_E)
+            acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+            if ONE:
                 values = _load(value, keys, m, value_row, channel, e)
-                weights = _weights_again(scores, visible, peak, total, COUNT)
                 acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-        acc = tl.where((total == 0.0)[:, None], 0.0, acc)
-        to = out + (batch * n + rows)[:, None] * e + channel[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (channel < e)[None, :])
+            else:
+                for start in tl.range(0, m, BLOCK_M):
+                    keys = start + tl.arange(0, BLOCK_M)
+                    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+                    scores = scale * _products(
+                        query, rows, n, query_row, key, keys, m, key_row, d,
+                        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                    values = _load(value, keys, m, value_row, channel, e)
+                    weights = _weights_again(scores, visible, peak, total, COUNT)
+                    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+            _store(out, batch, rows, n, channel, e, acc, total)
 
 
 @triton.jit
@@ -193,7 +233,8 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """``dquery[b, n, d]``, and peak, sum and delta [b, n] fp32 for the keys' kernel; all contiguous.
 
-    Program (i, b) owns queries [i BLOCK_N, ..). With ONE the gradients of the scores stay in registers for all slices.
+    Program (i, b) owns queries [i BLOCK_N, ..). With ONE the gradients of the scores stay in registers for all slices;
+    else they are recomputed, as in attend_kernel.
     """
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -247,31 +288,48 @@ def query_gradient_kernel(
     tl.store(peaks + batch * n + rows, peak, mask=inside)
     tl.store(totals + batch * n + rows, total, mask=inside)
     tl.store(deltas + batch * n + rows, delta, mask=inside)
-    for first in tl.range(0, d, BLOCK_D):
-        channel = first + tl.arange(0, BLOCK_D)
-        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        if ONE:
-            right = _load(key, keys, m, key_row, channel, d)
-            acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
-        else:
-            for start in tl.range(0, m, BLOCK_M):
-                keys = start + tl.arange(0, BLOCK_M)
-                visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-                scores = scale * _products(
-                    query, rows, n, query_row, key, keys, m, key_row, d,
-                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-                )  # fmt: skip
-                products = _products(
-                    grad, rows, n, grad_row, value, keys, m, value_row, e,
-                    BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-                )  # fmt: skip
-                weights = _weights_again(scores, visible, peak, total, COUNT)
-                ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+    if not ONE and dquery.dtype.element_ty == tl.float32:
+        for start in tl.range(0, m, BLOCK_M):
+            keys = start + tl.arange(0, BLOCK_M)
+            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+            scores = scale * _products(
+                query, rows, n, query_row, key, keys, m, key_row, d,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            products = _products(
+                grad, rows, n, grad_row, value, keys, m, value_row, e,
+                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            weights = _weights_again(scores, visible, peak, total, COUNT)
+            ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+            _add_products(
+                ds, key, keys, m, key_row, dquery, batch, rows, n, d, total, start > 0, 0, 1,
+                BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
+    else:
+        for first in tl.range(0, d, BLOCK_D):
+            channel = first + tl.arange(0, BLOCK_D)
+            acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            if ONE:
                 right = _load(key, keys, m, key_row, channel, d)
                 acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
-        acc = tl.where((total == 0.0)[:, None], 0.0, acc)
-        to = dquery + (batch * n + rows)[:, None] * d + channel[None, :]
-        tl.store(to, acc.to(dquery.dtype.element_ty), mask=inside[:, None] & (channel < d)[None, :])
+            else:
+                for start in tl.range(0, m, BLOCK_M):
+                    keys = start + tl.arange(0, BLOCK_M)
+                    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+                    scores = scale * _products(
+                        query, rows, n, query_row, key, keys, m, key_row, d,
+                        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                    products = _products(
+                        grad, rows, n, grad_row, value, keys, m, value_row, e,
+                        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    )  # fmt: skip
+                    weights = _weights_again(scores, visible, peak, total, COUNT)
+                    ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+                    right = _load(key, keys, m, key_row, channel, d)
+                    acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
+            _store(dquery, batch, rows, n, channel, d, acc, total)
 
 
 @triton.jit
@@ -511,12 +569,13 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _tiles(keys: int, dtype: torch.dtype) -> tuple[int, int, int, int, bool]:
-    """BLOCK_N, BLOCK_M, channels per slice, warps, and whether all keys are one tile."""
-    one = keys <= WHOLE
+    """BLOCK_N, BLOCK_M, channels per slice, warps, and whether all keys are one tile: such that nothing spills."""
+    one = keys <= (WHOLE_FP32 if dtype == torch.float32 else WHOLE)
     block_m = max(16, triton.next_power_of_2(keys)) if one else 64
     wide = dtype == torch.float32
     large = block_m > 64
-    return (16 if large or wide else 32), block_m, (32 if large or wide else 64), (8 if large else 4), one
+    warps = 8 if large or wide or not one else 4
+    return (16 if large or wide else 32), block_m, (32 if large or wide else 64), warps, one
 
 
 def _split(blocks: int, slices: int) -> int:
@@ -576,13 +635,16 @@ def plan_attention_backward(
     sizes = n, m, d, e, float(scale)
     strides = (*(s for t in (grad, query, key, value) for s in _strides(t, 2)), *_strides(mask, 3))
     block_n, block_m, block, _, one = _tiles(m, query.dtype)
-    constants = {"COUNT": count, "PRECISION": _precision(query.dtype), "BLOCK_D": block}
+    constants = {"COUNT": count, "PRECISION": _precision(query.dtype)}
+    # Found by compiling: these would spill with 32 channels, and the other fp32 ones with 16.
+    full = query.dtype == torch.float32 and constants["PRECISION"] == "ieee"
+    narrow = 16 if (full and block_m <= 64) or (query.dtype == torch.float32 and not one) else block
     launches = [
         Launch(
             query_gradient_kernel,
             (triton.cdiv(n, block_n), b),
             (grad, query, key, value, mask, dquery, peaks, totals, deltas, *sizes, *strides),
-            {**constants, "ONE": one, "BLOCK_N": block_n, "BLOCK_M": block_m},
+            {**constants, "ONE": one, "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": narrow},
             8,
             2,
         )
@@ -596,7 +658,7 @@ def plan_attention_backward(
                 key_gradient_kernel,
                 (blocks * split, b),
                 (grad, query, key, value, mask, dkey, dvalue, peaks, totals, deltas, *sizes, *strides),
-                {**constants, "SPLIT": split, "BLOCK_N": rows, "BLOCK_M": keys},
+                {**constants, "SPLIT": split, "BLOCK_N": rows, "BLOCK_M": keys, "BLOCK_D": block},
                 8,
                 2,
             )
@@ -705,5 +767,6 @@ def step_backward(
 def describe(query: Tensor, key: Tensor, *_: Any) -> str:
     """How the kernels would cut a call, in words; query and key [..., rows, D]."""
     block_n, block_m, block, _, one = _tiles(key.shape[-2], query.dtype)
-    weights = "kept for all channels" if one else f"in tiles of {block_m} keys, recomputed for every slice of channels"
+    again = "once more" if query.dtype == torch.float32 else "for every slice of channels"
+    weights = "kept for all channels" if one else f"in tiles of {block_m} keys, recomputed {again}"
     return f"blocks of {block_n} queries, weights {weights}, slices of {block} channels"

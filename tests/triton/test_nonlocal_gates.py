@@ -14,6 +14,7 @@ from rcu_ops.ops import _selftest, _triton
 from rcu_ops.ops import nonlocal_gates as operators
 from tests.triton import resources
 
+TF32 = "TF32"  # fp32 whose products may be rounded
 NAMES = ("nonlocal_attention", "relational_lstm_step")
 
 
@@ -84,12 +85,28 @@ def launches(kind: str, positions: int, width: int, dtype: torch.dtype) -> list:
         ("step", 196, 512, torch.bfloat16, 80),
         ("step_backward", 196, 512, torch.bfloat16, 80),
         ("attention_backward", 196, 512, torch.bfloat16, 80),
+        # where tiles and warps change
+        ("attention", 400, 64, torch.bfloat16, 80),
+        ("attention", 16, 256, TF32, 90),
+        ("attention", 196, 512, torch.float32, 80),
+        ("attention_backward", 49, 1024, torch.float32, 80),
+        ("attention_backward", 49, 1024, TF32, 90),
+        ("attention_backward", 100, 512, torch.float32, 90),
+        ("attention_backward", 196, 512, torch.float32, 80),
+        ("attention_backward", 196, 512, TF32, 80),
     ],
     ids=str,
 )
 def test_compiles_without_spills_and_fits(kind, positions, width, dtype, arch, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    for launch in launches(kind, positions, width, dtype):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if dtype == TF32 else "highest")
+        planned = launches(kind, positions, width, torch.float32 if dtype == TF32 else dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for launch in planned:
         usage = resources.compile_launch(launch, arch)
         assert usage.local == 0 and usage.shared <= resources.SHARED_LIMIT[arch], f"{launch.kernel.__name__}: {usage}"
-        assert usage.matrix_instructions > 0 or launch.kernel.__name__ == "cell_kernel"
+        multiplies = dtype != torch.float32 and launch.kernel.__name__ != "cell_kernel"
+        assert (usage.matrix_instructions > 0) == multiplies
