@@ -11,13 +11,18 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
 from rcu_ops.video.decode import VideoError, open_video
 from rcu_ops.video.transform import resize_short_side
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "FlowPart",
@@ -139,12 +144,14 @@ def _digest(source: str | os.PathLike[str]) -> bytes:
 class FlowPart:
     """The file of a flow that is under way: a header and whole fields; one that a kill cut off is dropped.
 
+    It is locked while it is open, however the process ends: two runs cannot add to one file.
+
     Args:
         path: the file; an existing one is gone on with.
         source: the video. Its contents are named in the file, so that no other video goes on with its fields.
 
     Raises:
-        VideoError: the file is something else, or the flow of another video.
+        VideoError: the file is something else, the flow of another video, or another run's.
     """
 
     _HEADER = struct.Struct("<8s32sII")
@@ -153,28 +160,52 @@ class FlowPart:
     def __init__(self, path: Path, source: str | os.PathLike[str]) -> None:
         self._path = path
         self._video = _digest(source)
+        self._file: BinaryIO | None = None
         self.size: tuple[int, int] | None = None
         self.count = 0
         if path.is_file() and path.stat().st_size >= self._HEADER.size:
-            with path.open("r+b") as file:
-                magic, video, height, width = self._HEADER.unpack(file.read(self._HEADER.size))
-                if magic != self._MAGIC or not height or not width:
-                    raise VideoError(f"{path}: this is not a flow under way; remove it")
-                if video != self._video:
-                    raise VideoError(f"{path}: holds the flow of another video under way; finish or remove it")
-                self.size = (height, width)
-                self.count = (path.stat().st_size - self._HEADER.size) // (2 * height * width)
-                file.truncate(self._HEADER.size + 2 * height * width * self.count)
+            try:
+                self._go_on(self._locked("r+b"))
+            except BaseException:
+                self.close()
+                raise
+
+    def _go_on(self, file: BinaryIO) -> None:
+        magic, video, height, width = self._HEADER.unpack(file.read(self._HEADER.size))
+        if magic != self._MAGIC or not height or not width:
+            raise VideoError(f"{self._path}: this is not a flow under way; remove it")
+        if video != self._video:
+            raise VideoError(f"{self._path}: holds the flow of another video under way; finish or remove it")
+        self.size = (height, width)
+        self.count = (os.fstat(file.fileno()).st_size - self._HEADER.size) // (2 * height * width)
+        file.truncate(self._HEADER.size + 2 * height * width * self.count)
+        file.seek(0, os.SEEK_END)
+
+    def _locked(self, mode: str) -> BinaryIO:
+        self._file = cast(BinaryIO, self._path.open(mode))
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self.close()
+                raise VideoError(f"{self._path}: another run is computing this flow") from error
+        return self._file
 
     def append(self, field: np.ndarray) -> None:
         """Add a field uint8 [2, H, W]."""
         if self.size is None:
+            file = self._locked("ab")
+            if os.fstat(file.fileno()).st_size >= self._HEADER.size:  # since this one began
+                self.close()
+                raise VideoError(f"{self._path}: another run is computing this flow")
+            file.truncate(0)
             self.size = (field.shape[1], field.shape[2])
-            self._path.write_bytes(self._HEADER.pack(self._MAGIC, self._video, *self.size))
+            file.write(self._HEADER.pack(self._MAGIC, self._video, *self.size))
         if field.shape != (2, *self.size):
             raise VideoError(f"{self._path}: holds fields of {self.size}, got {field.shape[1:]}")
-        with self._path.open("ab") as file:
-            file.write(np.ascontiguousarray(field).tobytes())
+        assert self._file is not None
+        self._file.write(np.ascontiguousarray(field).tobytes())
+        self._file.flush()
         self.count += 1
 
     def finish(self, path: Path) -> None:
@@ -193,6 +224,13 @@ class FlowPart:
     def remove(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the file to the next run."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def compute_flow(source: str, *, scale: int = 256, bound: float = BOUND, skip: int = 0) -> Iterator[np.ndarray]:

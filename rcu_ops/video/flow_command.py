@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,23 +62,23 @@ def run(args: argparse.Namespace) -> int:
         require_cv2()
         with open_video(args.video) as reader:
             frames = reader.frame_count
-        part = FlowPart(path, args.video)
-        if part.count:
-            print(f"{part.count} fields were done already")
-        fault = None
-        with Progress(None if frames is None else frames - 1, label="flow", unit="fields") as bar:
-            bar.update(part.count)
-            try:
-                for field in compute_flow(args.video, scale=args.scale, bound=args.bound, skip=part.count):
-                    part.append(field)
-                    bar.update()
-            except BrokenVideoError as error:
-                fault = str(error)
-        if not part.count:
-            raise UserError(f"{args.video}: {fault or 'one frame has no flow'}")
-        with replacing(args.out) as temporary:
-            part.finish(temporary)
-        part.remove()
+        with contextlib.closing(FlowPart(path, args.video)) as part:
+            if part.count:
+                print(f"{part.count} fields were done already")
+            fault = None
+            with Progress(None if frames is None else frames - 1, label="flow", unit="fields") as bar:
+                bar.update(part.count)
+                try:
+                    for field in compute_flow(args.video, scale=args.scale, bound=args.bound, skip=part.count):
+                        part.append(field)
+                        bar.update()
+                except BrokenVideoError as error:
+                    fault = str(error)
+            if not part.count:
+                raise UserError(f"{args.video}: {fault or 'one frame has no flow'}")
+            with replacing(args.out) as temporary:
+                part.finish(temporary)
+            part.remove()
     except (VideoError, ImportError) as error:
         raise UserError(str(error)) from error
     except OSError as error:

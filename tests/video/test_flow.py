@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from rcu_ops.cli import main
+from rcu_ops.video import VideoError
 from rcu_ops.video import flow as flow_module
 from rcu_ops.video.flow import FlowPart, compute_flow, dequantize, flow_stacks, mirror, quantize
 from rcu_ops.video.sample import segment_positions
@@ -82,6 +84,7 @@ def test_command_goes_on(moving: Path, tmp_path: Path, monkeypatch: pytest.Monke
     part = FlowPart(tmp_path / ".stopped-64-20.part", moving)
     for field in expected[:2]:
         part.append(field)
+    part.close()
     with (tmp_path / ".stopped-64-20.part").open("ab") as file:
         file.write(b"torn")
     asked = []
@@ -112,6 +115,28 @@ def test_command_does_not_go_on_with_another_video(
     path.write_bytes(b"something else, longer than the header of a part is")
     assert main(["flow", str(renamed), *command, "--overwrite"]) == 2
     assert "not a flow under way" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_mix(moving: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cv2")
+    pytest.importorskip("fcntl")
+    path = tmp_path / ".f-64-20.part"
+    command = ["flow", str(moving), "--out", str(tmp_path / "f.npy"), "--scale", "64"]
+    late = FlowPart(path, moving)  # neither had begun when it looked
+    with contextlib.closing(FlowPart(path, moving)) as part:
+        part.append(np.zeros((2, 64, 85), np.uint8))
+        before = path.read_bytes()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "another run is computing this flow" in error and error.count("\n") == 1
+        for _ in range(2):
+            with pytest.raises(VideoError, match="another run"):
+                late.append(np.ones((2, 64, 85), np.uint8))
+            assert path.read_bytes() == before
+            part.close()  # the second time it has the lock, and finds what was written meanwhile
+    late.close()
+    assert main(command) == 0
+    assert not np.load(tmp_path / "f.npy")[0].any() and not path.exists()
 
 
 @pytest.mark.parametrize(
