@@ -62,7 +62,7 @@ template <class V, int NV, class T>
   for (int v = 0; v < NV; ++v) V::store(to + v * V::L, row[v]);
 }
 
-template <class V, class T, int MR, int NV, bool Channels, bool Affine>
+template <class V, class T, int MR, int NV, bool Channels>
 static void run_block(const Block<typename V::S, T>& p) {
   using S = typename V::S;
   using R = typename V::R;
@@ -138,7 +138,7 @@ static void run_block(const Block<typename V::S, T>& p) {
       for (int v = 0; v < NV; ++v) V::store(p.c + m * c_row + v * c_vector, acc[m][v]);
   }
   if (!p.last || !p.y) return;
-  if constexpr (Affine) {
+  if (p.scale) {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
@@ -180,20 +180,13 @@ struct Tile {
     return static_cast<int>(left);
   }
 
-  template <int NVb>
-  static void call(const Block<S, T>& b, bool affine) {
-    if (affine)
-      run_block<V, T, MR, NVb, Channels, true>(b);
-    else
-      run_block<V, T, MR, NVb, Channels, false>(b);
-  }
-  static void dispatch(const Block<S, T>& b, int vectors, bool affine) {
+  static void dispatch(const Block<S, T>& b, int vectors) {
     if (vectors == 1)
-      call<1>(b, affine);
+      run_block<V, T, MR, 1, Channels>(b);
     else if (vectors == 2)
-      call<2>(b, affine);
+      run_block<V, T, MR, 2, Channels>(b);
     else if constexpr (NV >= 3)
-      call<3>(b, affine);
+      run_block<V, T, MR, 3, Channels>(b);
   }
 
   template <class E>
@@ -374,7 +367,7 @@ struct Tile {
                 b.scale = scale + (Channels ? l0 : m0);
                 b.shift = shift + (Channels ? l0 : m0);
               }
-              dispatch(b, nv, p.scale != nullptr);
+              dispatch(b, nv);
             }
             if (transport && y.base && !y_here)
               copy_out<T>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes,
