@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rcu_ops._version import __version__
 from rcu_ops.cli_errors import UserError
-from rcu_ops.ops._registry import BackendError
+from rcu_ops.ops._registry import BackendError, current_backend
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
+        current_backend()  # a wrong RCU_OPS_BACKEND is told before any work is done
         return args.run(args)
     except (UserError, BackendError) as error:
         print(f"rcu-ops: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -73,7 +73,7 @@ class Operator:
 
     def select(self, *args: Any) -> Backend:
         """The backend that runs these (checked) arguments. Raises BackendError when an explicit choice cannot."""
-        wanted = _choice.name
+        wanted = current_backend()
         if wanted != "auto":
             backend = self.backend(wanted)
             reason = backend.why_not(*args)
@@ -93,12 +93,13 @@ class Operator:
     def explain(self, *args: Any) -> Explanation:
         """Every backend's verdict on these (checked) arguments."""
         reasons = {name: self.backend(name).why_not(*args) for name in BACKENDS if name != "auto"}
-        if _choice.name == "auto":
+        wanted = current_backend()
+        if wanted == "auto":
             chosen = next((b.name for b in self.backends if reasons[b.name] is None), None)
         else:
-            chosen = _choice.name if reasons[_choice.name] is None else None
+            chosen = wanted if reasons[wanted] is None else None
         plan = self.backend(chosen).plan if chosen else None
-        return Explanation(self.name, _choice.name, chosen, reasons, plan(*args) if plan else None)
+        return Explanation(self.name, wanted, chosen, reasons, plan(*args) if plan else None)
 
     def _warn_slow(self, args: tuple[Any, ...]) -> None:
         if self.name not in _warned and not torch.compiler.is_compiling():
@@ -162,7 +163,7 @@ def register(operator: Operator) -> Operator:
 
 def _checked_name(name: str, where: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        raise BackendError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
@@ -170,7 +171,7 @@ class _Choice:
     """The process-wide choice. A plain attribute, so that torch.compile can guard on it."""
 
     def __init__(self) -> None:
-        self.name = _checked_name(os.environ.get("RCU_OPS_BACKEND", "auto"), "RCU_OPS_BACKEND")
+        self.name = os.environ.get("RCU_OPS_BACKEND", "auto")  # unchecked: importing the package does not fail
 
 
 _choice = _Choice()
@@ -179,7 +180,8 @@ _choice = _Choice()
 class use_backend:  # lower case like torch.no_grad, which it is used like
     """Choose all operators' backend: ``use_backend("cpu")`` from now on; ``with use_backend("cpu"):`` for a block.
 
-    The choice is one per process, not per thread; the environment variable RCU_OPS_BACKEND sets its first value.
+    The choice is one per process, not per thread; the environment variable RCU_OPS_BACKEND sets its first value,
+    which is checked when the first operator is called.
     CUDA tensors try cuda, triton, reference under "auto"; CPU tensors cpu, reference. An explicit choice that cannot
     run raises a BackendError (a ValueError) that says why when the operator is called.
 
@@ -201,8 +203,12 @@ class use_backend:  # lower case like torch.no_grad, which it is used like
 
 
 def current_backend() -> str:
-    """The current choice: "auto" or the name given to :class:`use_backend` or RCU_OPS_BACKEND."""
-    return _choice.name
+    """The current choice: "auto" or the name given to :class:`use_backend` or RCU_OPS_BACKEND.
+
+    Raises:
+        BackendError: RCU_OPS_BACKEND is no backend's name.
+    """
+    return _checked_name(_choice.name, "RCU_OPS_BACKEND")
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:

@@ -133,6 +133,9 @@ def test_environment_variable_sets_the_choice() -> None:
     wrong = run_python(code, RCU_OPS_BACKEND="fastest")
     assert wrong.returncode != 0
     assert "RCU_OPS_BACKEND: expected one of auto" in wrong.stderr
+    command = run_python("from rcu_ops.cli import main; raise SystemExit(main(['doctor']))", RCU_OPS_BACKEND="fastest")
+    assert command.returncode == 2
+    assert command.stderr.startswith("rcu-ops: error: RCU_OPS_BACKEND: expected") and command.stderr.count("\n") == 1
 
 
 def test_everything_runs_without_the_binary() -> None:
