@@ -5,7 +5,7 @@ under compute-sanitizer's four tools, and the benchmark suite with floors measur
 whatever became of those before it, in what is left of the time. DIR then holds
 
     gpu_check.json   machine, versions, commit; per step its command, verdict, seconds and summary; tests that failed;
-                     every number of the bench
+                     every number of the bench; written after every step, with the steps to come
     gpu_check.log    the output of all steps
     gpu_check.png    every case as a share of its floor, the baselines beside it
 
@@ -104,16 +104,29 @@ def gpu_test_files() -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if marked.search(file.read_text(encoding="utf-8"))]
 
 
+def of_toolkit(program: str) -> str:
+    """Where a program of the CUDA toolkit is, on PATH or beside the compiler that the build would take."""
+    if found := shutil.which(program):
+        return found
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if compiler := shutil.which("nvcc"):
+        homes.insert(0, str(Path(compiler).resolve().parents[1]))
+    places = [Path(home) / "bin" / program for home in homes if home]
+    return next((str(place) for place in places if place.exists()), program)
+
+
 def steps(python: str, library: str | None) -> list[Step]:
     """What is run, in order."""
     kernels = {"RCU_OPS_EXPERIMENTAL": "1", "PYTHONPATH": str(ROOT)}
     build = (python, "setup.py", "build_ext", "--inplace")
     found = [] if library else [Step("build", build, 180, 240, {"RCU_OPS_BUILD": "cuda"})]
     found.append(Step("doctor", (python, "-m", "rcu_ops", "doctor"), 60, 220, kernels))
-    tests = (python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--junitxml={work}/tests.xml")
+    # Without the options of pyproject.toml, whose strictness stumbles over plugins that are not there.
+    tests = (python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-p", "no:cacheprovider")
+    tests += ("--junitxml={work}/tests.xml",)
     found.append(Step("gpu tests", (*tests, *gpu_test_files()), 180, 150, kernels, tests_summary))
     for tool in SANITIZERS:
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+        command = (of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
         # One allocation per tensor, so that an access beside it is seen.
         environment = kernels | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         summary = sanitizer_summary
@@ -201,8 +214,14 @@ class Running:
         return Result(self.step.name, self.command, status, seconds, code, summary)
 
 
-def run(planned: Sequence[Step], work: Path, log: Any, seconds: float = SECONDS) -> list[Result]:
-    """All steps; those beside each other at once. A line per step on the standard output."""
+def run(
+    planned: Sequence[Step],
+    work: Path,
+    log: Any,
+    seconds: float = SECONDS,
+    keep: Callable[[list[Result]], None] = lambda results: None,
+) -> list[Result]:
+    """All steps; those beside each other at once. A line per step on the standard output; ``keep`` after each."""
     deadline = time.monotonic() + seconds
     results: list[Result] = []
     groups: list[list[Step]] = []
@@ -216,6 +235,7 @@ def run(planned: Sequence[Step], work: Path, log: Any, seconds: float = SECONDS)
         for running in [Running(step, work, deadline) for step in group]:
             results.append(running.finish(log))
             print(f"  {results[-1].name}: {results[-1].status} ({results[-1].seconds:.0f} s)", flush=True)
+            keep(results)
     return results
 
 
@@ -240,26 +260,33 @@ def main(arguments: Sequence[str], planned: Sequence[Step] | None = None) -> int
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     start = time.time()
+    planned = steps(sys.executable, library) if planned is None else planned
+
+    def keep(results: list[Result]) -> None:  # after every step: whoever ends this one early has the evidence so far
+        record = {
+            "format": 1,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+            "seconds": time.time() - start,
+            "commit": commit or None,
+            "library": library or "built here",
+            "gpu": device,
+            "steps": [asdict(result) for result in results],
+            "to_come": [step.name for step in planned[len(results) :]],
+        }
+        temporary = directory / ".gpu_check.json"
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(directory / "gpu_check.json")
+
     with tempfile.TemporaryDirectory() as scratch, log:
         work = Path(scratch)
-        results = run(steps(sys.executable, library) if planned is None else planned, work, log)
+        keep([])
+        results = run(planned, work, log, keep=keep)
         picture = work / "bench" / "bench_roofline.png"
         if picture.exists():
             shutil.copyfile(picture, directory / "gpu_check.png")
-    record = {
-        "format": 1,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
-        "seconds": time.time() - start,
-        "commit": commit or None,
-        "library": library or "built here",
-        "gpu": device,
-        "steps": [asdict(result) for result in results],
-    }
-    temporary = directory / ".gpu_check.json"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(directory / "gpu_check.json")
     wrong = [f"{result.name} {result.status}" for result in results if result.status != "passed"]
-    print(f"{directory}: {'every step passed' if not wrong else '; '.join(wrong)} ({record['seconds']:.0f} s)")
+    seconds = time.time() - start
+    print(f"{directory}: {'every step passed' if not wrong else '; '.join(wrong)} ({seconds:.0f} s)")
     return int(bool(wrong))
 
 

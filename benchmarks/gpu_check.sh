@@ -8,5 +8,12 @@
 # DIR gets gpu_check.json, gpu_check.log and gpu_check.png. See benchmarks/gpu_check.py.
 set -euo pipefail
 directory=${1:+$(realpath -m -- "$1")}
+# Given as they are seen from where this was called.
+python=${PYTHON:-python3}
+case $python in */*) python=$(realpath -s -m -- "$python") ;; esac
+if [ -n "${RCU_OPS_LIBRARY:-}" ]; then
+  RCU_OPS_LIBRARY=$(realpath -m -- "$RCU_OPS_LIBRARY")
+  export RCU_OPS_LIBRARY
+fi
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m benchmarks.gpu_check ${directory:+"$directory"}
+exec "$python" -m benchmarks.gpu_check ${directory:+"$directory"}

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +90,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}")
     print(f"measured peaks: copy {peaks.bytes_per_second / 1e9:.1f} GB/s, {rates}\n")
 
-    results, interrupted = _measure(cases, timer, peaks, SCHEDULES[args.tier], deadline)
-    measured = {result.case.id for result in results}
-    not_run = [case.id for case in cases if case.id not in measured]
+    not_run: list[str] = []
+
+    def keep(results: list[CaseResult]) -> None:
+        measured = {result.case.id for result in results}
+        not_run[:] = [case.id for case in cases if case.id not in measured]
+        output.write_json(args.out / "bench.json", about, peaks, args.tier, results, not_run)
+
+    results, interrupted = _measure(cases, timer, peaks, SCHEDULES[args.tier], keep, deadline)
     print(output.table(results))
-    output.write_json(args.out / "bench.json", about, peaks, args.tier, results, not_run)
     if not_run:
         print(f"no time was left for {len(not_run)} of {len(cases)} cases; bench.json names them", file=sys.stderr)
     print(f"\nwrote {args.out / 'bench.json'}", file=sys.stderr)
@@ -136,12 +141,19 @@ def _warn_if_busy() -> None:
 
 
 def _measure(
-    cases: list[Any], timer: Any, peaks: Any, schedule: Any, deadline: float | None = None
+    cases: list[Any],
+    timer: Any,
+    peaks: Any,
+    schedule: Any,
+    keep: Callable[[list[CaseResult]], None],
+    deadline: float | None = None,
 ) -> tuple[list[CaseResult], bool]:
+    """``keep`` is called with what there is before the first case and after every one: a crash later loses none."""
     from rcu_ops.bench.runner import run_case
     from rcu_ops.progress import Progress
 
     results: list[CaseResult] = []
+    keep(results)
     with Progress(len(cases), "bench", "cases") as bar:
         for case in cases:
             if deadline is not None and time.monotonic() > deadline:
@@ -151,6 +163,7 @@ def _measure(
                 results += run_case(case, timer, peaks, schedule)
             except KeyboardInterrupt:
                 return results, True
+            keep(results)
             bar.update()
     return results, False
 

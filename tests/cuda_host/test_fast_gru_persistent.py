@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda_host.harness import LaunchError, Machine
-from tests.ops.test_fast_gru import inputs
+from tests.ops.fast_gru_inputs import inputs
 from tests.tolerance import assert_close_to_reference
 
 BF16, FP16 = torch.bfloat16, torch.float16

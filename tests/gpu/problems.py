@@ -22,8 +22,8 @@ from torch import Tensor
 import rcu_ops
 from rcu_ops import reference
 from rcu_ops.ops import OPERATORS
-from tests.ops.test_fast_gru import NAMES as FAST_GRU_NAMES
-from tests.ops.test_fast_gru import inputs as fast_gru_inputs
+from tests.ops.fast_gru_inputs import NAMES as FAST_GRU_NAMES
+from tests.ops.fast_gru_inputs import inputs as fast_gru_inputs
 
 Tensors = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]

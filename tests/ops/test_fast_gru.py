@@ -14,11 +14,11 @@ from torch import Tensor
 import rcu_ops
 from rcu_ops import _library, reference
 from tests.ops import extended_precision
+from tests.ops.fast_gru_inputs import NAMES, inputs
 from tests.tolerance import assert_close_to_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["reference"] + (["cpu"] if _library.has_kernel("fast_gru", "CPU") else [])
-NAMES = ("x", "weight_ux", "weight_uo", "weight_w", "weight_vx", "weight_vo", "o0")
 RESULTS = ("dx", "dux", "duo", "dw", "dvx", "dvo", "do0")
 
 contiguous = functools.partial(torch.clone, memory_format=torch.contiguous_format)
@@ -49,24 +49,6 @@ SHAPES = [
 def backend(request: pytest.FixtureRequest):
     with rcu_ops.use_backend(request.param):
         yield request.param
-
-
-def inputs(
-    shape: tuple[int, ...], hidden: int, dtype: torch.dtype = torch.float32, with_o0: bool = True
-) -> list[Tensor | None]:
-    """x, the five weights, o0.
-
-    Channel 0 of x is 1 or -1 and decides, for every hidden unit and position, whether the ReLU is open: no rounding
-    error can flip one, and gradients of different precision can be compared.
-    """
-    n, _, c, *rest = shape
-    sizes = (shape, (2 * hidden, c), (2 * hidden, c), (2, c, hidden), (c, c), (c, c))
-    scales = (1, 0.5 * c**-0.5, 0.5 * c**-0.5, 0.5 * hidden**-0.5, c**-0.5, c**-0.5)
-    tensors = [torch.randn(size) * scale for size, scale in zip(sizes, scales, strict=True)]
-    tensors[0][:, :, 0] = torch.randn(tensors[0][:, :, 0].shape).sign()
-    tensors[1][:, 0] = 4 * torch.randn(2 * hidden).sign()
-    o0 = torch.randn(n, c, *rest) if with_o0 else None
-    return [v if v is None else v.to(dtype) for v in (*tensors, o0)]
 
 
 def eager(tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
