@@ -190,6 +190,19 @@ __global__ void one_past_shared_memory(int* out) {
   out[threadIdx.x] = memory[threadIdx.x];
 }
 
+// One row of 16.
+__global__ void misaligned_row(int* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  uint32_t r[2];
+  load_matrix<2, false>(r, dynamic_shared<char>(16 * lane + (lane == 13 ? 8 : 0)));
+  out[lane] = static_cast<int>(r[0] + r[1]);
+}
+__global__ void row_outside_of_shared_memory(int* out) {
+  uint32_t r[1];
+  load_matrix<1, true>(r, threadIdx.x == 3 ? static_cast<const void*>(out) : dynamic_shared<char>(16 * threadIdx.x));
+  out[threadIdx.x] = static_cast<int>(r[0]);
+}
+
 template <int Count, bool Transposed>
 Error load_probe(const std::vector<void*>& s) {
   return launch("load_matrix_probe", load_matrix_probe<Count, Transposed>, dim3(1), dim3(32), tile_bytes, Stream(),
@@ -308,6 +321,8 @@ const Probes& probes() {
       {"chain_without_order", chain<false>},
       {"tickets", tickets},
       {"wait_for_nobody", fault<wait_for_nobody, 64, 0>},
+      {"misaligned_row", fault<misaligned_row, 32, 512>},
+      {"row_outside_of_shared_memory", fault<row_outside_of_shared_memory, 32, 512>},
       {"one_past_shared_memory", fault<one_past_shared_memory, 32, 128>},
   };
   static const Probes all = [] {

@@ -109,9 +109,24 @@ __global__ void group_barrier_of_too_many(int* out) {
   out[threadIdx.x] = 1;
 }
 
-template <void (*Kernel)(int*)>
+__global__ void misaligned_rows_of_a_matrix(int* out) {
+  out[threadIdx.x] = static_cast<int>(SharedMatrix(dynamic_shared<char>(), Swizzle::none, 264, 128).bits());
+}
+// Begins at the `Row`th row, and has the next 8 rows so far on.
+template <unsigned Row, unsigned NextRows>
+__global__ void matrix_between_rows_of_8(int* out) {
+  float sum[32] = {};
+  const uint32_t x[4] = {};
+  wgmma_fence(sum);
+  wgmma<__half>(sum, x, SharedMatrix(dynamic_shared<char>(64 * Row), Swizzle::row64, NextRows));
+  wgmma_commit();
+  wgmma_wait<0>(sum);
+  out[threadIdx.x] = static_cast<int>(sum[0]);
+}
+
+template <void (*Kernel)(int*), int Threads = 64, size_t SharedBytes = 0>
 Error fault(const std::vector<void*>& s) {
-  return launch("fault", Kernel, dim3(1), dim3(64), 0, Stream(), static_cast<int*>(s[0]));
+  return launch("fault", Kernel, dim3(1), dim3(Threads), SharedBytes, Stream(), static_cast<int*>(s[0]));
 }
 template <void (*Kernel)(int*), size_t SharedBytes>
 Error cluster_fault(const std::vector<void*>& s) {
@@ -146,6 +161,9 @@ const Probes& probes_sm90() {
       {"wgmma_without_wait", products<bf16, 64, Swizzle::row128, false, Missing::wait>},
       {"descriptor", descriptor},
       {"group_barrier_of_too_many", fault<group_barrier_of_too_many>},
+      {"misaligned_rows_of_a_matrix", fault<misaligned_rows_of_a_matrix, 64, 2048>},
+      {"matrix_at_row_4", fault<matrix_between_rows_of_8<4, 512>, 128, 8192>},
+      {"matrix_every_9_rows", fault<matrix_between_rows_of_8<0, 576>, 128, 8192>},
       {"cluster_of_3", clusters<0, 3>},
       {"cluster_of_1", clusters<0, 1>},
       {"cluster_of_4", clusters<0, 4>},

@@ -21,11 +21,15 @@ enum class Swizzle : uint64_t { none = 0, row128 = 1, row64 = 2, row32 = 3 };
 class SharedMatrix {
  public:
   __device__ __forceinline__ SharedMatrix(const void* start, Swizzle swizzle, unsigned next_rows, unsigned next_k = 16)
-      : bits_(static_cast<uint64_t>(shared_address<16>(start) >> 4) | static_cast<uint64_t>(next_k >> 4) << 16 |
-              static_cast<uint64_t>(next_rows >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62) {}
+      : bits_(static_cast<uint64_t>(shared_address<16>(start) >> 4) |
+              static_cast<uint64_t>(shared_distance<16>(next_k) >> 4) << 16 |
+              static_cast<uint64_t>(shared_distance<16>(next_rows) >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62) {
+  }
 
   // The same `bytes` further on.
-  __device__ __forceinline__ SharedMatrix at(unsigned bytes) const { return SharedMatrix(bits_ + (bytes >> 4)); }
+  __device__ __forceinline__ SharedMatrix at(unsigned bytes) const {
+    return SharedMatrix(bits_ + (shared_distance<16>(bytes) >> 4));
+  }
 
   __device__ __forceinline__ uint64_t bits() const { return bits_; }
 

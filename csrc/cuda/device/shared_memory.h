@@ -23,4 +23,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// `bytes`, from one place in shared memory to another: a multiple of Alignment below 256 KiB, which the host machine
+// checks.
+template <unsigned Alignment>
+__device__ __forceinline__ unsigned shared_distance(unsigned bytes) {
+  return bytes;
+}
+
 }  // namespace rcu_ops::cuda

@@ -11,13 +11,11 @@ namespace rcu_ops::cuda {
 
 namespace matrix_host {
 
-// The rows' addresses of Count tiles, checked.
+// The rows' addresses of Count tiles: each in the block's shared memory and aligned to 16 bytes.
 template <int Count>
 auto rows(const char* operation, const void* row, const cuda_host::Location& where) {
-  const auto mine = reinterpret_cast<uintptr_t>(row);
-  if (cuda_host::lane() < 8 * Count && mine % 16 != 0)
-    cuda_host::fail("a row of a tile is not aligned to 16 bytes", where);
-  return cuda_host::exchange(operation, mine, where);
+  if (cuda_host::lane() < 8 * Count) cuda_host::shared_address(row, 16, where);
+  return cuda_host::exchange(operation, reinterpret_cast<uintptr_t>(row), where);
 }
 
 }  // namespace matrix_host

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "cuda/device/runtime.h"
 
@@ -16,6 +17,15 @@ T* dynamic_shared(size_t offset = 0) {
 template <unsigned Alignment>
 uint32_t shared_address(const void* p, cuda_host::Location where = cuda_host::Location::current()) {
   return cuda_host::shared_address(p, Alignment, where);
+}
+
+template <unsigned Alignment>
+unsigned shared_distance(unsigned bytes, cuda_host::Location where = cuda_host::Location::current()) {
+  if (bytes % Alignment != 0 || bytes >= 256 * 1024)
+    cuda_host::fail("a distance in shared memory of " + std::to_string(bytes) + " bytes, no multiple of " +
+                        std::to_string(Alignment) + " below 256 KiB",
+                    where);
+  return bytes;
 }
 
 }  // namespace rcu_ops::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "cuda/device/convert.h"
 #include "cuda/device/mma.h"
@@ -19,6 +20,10 @@ class Reader {
   Reader(SharedMatrix matrix, const cuda_host::Location& where) : bits_(matrix.bits()), where_(where) {
     constexpr uint64_t meant = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
     if (bits_ & ~meant) cuda_host::fail("a matrix descriptor with bits that mean nothing, or a base offset", where);
+    const uint32_t row_bytes = 256u >> (bits_ >> 62), period = 8 * row_bytes;
+    if (bits_ >> 62 != 0 && (field(0) % period >= row_bytes || field(32) % period != 0))
+      cuda_host::fail("a swizzled matrix whose rows of 8 are not aligned to " + std::to_string(period) + " bytes",
+                      where);
   }
   // The bits of number (row, k).
   uint16_t read(unsigned row, unsigned k) const {
