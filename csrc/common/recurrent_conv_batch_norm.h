@@ -29,6 +29,11 @@ struct Norm {
   bool relu = false;
 };
 
+namespace cuda {
+// Statistics on the way out of a scan, in shared memory per channel: sum and squares in fp64, center.
+inline constexpr int statistics_floats = 5;
+}  // namespace cuda
+
 namespace cpu {
 void batch_norm(const Norm& problem, const Parallel& parallel);
 }  // namespace cpu

@@ -8,6 +8,7 @@
 
 #include "gpu.h"
 #include "recurrent_conv.h"
+#include "recurrent_conv_batch_norm.h"
 #include "text.h"
 
 namespace rcu_ops::cuda {
@@ -16,6 +17,8 @@ inline constexpr int fp32_least_channels = 8, fp32_most_channels = 128;
 // Of a thread: 32 multiply-adds for three 16-byte words of shared memory.
 inline constexpr int fp32_outputs = 8, fp32_columns = 4;
 inline constexpr int fp32_most_positions = 64, fp32_most_threads = 256;
+// Of a part of batch normalisation's statistics, at most: every thread then has one to add up, or two.
+inline constexpr int fp32_norm_columns = 32;
 // Numbers in a row of shared memory: of W, one row per input channel, and of the state, one per channel. Known to the
 // compiler, so that the inner loop adds up no addresses.
 inline constexpr int fp32_weight_pitch = fp32_most_channels + 4, fp32_state_pitch = fp32_most_positions + 4;
@@ -24,12 +27,15 @@ inline constexpr int fp32_weight_pitch = fp32_most_channels + 4, fp32_state_pitc
 enum class Quad : int { none, columns, channels };
 
 struct Fp32ScanPlan {
-  int positions = 0;  // columns of a block
+  int positions = 0;     // columns of a block
+  int norm_columns = 0;  // that have a part of batch normalisation's statistics to themselves
   int threads = 0;
   Quad x = Quad::none, y = Quad::none, residual = Quad::none;
   int64_t blocks = 0;
-  // Shared memory: the columns' offsets in x, y, residual, first, last; W; the state.
-  int64_t weight_at = 0, state_at = 0, shared_bytes = 0;
+  // Shared memory: the columns' offsets in x, y, residual, first, last; W; the state; of batch normalisation, numbers
+  // per channel (padded to a multiple of fp32_outputs): scale, shift, mean, slope, constant, or of each part of the
+  // columns sum and squares (fp64) and center.
+  int64_t weight_at = 0, state_at = 0, numbers_at = 0, shared_bytes = 0;
 };
 
 inline Quad quad_of(const Scan& p, const View& v) {
@@ -52,8 +58,13 @@ inline std::optional<Fp32ScanPlan> plan_fp32_scan(const Scan& p, const Gpu& gpu)
     plan.threads = static_cast<int>(round_up(parts, 32));
     plan.weight_at = 5 * 8 * plan.positions;
     plan.state_at = plan.weight_at + p.C * fp32_weight_pitch * 4;
-    plan.shared_bytes = plan.state_at + p.C * fp32_state_pitch * 4;
-    if (plan.blocks < gpu.multiprocessors || plan.shared_bytes > gpu.shared_bytes) continue;
+    plan.numbers_at = plan.state_at + p.C * fp32_state_pitch * 4;
+    // Whether batch normalisation is asked for must not change how a scan is cut: there is room for it, or no plan.
+    plan.norm_columns = plan.positions < fp32_norm_columns ? plan.positions : fp32_norm_columns;
+    const int64_t parts_of_norm = plan.positions / plan.norm_columns;
+    const int64_t norm_bytes = parts_of_norm * statistics_floats * round_up(p.C, fp32_outputs) * 4;
+    plan.shared_bytes = plan.numbers_at + (p.norm.present() ? norm_bytes : 0);
+    if (plan.blocks < gpu.multiprocessors || plan.numbers_at + norm_bytes > gpu.shared_bytes) continue;
     plan.x = quad_of(p, p.x), plan.y = quad_of(p, p.y), plan.residual = quad_of(p, p.residual);
     return plan;
   }

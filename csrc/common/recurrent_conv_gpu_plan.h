@@ -75,9 +75,6 @@ inline Text describe(const PlainScanPlan& plan) {
          ", state in " + (plan.state_shared ? "shared memory" : "scratch memory");
 }
 
-// Of batch normalisation, in shared memory per channel: sum and squares in fp64, center.
-inline constexpr int statistics_floats = 5;
-
 // ---- the matrix-unit scan: 16-bit data, up to 128 channels ---------------------------------------------------------
 
 inline constexpr int tile_warps = 4;  // of a block, at most
@@ -410,7 +407,11 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
 // How many columns have a part of batch normalisation's statistics to themselves in the kernel of this plan; 0 where it
 // takes nothing of batch normalisation (Scan::norm).
 inline int64_t fused_norm_columns(const ScanPlan& plan) {
-  return plan.step ? 0 : plan.tile ? plan.tile->positions : plan.wide ? wide_positions : 0;
+  return plan.step   ? 0
+         : plan.fp32 ? plan.fp32->norm_columns
+         : plan.tile ? plan.tile->positions
+         : plan.wide ? wide_positions
+                     : 0;
 }
 
 inline Text describe(const ScanPlan& plan) {

@@ -78,20 +78,33 @@ __device__ __forceinline__ Statistics statistics_at(float* memory, int channels)
   return {sums, sums + channels, memory + 4 * channels};
 }
 
-// One frame more over `columns` columns of y in a slot, whose rows are columns (along_channels) or channels. The caller
-// owns channel c.
-template <typename T>
-__device__ __forceinline__ void add_statistics(const Statistics& to, const unsigned char* slot, bool along_channels,
-                                               int pitch, int c, int columns, bool first) {
+// One frame more of channel c, which the caller owns: for_values(take) calls take(value) for its `columns` values.
+template <typename ForValues>
+__device__ __forceinline__ void add_statistics(const Statistics& to, int c, int columns, bool first,
+                                               ForValues for_values) {
   float center = first ? 0.0f : to.center[c];
   // Twice over the first frame: its mean comes first.
   for (bool centered = !first;; centered = true) {
     float sum = 0, squares = 0;
-    const auto take = [&](float value) {
+    for_values([&](float value) {
       const float deviation = value - center;
       sum += deviation;
       squares = fma(deviation, deviation, squares);
-    };
+    });
+    if (centered) {
+      to.sum[c] = (first ? 0 : to.sum[c]) + static_cast<double>(sum);
+      to.squares[c] = (first ? 0 : to.squares[c]) + static_cast<double>(squares);
+      return;
+    }
+    to.center[c] = center = sum / static_cast<float>(columns);
+  }
+}
+
+// The same of y in a slot, whose rows are columns (along_channels) or channels.
+template <typename T>
+__device__ __forceinline__ void add_statistics(const Statistics& to, const unsigned char* slot, bool along_channels,
+                                               int pitch, int c, int columns, bool first) {
+  add_statistics(to, c, columns, first, [&](auto take) {
     if (along_channels) {
 #pragma unroll 4
       for (int j = 0; j < columns; ++j) take(widen(*reinterpret_cast<const T*>(slot + j * pitch + 2 * c)));
@@ -107,13 +120,7 @@ __device__ __forceinline__ void add_statistics(const Statistics& to, const unsig
         }
       }
     }
-    if (centered) {
-      to.sum[c] = (first ? 0 : to.sum[c]) + static_cast<double>(sum);
-      to.squares[c] = (first ? 0 : to.squares[c]) + static_cast<double>(squares);
-      return;
-    }
-    to.center[c] = center = sum / static_cast<float>(columns);
-  }
+  });
 }
 
 // Of all frames: the part's mean and squared deviations, to partial[c][part].

@@ -157,12 +157,17 @@ def tile_long(machine: Machine) -> None:
 def norm_in_tile(machine: Machine) -> None:
     machine.device = {"multiprocessors": 1}
     for layout in ("contiguous", "channels_last_3d"):
-        check_fused(machine, (2, 60, 3, 7, 7), torch.bfloat16, layout, "tile")
+        check_fused(machine, (2, 60, 3, 7, 7), torch.bfloat16, layout, "tile", 32)
 
 
 def norm_in_wide(machine: Machine) -> None:
     for layout in ("contiguous", "channels_last_3d"):
-        check_fused(machine, (1, 140, 3, 5, 6), torch.bfloat16, layout, "wide")
+        check_fused(machine, (1, 140, 3, 5, 6), torch.bfloat16, layout, "wide", 24)
+
+
+def norm_in_fp32(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 1}
+    check_fused(machine, (1, 12, 3, 6, 7), torch.float32, "channels_last_3d", "fp32: 1 blocks of 64", 32)
 
 
 def weight_gradient(machine: Machine) -> None:
@@ -293,6 +298,20 @@ FAULTS = [
         "columns_left < P ? static_cast<int>(columns_left) : P",
         "columns_left < P ? static_cast<int>(columns_left) - 1 : P",
         fp32,
+        file="recurrent_conv_fp32.cu",
+    ),
+    Fault(
+        "fp32: both parts of a block keep one sum",
+        "statistics_at(numbers + part * statistics_floats * table, table)",
+        "statistics_at(numbers, table)",
+        norm_in_fp32,
+        file="recurrent_conv_fp32.cu",
+    ),
+    Fault(
+        "fp32: h is read where the next frame's is",
+        "read(p.residual, p.residual.data, plan.residual, residual_offset, t, v);",
+        "read(p.residual, p.residual.data, plan.residual, residual_offset, i, v);",
+        norm_in_fp32,
         file="recurrent_conv_fp32.cu",
     ),
     Fault("alpha of the first frame", "i == 0 ? p.alpha_first : p.alpha", "p.alpha", forward),
@@ -727,6 +746,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         norm_in_tile,
         wide,
         norm_in_wide,
+        norm_in_fp32,
         warpgroups,
         warpgroups_with_residual,
         weight_gradient,

@@ -109,12 +109,23 @@ FUSED = [
 ]
 
 
-def check_fused(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, layout: str, kernel: str) -> None:
-    """Statistics and gradients that the scan takes over, by the tolerance rule."""
+# The same of the kernel for fp32: blocks of 64 columns with two parts of the statistics, of 32 and of 16 columns;
+# channels beyond the last of a thread; words along columns, along channels and single numbers.
+FUSED_FP32 = [
+    ((2, 20, 3, 5, 7), "contiguous", "fp32: 2 blocks of 64", 32, 2),
+    ((3, 9, 3, 6, 6), "contiguous", "fp32: 4 blocks of 32", 32, 4),
+    ((1, 64, 2, 6, 7), "channels_last_3d", "fp32: 3 blocks of 16", 16, 3),
+    ((1, 128, 2, 5, 5), "every_other_column", "fp32: 1 blocks of 64", 32, 1),
+]
+
+
+def check_fused(
+    machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, layout: str, kernel: str, columns: int
+) -> None:
+    """Statistics, of parts of so many columns, and gradients that the scan takes over, by the tolerance rule."""
     x, weight, h0 = (v.contiguous() for v in inputs(shape, dtype))
     x, h0 = LAYOUTS[layout](x), h0.float()
     n, c, t, height, width = shape
-    columns = 32 if c <= 64 else 16 if c <= 128 else 24
     parts = -(-n * height * width // columns)
     partial, moments = torch.full((c, parts, 2), torch.nan, dtype=torch.float64), torch.full((3, c), torch.nan)
     h, _ = machine.forward(x, weight, h0, partial=partial)
@@ -154,13 +165,20 @@ def check_fused(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, la
 def test_what_the_scan_takes_over(machine, dtype, shape, layout, kernel, seed) -> None:
     """The tile's tables lie beside each other for 4 warps, for 2 and for 1."""
     machine.seed, machine.device = seed, {"multiprocessors": 1 if layout == "contiguous" else 2}
-    check_fused(machine, shape, dtype, layout, kernel)
+    check_fused(machine, shape, dtype, layout, kernel, 32 if shape[1] <= 64 else 16 if shape[1] <= 128 else 24)
 
 
-def test_statistics_of_a_large_mean_and_of_schedules(machine) -> None:
+@pytest.mark.parametrize(("shape", "layout", "kernel", "columns", "multiprocessors"), FUSED_FP32, ids=str)
+def test_what_the_scan_in_fp32_takes_over(machine, shape, layout, kernel, columns, multiprocessors, seed) -> None:
+    machine.seed, machine.device = seed, {"multiprocessors": multiprocessors}
+    check_fused(machine, shape, torch.float32, layout, kernel, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_statistics_of_a_large_mean_and_of_schedules(machine, dtype) -> None:
     """A mean a hundred times the deviation costs the variance nothing; the order of threads changes no bit."""
-    x, weight = torch.randn(2, 8, 40, 3, 5).half() / 16 + 2, torch.zeros(8, 8).half()
-    found = []
+    x, weight = torch.randn(2, 8, 40, 3, 5).to(dtype) / 16 + 2, torch.zeros(8, 8).to(dtype)
+    machine.device, found = {"multiprocessors": 1}, []
     for machine.seed in range(3):
         partial = torch.full((8, 1, 2), torch.nan, dtype=torch.float64)
         h, _ = machine.forward(x, weight, partial=partial)
@@ -180,8 +198,9 @@ def test_other_kernels_refuse_it(machine) -> None:
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers(machine_with, sanitizer, seed) -> None:
     machine = machine_with(sanitizer, seed=seed, device={"multiprocessors": 1})
-    check_fused(machine, (1, 20, 3, 5, 7), torch.bfloat16, "contiguous", "tile")
-    check_fused(machine, (1, 130, 2, 5, 5), torch.bfloat16, "channels_last_3d", "wide")
+    check_fused(machine, (1, 20, 3, 5, 7), torch.bfloat16, "contiguous", "tile", 32)
+    check_fused(machine, (1, 130, 2, 5, 5), torch.bfloat16, "channels_last_3d", "wide", 24)
+    check_fused(machine, (1, 11, 2, 5, 7), torch.float32, "channels_last_3d", "fp32", 32)
     for layout in ("contiguous", "channels_last_3d"):
         h, grad, residual = (LAYOUTS[layout](torch.randn(1, 34, 2, 3, 5).bfloat16()) for _ in range(3))
         check_all_passes(machine, h, grad, residual, relu=True)
