@@ -90,6 +90,16 @@ void run_chunked(const Scan& p, int64_t frames, const Tensor& like) {
       torch_call_dispatcher("rcu_ops::recurrent_conv_chunked_", "", stack.data(), TORCH_ABI_VERSION));
 }
 
+#ifdef RCU_OPS_WITH_CUDA
+// Whether a module keeps the powers of this W.
+bool powers_are_kept(const Scan& p) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(reinterpret_cast<int64_t>(p.weight))};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("rcu_ops::recurrent_conv_powers_are_kept", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+#endif
+
 // Frames of the library form's chunks, 0 where it is not taken. Kernels of the CPU have chunks of their own; there it
 // is for proofs.
 int64_t library_chunk(const Scan& p, const Tensor& like) {
@@ -100,8 +110,13 @@ int64_t library_chunk(const Scan& p, const Tensor& like) {
   int64_t frames = 0;
 #ifdef RCU_OPS_WITH_CUDA
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  const Text error = cuda::planned_chunk(p, frames);
-  check(error.empty(), error.c_str());
+  const auto plan = [&](bool powers_kept) {
+    const Text error = cuda::planned_chunk(p, powers_kept, frames);
+    check(error.empty(), error.c_str());
+    return frames;
+  };
+  const int64_t kept = plan(true);
+  if (plan(false) != kept && powers_are_kept(p)) frames = kept;  // asking takes longer than planning
 #endif
   return frames;
 }

@@ -254,8 +254,8 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
 
 py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
                                  const std::optional<Strides>& residual, int64_t misalignment, bool with_state,
-                                 bool reverse, bool plain, bool warpgroups, bool statistics, bool sm90a,
-                                 int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin,
+                                 bool reverse, bool plain, bool warpgroups, bool statistics, bool powers_kept,
+                                 bool sm90a, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin,
                                  int64_t end) {
   Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
   if (statistics) p.norm.partial = static_cast<double*>(p.y.data);  // never followed
@@ -276,7 +276,7 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
       plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
   }
   py::dict d;
-  const cuda::ChunkPlan chunks = cuda::plan_chunks(p, plan, gpu);
+  const cuda::ChunkPlan chunks = cuda::plan_chunks(p, plan, gpu, powers_kept);
   const int64_t columns = chunks.frames ? 0 : cuda::fused_norm_columns(plan);
   d["text"] = std::string(cuda::describe(p, plan, chunks).c_str()) +
               (!statistics ? std::string()
@@ -399,16 +399,17 @@ void bind_recurrent_conv(py::module_& m) {
   m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"),
         py::arg("y"), py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false,
         py::arg("reverse") = false, py::arg("plain") = false, py::arg("warpgroups") = false,
-        py::arg("statistics") = false, py::arg("sm90a") = true, py::arg("architecture") = 80,
-        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0,
-        py::arg("end") = 0,
+        py::arg("statistics") = false, py::arg("powers_kept") = false, py::arg("sm90a") = true,
+        py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
+        py::arg("begin") = 0, py::arg("end") = 0,
         "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one "
         "sentence); chunk, the frames of the library form's chunks, 0 where it is not taken, and the two times "
         "compared, chunked_us and sequential_us (predictions, 0 where none was made); of the scan's kernel blocks, "
         "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are "
         "written, as int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: "
         "that kernel, wherever it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's "
-        "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none.");
+        "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none. powers_kept: "
+        "those that the library form needs of the weight are there already.");
   m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"),
         py::arg("h"), py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false,
         py::arg("plain") = false, py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,

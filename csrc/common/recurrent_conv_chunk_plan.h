@@ -18,8 +18,8 @@ namespace rcu_ops::cuda {
 //   2. e_j = e_{j-1} Q^L + v_{j,L-1}: the true ends                        J - 2 products of `columns` rows
 //   3. v_{j,i} += e_{j-1} Q^(i+1) for all frames at once                   one batched product
 //
-// and the powers of Q. 16-bit data are multiplied on the matrix unit with every factor that is not exact in bf16 as a
-// sum of two.
+// and the powers of Q, which modules for inference keep from call to call (rcu_ops/nn/fuse.py). 16-bit data are
+// multiplied on the matrix unit with every factor that is not exact in bf16 as a sum of two.
 struct ChunkPlan {
   int64_t frames = 0;                        // of a chunk; 0: one frame after the other
   int64_t products = 0;                      // one after the other, with `frames` or with what would be best
@@ -86,7 +86,8 @@ inline double cycles_before_frames(const Scan& p, const ScanPlan& plan, const Gp
   return waves * static_cast<double>(p.C * p.C * element_size(p.dtype)) / 32;
 }
 
-inline double chunked_cycles(const Scan& p, int64_t L, const Gpu& gpu) {
+// powers_kept: of W, by somebody who runs the same W again and again.
+inline double chunked_cycles(const Scan& p, int64_t L, const Gpu& gpu, bool powers_kept) {
   const GpuRates rates = gpu_rates(gpu);
   const bool split = p.dtype != DType::f32;
   const double C = static_cast<double>(p.C), columns = static_cast<double>(p.N * p.H * p.W), sm = gpu.multiprocessors;
@@ -101,12 +102,13 @@ inline double chunked_cycles(const Scan& p, int64_t L, const Gpu& gpu) {
     return (passes + 1) * rates.launch + work + moved + C;
   };
   const double passes = split ? 2 : 0, J1 = static_cast<double>(J - 1), L1 = static_cast<double>(L - 1);
+  const double powers = static_cast<double>(doublings + 3) * rates.launch + L1 * C * C * C / (0.6 * rates.fp64) / sm +
+                        (L1 + 1) * C * C * 24 / rates.memory / sm;
   return 6 * rates.launch + 3 * static_cast<double>(p.T) * columns * C * 8 / rates.memory / sm +  // states in and out
          L1 * product((J1 + 1) * columns, exact, passes) +                                        // 1.
          (J1 - 1) * product(columns, wide, split ? passes : 1) +                                  // 2.
          2 * rates.launch + product(static_cast<double>(p.T) * columns, split ? 3 : 1, passes) +  // 3.
-         static_cast<double>(doublings + 3) * rates.launch + L1 * C * C * C / (0.6 * rates.fp64) / sm +
-         (L1 + 1) * C * C * 24 / rates.memory / sm;
+         (powers_kept ? 0 : powers);
 }
 
 inline int64_t chunk_bytes(const Scan& p, int64_t L) {
@@ -114,7 +116,7 @@ inline int64_t chunk_bytes(const Scan& p, int64_t L) {
 }
 
 // plan: of the scan that would run otherwise.
-inline ChunkPlan plan_chunks(const Scan& p, const ScanPlan& plan, const Gpu& gpu) {
+inline ChunkPlan plan_chunks(const Scan& p, const ScanPlan& plan, const Gpu& gpu, bool powers_kept = false) {
   ChunkPlan chunks;
   if (p.dtype == DType::f64)
     chunks.why_not = "fp64 is not cut into chunks";
@@ -131,7 +133,7 @@ inline ChunkPlan plan_chunks(const Scan& p, const ScanPlan& plan, const Gpu& gpu
   int64_t best = 0;
   for (int64_t L = 4; 2 * L <= p.T; L *= 2) {
     if (chunk_bytes(p, L) > most_chunk_bytes) continue;
-    const double cost = chunked_cycles(p, L, gpu) / us;
+    const double cost = chunked_cycles(p, L, gpu, powers_kept) / us;
     if (best == 0 || cost < chunks.chunked_us) chunks.chunked_us = cost, best = L;
   }
   if (best == 0) {

@@ -185,10 +185,10 @@ Text describe_scan(const Scan& p, Kernel kernel) {
   return describe(plan_scan(p, gpu, kernel));
 }
 
-Text planned_chunk(const Scan& p, int64_t& frames) {
+Text planned_chunk(const Scan& p, bool powers_kept, int64_t& frames) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
-  frames = plan_chunks(p, plan_scan(p, gpu, Kernel::best), gpu).frames;
+  frames = plan_chunks(p, plan_scan(p, gpu, Kernel::best), gpu, powers_kept).frames;
   return {};
 }
 

@@ -17,8 +17,8 @@ Text describe_scan(const Scan& problem, Kernel kernel = Kernel::best);
 Text describe_weight_grad(const WeightGrad& problem, Kernel kernel = Kernel::best);
 
 // How many frames the chunks have of the library's products that are predicted to be faster than `scan` on the current
-// device, 0 for none, or an error.
-Text planned_chunk(const Scan& problem, int64_t& frames);
+// device, 0 for none, or an error. powers_kept: those of W are there already.
+Text planned_chunk(const Scan& problem, bool powers_kept, int64_t& frames);
 
 // How many columns have a part of batch normalisation's statistics to themselves where the scan's kernel takes
 // Scan::norm on the current device, 0 where it does not, or an error.

@@ -16,38 +16,23 @@ from torch import Tensor
 from rcu_ops import _library
 from rcu_ops.nn.packed_conv import arithmetic, runs_by_itself
 from rcu_ops.ops import current_backend
+from rcu_ops.ops._kept import Kept
 from rcu_ops.ops.recurrent_conv_frame import CHANNELS, LEAST_ROW, OPERATOR
 from rcu_ops.reference.recurrent_conv_frame import pack_panels
 
 
-class Panels:
-    """A layer's weights in the kernel's layout: made when needed, anew when they change; never saved nor copied."""
+class Panels(Kept):
+    """A layer's weights in the kernel's layout."""
 
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._kept: tuple[Tensor, Tensor | None] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Panels:
-        return Panels()
-
-    def __reduce__(self) -> tuple[type[Panels], tuple[()]]:
-        return Panels, ()
-
-    def get(self, weight: Tensor, weight_hh: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def panels(self, weight: Tensor, weight_hh: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The panels of ``weight`` [O,C,1,kh,kw] and ``weight_hh`` ([O,O] or None), and the bias in fp32."""
-        key = (_identity(weight), _identity(weight_hh), _identity(bias))
-        if self._kept is None or key != self._key:
-            hh = None if weight_hh is None else weight_hh.detach()
-            panels = pack_panels(weight.detach().squeeze(2), hh)
-            self._kept = panels, None if bias is None else bias.detach().float().contiguous()
-            self._key = key
-        return self._kept
 
+        def make() -> tuple[Tensor, Tensor | None]:
+            panels = pack_panels(weight.detach().squeeze(2), None if weight_hh is None else weight_hh.detach())
+            return panels, None if bias is None else bias.detach().float().contiguous()
 
-def _identity(tensor: Tensor | None) -> tuple[int, int, torch.dtype] | None:
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+        kept: tuple[Tensor, Tensor | None] = self.get((weight, weight_hh, bias), None, make)
+        return kept
 
 
 def run_frame(
@@ -76,7 +61,7 @@ def run_frame(
         residual = residual.squeeze(2)
     if why_not(layer, frame, weight, state, residual) is not None:
         return None
-    kept, bias = panels.get(weight, weight_hh, layer.bias)
+    kept, bias = panels.panels(weight, weight_hh, layer.bias)
     # Nothing here has a gradient, so the call goes past the dispatcher's stop for one.
     with torch._C._AutoDispatchBelowAutograd():
         y, last = OPERATOR(

@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_argum
 from rcu_ops.nn.relational_fold import fold_relations_of
 from rcu_ops.nn.stream_state import StreamSlot, active_slot, scan_with_state
 from rcu_ops.ops import recurrent_conv_affine_act
+from rcu_ops.ops._kept import Kept
+from rcu_ops.ops._recurrent_conv_chunked import KeptPowers
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 
@@ -32,6 +34,10 @@ def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.
     * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
     * With ``fold_relations`` every :class:`rcu_ops.nn.RelationalLSTM` takes its hidden state for the keys, with half
       of the weights per step (:func:`rcu_ops.nn.fold_relations`); it has then to stay in its dtype.
+
+    What kernels need of the weights in other forms (rearranged, or, for long clips of few positions on a GPU, their
+    powers) is kept beside them and made anew when they change by any way that PyTorch counts; a write through ``.data``
+    is none.
 
     Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
     has no gradients with respect to its parameters. Modules whose ``forward`` cannot be traced stay unfused, and a
@@ -103,6 +109,7 @@ class FusedRecurrentConv3d(nn.Module):
         self._arguments = conv2d_arguments(conv)
         self._packed = PackedWeights()
         self._panels = Panels()
+        self._powers = KeptPowers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedRecurrentConv3d:
         # model.to(dtype) must not round scale and shift to 16 bits: they belong to the state's dtype.
@@ -113,6 +120,10 @@ class FusedRecurrentConv3d(nn.Module):
             self.scale = before[0].to(self.scale.device, state_dtype)
             self.shift = before[1].to(self.shift.device, state_dtype)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        _forget(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N,C,T,H,W] (and a residual that expands to [N,O,T,H',W']) -> [N,O,T,H',W']."""
@@ -137,6 +148,9 @@ class FusedRecurrentConv3d(nn.Module):
                 activation=self.activation,
             )
 
+        if x.shape[2] > 1 and not torch.compiler.is_compiling():
+            with self._powers.offered(self.weight_hh):
+                return scan_with_state(scan, slot, xh, self.update)
         return scan_with_state(scan, slot, xh, self.update)
 
     def _one_frame(self, x: Tensor, residual: Tensor | None, slot: StreamSlot) -> Tensor | None:
@@ -208,6 +222,10 @@ class FusedFrameConv3d(nn.Module):
         self._packed = PackedWeights()
         self._panels = Panels()
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        _forget(self)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N,C,T,H,W] (and a residual that expands to the output) -> [N,O,T,H',W']."""
         check_clip(self, x, self.in_channels)
@@ -243,6 +261,13 @@ class FusedFrameConv3d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding!r}, relu={self.relu}"
         )
+
+
+def _forget(module: nn.Module) -> None:
+    """What was made of the weights; loading under inference mode changes them in place, and nothing counts that."""
+    for kept in vars(module).values():
+        if isinstance(kept, Kept):
+            kept.clear()
 
 
 def _convolve(

@@ -11,7 +11,6 @@ that is widened as it is rearranged: the products are the same, and only the res
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +18,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from rcu_ops import _library
+from rcu_ops.ops._kept import Kept
 
 _KEPT_LAYOUTS = 2
 
 
-class PackedWeights:
-    """The rearranged forms of one convolution weight, for the input shapes last used. Never saved nor copied."""
+class PackedWeights(Kept):
+    """The rearranged forms of one convolution weight, for the input shapes last used."""
 
-    def __init__(self) -> None:
-        self._packed: dict[tuple[Any, ...], Tensor] = {}
+    def __init__(self, most: int = _KEPT_LAYOUTS) -> None:
+        super().__init__(most)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
-        return PackedWeights()
-
-    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
-        return PackedWeights, ()
-
-    def get(
+    def packed(
         self,
         frames: Tensor,
         weight: Tensor,
@@ -45,21 +39,14 @@ class PackedWeights:
         groups: int,
     ) -> Tensor:
         """The form of ``weight`` [O,C/groups,1,kh,kw] for inputs shaped like ``frames`` [B,C,H,W], in their dtype."""
-        version = 0 if weight.is_inference() else weight._version
-        key = (frames.shape, weight.data_ptr(), weight.dtype, frames.dtype, version)
-        packed = self._packed.get(key)
-        if packed is None:
-            packed = torch.ops.mkldnn._reorder_convolution_weight(
-                weight.detach().squeeze(2).to(frames.dtype).contiguous(),
-                padding,
-                stride,
-                dilation,
-                groups,
-                list(frames.shape),
-            )
-            kept = [(k, v) for k, v in self._packed.items() if k[1:] == key[1:]]
-            self._packed = dict([*kept[-(_KEPT_LAYOUTS - 1) :], (key, packed)])
-        return packed
+
+        def make() -> Tensor:
+            form = weight.detach().squeeze(2).to(frames.dtype).contiguous()
+            size = list(frames.shape)
+            return torch.ops.mkldnn._reorder_convolution_weight(form, padding, stride, dilation, groups, size)
+
+        kept: Tensor = self.get((weight,), (frames.shape, frames.dtype), make)
+        return kept
 
 
 def conv2d_act(
@@ -94,7 +81,7 @@ def conv2d_act(
         frames = frames.to(wide)
         bias = bias if bias is None else bias.to(wide)
         residual = residual if residual is None else residual.to(wide)
-    kept = packed.get(frames, weight, stride, padding, dilation, groups)
+    kept = packed.packed(frames, weight, stride, padding, dilation, groups)
     arguments = (padding, stride, dilation, groups)
     after = "relu" if relu else "none"
     if residual is None:

@@ -15,16 +15,23 @@ not hold is multiplied as a sum of two numbers, high and low: the state always, 
 made in fp64, because their errors enter every chunk alike and would add up; fp32 data take their high and low part in
 fp32.
 Powers that leave the range of fp32 make infinities and NaN where the frames one after the other might not.
+
+They cost 2 (L - 1) C^3 FLOPs in fp64 beside 4 T C^2 of every position: whoever runs the same W again and again keeps
+them (:class:`KeptPowers`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rcu_ops.ops import _schema
+from rcu_ops.ops._kept import Kept
 
 # Values of rcu_ops::Init (csrc/common/recurrent_conv.h).
 NO_STATE, STATE, ADDED = range(3)
@@ -103,6 +110,7 @@ def chunked_scan(
         for source, states in frames_of(x):
             states.copy_(source)
 
+    powers = _powers_of(weight, alpha, length, reverse)
     factor = _Factor.exact(weight.T)
     head = at(0, 0, 1)
     if init == ADDED and first is not None:
@@ -117,9 +125,8 @@ def chunked_scan(
         count = chunks if i < filled else chunks - 1
         factor.accumulate(at(i, 0, count), at(i - 1, 0, count), alpha, alpha)
 
-    powers = _powers(weight.T.to(torch.float64) * alpha, length, reverse)
     end = length - 1
-    step = _Factor.split(powers[slot(end)].unsqueeze(0), y.dtype)
+    step = powers.step
     for j in range(1, chunks - 1):
         step.accumulate(at(end, j, 1), at(end, j - 1, 1))
     if filled == length:
@@ -132,9 +139,7 @@ def chunked_scan(
         low, high = sorted((slot(begin), slot(stop - 1)))
         first_chunk = chunks - 1 - count if reverse else 1
         target = state[low : high + 1, first_chunk : first_chunk + count].view(high - low + 1, count * rows, c)
-        # One use each: nothing adds up, so fp32 powers do without their low part.
-        powers_here = _Factor.split(powers[low : high + 1], y.dtype, low_part=y.dtype != torch.float32)
-        powers_here.accumulate(target, at(end, 0, count))
+        powers.all.part(low, high + 1).accumulate(target, at(end, 0, count))
 
     correct(0, min(filled, end), chunks - 1)
     correct(filled, end, chunks - 2)
@@ -186,6 +191,10 @@ class _Factor:
         torch.sub(matrices, parts[:, 1], out=parts[:, 0])
         return _Factor([parts.view(b, 3 * c, c)], 2)
 
+    def part(self, begin: int, stop: int) -> _Factor:
+        """Matrices [begin, stop), in the same memory."""
+        return _Factor([part[begin:stop] for part in self._parts], self._copies_of_high)
+
     def accumulate(self, out: Tensor, rows: Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:
         """out [B,R,C] = beta out + alpha rows [1,R,C] times each matrix; out and rows fp32, apart in memory."""
         if self._copies_of_high:
@@ -225,5 +234,79 @@ def _powers(matrix: Tensor, count: int, descending: bool) -> Tensor:
     return powers
 
 
+@dataclass(frozen=True)
+class _Powers:
+    """Those of Q that a scan multiplies by.
+
+    Attributes:
+        all: the first to the L-th, or with ``reverse`` the other way round. One use each: nothing adds up, so fp32
+            powers do without their low part.
+        step: the L-th.
+    """
+
+    all: _Factor
+    step: _Factor
+
+
+def _make_powers(weight: Tensor, alpha: float, length: int, reverse: bool) -> _Powers:
+    powers = _powers(weight.T.to(torch.float64) * alpha, length, reverse)
+    step = powers[0 if reverse else length - 1].unsqueeze(0)
+    low_part = weight.dtype != torch.float32
+    return _Powers(_Factor.split(powers, weight.dtype, low_part), _Factor.split(step, weight.dtype))
+
+
+# ---- powers that are kept -----------------------------------------------------------------------------------------
+
+
+class KeptPowers(Kept):
+    """The powers of one weight in the forms that a scan multiplies by, for the chunks last used.
+
+    L C^2 numbers of 6 bytes for 16-bit data and 4 for fp32; on the device, and for the stream, that made them.
+    """
+
+    @contextlib.contextmanager
+    def offered(self, weight: Tensor) -> Iterator[None]:
+        """Scans of this thread with ``weight`` [C,C] take their powers from here, or leave them here."""
+        before = getattr(_offered, "powers", None)
+        _offered.powers = (self, weight)
+        try:
+            yield
+        finally:
+            _offered.powers = before
+
+
+_offered = threading.local()
+
+
+def _offer(pointer: int) -> tuple[KeptPowers, Tensor] | None:
+    """Who keeps the powers of the weight at an address, and that weight.
+
+    Nobody where a CUDA graph is recorded: it would refer to memory that is freed when the weight changes, or fill what
+    others read before it is replayed.
+    """
+    offered: tuple[KeptPowers, Tensor] | None = getattr(_offered, "powers", None)
+    if offered is None or offered[1].data_ptr() != pointer:
+        return None
+    return None if offered[1].is_cuda and torch.cuda.is_current_stream_capturing() else offered
+
+
+def _powers_of(weight: Tensor, alpha: float, length: int, reverse: bool) -> _Powers:
+    def make() -> _Powers:
+        return _make_powers(weight, alpha, length, reverse)
+
+    offered = _offer(weight.data_ptr())
+    if offered is None or offered[1].stride() != weight.stride() or offered[1].dtype != weight.dtype:
+        return make()
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    kept: _Powers = offered[0].get((offered[1],), (alpha, length, reverse, stream), make)
+    return kept
+
+
+def _powers_are_kept(weight: int) -> bool:
+    return _offer(weight) is not None
+
+
 _schema.library.define(SCHEMA)
+_schema.library.define("recurrent_conv_powers_are_kept(int weight) -> bool")
+_schema.library.impl("recurrent_conv_powers_are_kept", _powers_are_kept, "CompositeExplicitAutograd")
 _schema.library.impl("recurrent_conv_chunked_", chunked_scan, "CompositeExplicitAutograd")

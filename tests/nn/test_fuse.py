@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rcu_ops import _library
 from rcu_ops.models import create_model
 from rcu_ops.nn import FrameConv3d, RecurrentConv3d, convert_to_recurrent, fuse_for_inference, packed_conv
 from rcu_ops.nn.fuse import FusedFrameConv3d, FusedRecurrentConv3d
+from rcu_ops.ops import _recurrent_conv_chunked as chunked
+from rcu_ops.ops import recurrent_conv_affine_act
 from rcu_ops.streaming import Streamer
 from tests.networks import CAUSAL_MODELS, assert_same, calibrated, eager_frame_scores, perturb, small_model
 from tests.tolerance import assert_close_to_reference
@@ -105,6 +110,62 @@ def test_changed_weights_are_seen() -> None:
         assert torch.equal(after, copy.deepcopy(fused)(clip))  # a copy starts without kept layouts
 
 
+def test_weights_loaded_under_inference_mode_are_seen() -> None:
+    """Nothing counts writes to tensors that were made there."""
+    with torch.inference_mode():
+        fused, other = (fuse_for_inference(small_model("rcn_resnet18")) for _ in range(2))
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        clip = torch.randn(1, 3, 1, 32, 32)
+        for model in (fused, other):
+            Streamer(model)(clip, Streamer(model)(clip)[1])
+        fused.load_state_dict(other.state_dict())
+        assert torch.equal(fused(clip), other(clip))
+        states = [Streamer(model)(clip)[1] for model in (fused, other)]
+        scores = [Streamer(model)(clip, state)[0] for model, state in zip((fused, other), states, strict=True)]
+        assert torch.equal(*scores)
+
+
+@pytest.mark.skipif(not _library.has_kernel("recurrent_conv", "CPU"), reason="the library has no CPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_powers_of_the_recurrent_weight_are_kept(
+    inference: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where long clips run in chunks, as on a GPU: made once, the same numbers, anew after a change, gone with it."""
+    monkeypatch.setenv("RCU_OPS_CHUNK", "3")
+    monkeypatch.setenv("RCU_OPS_CHUNK_LIBRARY", "1")
+    made: list[tuple[int, int]] = []
+    make = chunked._powers
+    monkeypatch.setattr(chunked, "_powers", lambda m, count, d: made.append((count, len(m))) or make(m, count, d))
+    with torch.inference_mode() if inference else torch.no_grad():
+        conv = RecurrentConv3d(3, 8, (1, 3, 3), padding=(0, 1, 1)).to(dtype).eval()
+        fused, clip = FusedRecurrentConv3d(conv, None, relu=True), torch.randn(1, 3, 11, 6, 6).to(dtype)
+
+        first = fused(clip)
+        assert made == [(3, 8)] and torch.equal(fused(clip), first) and made == [(3, 8)]
+        if inference:
+            fused.load_state_dict({name: value * 0.5 for name, value in fused.state_dict().items()})
+        else:
+            fused.weight_hh.mul_(0.5)
+        second = fused(clip)
+        assert len(made) == 2 and not torch.equal(second, first)
+        assert torch.equal(copy.deepcopy(fused)(clip), second) and len(made) == 3
+        monkeypatch.setenv("RCU_OPS_CHUNK", "4")
+        fused(clip)
+        assert made[3:] == [(4, 8)] and len(fused._powers._forms) == 1
+        # Another weight, and no module: nothing is kept.
+        x, scale = torch.randn(1, 8, 11, 2, 2).to(dtype), torch.ones(8)
+        with fused._powers.offered(fused.weight_hh):
+            for _ in range(2):
+                recurrent_conv_affine_act(x, fused.weight_hh.clone(), scale, scale)
+        assert len(made) == 6 and torch.ops.rcu_ops.recurrent_conv_powers_are_kept(fused.weight_hh.data_ptr()) is False
+    kept = weakref.ref(next(iter(fused._powers._forms.values())))
+    del fused
+    gc.collect()
+    assert kept() is None
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("shape", [(1, 5, 7, 3), (3, 16, 9, 8), (2, 12, 1, 1), (0, 4, 5, 5)])
 def test_bf16_convolutions_in_either_arithmetic(
@@ -130,7 +191,7 @@ def test_bf16_convolutions_in_either_arithmetic(
         with torch.no_grad():
             got = packed_conv.conv2d_act(packed, *given[:3], **arguments, residual=given[3], relu=True)
         assert got.dtype == torch.bfloat16 and got.shape == residual.shape
-        assert [kept.dtype for kept in packed._packed.values()] == ([used] if n else [])
+        assert [kept.dtype for kept in packed._forms.values()] == ([used] if n else [])
         if n:
             assert_close_to_reference(got, plain(*(v.double() for v in given)), plain(*given))
         given[1].mul_(-2)  # seen: the second round

@@ -313,6 +313,16 @@ def test_chunks_follow_what_the_device_is_good_at() -> None:
         assert taken == sorted(taken, reverse=True) and taken[0] and not taken[-1]
 
 
+def test_chunks_where_powers_of_the_weight_are_kept() -> None:
+    """They are then longer, and predicted to be faster by more than what the powers cost at the old length."""
+    for dtype, gain in (("bfloat16", 0.8), ("float32", 0.82)):
+        made, kept = (chunk_plan((1, 512, 256, 7, 7), dtype, powers_kept=k) for k in (False, True))
+        assert kept["chunk"] > made["chunk"] > 0
+        assert kept["chunked_us"] < gain * made["chunked_us"] and kept["sequential_us"] == made["sequential_us"]
+    made, kept = (chunk_plan((1, 1024, 64, 7, 7), "bfloat16", powers_kept=k) for k in (False, True))
+    assert made["chunk"] == 0 < kept["chunk"]
+
+
 def test_few_positions_are_spread_over_blocks_of_fewer_warps() -> None:
     """The fewest columns on the busiest multiprocessor of 132; of equals, the most warps: fewest copies of W."""
     for shape, words in (
@@ -328,13 +338,16 @@ def test_few_positions_are_spread_over_blocks_of_fewer_warps() -> None:
 
 
 def test_which_scans_take_batch_normalisation() -> None:
-    """The matrix unit's of up to 256 channels, but not by warpgroups, and not where frames are cut into chunks."""
+    """Those of up to 256 channels on the matrix unit, but not by warpgroups, and the one in fp32; not where frames are
+    cut into chunks."""
     for shape, dtype, columns in (
         ((16, 64, 16, 56, 56), "bfloat16", 32),
         ((16, 128, 16, 28, 28), "float16", 16),
         ((16, 256, 16, 14, 14), "bfloat16", 24),
         ((1024, 256, 8, 14, 14), "bfloat16", 0),
-        ((16, 64, 16, 56, 56), "float32", 0),
+        ((16, 64, 16, 56, 56), "float32", 32),
+        ((2, 64, 8, 40, 40), "float32", 16),
+        ((16, 256, 16, 14, 14), "float32", 0),
         ((16, 512, 16, 7, 7), "bfloat16", 0),
         ((1, 64, 2048, 7, 7), "bfloat16", 0),
     ):
@@ -343,6 +356,7 @@ def test_which_scans_take_batch_normalisation() -> None:
         assert plan["text"].endswith(f"of parts of {columns} columns" if columns else "in a pass of their own")
         assert plan["shared_bytes"] <= GPUS[2]["shared_bytes"]
         assert columns == 0 or plan["shared_bytes"] > without["shared_bytes"]
+        assert plan["blocks"] == without["blocks"]
         assert "statistics" not in without["text"]
 
 

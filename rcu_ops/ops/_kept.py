@@ -1,0 +1,50 @@
+"""What is made of weights for inference and kept beside them, where making it at every call would take too long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor
+
+
+class Kept:
+    """Forms of one or more weights: made when needed, anew when the weights change; never saved nor copied.
+
+    A change is another place in memory, another dtype, or PyTorch's count of writes. Writes through ``.data``, and
+    those to tensors made under inference mode, are not counted: after them, :meth:`clear`.
+
+    Args:
+        most: forms kept at once, those last made. All are of the same state of the weights.
+    """
+
+    def __init__(self, most: int = 1) -> None:
+        self._most = most
+        self._forms: dict[tuple[Any, ...], Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return type(self)(self._most)
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[int]]:
+        return type(self), (self._most,)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._forms = {}
+
+    def get(self, weights: tuple[Tensor | None, ...], form: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned for these weights and this form."""
+        state = tuple(map(_identity, weights))
+        key = (state, form)
+        if key not in self._forms:
+            same = [k for k in self._forms if k[0] == state]
+            # Before there is more: what is dropped may be as large as what is made.
+            self._forms = {k: self._forms[k] for k in same[max(0, len(same) - self._most + 1) :]}
+            self._forms = {**self._forms, key: make()}
+        return self._forms[key]
+
+
+def _identity(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
