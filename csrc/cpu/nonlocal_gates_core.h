@@ -39,6 +39,22 @@ static inline void soon(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// The same for many rows of `bytes` bytes: a line per multiplication of vectors while something else is computed. Asked for
+// at once they would wait for each other, and all that comes after for them.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t row = 0, lines = 0, rows = 0;  // bytes from row to row, lines of 64 bytes in each, rows to come
+  int64_t line = 0;
+  Ahead() = default;
+  Ahead(const void* base, int64_t row, int64_t bytes, int64_t rows)
+      : at(static_cast<const char*>(base)), row(row), lines(bytes / 64), rows(bytes < 64 ? 0 : rows) {}
+  inline void next() {
+    if (rows == 0) return;
+    soon(at + 64 * line);
+    if (++line == lines) line = 0, at += row, --rows;
+  }
+};
+
 // ---- the two products -------------------------------------------------------------------------------------------
 
 template <class V, class T>
@@ -77,10 +93,7 @@ struct Arithmetic {
     for (int64_t k = 0; k < K; ++k, b += row, out += width) {
       int64_t j = 0;
       if (!dead || !dead[k]) {
-        for (; j + V::L <= n; j += V::L) {
-          V::store(out + j, V::load(b + j));
-          soon(b + width + j);
-        }
+        for (; j + V::L <= n; j += V::L) V::store(out + j, V::load(b + j));
         if (j < n) V::store(out + j, part_of<V>(b + j, n - j)), j += V::L;
       }
       for (; j < width; j += V::L) V::store(out + j, V::set1(0));
@@ -90,12 +103,12 @@ struct Arithmetic {
   static typename V::R right(const Right* b) { return V::load(b); }
 };
 
-// out[i][j] = a_i . b_j, rows of d numbers.
-template <class V, class T>
+// out[i][j] = a_i . b_j, rows of d numbers, NC columns at a time.
+template <class V, class T, int NC = score_columns>
 [[gnu::noinline]] static void dots(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row, int64_t columns,
                                    int64_t d, typename V::S* out, int64_t out_row) {
   using P = Arithmetic<V, T>;
-  constexpr int MR = score_rows, NC = score_columns;
+  constexpr int MR = score_rows;
   for (int64_t i0 = 0; i0 < rows; i0 += MR)
     for (int64_t j0 = 0; j0 < columns; j0 += NC) {
       const int64_t mr = min_of<int64_t>(MR, rows - i0), nc = min_of<int64_t>(NC, columns - j0);
@@ -136,7 +149,7 @@ template <class V, class T>
       for (int i = 0; i < MR; ++i) {
         typename V::S sum[8];
         const typename V::R* const last = acc[i] + NC - 1;
-        V::sums(acc[i][0], acc[i][1], acc[i][2], NC > 3 ? acc[i][3] : *last, sum);
+        V::sums(acc[i][0], NC > 1 ? acc[i][1] : *last, NC > 2 ? acc[i][2] : *last, NC > 3 ? acc[i][3] : *last, sum);
         if constexpr (NC > 4) V::sums(*last, *last, *last, *last, sum + 4);
         if (i < mr) memcpy(out + (i0 + i) * out_row + j0, sum, static_cast<size_t>(nc) * sizeof(typename V::S));
       }
@@ -147,9 +160,10 @@ template <class V, class T>
 template <class V, class T, int NV>
 [[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
                                    const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out,
-                                   int64_t out_row, bool more = false) {
+                                   int64_t out_row, bool more, Ahead& what_follows) {
   using P = Arithmetic<V, T>;
   constexpr int MR = sum_rows;
+  Ahead ahead = what_follows;
   int64_t begin = 0;
   // Sums of 128 terms, then of these: one long sum would round more than a library's product does. So much of b stays
   // in the first cache for all rows.
@@ -170,6 +184,7 @@ template <class V, class T, int NV>
         typename P::Operand bv[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) bv[v] = P::right(bk + v * P::vector);
+        ahead.next();
 #pragma GCC unroll 8
         for (int i = 0; i < MR; ++i) {
           const typename P::Operand av = P::broadcast(ar[i][k * a_k]);
@@ -190,6 +205,7 @@ template <class V, class T, int NV>
     b += (end - begin) * NV * P::vector;
     begin = end;
   } while (begin < steps);
+  what_follows = ahead;
 }
 
 template <class V>
@@ -210,9 +226,11 @@ template <class V, class T>
     for (int64_t i = 0; i < rows; ++i)  // fp32 too: rows a page apart would fall into one set of the first cache
       for (int64_t k = 0; k < terms; k += V::L) {
         const T* const from = a + i * a_row + k0 + k;
-        soon(from + sum_terms);
         V::store(left + i * sum_terms + k, terms - k >= V::L ? V::load(from) : part_of<V>(from, terms - k));
       }
+    // The next terms: of all of a, and of every panel of b when it was used.
+    const int64_t following = min_of(sum_terms, d - k0 - terms) * int64_t{sizeof(T)};
+    Ahead next_a(a + k0 + terms, a_row * int64_t{sizeof(T)}, following, rows);
     for (int64_t j0 = 0; j0 < columns;) {
       const bool whole = columns - j0 >= panel<V>;
       const int64_t width = whole ? panel<V> : V::L;
@@ -220,47 +238,60 @@ template <class V, class T>
         int64_t at[V::L];
         for (int64_t l = 0; l < V::L; ++l) at[l] = min_of(j0 + v + l, b_rows - 1) * b_row;
         int64_t k = 0;
-        for (; k + V::L <= terms; k += V::L) {
-          for (int64_t l = 0; l < V::L; ++l) soon(b + at[l] + k0 + k + sum_terms);
-          V::transpose(b + k0 + k, at, right + k * width + v, width);
-        }
+        for (; k + V::L <= terms; k += V::L) V::transpose(b + k0 + k, at, right + k * width + v, width);
         for (; k < terms; ++k)
           for (int64_t l = 0; l < V::L; ++l) right[k * width + v + l] = V::scalar(b[at[l] + k0 + k]);
       }
-      if (whole)
-        sums<V, S, sum_vectors>(left, sum_terms, 1, rows, right, terms, out + j0, out_row, k0 > 0);
-      else
-        sums<V, S, 1>(left, sum_terms, 1, rows, right, terms, out + j0, out_row, k0 > 0);
+      Ahead next_b(b + j0 * b_row + k0 + terms, b_row * int64_t{sizeof(T)}, following, min_of(width, b_rows - j0));
+      for (int64_t i0 = 0; i0 < rows;) {  // half of the rows for each
+        const int64_t some = i0 == 0 ? max_of<int64_t>(min_of(rows, round_up(rows / 2, sum_rows)), 1) : rows - i0;
+        Ahead& next = i0 == 0 ? next_b : next_a;
+        if (whole)
+          sums<V, S, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, terms, out + i0 * out_row + j0,
+                                  out_row, k0 > 0, next);
+        else
+          sums<V, S, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, terms, out + i0 * out_row + j0, out_row,
+                        k0 > 0, next);
+        i0 += some;
+      }
       j0 += width;
     }
     k0 += terms;
   } while (k0 < d);
 }
 
-// out[i][j] = a_i . b_j, `rows` of `all_rows` rows of a; `out_row` holds whole vectors. How a score is added up depends
-// neither on `rows` nor on which of the two is a: blocks of queries and blocks of keys find the same scores.
+// Keys beyond the last whole panel whose scores are dot products: a vector of them would be nearly empty.
+template <class V>
+static int64_t single_keys(int64_t keys) {
+  return keys % panel<V> <= score_columns ? keys % panel<V> : 0;
+}
+
+// Scores of `rows` queries (a) and all keys (b), or, turned, of `rows` keys from key `first` on (a) and all queries (b):
+// out[i][j] = a_i . b_j, of a_rows and b_rows in all. `out_row` holds whole vectors. How a score is added up depends on its
+// key alone: blocks of queries and blocks of keys find the same scores.
 template <class V, class T>
-static void scores(const T* a, int64_t a_row, int64_t rows, int64_t all_rows, const T* b, int64_t b_row,
-                   int64_t columns, int64_t d, typename V::S* out, int64_t out_row) {
+static void scores(const T* a, int64_t a_row, int64_t rows, int64_t a_rows, const T* b, int64_t b_row, int64_t b_rows,
+                   int64_t d, typename V::S* out, int64_t out_row, bool turned = false, int64_t first = 0) {
   using S = typename V::S;
+  int64_t single_rows = rows, single_columns = b_rows;
   if constexpr (Arithmetic<V, T>::step == V::L) {  // no instruction takes pairs of T
-    if (all_rows >= panel<V> && columns >= panel<V>) {
-      int64_t by_panels = columns / panel<V> * panel<V>;
-      if (columns - by_panels > score_columns) by_panels = columns;
-      const int64_t rest = columns - by_panels, width = round_up(rows, V::L);
-      const int64_t most = sum_terms * (panel<V> + max_of(rows, rest));
-      S* const memory = static_cast<S*>(scratch(2, static_cast<size_t>(most + rest * width) * sizeof(S)));
-      scores_by_panels<V>(a, a_row, rows, b, b_row, by_panels, columns, d, out, out_row, memory);
-      if (rest == 0) return;
-      // Few columns, which would leave a vector of them empty: a's rows take their place.
-      S* const turned = memory + most;
-      scores_by_panels<V>(b + by_panels * b_row, b_row, rest, a, a_row, rows, rows, d, turned, width, memory);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < rest; ++j) out[i * out_row + by_panels + j] = turned[j * width + i];
-      return;
+    if (a_rows >= panel<V> && b_rows >= panel<V>) {
+      single_rows = turned ? max_of<int64_t>(0, first + rows - max_of(first, a_rows - single_keys<V>(a_rows))) : 0;
+      single_columns = turned ? 0 : single_keys<V>(b_rows);
     }
   }
-  dots<V>(a, a_row, rows, b, b_row, columns, d, out, out_row);
+  const int64_t by_panels = rows - single_rows, columns = b_rows - single_columns;
+  if constexpr (Arithmetic<V, T>::step == V::L)
+    if (by_panels > 0 && columns > 0) {
+      const size_t bytes = static_cast<size_t>(sum_terms * (panel<V> + by_panels)) * sizeof(S);
+      scores_by_panels<V>(a, a_row, by_panels, b, b_row, columns, b_rows, d, out, out_row,
+                          static_cast<S*>(scratch(2, bytes)));
+    }
+  const auto singly = single_columns == 1 ? dots<V, T, 1> : dots<V, T>;
+  if (single_rows > 0)
+    dots<V, T>(a + by_panels * a_row, a_row, single_rows, b, b_row, b_rows, d, out + by_panels * out_row, out_row);
+  else if (single_columns > 0)
+    singly(a, a_row, rows, b + columns * b_row, b_row, single_columns, d, out + columns, out_row);
 }
 
 // The left factor of the sums: element (i, k) at data[i * row + k * step].
@@ -281,13 +312,20 @@ static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int
 template <class V, class T>
 static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row,
                           int64_t K, const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
-                          typename Arithmetic<V, T>::Right* packed, bool more = false) {
+                          typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false) {
   using P = Arithmetic<V, T>;
   P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : panel<V>, packed);
   if (n <= V::L)
-    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more);
+    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
   else
-    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more);
+    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
+}
+
+// Columns [from, from + a panel) of `rows` rows of n numbers, as far as they are there.
+template <class V, class T>
+static Ahead panel_ahead(const T* base, int64_t row, int64_t rows, int64_t from, int64_t n) {
+  const int64_t size = sizeof(T), width = min_of(panel<V>, n - from);
+  return width > 0 ? Ahead(base + from, row * size, width * size, rows) : Ahead();
 }
 
 // Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the
@@ -325,9 +363,10 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
   const auto left = left_of<V, T>(a, a_row, a_k, rows, K, w.left);
   for (int64_t from = 0; from < n; from += panel<V>) {
     const int64_t width = min_of(panel<V>, n - from);
+    const Ahead ahead = panel_ahead<V>(b, b_row, K, from + panel<V>, n);
     if constexpr (sizeof(T) == sizeof(typename V::S)) {
       if (width == panel<V>) {
-        sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, more);
+        sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, ahead, more);
         continue;
       }
     }
@@ -337,7 +376,7 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
           const T* there = out + i * out_row + from + j;
           V::store(w.tile + i * panel<V> + j, j + V::L <= width ? V::load(there) : part_of<V>(there, width - j));
         }
-    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, w.tile, panel<V>, w.right, more);
+    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, w.tile, panel<V>, w.right, ahead, more);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; j += V::L) {
         const typename V::R v = V::load(w.tile + i * panel<V> + j);
@@ -631,9 +670,11 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
   }
   for (int64_t from = 0; from < r.E; from += panel<V>) {
     const int64_t width = min_of(panel<V>, r.E - from);
-    for (int64_t g = 0; g < 4; ++g)
-      sums_of_panel<V>(left[g], rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr, from, width,
-                       m.tile + g * area, panel<V>, m.right);
+    for (int64_t g = 0; g < 4; ++g) {
+      const T* const value = at<const T>(r.value, b, g, 0);
+      sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width, m.tile + g * area, panel<V>,
+                       m.right, panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
+    }
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; j += V::L) {
         typename V::R a[4];
@@ -774,8 +815,8 @@ static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t 
   }
   const T* const grad = at<const T>(q.grad, b, g, 0);
   scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D,
-               m.p, ld);
-  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, r.M, grad, q.grad.row, r.N, r.E, m.ds, ld);
+               m.p, ld, true, j);
+  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, r.M, grad, q.grad.row, r.N, r.E, m.ds, ld, true, j);
   const R scale = V::set1(static_cast<S>(r.scale));
   for (int64_t i = 0; i < rows; ++i) {
     S *const p = m.p + i * ld, *const ds = m.ds + i * ld;

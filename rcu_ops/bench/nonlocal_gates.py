@@ -29,6 +29,8 @@ class Shape:
 
 
 SHAPES = (Shape(1, 49, 1024), Shape(24, 49, 1024), Shape(1, 196, 512), Shape(24, 196, 512))
+#: Heads too wide for flash attention, keys too many for the matrix-unit kernels: is the library's other one faster?
+WIDE = Shape(4, 784, 512)
 
 
 def cases(tier: str, device: torch.device) -> list[Case]:
@@ -44,7 +46,8 @@ def _cases(tier: str, device: torch.device) -> Iterator[Case]:
                 yield kind(Shape(2, 49, 1024), dtype, device, compile=kind is Step and dtype == torch.float32)
         return
     for kind in kinds:
-        for shape in SHAPES:
+        more = (WIDE,) if kind is Attention and device.type == "cuda" else ()
+        for shape in (*SHAPES, *more):
             for dtype in DTYPES:
                 cut = shape if device.type == "cuda" or tier == "full" else replace(shape, b=min(shape.b, 4))
                 yield kind(cut, dtype, device)

@@ -78,6 +78,26 @@ def test_samples_whole_or_in_blocks_give_the_same_bits(isa) -> None:  # noqa: F8
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.parametrize("keys", [49, 53, 60])
+def test_keys_beyond_whole_panels_have_one_score(isa, keys) -> None:  # noqa: F811
+    """One key, some, or many beyond panels of 48: as columns of a block of queries, and as rows of one of keys."""
+    arguments, grad = inputs((1, 55, keys, 150, 70), torch.float32, 2.0), torch.randn(1, 55, 70)
+    call, threads = functools.partial(attend, mask=None, count=False), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = gradients(call, arguments, [grad])
+        torch.set_num_threads(7)
+        parts = gradients(call, arguments, [grad])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    options = {"mask": None, "scale": 0.9, "normalize": "softmax"}
+    wanted = exact.attention_gradients(grad, *arguments, **options)
+    rough = gradients(functools.partial(eager, **options), arguments, [grad])
+    for got, want, e in zip(whole, wanted, rough, strict=True):
+        assert_close_to_reference(got, want, e)
+
+
 @pytest.mark.parametrize("count", [False, True])
 def test_long_samples_add_up_block_by_block(isa, count) -> None:  # noqa: F811
     """Gradients of keys and values over blocks of queries, the second of which holds dead queries alone."""
