@@ -95,8 +95,10 @@ def render(report: dict[str, Any]) -> str:
     lines += [f"  {name:24}{version or 'not installed'}" for name, version in report["versions"].items()]
     lines.append("devices")
     for device in report["devices"]:
-        rest = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        words = {key: value for key, value in device.items() if " " not in key and key not in ("device", "name")}
+        rest = ", ".join(f"{key} {value}" for key, value in words.items())
         lines.append(f"  {device['device']:24}{device['name']}" + (f" ({rest})" if rest else ""))
+        lines += [f"    {key}: {value}" for key, value in device.items() if " " in key]
     if len(report["devices"]) == 1:
         lines.append(f"  {'cuda':24}no CUDA device")
     build = report["build"]
