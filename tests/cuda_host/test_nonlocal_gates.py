@@ -81,16 +81,8 @@ def check_attention(
         assert_close_to_reference(*values)
 
 
-def check_step(
-    machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, given=(True, True), wide=True, by_sample=False
-) -> None:
-    """B, P, D, Dv; which of grad_h and grad_c there are.
-
-    by_sample: for heads of few channels. Their gradients hang on few scores, and in fp32 the one largest error of a
-    sample is a matter of luck: with positions and channels in another order, eager PyTorch exceeds twice its own error
-    plus an ulp in 16 of 2000 gradients of 35 positions and 10 channels, this kernel in 2 (its rms error is 1.03 times
-    eager's on average). So the largest errors of several samples are averaged.
-    """
+def check_step(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype, given=(True, True), wide=True) -> None:
+    """B, P, D, Dv; which of grad_h and grad_c there are."""
     arguments = step_inputs(shape, dtype, wide_cell=wide)
     for values in zip(step(machine, *arguments), exact.step(*arguments), eager_step(*arguments), "hc", strict=True):
         assert_close_to_reference(*values)
@@ -100,7 +92,7 @@ def check_step(
     rough = gradients(eager_step, arguments, grads)
     names = ("dx_gates", "dquery", "dkey", "dvalue", "dcell")
     for values in zip(results, precise, rough, names, strict=True):
-        assert_close_to_reference(*values, by_sample=by_sample)
+        assert_close_to_reference(*values)
 
 
 @pytest.mark.parametrize("normalize", ["softmax", "count"])
@@ -296,13 +288,14 @@ def test_empty_sizes(machine, shape, normalize) -> None:
 def test_sanitizers(machine_with, sanitizer, seed) -> None:
     machine = machine_with(sanitizer, seed=seed)
     check_attention(machine, (1, 5, 70, 33, 36), torch.bfloat16, "every_other_row", mask=random_mask(1, 5, 70))
-    check_step(machine, (4, 35, 10, 20), torch.float32, wide=False, by_sample=True)
+    check_step(machine, (1, 35, 40, 20), torch.float32, wide=False)
     machine.device = {"shared_bytes": 42 * 1024}
     check_attention(machine, (1, 33, 100, 20, 40), torch.float32)
     for kernel in ("shares", "cluster"):
         machine.device, words = TILES[kernel]
-        check_attention(machine, (1, 20, 70, 72, 136), torch.bfloat16, mask=random_mask(1, 20, 70))
-        check_step(machine, (1, 20, 72, 136), torch.float16)
+        # two tiles of keys and slices of channels, two stages of the scores, none of them full
+        check_attention(machine, (1, 18, 70, 40, 136), torch.bfloat16, mask=random_mask(1, 18, 70))
+        check_step(machine, (1, 20, 40, 72), torch.float16)
         assert words in machine.plan
 
 

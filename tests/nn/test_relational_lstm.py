@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from rcu_ops import Streamer
@@ -159,6 +163,28 @@ def test_gradients() -> None:
         return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, (x, *module.parameters()))
+
+
+def test_checkpointing_and_ddp_change_no_gradient() -> None:
+    modules = {"lstm": RelationalLSTM(6, 4, 3), "block": NonLocalBlock(6, 4, memory=1)}
+    nn.init.ones_(modules["block"].bn.weight)
+    x = torch.randn(3, 6, 3, 2, 2)
+    plain, again, parallel = (nn.Sequential(*copy.deepcopy(modules).values()) for _ in range(3))
+
+    def gradients(call: Callable[[Tensor], Tensor], model: nn.Module) -> list[Tensor]:
+        call(x).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p is not model[1].out.bias)
+        return [p.grad for p in model.parameters()]
+
+    wanted = gradients(plain, plain)
+    found = [gradients(lambda x: checkpoint(again, x, use_reentrant=False), again)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found.append(gradients(DistributedDataParallel(parallel), parallel))
+    finally:
+        dist.destroy_process_group()
+    for got in found:
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_numbers_of_the_paper() -> None:
