@@ -731,7 +731,9 @@ SANITIZED = [
     ((1, 136, 4, 3, 5), torch.float16, "channels_last", HOPPER),
     ((1, 33, 2, 5, 7), torch.bfloat16, "channels_last", {}),
     ((2, 66, 3, 6, 8), torch.bfloat16, "contiguous", {}),
-    ((1, 530, 2, 1, 5), torch.bfloat16, "contiguous", {}),
+    # Steps of 32 x 16 and 64 x 64, each with input channels in two pieces, and with several blocks of columns.
+    ((1, 530, 2, 1, 5), torch.bfloat16, "contiguous", {"multiprocessors": 16}),
+    ((1, 264, 1, 1, 5), torch.bfloat16, "contiguous", {}),
     ((1, 264, 2, 6, 6), torch.float16, "channels_last", {"multiprocessors": 8}),
     ((1, 136, 1, 3, 5), torch.float32, "channels_last", {}),
     ((1, 12, 2, 3, 6), torch.float32, "channels_last", {"multiprocessors": 1}),
