@@ -195,7 +195,9 @@ Text planned_chunk(const Scan& p, bool powers_kept, int64_t& frames) {
 Text fused_norm_columns(const Scan& p, int64_t& columns) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
-  const ScanPlan plan = plan_scan(p, gpu, Kernel::best);
+  Scan asked = p;
+  if (!p.norm.present()) asked.norm.partial = static_cast<double*>(p.y.data);  // never followed
+  const ScanPlan plan = plan_scan(asked, gpu, Kernel::best);
   columns = plan_chunks(p, plan, gpu).frames ? 0 : fused_norm_columns(plan);
   return {};
 }

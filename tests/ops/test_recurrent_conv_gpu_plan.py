@@ -338,13 +338,13 @@ def test_few_positions_are_spread_over_blocks_of_fewer_warps() -> None:
 
 
 def test_which_scans_take_batch_normalisation() -> None:
-    """Those of up to 256 channels on the matrix unit, but not by warpgroups, and the one in fp32; not where frames are
-    cut into chunks."""
+    """Those of up to 256 channels on the matrix unit, and the one in fp32; not by warpgroups, which then are not taken;
+    not where frames are cut into chunks."""
     for shape, dtype, columns in (
         ((16, 64, 16, 56, 56), "bfloat16", 32),
         ((16, 128, 16, 28, 28), "float16", 16),
         ((16, 256, 16, 14, 14), "bfloat16", 24),
-        ((1024, 256, 8, 14, 14), "bfloat16", 0),
+        ((1024, 256, 8, 14, 14), "bfloat16", 24),
         ((16, 64, 16, 56, 56), "float32", 32),
         ((2, 64, 8, 40, 40), "float32", 16),
         ((16, 256, 16, 14, 14), "float32", 0),
@@ -355,8 +355,11 @@ def test_which_scans_take_batch_normalisation() -> None:
         assert plan["norm_columns"] == columns
         assert plan["text"].endswith(f"of parts of {columns} columns" if columns else "in a pass of their own")
         assert plan["shared_bytes"] <= GPUS[2]["shared_bytes"]
-        assert columns == 0 or plan["shared_bytes"] > without["shared_bytes"]
+        if without["text"].startswith("hopper"):
+            assert "(not by warpgroups: they take no part of batch normalisation)" in plan["text"]
+            continue
         assert plan["blocks"] == without["blocks"]
+        assert columns == 0 or plan["shared_bytes"] > without["shared_bytes"]
         assert "statistics" not in without["text"]
 
 
