@@ -8,6 +8,8 @@
 // (fast_gru::by_columns). Nothing depends on values, and nothing is read back from a device.
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "bindings.h"
 #include "common/cpu_isa.h"
 #include "common/fast_gru.h"
@@ -154,6 +156,13 @@ void product(const Matrix& out, const Tensor& weight, const Matrix& in) {
     multiply("aten::mm", in.tensor(), transposed(weight), out.tensor());
   else
     multiply("aten::mm", weight, in.tensor(), out.tensor());
+}
+
+// out += weight in, on the CPU, where the library adds while it has the product in registers.
+void add_product(const Matrix& out, const Tensor& weight, const Matrix& in) {
+  const Tensor to = out.tensor(), matrix = in.tensor(), across = out.by_column ? transposed(weight) : weight;
+  const Tensor &a = out.by_column ? matrix : across, &b = out.by_column ? across : matrix;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // ---- passes ----------------------------------------------------------------------------------------------------
@@ -334,9 +343,9 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.first = o0 ? 0 : 1;
   p.steps = p.K - p.first;
   p.innermost = x.stride(2) == 1;
-  // Where a product reads more weights than states, CPU libraries are 5 to 18 % faster on [columns][features]: more
-  // than it costs to reorder the sequences.
-  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= 256);
+  // Where a product reads many more weights than states, CPU libraries are 5 to 18 % faster on [columns][features]:
+  // more than it costs to reorder the sequences.
+  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= 128);
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
     p.persistent = one_launch(p, x, false);
@@ -361,21 +370,45 @@ Saved saved_in(const Problem& p, const Tensor& hidden, const Tensor& gates) {
           matrix_in(p, gates, p.C, p.columns(), size), matrix_in(p, gates, p.C, p.columns(), 2 * size)};
 }
 
-// One step, or any number of them whose states are known: from h = U_x x and c = V_x x in place to the gates. low is
-// the state in the data's type, state in the arithmetic's; without `advance` there is no new state.
+// What U_o and V_o make on a GPU, where the pass that follows adds it; on the CPU the products add by themselves.
+struct Products {
+  Matrix hidden, candidate;
+
+  Products(const Problem& p, Temporaries& temporaries, bool cuda, int64_t columns) {
+    if (!cuda) return;
+    hidden = temporaries.take(2 * p.R, columns, p.scalar);
+    candidate = temporaries.take(p.C, columns, p.scalar);
+  }
+};
+
+// to += weight in; or the product `beside` it, if there is such a place, returned for a pass to add.
+Plane add(const Problem& p, const Matrix& beside, const Matrix& to, const Tensor& weight, const Matrix& in) {
+  if (!beside.data) {
+    add_product(to, weight, in);
+    return {};
+  }
+  product(beside, weight, in);
+  return beside.plane(p);
+}
+
+// One step, or any number of them whose states are known: from h = U_x x and c = V_x x in place to the gates, which
+// without `keep` need not be left there. low is the state in the data's type, state in the arithmetic's; without
+// `advance` there is no new state.
 void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& state, const Saved& s,
-          const Matrix& wide_product, const Matrix& c_product, const Matrix& gated, bool advance = false,
-          Plane low_out = {}, Plane out = {}) {
-  const int64_t columns = low.columns;
-  product(wide_product, w.uo, low);
-  run(over(p, Pass::hidden, 2 * p.R, columns, {s.hidden.plane(p), wide_product.plane(p)}), low.memory);
+          const Products& products, const Matrix& gated, bool keep, bool advance = false, Plane low_out = {},
+          Plane out = {}) {
+  const auto pass = [&](Pass kind, int64_t features, std::initializer_list<Plane> planes) {
+    Elementwise all = over(p, kind, features, low.columns, planes);
+    all.keep = keep;
+    run(all, low.memory);
+  };
+  const Plane h = add(p, products.hidden, s.hidden, w.uo, low);
+  pass(Pass::hidden, 2 * p.R, {s.hidden.plane(p), h});
   product(s.r, w.wr, s.hidden.part(false, 0, p.R));
   product(s.z, w.wz, s.hidden.part(false, p.R, p.R));
-  run(over(p, Pass::gates, p.C, columns, {s.r.plane(p), s.z.plane(p), state.plane(p), gated.plane(p)}), low.memory);
-  product(c_product, w.vo, gated);
-  run(over(p, Pass::output, p.C, columns,
-           {s.candidate.plane(p), c_product.plane(p), s.z.plane(p), advance ? state.plane(p) : Plane{}, low_out, out}),
-      low.memory);
+  pass(Pass::gates, p.C, {s.r.plane(p), s.z.plane(p), state.plane(p), gated.plane(p)});
+  const Plane c = add(p, products.candidate, s.candidate, w.vo, gated);
+  pass(Pass::output, p.C, {s.candidate.plane(p), c, s.z.plane(p), advance ? state.plane(p) : Plane{}, low_out, out});
 }
 
 #ifdef RCU_OPS_WITH_CUDA
@@ -454,7 +487,7 @@ void steps_by_columns(const Problem& p, const Tensor& x, const std::array<Tensor
 }
 
 bool in_fp32(const Problem& p, const Tensor& x) {
-  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), cpu::current_isa() == cpu::Isa::amx);
+  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.steps, cpu::current_isa() == cpu::Isa::amx);
 }
 Tensor in_type(const Tensor& tensor, ScalarType scalar) { return torch::stable::to(tensor, scalar); }
 std::optional<Tensor> in_type(const std::optional<Tensor>& tensor, ScalarType scalar) {
@@ -487,8 +520,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     return {narrow(std::get<0>(found)), std::get<1>(found), narrow(std::get<2>(found)), narrow(std::get<3>(found))};
   }
 
-  const int64_t per_step = 5 * Temporaries::bytes_of(p.C, M, p.scalar) + Temporaries::bytes_of(p.C, M, p.state) +
-                           Temporaries::bytes_of(2 * p.R, M, p.scalar);
+  const int64_t per_step = 3 * Temporaries::bytes_of(p.C, M, p.scalar) + Temporaries::bytes_of(p.C, M, p.state);
   const int64_t of_all =
       2 * Temporaries::bytes_of(p.C, p.columns(), p.scalar) + Temporaries::bytes_of(2 * p.R, p.columns(), p.scalar);
   Temporaries temporaries(p, x, per_step + of_all);
@@ -511,13 +543,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   const Matrix low = one_type ? state : temporaries.take(p.C, M, p.scalar);
   if (!one_type) copy(low.sequence(p), as_sequence(start));
 
-  const Matrix wide_product = temporaries.take(2 * p.R, M, p.scalar), gated = temporaries.take(p.C, M, p.scalar);
-  Matrix c_product = temporaries.take(p.C, M, p.scalar);
+  const Matrix gated = temporaries.take(p.C, M, p.scalar);
+  const Products products(p, temporaries, x.is_cuda(), M);
   Saved s;
   if (save) {
     s = saved_in(p, hidden, gates);
-  } else {  // r and z of one step at a time; r is not needed any more when V_o's product is made
-    s.r = c_product;
+  } else {  // r and z of one step at a time, r where its product with the state will be
+    s.r = gated;
     s.z = temporaries.take(p.C, M, p.scalar);
     s.hidden = temporaries.take(2 * p.R, p.columns(), p.scalar);
     s.candidate = temporaries.take(p.C, p.columns(), p.scalar);
@@ -530,7 +562,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   for (int64_t k = 0; k < p.steps; ++k) {
     const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z,
                     s.candidate.step(p, k)};
-    step(p, weight, low, state, now, wide_product, c_product, gated, true, one_type ? Plane{} : low.plane(p),
+    step(p, weight, low, state, now, products, gated, save, true, one_type ? Plane{} : low.plane(p),
          p.copied() ? Plane{} : plane_of(clip(o, p.first + k)));
     if (p.copied()) copy(clips(o, p.first + k, 1), low.sequence(p));
   }
@@ -683,13 +715,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         state = temporaries.take(C, S, p.state);
         copy(state.tensor(), before.tensor());
       }
-      step(p, weight, before, state, s, temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar),
-           gated);
+      step(p, weight, before, state, s, Products(p, temporaries, x.is_cuda(), S), gated, true);
     }
     const Matrix du = temporaries.take(2 * p.R, S, p.scalar), dc = temporaries.take(C, S, p.scalar),
                  dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);
     const auto one_by_one = [&] {
-      const Matrix q = temporaries.take(C, M, p.scalar), from_later = temporaries.take(C, M, p.scalar);
+      const Matrix q = temporaries.take(C, M, p.scalar);
+      // U_o^T du joins the gradient of the state before: at once, or by the next pass.
+      const bool at_once = !x.is_cuda() && p.state == p.scalar;
+      const Matrix from_later = at_once ? Matrix{} : temporaries.take(C, M, p.scalar);
       const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr),
                    wz_t = transposed(weight.wz);
       for (int64_t k = p.steps - 1; k >= 0; --k) {
@@ -704,8 +738,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         product(now.part(false, 0, p.R), wr_t, dr.step(p, k));
         product(now.part(false, p.R, p.R), wz_t, dz.step(p, k));
         run(over(p, Pass::d_hidden, 2 * p.R, M, {now.plane(p), at(s.hidden)}), x);
-        product(from_later, uo_t, now);
-        state_product = from_later;
+        if (at_once) {
+          add_product(carry, uo_t, now);
+        } else {
+          product(from_later, uo_t, now);
+          state_product = from_later;
+        }
       }
     };
 #ifdef RCU_OPS_WITH_CUDA
@@ -725,11 +763,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       outer_product(p, dvo, dc, gated);
     }
     if (need_x) {  // dr and dz are free now
+      const Matrix beside = x.is_cuda() ? dz : Matrix{};
       product(dr, transposed(ux), du);
-      product(dz, transposed(vx), dc);
+      add(p, beside, dr, transposed(vx), dc);
       for (int64_t k = 0; k < p.steps; ++k)
         run(over(p, Pass::sum, C, M,
-                 {plane_of(clip(dx, p.first + k)), none, dr.step(p, k).plane(p), dz.step(p, k).plane(p)}),
+                 {plane_of(clip(dx, p.first + k)), none, dr.step(p, k).plane(p),
+                  beside.data ? beside.step(p, k).plane(p) : none}),
             x);
     }
   }

@@ -69,10 +69,10 @@ void bind_fast_gru(py::module_& m) {
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");
   m.def(
       "fast_gru_in_fp32",
-      [](int64_t columns, const std::string& dtype) {
-        return fast_gru::in_fp32(parse_dtype(dtype), columns, cpu::current_isa() == cpu::Isa::amx);
+      [](int64_t columns, int64_t steps, const std::string& dtype) {
+        return fast_gru::in_fp32(parse_dtype(dtype), columns, steps, cpu::current_isa() == cpu::Isa::amx);
       },
-      py::arg("columns"), py::arg("dtype"),
+      py::arg("columns"), py::arg("steps"), py::arg("dtype"),
       "Whether this CPU makes the library's products of so many columns in fp32.");
   m.def("fast_gru_panel_vectors", &fast_gru::panel_vectors, py::arg("columns"), py::arg("lanes"), py::arg("threads"),
         "The width of the panels that tasks take through all steps, in vectors of so many lanes.");

@@ -22,12 +22,14 @@ struct Plane {
 
 // T: the data's type; S: fp64 for fp64, else fp32. Arithmetic is in S.
 enum class Pass : int32_t {
-  // 0 h (T, in and out), 1 product (T):  h = relu(h + product)
+  // 0 h (T, in and out), 1 product (T, may be absent):  h = relu(h + product)
   hidden,
-  // 0 r, 1 z (T, in and out), 2 state (S), 3 gated (T, out):  r = sigmoid(r); z = sigmoid(z); gated = r state
+  // 0 r, 1 z (T, in and out), 2 state (S), 3 gated (T, out):  r = sigmoid(r); z = sigmoid(z); gated = r state.
+  // Without `keep` gated = sigmoid(r) state alone, which may lie where r does.
   gates,
-  // 0 c (T, in and out), 1 product, 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out, may be absent):
+  // 0 c (T, in and out), 1 product (may be absent), 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out, may be absent):
   //   c = tanh(c + product); low = out = state = (1 - z) state + z c. Without 3, c alone.
+  // Without `keep` z is sigmoid(z) and c is not written.
   output,
   // 0 carry (S, in and out), 1 product, 2 grad (T, may be absent), 3 z, 4 c, 5 before (T), 6 dc, 7 dz (T, out):
   //   g = carry + product + grad; dc = g z (1 - c^2); dz = g (c - before) z (1 - z); carry = g (1 - z)
@@ -48,6 +50,7 @@ struct Elementwise {
   int64_t rows = 1, segments = 1, length = 0;
   Plane plane[most_planes];
   bool wide = false;
+  bool keep = true;  // gates and output: r, z and c are what a backward pass needs
 };
 
 constexpr int64_t elements(const Elementwise& p) { return p.rows * p.segments * p.length; }
@@ -135,9 +138,9 @@ constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, in
 
 // Whether the library's products of so many columns are made in fp32 for bf16, too. Without AMX, oneDNN multiplies bf16
 // at half of the rate of fp32 from about 128 columns on (measured at C = 1024 and 2048 on Emerald Rapids); below, what
-// counts is how many bytes of weights are read.
-constexpr bool in_fp32(DType dtype, int64_t columns, bool amx) {
-  return dtype == DType::bf16 && !amx && columns >= 128;
+// counts is how many bytes of weights are read, once by several steps and every time by one.
+constexpr bool in_fp32(DType dtype, int64_t columns, int64_t steps, bool amx) {
+  return dtype == DType::bf16 && !amx && (columns >= 128 || steps > 1);
 }
 
 // The width of panels, in vectors of `lanes` columns: what keeps the busiest of `threads` for the shortest time. A

@@ -40,9 +40,10 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
     switch (p.pass) {
       case Pass::hidden: {
         T* h = data(0);
-        const T* product = data(1);
+        const T* product = p.plane[1].data ? data(1) : nullptr;
         each([=](int64_t i, auto n) {
-          const V v = get(h, i, n) + get(product, i, n);
+          V v = get(h, i, n);
+          if (product) v += get(product, i, n);
           put(h, i, v < 0 ? V{} : v, n);  // NaN stays
         });
         break;
@@ -50,6 +51,10 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
       case Pass::gates: {
         T *r = data(0), *z = data(1), *gated = data(3);
         const S* state = wide(2);
+        if (!p.keep) {
+          each([=](int64_t i, auto n) { put(gated, i, sigmoid_of(get(r, i, n)) * get(state, i, n), n); });
+          break;
+        }
         each([=](int64_t i, auto n) {
           const V reset = sigmoid_of(get(r, i, n));
           put(r, i, reset, n);
@@ -60,15 +65,23 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
       }
       case Pass::output: {
         T *c = data(0), *low = p.plane[4].data ? data(4) : nullptr, *out = p.plane[5].data ? data(5) : nullptr;
-        const T *product = data(1), *z = data(2);
+        const T* product = p.plane[1].data ? data(1) : nullptr;
+        const auto found = [=](int64_t i, auto n) {
+          V v = get(c, i, n);
+          if (product) v += get(product, i, n);
+          return tanh_of(v);
+        };
         if (!p.plane[3].data) {
-          each([=](int64_t i, auto n) { put(c, i, tanh_of(get(c, i, n) + get(product, i, n)), n); });
+          each([=](int64_t i, auto n) { put(c, i, found(i, n), n); });
           break;
         }
+        const T* z = data(2);
         S* state = wide(3);
+        const bool keep = p.keep;
         each([=](int64_t i, auto n) {
-          const V candidate = tanh_of(get(c, i, n) + get(product, i, n)), update = get(z, i, n);
-          put(c, i, candidate, n);
+          const V candidate = found(i, n);
+          V update = get(z, i, n);
+          keep ? put(c, i, candidate, n) : void(update = sigmoid_of(update));
           const V next = (1 - update) * get(state, i, n) + update * candidate;
           put(state, i, next, n);
           if (out) put(out, i, next, n);

@@ -29,7 +29,7 @@ __device__ __forceinline__ S sigmoid(S x) {
 // Work.     Thread i owns elements [i V, i V + V) of the flattened rows x segments x length and nobody else touches
 //           them; V is 16 bytes of T where every operand's runs are that aligned, else 1.
 // Memory.   No shared memory; every operand is read once and written once.
-// Aliasing. In-and-out operands are changed in place by their owner; no others overlap.
+// Aliasing. In-and-out operands are changed in place by their owner; no others overlap but what the pass allows.
 // Bound.    By memory: up to 8 operands of 2 to 8 bytes per element, one or two exponentials and divisions. For the few
 //           thousand positions of a step it is the launch, about 2 us.
 template <typename T, int V>
@@ -65,25 +65,44 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
 
   S a[V], b[V], c[V], d[V], e[V];
   switch (p.pass) {
-    case Pass::hidden: get(0, a), get(1, b);
+    case Pass::hidden:
+      get(0, a);
+      if (has(1)) {
+        get(1, b);
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        a[j] += b[j];
-        if (a[j] < 0) a[j] = 0;  // NaN stays
+        for (int j = 0; j < V; ++j) a[j] += b[j];
       }
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (a[j] < 0) a[j] = 0;  // NaN stays
       put(0, a);
       break;
-    case Pass::gates: get(0, a), get(1, b), get_wide(2, c);
+    case Pass::gates: get(0, a), get_wide(2, c);
 #pragma unroll
-      for (int j = 0; j < V; ++j) a[j] = sigmoid(a[j]), b[j] = sigmoid(b[j]), c[j] *= a[j];
-      put(0, a), put(1, b), put(3, c);
+      for (int j = 0; j < V; ++j) a[j] = sigmoid(a[j]), c[j] *= a[j];
+      put(3, c);
+      if (!p.keep) break;
+      get(1, b);
+#pragma unroll
+      for (int j = 0; j < V; ++j) b[j] = sigmoid(b[j]);
+      put(0, a), put(1, b);
       break;
-    case Pass::output: get(0, a), get(1, b);
+    case Pass::output:
+      get(0, a);
+      if (has(1)) {
+        get(1, b);
 #pragma unroll
-      for (int j = 0; j < V; ++j) a[j] = tanh(a[j] + b[j]);
-      put(0, a);
+        for (int j = 0; j < V; ++j) a[j] += b[j];
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) a[j] = tanh(a[j]);
+      if (p.keep || !has(3)) put(0, a);
       if (!has(3)) break;
       get(2, b), get_wide(3, c);
+      if (!p.keep) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) b[j] = sigmoid(b[j]);
+      }
 #pragma unroll
       for (int j = 0; j < V; ++j) c[j] = (1 - b[j]) * c[j] + b[j] * a[j];
       put_wide(3, c);

@@ -487,14 +487,14 @@ def _cpu_plan(
     if native is None:
         return _planner.NO_WORDS
     n, k, c, *positions = x.shape
-    columns, threads = n * math.prod(positions), torch.get_num_threads()
+    columns, steps, threads = n * math.prod(positions), k - int(o0 is None), torch.get_num_threads()
     dtype = str(x.dtype).removeprefix("torch.")
     if not native.fast_gru_by_columns(columns, c, ux.shape[0] // 2, dtype, threads=threads):
         words = _plan(x, ux, uo, w, vx, vo, o0, save)
-        wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, dtype)
+        wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, steps, dtype)
         return f"{words}; in fp32, which this processor multiplies faster" if wide else words
     return (
-        f"{k - int(o0 is None)} steps of {columns} columns, each column through all steps in one core's caches, "
+        f"{steps} steps of {columns} columns, each column through all steps in one core's caches, "
         f"gates {'saved' if save else 'not saved'}"
     )
 

@@ -16,6 +16,7 @@ std::string run_pass(const Case& c, std::string&) {
   p.segments = c.integer("segments");
   p.length = c.integer("length");
   p.wide = c.integer("wide") != 0;
+  p.keep = c.integer("keep") != 0;
   for (int i = 0; i < rcu_ops::fast_gru::most_planes; ++i) {
     const std::string key = "p" + std::to_string(i);
     if (c.has(key)) p.plane[i] = {c.tensor(key), c.stride(key, 0), c.stride(key, 1)};

@@ -27,8 +27,12 @@ class Extended:
         return 1 / (1 + np.exp(-v))
 
 
+def _added(v: Values) -> Any:
+    return v[0] + v[1] if 1 in v else v[0]
+
+
 def _hidden(m: Any, v: Values) -> Values:
-    return {0: m.where(v[0] + v[1] < 0, 0.0, v[0] + v[1])}
+    return {0: m.where(_added(v) < 0, 0.0, _added(v))}
 
 
 def _gates(m: Any, v: Values) -> Values:
@@ -36,12 +40,21 @@ def _gates(m: Any, v: Values) -> Values:
     return {0: r, 1: m.sigmoid(v[1]), 3: r * v[2]}
 
 
+def _gated(m: Any, v: Values) -> Values:
+    return {3: m.sigmoid(v[0]) * v[2]}
+
+
 def _output(m: Any, v: Values) -> Values:
-    c = m.tanh(v[0] + v[1])
+    c = m.tanh(_added(v))
     if 3 not in v:
         return {0: c}
     o = (1 - v[2]) * v[3] + v[2] * c
     return {0: c, 3: o, 4: o, 5: o}
+
+
+def _advanced(m: Any, v: Values) -> Values:
+    kept = _output(m, {**v, 2: m.sigmoid(v[2])})
+    return {i: kept[i] for i in (3, 4, 5)}
 
 
 def _d_output(m: Any, v: Values) -> Values:
@@ -74,8 +87,15 @@ PASSES: list[tuple[Callable[[Any, Values], Values], Sequence[int], Sequence[int]
     (_d_hidden, (0, 1), ()),
     (_sum, (1, 2, 3), (1,)),
 ]
-OPTIONAL = {_d_output: [(), (1,), (1, 2)], _sum: [(), (2,), (2, 3), (1,)], _output: [(), (2, 3)]}
-CASES = [(i, absent) for i, (formula, _, _) in enumerate(PASSES) for absent in OPTIONAL.get(formula, [()])]
+WITHOUT_KEEPING = {1: _gated, 2: _advanced}
+OPTIONAL = {
+    _hidden: [(), (1,)],
+    _output: [(), (2, 3), (1,)],
+    _d_output: [(), (1,), (1, 2)],
+    _sum: [(), (2,), (2, 3), (1,)],
+}
+CASES = [(i, absent, True) for i, (formula, _, _) in enumerate(PASSES) for absent in OPTIONAL.get(formula, [()])]
+CASES += [(1, (), False), (2, (), False), (2, (1,), False)]
 
 
 def plane(shape: tuple[int, int, int], dtype: torch.dtype, layout: int) -> Tensor:
@@ -88,8 +108,12 @@ def plane(shape: tuple[int, int, int], dtype: torch.dtype, layout: int) -> Tenso
     return torch.empty(segments, rows, length, dtype=dtype).transpose(0, 1)
 
 
-def check(machine, index: int, absent: Sequence[int], shape: tuple[int, int, int], dtype, layout: int, wide=False):
+def check(
+    machine, index: int, absent: Sequence[int], shape: tuple[int, int, int], dtype, layout: int, wide=False, keep=True
+):
     formula, given, in_state = PASSES[index]
+    if not keep:
+        formula = WITHOUT_KEEPING[index]
     state = state_dtype(dtype)
     inputs = {i: torch.randn(shape).to(state if i in in_state else dtype) for i in given if i not in absent}
     extended = formula(Extended, {i: v.double().numpy().astype(np.longdouble) for i, v in inputs.items()})
@@ -104,7 +128,7 @@ def check(machine, index: int, absent: Sequence[int], shape: tuple[int, int, int
     machine.call(
         "fast_gru_pass",
         tensors,
-        **{"pass": index, "dtype": DTYPES.index(dtype), "wide": int(wide)},
+        **{"pass": index, "dtype": DTYPES.index(dtype), "wide": int(wide), "keep": int(keep)},
         rows=rows,
         segments=segments,
         length=length,
@@ -117,13 +141,13 @@ def check(machine, index: int, absent: Sequence[int], shape: tuple[int, int, int
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("index", "absent"), CASES, ids=str)
-def test_every_pass(machine, index, absent, dtype, seed) -> None:
+@pytest.mark.parametrize(("index", "absent", "keep"), CASES, ids=str)
+def test_every_pass(machine, index, absent, keep, dtype, seed) -> None:
     machine.seed = seed
-    check(machine, index, absent, (3, 2, 40), dtype, 0)  # one run of whole 16-byte words
-    check(machine, index, absent, (3, 2, 16), dtype, 1)  # runs of whole words
-    check(machine, index, absent, (5, 3, 7), dtype, 2)  # runs without alignment
-    check(machine, index, absent, (1, 1, 300), dtype, 0)  # more than one block of single elements
+    check(machine, index, absent, (3, 2, 40), dtype, 0, keep=keep)  # one run of whole 16-byte words
+    check(machine, index, absent, (3, 2, 16), dtype, 1, keep=keep)  # runs of whole words
+    check(machine, index, absent, (5, 3, 7), dtype, 2, keep=keep)  # runs without alignment
+    check(machine, index, absent, (1, 1, 300), dtype, 0, keep=keep)  # more than one block of single elements
     if PASSES[index][0] is _sum:
         check(machine, index, absent, (3, 2, 16), dtype, 1, wide=True)
 
@@ -137,7 +161,7 @@ def test_nan_and_inf_propagate(machine) -> None:
             want = formula(torch, values)
             tensors = {f"p{k}": poisoned_like(special) for k in want} | {f"p{k}": v.clone() for k, v in values.items()}
             extents = {"rows": 1, "segments": 1, "length": 8}
-            machine.call("fast_gru_pass", tensors, **{"pass": index, "dtype": 1, "wide": 0}, **extents)
+            machine.call("fast_gru_pass", tensors, **{"pass": index, "dtype": 1, "wide": 0, "keep": 1}, **extents)
             for k, w in want.items():
                 torch.testing.assert_close(tensors[f"p{k}"], w, equal_nan=True)
 
@@ -157,4 +181,4 @@ def test_too_many_elements_are_refused(machine) -> None:
     extents = {"rows": 2**31, "segments": 2**9, "length": 1}
     tensors = {"p0": one.expand(1, 1, 1), "p1": one.clone()}
     with pytest.raises(LaunchError, match="too many positions"):
-        machine.call("fast_gru_pass", tensors, **{"pass": 5, "dtype": 1, "wide": 0}, **extents)
+        machine.call("fast_gru_pass", tensors, **{"pass": 5, "dtype": 1, "wide": 0, "keep": 1}, **extents)
