@@ -411,20 +411,6 @@ static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename
       V::store(to, V::load(to) + acc[k][m]);
     }
 }
-// The same over all `count` frames, from zero. A few frames at a time, all of their channels: rows as they lie.
-template <class V>
-static void dense_sum(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t count, int64_t Cp,
-                      const typename V::S* centre, typename V::S* out) {
-  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
-  const int64_t step = part_of(count);
-  memset(out, 0, static_cast<size_t>(V::M * Cp) * sizeof(typename V::S));
-  for (int64_t begin = 0; begin < count; begin += step) {
-    const int64_t end = min_of(begin + step, count);
-    int64_t c = 0;
-    for (; c + P * L <= Cp; c += P * L) dense_sum_part<V, P>(w, pitch, rows, begin, end, Cp, c, centre, out);
-    for (; c < Cp; c += L) dense_sum_part<V, 1>(w, pitch, rows, begin, end, Cp, c, centre, out);
-  }
-}
 
 // Rows m of `first` and `second`, of M queries, side by side: out[c][2][M].
 template <class V>
@@ -447,16 +433,6 @@ static void write(void* to, DType dtype, int64_t at, const S* from, int64_t coun
 
 // ---- tasks ----------------------------------------------------------------------------------------------------------
 
-// d[m * pitch + i] of M queries against the keys, as planned. Returns whether they come from products.
-template <class V>
-static bool block_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample,
-                            const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, bool moments,
-                            typename V::S* d, int64_t* list) {
-  if (sample.products()) return settled_distances<V>(s, C, sample, a, b, t0, moments, d, list);
-  distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
-  return false;
-}
-
 // A block's scratch: distances or weights [M][pitch], products [M][pitch], centres and rests [M][Cp], interleaved
 // [C][2][M].
 template <class V>
@@ -464,8 +440,14 @@ struct Block {
   using S = typename V::S;
   S *z, *r, *centre, *rest, *split;
   int64_t* list;
-  Block(const Alignment& p, const Sizes& s) {
-    char* at = static_cast<char*>(scratch(1, bytes(p, s)));
+
+  // The scratch of `count` blocks.
+  static char* memory(const Sizes& s, int64_t count) {
+    return static_cast<char*>(scratch(1, static_cast<size_t>(count * bytes(s))));
+  }
+  // Block `number` in it.
+  Block(const Sizes& s, char* memory, int64_t number) {
+    char* at = memory + number * bytes(s);
     const auto take = [&](int64_t count) {
       S* result = reinterpret_cast<S*>(at);
       at += round_up(count * static_cast<int64_t>(sizeof(S)), 64);
@@ -475,10 +457,45 @@ struct Block {
     z = take(V::M * s.pitch), r = take(V::M * s.pitch);
     centre = take(V::M * s.C), rest = take(V::M * s.C), split = take(2 * V::M * s.C);
   }
-  static size_t bytes(const Alignment&, const Sizes& s) {
-    return static_cast<size_t>(V::M * (2 * s.pitch + 4 * s.C) * static_cast<int64_t>(sizeof(S)) + s.pitch * 8 + 6 * 64);
+  static int64_t bytes(const Sizes& s) {
+    return round_up(V::M * (2 * s.pitch + 4 * s.C) * static_cast<int64_t>(sizeof(S)) + s.pitch * 8 + 6 * 64, 64);
   }
 };
+
+// d[m * pitch + i] of `count` blocks of queries from t0 on, as planned; those of products are not settled yet.
+template <class V, class Of>
+static void distances_of_blocks(const Sizes& s, int64_t C, const Sample<typename V::S>& sample,
+                                const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0,
+                                int64_t count, const Of& block) {
+  constexpr int L = V::L, M = V::M;
+  const auto queries = [&](int64_t k) {
+    const int64_t t = t0 + k * M;
+    return Queries<typename V::S>{a.centred + t / L * L * C + t % L, L, a.sizes + t, block(k).z};
+  };
+  if (sample.products()) return distances_by_products<V>(b, C, s.pitch, count, queries);
+  for (int64_t k = 0; k < count; ++k) distances<V>(a.panels, t0 + k * M, b.panels, b.count, C, block(k).z, s.pitch);
+}
+
+// Weighted sums of all keys around the mean, of the blocks that are `chosen`, as their rest. A few keys at a time, all
+// of their channels, for every block: rows as they lie, and once.
+template <class V, class Of>
+static void dense_sums(const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& b,
+                       int64_t count, const bool* chosen, const Of& block) {
+  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
+  const int64_t step = part_of(b.count);
+  for (int64_t k = 0; k < count; ++k)
+    if (chosen[k]) memset(block(k).rest, 0, static_cast<size_t>(V::M * s.C) * sizeof(typename V::S));
+  for (int64_t begin = 0; begin < b.count; begin += step)
+    for (int64_t k = 0; k < count; ++k) {
+      if (!chosen[k]) continue;
+      const int64_t end = min_of(begin + step, b.count);
+      const Block<V> to = block(k);
+      int64_t c = 0;
+      for (; c + P * L <= s.C; c += P * L)
+        dense_sum_part<V, P>(to.z, s.pitch, b.rows, begin, end, s.C, c, sample.mean, to.rest);
+      for (; c < s.C; c += L) dense_sum_part<V, 1>(to.z, s.pitch, b.rows, begin, end, s.C, c, sample.mean, to.rest);
+    }
+}
 
 // How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a
 // - b_likely|), from the upper ends of the distances' bounds. `size`, `sizes`: of the query and the keys, centred.
@@ -499,7 +516,7 @@ static double left_out(const typename V::S* z, const typename V::S* d, typename 
                   sum * __builtin_sqrt(static_cast<double>(max_of<typename V::S>(farthest, 0))));
 }
 
-// Soft neighbours of a block around the mean of all frames, as centre and rest. Returns whether they are as good as
+// Whether a block's soft neighbours around the mean of all frames, of which `rest` holds the rest, are as good as
 // around themselves: rounding is measured by what is added up,
 // sum_i z_i |b_i - mean|^2 = |soft - mean|^2 + sum_i z_i |b_i - soft|^2, and the first part may be three times the
 // second.
@@ -508,7 +525,6 @@ static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sa
                                  int rows, const Block<V>& block) {
   using R = typename V::R;
   const size_t row_bytes = static_cast<size_t>(s.C) * sizeof(typename V::S);
-  dense_sum<V>(block.z, s.pitch, b.rows, b.count, s.C, sample.mean, block.rest);
   for (int m = 0; m < V::M; ++m) memcpy(block.centre + m * s.C, sample.mean, row_bytes);
   for (int m = 0; m < rows; ++m) {
     R whole{}, squares{};
@@ -522,38 +538,35 @@ static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sa
   return true;
 }
 
-// Queries [t0, t0 + M) of a against b: soft neighbours and nearest frames. `index` null: soft alone; `soft` null: index
-// alone.
+// A weight of no matter beside others: all such together are less than 2^-10.
+template <class S>
+static S small_weight(int64_t keys) {
+  return S(0x1p-10) / static_cast<S>(keys);
+}
+
+// One block of queries of a against b, from the weights z and, where nearest frames are asked for and distances were
+// products or would have been, the distances r. `summed`: rest has the dense sums. See map_blocks.
 template <class V>
 static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample,
-                      const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, void* soft,
-                      int64_t row0, int64_t* index) {
+                      const Frames<typename V::S>& a, const Frames<typename V::S>& b, const Block<V>& block, int64_t t0,
+                      bool products, bool summed, const int64_t* likely, void* soft, int64_t row0, int64_t* index) {
   using S = typename V::S;
   constexpr int M = V::M;
-  const Block<V> block(p, s);
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
-  const bool products = block_distances<V>(s, p.C, sample, a, b, t0, false, block.z, block.list);
   const bool pruned = index && sample.products();
-  if (pruned) memcpy(block.r, block.z, static_cast<size_t>(M * s.pitch) * sizeof(S));
-  S least, sum_of_exp;
-  int64_t likely[M], nearest[M];
-  for (int m = 0; m < M; ++m)
-    likely[m] = softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
   const auto soft_neighbors = [&](S weight) {
     const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, weight, block.list);
     if (soft || !pruned) weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
     weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   };
+  int64_t nearest[M];
   const Nearest<V> search{s,       p.C,    sample,       a,          b,          t0,     rows, products,
                           block.r, likely, block.centre, block.rest, block.list, nearest};
   for (int64_t& found : nearest) found = -2;
   bool done = false;
-  const S small = S(0x1p-10) / static_cast<S>(b.count);
-  // Most weights matter: they are added up at once, without a list.
-  const bool flat = sample.products() &&
-                    2 * frames_with_weight<V>(block.z, s.pitch, b.count, true, small, block.list) > b.count &&
-                    dense_soft_neighbors<V>(s, sample, b, rows, block);
+  const bool flat = summed && dense_soft_neighbors<V>(s, sample, b, rows, block);
   if (pruned && !soft && !flat) {
+    const S small = small_weight<S>(b.count);
     for (int m = 0; m < M; ++m)
       memcpy(block.centre + m * s.C, b.rows + likely[m] * s.C, static_cast<size_t>(s.C) * sizeof(S));
     double slack[M];
@@ -566,7 +579,8 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   }
   if (!done && !flat) soft_neighbors(0);
   if (pruned && !done) {
-    if (flat && products) search.by_first(block.split, block.z);
+    if (flat) search.by_mean(block.z);
+    if (flat && products && !search.settled()) search.by_first(block.split, block.z);
     if (!search.settled()) search.by_distances(most_compared, nullptr);
     done = search.settled();
     if (!done && products) search.by_products(block.split, block.z), done = true;
@@ -583,6 +597,40 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
     for (int64_t c = 0; c < p.C; ++c) sum[c] += block.centre[m * s.C + c];
     write(soft, p.dtype, (row0 + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
   }
+}
+
+// Blocks of queries of a against b that are taken at once, so that keys come from far away once for all of them.
+static constexpr int most_blocks = 4;
+
+// Queries of `count` blocks from t0 on against b: soft neighbours and nearest frames. `index` null: soft alone; `soft`
+// null: index alone.
+template <class V>
+static void map_blocks(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample,
+                       const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, int64_t count,
+                       void* soft, int64_t row0, int64_t* index) {
+  using S = typename V::S;
+  constexpr int M = V::M;
+  char* const memory = Block<V>::memory(s, count);
+  const auto block_at = [&](int64_t k) { return Block<V>(s, memory, k); };
+  distances_of_blocks<V>(s, p.C, sample, a, b, t0, count, block_at);
+  const bool pruned = index && sample.products();
+  const S small = small_weight<S>(b.count);
+  bool products[most_blocks], flat[most_blocks];
+  int64_t likely[most_blocks][M];
+  for (int64_t k = 0; k < count; ++k) {
+    const Block<V> block = block_at(k);
+    products[k] = sample.products() && settle_block<V>(s, p.C, sample, a, b, t0 + k * M, false, block.z, block.list);
+    if (pruned) memcpy(block.r, block.z, static_cast<size_t>(M * s.pitch) * sizeof(S));
+    S least, sum_of_exp;
+    for (int m = 0; m < M; ++m)
+      likely[k][m] = softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
+    // Most weights matter: they are added up at once, without a list.
+    flat[k] =
+        sample.products() && 2 * frames_with_weight<V>(block.z, s.pitch, b.count, true, small, block.list) > b.count;
+  }
+  dense_sums<V>(s, sample, b, count, flat, block_at);
+  for (int64_t k = 0; k < count; ++k)
+    map_block<V>(p, s, sample, a, b, block_at(k), t0 + k * M, products[k], flat[k], likely[k], soft, row0, index);
 }
 
 // index[t] of a in b through the distances `between` the frames of b: argmin_i sum_j z_tj between[j][i].
@@ -650,11 +698,12 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   using S = typename V::S;
   using R = typename V::R;
   constexpr int M = V::M, L = V::L;
-  const Block<V> block(p, s);
+  const Block<V> block(s, Block<V>::memory(s, 1), 0);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
   const bool back = p.kind == Align::back || p.kind == Align::back_backward;
-  block_distances<V>(s, p.C, sample, a, b, t0, back, block.z, block.list);
+  distances_of_blocks<V>(s, p.C, sample, a, b, t0, 1, [&](int64_t) { return block; });
+  if (sample.products()) settle_block<V>(s, p.C, sample, a, b, t0, back, block.z, block.list);
   for (int m = 0; m < M; ++m) {
     S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
     if (back && m < rows && sample.products())  // far or near, the loss is of this one
@@ -731,7 +780,7 @@ static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typen
   using S = typename V::S;
   using R = typename V::R;
   constexpr int M = V::M, L = V::L;
-  const Block<V> block(p, s);
+  const Block<V> block(s, Block<V>::memory(s, 1), 0);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, b.count - i0));
   const int64_t step = part_of(a.count);
@@ -815,16 +864,24 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
         memcpy(static_cast<void*>(sample_at(i)), &sample, sizeof sample);
       });
       const int64_t blocks = (p.T + M - 1) / M, key_blocks = (p.S + M - 1) / M;
-      run(parallel, samples * (blocks + (p.kind == Align::cycle ? key_blocks : 0)), [&](int64_t task) {
+      const int64_t backward_blocks = p.kind == Align::cycle ? key_blocks : 0;
+      const bool maps = p.kind == Align::soft || p.kind == Align::cycle;
+      // Several blocks at once where every thread still has four tasks.
+      const int64_t enough = samples * (blocks + backward_blocks) / (4 * max_of(parallel.threads, 1));
+      const int64_t together = maps && products ? max_of<int64_t>(1, min_of<int64_t>(most_blocks, enough)) : 1;
+      const int64_t tasks = (blocks + together - 1) / together, backward = (backward_blocks + together - 1) / together;
+      run(parallel, samples * (tasks + backward), [&](int64_t task) {
         const Sample<S>& sample = *sample_at(task % samples);
-        const int64_t n = first + task % samples, t = task / samples * M, u = t - blocks * M;
-        const Frames<S>&a = sample.a, &b = sample.b;
-        if (p.kind == Align::soft) {
-          if (t < a.count && b.count) map_block<V>(p, s, sample, a, b, t, p.soft, n * p.T, p.index_ab);
-        } else if (p.kind == Align::cycle) {
-          if (u < 0 && t < a.count && b.count) map_block<V>(p, s, sample, a, b, t, nullptr, n * p.T, p.index_ab);
-          if (u >= 0 && u < b.count && a.count) map_block<V>(p, s, sample, b, a, u, nullptr, n * p.S, p.index_ba);
-        } else if (t < a.count && b.count) {
+        const int64_t n = first + task % samples, number = task / samples;
+        const bool from_b = number >= tasks;
+        const Frames<S>&a = from_b ? sample.b : sample.a, &b = from_b ? sample.a : sample.b;
+        const int64_t t = (from_b ? number - tasks : number) * together * M;
+        if (t >= a.count || b.count == 0) return;
+        if (maps) {
+          const int64_t count = min_of(together, (a.count - t + M - 1) / M);
+          map_blocks<V>(p, s, sample, a, b, t, count, p.soft, n * (from_b ? p.S : p.T),
+                        from_b ? p.index_ba : p.index_ab);
+        } else {
           S* z = weights_at(task % samples);
           landing_block<V>(p, s, sample, n, t, z, z + s.T * s.pitch);
         }

@@ -60,20 +60,44 @@ static void multiply_panels(const typename V::S* q, int64_t q_step, const typena
   }
 }
 
-template <class V, int M = V::M>
-static void distances_by_products(const typename V::S* q, int64_t q_step, const typename V::S* q_sizes,
-                                  const Frames<typename V::S>& keys, int64_t C, typename V::S* d, int64_t pitch) {
+// Beyond the last frame distances are infinite.
+template <class V>
+static void mark_end(typename V::S* d, int64_t count) {
+  for (int64_t i = count; i < round_up(count, V::L); ++i) d[i] = static_cast<typename V::S>(__builtin_inf());
+}
+
+// M queries, q: [channel][q_step], their squared norms, and where their distances go: [M][pitch].
+template <class S>
+struct Queries {
+  const S* q;
+  int64_t q_step;
+  const S* sizes;
+  S* d;
+};
+
+// Distances of `count` blocks of queries, `queries(k)`, to all keys: a few panels of keys at a time, for every block.
+template <class V, int M = V::M, class Of>
+static void distances_by_products(const Frames<typename V::S>& keys, int64_t C, int64_t pitch, int64_t count,
+                                  const Of& queries) {
   using S = typename V::S;
   // Enough chains to hide an addition's latency, and registers for them.
   constexpr int L = V::L, P = M == 1 ? 4 : vector_bytes == 64 ? 2 : 1;
   const int64_t panels = (keys.count + L - 1) / L;
   int64_t i = 0;
   for (; i + P <= panels; i += P)
-    multiply_panels<V, P, M>(q, q_step, q_sizes, keys.centred + i * L * C, keys.sizes + i * L, C, d + i * L, pitch);
+    for (int64_t k = 0; k < count; ++k) {
+      const Queries<S> of = queries(k);
+      multiply_panels<V, P, M>(of.q, of.q_step, of.sizes, keys.centred + i * L * C, keys.sizes + i * L, C, of.d + i * L,
+                               pitch);
+    }
   for (; i < panels; ++i)
-    multiply_panels<V, 1, M>(q, q_step, q_sizes, keys.centred + i * L * C, keys.sizes + i * L, C, d + i * L, pitch);
-  for (int m = 0; m < M; ++m)
-    for (int64_t k = keys.count; k < panels * L; ++k) d[m * pitch + k] = static_cast<S>(__builtin_inf());
+    for (int64_t k = 0; k < count; ++k) {
+      const Queries<S> of = queries(k);
+      multiply_panels<V, 1, M>(of.q, of.q_step, of.sizes, keys.centred + i * L * C, keys.sizes + i * L, C, of.d + i * L,
+                               pitch);
+    }
+  for (int64_t k = 0; k < count; ++k)
+    for (int m = 0; m < M; ++m) mark_end<V>(queries(k).d + m * pitch, keys.count);
 }
 
 // Panels minus the mean of all frames, and the squared norms of what remains, added up in fp64.
@@ -99,8 +123,10 @@ static void centre_frames(const Sizes& s, int64_t C, Frames<typename V::S>& a, F
         for (int l = 0; l < L; ++l) to[l] = from[l] - mean[c];
         for (int l = 0; l < L; ++l) sizes[l] += static_cast<double>(to[l]) * static_cast<double>(to[l]);
       }
-      for (int l = 0; l < L; ++l)
-        f->sizes[t0 + l] = static_cast<S>(sizes[l]), f->largest_size = max_of(f->largest_size, f->sizes[t0 + l]);
+      for (int l = 0; l < L; ++l) {
+        f->sizes[t0 + l] = static_cast<S>(sizes[l]);
+        if (t0 + l < f->count) f->largest_size = max_of(f->largest_size, f->sizes[t0 + l]);
+      }
     }
 }
 
@@ -182,16 +208,13 @@ static int64_t settle_row(typename V::S* d, const typename V::S* query, typename
   return found;
 }
 
-// d[m * pitch + i] of M queries, right wherever it matters; see "Settled". `moments`: as in Settling. `list`: room for
-// b.count places. Returns whether they come from products.
+// Makes d[m * pitch + i] of M queries, which come from products, right wherever it matters; see "Settled". `moments`:
+// as in Settling. `list`: room for b.count places. Returns whether they come from products still.
 template <class V>
-static bool settled_distances(const Sizes& s, int64_t C, const Sample<typename V::S>& sample,
-                              const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, bool moments,
-                              typename V::S* d, int64_t* list) {
-  constexpr int L = V::L, M = V::M;
+static bool settle_block(const Sizes& s, int64_t C, const Sample<typename V::S>& sample, const Frames<typename V::S>& a,
+                         const Frames<typename V::S>& b, int64_t t0, bool moments, typename V::S* d, int64_t* list) {
+  constexpr int M = V::M;
   const Rounding<typename V::S> rounding = rounding_of<typename V::S>(C);
-  const int64_t at = t0 / L * L * C + t0 % L;
-  distances_by_products<V>(a.centred + at, L, a.sizes + t0, b, C, d, s.pitch);
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
   int64_t left = max_of<int64_t>(4 * M, M * b.count / 16);
   for (int m = 0; m < rows; ++m) {
@@ -264,8 +287,33 @@ struct Nearest {
     }
   }
 
-  // By products with the first soft neighbour alone, where that leaves few frames: those of flat weights lie close
-  // together, and |soft_m - b| >= |soft_0 - b| - |soft_0 - soft_m|. Needs one centre for all. to_first: [pitch].
+  // Soft neighbours of flat weights lie close together, and |soft_m - b| >= |point - b| - |point - soft_m|: by distances
+  // from one point near them, where that leaves few frames. `size`: of the point, centred; apart(m): |point - soft_m|^2.
+  template <class Apart>
+  void by_point(const S* to_point, S size, const Apart& apart) const {
+    const double high = smallest_end<V>(to_point, size, b.sizes, b.count, rounding);
+    for (int m = 0; m < rows; ++m) {
+      if (found[m] >= -1) continue;
+      const double away = __builtin_sqrt(high) + 2 * __builtin_sqrt(static_cast<double>(apart(m)));
+      const S reach = static_cast<S>(1.001 * away * away) + rounding.least;
+      const int64_t count = places_where<V>(to_point, size, b.sizes, b.count, rounding.products, rounding.least,
+                                            most_compared, list, [&](R v, R bound) { return v - bound <= reach; });
+      if (count > 0) compare(m, count);
+    }
+  }
+
+  // From the mean of all frames, which is the centre: those distances are known. to_mean: [pitch].
+  void by_mean(S* to_mean) const {
+    memcpy(to_mean, b.sizes, static_cast<size_t>(b.count) * sizeof(S));
+    mark_end<V>(to_mean, b.count);
+    by_point(to_mean, 0, [&](int m) {
+      R squares{};
+      for (int64_t c = 0; c < s.C; c += V::L) squares += V::load(rest + m * s.C + c) * V::load(rest + m * s.C + c);
+      return V::sum(squares);
+    });
+  }
+
+  // From the first soft neighbour, by products. Needs one centre for all. split: room for [C]; to_first: [pitch].
   void by_first(S* split, S* to_first) const {
     double squares = 0;
     for (int64_t c = 0; c < C; ++c) {
@@ -273,17 +321,8 @@ struct Nearest {
       squares += static_cast<double>(split[c]) * static_cast<double>(split[c]);
     }
     const S size = static_cast<S>(squares);
-    distances_by_products<V, 1>(split, 1, &size, b, C, to_first, s.pitch);
-    const double high = smallest_end<V>(to_first, size, b.sizes, b.count, rounding);
-    for (int m = 0; m < rows; ++m) {
-      if (found[m] >= -1) continue;
-      const double apart = __builtin_sqrt(static_cast<double>(row_distance<V>(rest, rest + m * s.C, s.C)));
-      const double away = __builtin_sqrt(high) + 2 * apart;
-      const S reach = static_cast<S>(1.001 * away * away) + rounding.least;
-      const int64_t count = places_where<V>(to_first, size, b.sizes, b.count, rounding.products, rounding.least,
-                                            most_compared, list, [&](R v, R bound) { return v - bound <= reach; });
-      if (count > 0) compare(m, count);
-    }
+    distances_by_products<V, 1>(b, C, s.pitch, 1, [&](int64_t) { return Queries<S>{split, 1, &size, to_first}; });
+    by_point(to_first, size, [&](int m) { return row_distance<V>(rest, rest + m * s.C, s.C); });
   }
 
   // By products with the soft neighbour. split: room for [C][M]; to_soft: for [M][pitch].
@@ -299,7 +338,7 @@ struct Nearest {
       }
       sizes[m] = static_cast<S>(size);
     }
-    distances_by_products<V>(split, M, sizes, b, C, to_soft, s.pitch);
+    distances_by_products<V>(b, C, s.pitch, 1, [&](int64_t) { return Queries<S>{split, M, sizes, to_soft}; });
     for (int m = 0; m < rows; ++m) {
       if (found[m] >= -1) continue;
       const S* row = to_soft + m * s.pitch;

@@ -109,7 +109,12 @@ FAULTS = [
         flat_scene,
         "cycle_consistency_core.h",
     ),
-    Fault("soft neighbours are all where the first is", "+ 2 * apart", "+ (PLANTED ? 0 : 2 * apart)", nearly_flat),
+    Fault(
+        "soft neighbours are all where the point near them is",
+        "+ 2 * __builtin_sqrt(static_cast<double>(apart(m)))",
+        "+ (PLANTED ? 0 : 2 * __builtin_sqrt(static_cast<double>(apart(m))))",
+        nearly_flat,
+    ),
 ]
 
 
