@@ -100,7 +100,7 @@ def _clips(args: argparse.Namespace) -> tuple[SampledClip, SampledClip]:
         raise UserError(f"--shift: {args.a} has {len(whole.numbers)} sampled frames, too few to shift by {shift}")
     a = whole.part(list(range(count)))
     repeats = args.slow or 1
-    label = f"{Path(args.a).name}" + (f", from frame {shift} on" if shift else "")
+    label = f"{Path(args.a).name}" + (f", from sampled frame {shift} on" if shift else "")
     label += f", {repeats} times slower" if repeats > 1 else ""
     # Slowed copies are as long in frames, so they show less of the video.
     return a, whole.part([shift + k // repeats for k in range(count)], label)
@@ -222,7 +222,8 @@ def _align(args: argparse.Namespace, a: SampledClip, b: SampledClip) -> int:
             names=names,
             title=title,
         )
-        plot_distances(args.out / "distances.png", arrays["distances"], alignment, names=names, title=title)
+        narrow = title.replace("; ", "\n")
+        plot_distances(args.out / "distances.png", arrays["distances"], alignment, names=names, title=narrow)
         with replacing(args.out / "alignment.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
         with replacing(args.out / "alignment.json") as temporary:

@@ -45,7 +45,7 @@ def _quick(device: torch.device) -> Iterator[Case]:
         for dtype in DTYPES:
             yield Gate(shape, dtype, device, compile=shape.c == 512 and dtype == torch.float32)
     yield Gate(Shape(1, 128, 128), torch.float32, device, compile=False, temperature=FLAT)
-    yield Loss(Shape(4, 32, 128), torch.float32, device, compile=False)
+    yield Loss(Shape(4, 32, 128), torch.float32, device)
 
 
 def _suite(tier: str, device: torch.device) -> Iterator[Case]:
@@ -249,7 +249,7 @@ class Loss(_Alignment):
         return self._plain(inputs)
 
     def candidates(self) -> Sequence[Candidate]:
-        """Ours, eager PyTorch as the reference and with torch.cdist, and the loop over pairs of sequences."""
+        """Ours, eager PyTorch as the reference and with torch.cdist, the latter compiled, and the loop over pairs."""
 
         def ours(inputs: Inputs) -> Outputs:
             loss = rcu_ops.temporal_cycle_loss(inputs["a"], inputs["b"], min_variance=1e-2)
@@ -276,12 +276,21 @@ class Loss(_Alignment):
             pairs = zip(inputs["a"], inputs["b"], strict=True)
             return torch.cat([pair(a.unsqueeze(0), b.unsqueeze(0)) for a, b in pairs])
 
-        return [
-            *self.own(ours, tuple),
-            self.way("eager", self._plain, tuple),
-            self.way("cdist", with_gradients(lambda inputs: pair(inputs["a"], inputs["b"])), tuple),
-            self.way("loop over pairs", with_gradients(over_pairs), tuple),
-        ]
+        def whole(inputs: Inputs) -> Tensor:
+            return pair(inputs["a"], inputs["b"])
+
+        def bind_compiled(inputs: Inputs) -> Callable[[], Outputs]:
+            # The forward pass: its backward pass is compiled along with it, and gradients are asked for outside.
+            run = compiled(whole)(inputs)
+            step = with_gradients(lambda _: run())
+            return lambda: step(inputs)
+
+        found = [*self.own(ours, tuple), self.way("eager", self._plain, tuple)]
+        if self.compile:
+            found.append(Candidate("compile", {"torch.compile": Variant(bind_compiled)}))
+        found.append(self.way("cdist", with_gradients(whole), tuple))
+        found.append(self.way("loop over pairs", with_gradients(over_pairs), tuple))
+        return found
 
     def backend(self, inputs: Inputs) -> tuple[str, str | None]:
         """As :func:`rcu_ops.explain` says it."""

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+import rcu_ops
 from rcu_ops import Streamer
 from rcu_ops.models import VideoResNet, create_model
 from rcu_ops.models.resnet import BLOCKS
@@ -286,3 +292,53 @@ def test_trailing_window_equals_forward_on_the_window() -> None:
             Streamer(model, window=5)(clip[:, :, :1], state)
     with pytest.raises(ValueError, match="window"):
         Streamer(model, window=0)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+class Aligned(nn.Module):
+    """A clip through an active and an open gate; what the operators of alignment say of two halves of its frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gated, self.open = nn.Conv3d(3, 6, 1), SRTG(6), SRTG(6, gate=False)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        frames = rcu_ops.srtg_squeeze(self.open(self.gated(self.conv(clip))))
+        a, b = frames.chunk(2, dim=1)
+        soft, _ = rcu_ops.soft_nearest_neighbor(a, b)
+        return soft.square().mean() + rcu_ops.temporal_cycle_loss(a, b, kind="classification")
+
+
+def _gradients_in_a_group(rank: int, directory: str) -> None:
+    folder = Path(directory)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    given = torch.load(folder / "given.pt")
+    for backend in ("auto", "reference"):
+        model = Aligned().double()
+        model.load_state_dict(given["state"])
+        parallel = DistributedDataParallel(model)
+        with rcu_ops.use_backend(backend):
+            parallel(given["clip"][rank : rank + 1]).backward()
+        torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{backend}{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # past the interpreter's end, where gloo's threads may still run and abort the process
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """Two processes with a sample each have the gradients of one with both."""
+    model, clip = Aligned().double(), torch.randn(2, 3, 6, 3, 3, dtype=torch.float64)
+    torch.save({"state": model.state_dict(), "clip": clip}, tmp_path / "given.pt")
+    model(clip).backward()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(_gradients_in_a_group, args=(str(tmp_path),), nprocs=2)
+    for backend in ("auto", "reference"):
+        for rank in range(2):
+            gradients = torch.load(tmp_path / f"{backend}{rank}.pt")
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                assert name.startswith("gated") or parameter.grad.abs().max() > 0, name  # no mean of nothing
+                torch.testing.assert_close(gradients[name], parameter.grad)
