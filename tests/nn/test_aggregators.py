@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import rcu_ops
 from rcu_ops.nn import AGGREGATORS, Aggregator, FastGRU, make_aggregator
+from tests import process_group
 
 C, CLASSES = 8, 5
 
@@ -148,3 +153,15 @@ def test_errors() -> None:
         for bad in (inputs(aggregator)[:, 0], inputs(aggregator)[:, :0], inputs(aggregator)[:, :, :3]):
             with pytest.raises(ValueError, match="x: expected"):
                 aggregator(bad)
+
+
+def test_checkpointing_and_ddp_change_no_gradient() -> None:
+    plain = FastGRU(C, num_classes=CLASSES)
+    again, parallel = copy.deepcopy(plain), copy.deepcopy(plain)
+    x = torch.randn(3, 4, C, 2, 3, 3)
+    plain(x)[0].square().sum().backward()
+    checkpoint(again, x, use_reentrant=False)[0].square().sum().backward()
+    with process_group.alone():
+        DistributedDataParallel(parallel)(x)[0].square().sum().backward()
+    for wanted, *found in zip(*(m.parameters() for m in (plain, again, parallel)), strict=True):
+        assert wanted.grad.any() and all(torch.equal(p.grad, wanted.grad) for p in found)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rcu_ops import Streamer
 from rcu_ops.models import VideoResNet, create_model
 from rcu_ops.nn import NonLocalBlock, RelationalLSTM, RunningMean, fold_relations
+from tests import process_group
 from tests.networks import assert_same, calibrated
 
 
@@ -178,11 +178,8 @@ def test_checkpointing_and_ddp_change_no_gradient() -> None:
 
     wanted = gradients(plain, plain)
     found = [gradients(lambda x: checkpoint(again, x, use_reentrant=False), again)]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with process_group.alone():
         found.append(gradients(DistributedDataParallel(parallel), parallel))
-    finally:
-        dist.destroy_process_group()
     for got in found:
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 

@@ -554,9 +554,11 @@ def test_autocast(backend) -> None:
         soft, index = rcu_ops.soft_nearest_neighbor(a, b)
         loss = rcu_ops.temporal_cycle_loss(a.float(), b)
         assert rcu_ops.soft_nearest_neighbor(a.double(), b.double())[0].dtype == torch.float64
+        found = rcu_ops.cycle_consistency(a, b.float())
     assert soft.dtype == torch.float32 and loss.dtype == torch.float32
     want = rcu_ops.soft_nearest_neighbor(a.float(), b.float())
     assert torch.equal(soft, want[0]) and torch.equal(index, want[1])
+    assert all(map(torch.equal, found, rcu_ops.cycle_consistency(a.float(), b.float())))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (1, 0), (2, 3)], ids=str)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import rcu_ops
@@ -289,6 +290,19 @@ def test_meta_tensors_and_autocast(backend) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert rcu_ops.srtg_squeeze(x).dtype == torch.float32
         assert torch.equal(rcu_ops.srtg_fuse(x, h), rcu_ops.reference.srtg_fuse(x, h))
+
+
+def test_activation_checkpointing(backend) -> None:
+    x, h, gate = inputs((2, 3, 4, 2, 3))
+    x.requires_grad_()
+    h.requires_grad_()
+
+    def block(x: Tensor, h: Tensor) -> Tensor:
+        return rcu_ops.srtg_squeeze(rcu_ops.srtg_fuse(x, h, gate)).square().sum()
+
+    plain = torch.autograd.grad(block(x, h), (x, h))
+    again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(block, x, h, use_reentrant=False), (x, h))
+    assert all(torch.equal(a, b) and b.any() for a, b in zip(plain, again, strict=True))
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
