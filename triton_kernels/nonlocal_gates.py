@@ -223,6 +223,27 @@ def _score_gradient(weights, products, delta, total, visible, scale, COUNT: tl.c
     return tl.where((total == 0.0)[:, None], 0.0, scale * ds)
 
 
+@triton.jit
+def _score_gradient_again(
+    grad, query, key, value, mask, rows, keys, n, m, d, e, scale, peak, total, delta,
+    grad_row, query_row, key_row, value_row, mask_row, mask_key,
+    COUNT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # ds of a tile from the inputs, once the rows' statistics are known.
+    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+    scores = scale * _products(
+        query, rows, n, query_row, key, keys, m, key_row, d,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    products = _products(
+        grad, rows, n, grad_row, value, keys, m, value_row, e,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    weights = _weights_again(scores, visible, peak, total, COUNT)
+    return _score_gradient(weights, products, delta, total, visible, scale, COUNT)
+
+
 @triton.jit(do_not_specialize=["n", "m", "d", "e", "scale"])
 def query_gradient_kernel(
     grad, query, key, value, mask, dquery, peaks, totals, deltas, n, m, d, e, scale,
@@ -291,17 +312,11 @@ def query_gradient_kernel(
     if not ONE and dquery.dtype.element_ty == tl.float32:
         for start in tl.range(0, m, BLOCK_M):
             keys = start + tl.arange(0, BLOCK_M)
-            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-            scores = scale * _products(
-                query, rows, n, query_row, key, keys, m, key_row, d,
-                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            ds = _score_gradient_again(
+                grad, query, key, value, mask, rows, keys, n, m, d, e, scale, peak, total, delta,
+                grad_row, query_row, key_row, value_row, mask_row, mask_key,
+                COUNT, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-            products = _products(
-                grad, rows, n, grad_row, value, keys, m, value_row, e,
-                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            weights = _weights_again(scores, visible, peak, total, COUNT)
-            ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
             _add_products(
                 ds, key, keys, m, key_row, dquery, batch, rows, n, d, total, start > 0, 0, 1,
                 BLOCK_N, BLOCK_D, PRECISION,
@@ -316,17 +331,11 @@ def query_gradient_kernel(
             else:
                 for start in tl.range(0, m, BLOCK_M):
                     keys = start + tl.arange(0, BLOCK_M)
-                    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-                    scores = scale * _products(
-                        query, rows, n, query_row, key, keys, m, key_row, d,
-                        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    ds = _score_gradient_again(
+                        grad, query, key, value, mask, rows, keys, n, m, d, e, scale, peak, total, delta,
+                        grad_row, query_row, key_row, value_row, mask_row, mask_key,
+                        COUNT, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
                     )  # fmt: skip
-                    products = _products(
-                        grad, rows, n, grad_row, value, keys, m, value_row, e,
-                        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
-                    )  # fmt: skip
-                    weights = _weights_again(scores, visible, peak, total, COUNT)
-                    ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
                     right = _load(key, keys, m, key_row, channel, d)
                     acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
             _store(dquery, batch, rows, n, channel, d, acc, total)
