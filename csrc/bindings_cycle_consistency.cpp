@@ -121,6 +121,50 @@ std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tens
   return {d_soft, da};
 }
 
+Alignment loss_problem(Align kind, const Tensor& a, const Tensor& b, const std::optional<Tensor>& mask_a,
+                       const std::optional<Tensor>& mask_b, double temperature, bool regression, double variance_weight,
+                       double min_variance) {
+  Alignment p = problem_of(kind, a, b, mask_a, mask_b, temperature);
+  check_dtype("a", a, ScalarType::Float, ScalarType::Double);
+  p.regression = regression, p.variance_weight = variance_weight, p.min_variance = min_variance;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> temporal_cycle_loss(Tensor a, Tensor b, std::optional<Tensor> mask_a,
+                                               std::optional<Tensor> mask_b, double temperature, bool regression,
+                                               double variance_weight, double min_variance) {
+  Alignment p = loss_problem(Align::loss, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  Tensor loss = empty_of(a, {p.N, p.T}), soft = empty_of(a, {p.N, p.T, p.C});
+  p.loss = pointer(loss), p.soft = pointer(soft);
+  launch(p, a);
+  return {loss, soft};
+}
+
+std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,
+                                                        std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                                        double temperature, bool regression, double variance_weight,
+                                                        double min_variance) {
+  Alignment p =
+      loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  check_shape("grad_loss", grad_loss, {p.N, p.T}, "[N,T]");
+  check_shape("soft", soft, {p.N, p.T, p.C}, "[N,T,C]");
+  const Tensor* given[2] = {&grad_loss, &soft};
+  const char* names[2] = {"grad_loss", "soft"};
+  for (int i = 0; i < 2; ++i) {
+    check_dtype(names[i], *given[i], a.scalar_type());
+    check_device(names[i], *given[i], a, "a");
+  }
+  p.grad_loss = pointer(grad_loss), p.grad_loss_n = grad_loss.stride(0), p.grad_loss_t = grad_loss.stride(1);
+  const Tensor neighbors = torch::stable::contiguous(soft);
+  p.soft = pointer(neighbors);
+  Tensor da = empty_of(a, {p.N, p.T, p.C}), db = empty_of(b, {p.N, p.S, p.C});
+  p.da = pointer(da), p.db = pointer(db);
+  std::optional<Tensor> d_soft;
+  if (plan_alignment(p) != AlignForm::within) p.d_soft = pointer(d_soft.emplace(empty_of(a, {p.N, p.T, p.C})));
+  launch(p, a);
+  return {da, db};
+}
+
 }  // namespace
 }  // namespace rcu_ops::bindings
 
@@ -131,7 +175,11 @@ std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tens
   m.impl("cycle_back", TORCH_BOX(&rcu_ops::bindings::cycle_back));                                         \
   m.impl("cycle_back_backward", TORCH_BOX(&rcu_ops::bindings::cycle_back_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
+  RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m);
+  m.impl("temporal_cycle_loss", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss));
+  m.impl("temporal_cycle_loss_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_backward));
+}
 
 #ifdef RCU_OPS_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }

@@ -17,10 +17,11 @@ namespace {
 using namespace rcu_ops;
 
 Align parse_kind(const std::string& name) {
-  const char* names[] = {"soft", "cycle", "back", "soft_backward", "back_backward"};
-  for (int i = 0; i < 5; ++i)
+  const char* names[] = {"soft", "cycle", "back", "soft_backward", "back_backward", "loss", "loss_backward"};
+  for (int i = 0; i < 7; ++i)
     if (name == names[i]) return static_cast<Align>(i);
-  throw py::value_error("kind: expected soft, cycle, back, soft_backward or back_backward, got '" + name + "'");
+  throw py::value_error("kind: expected soft, cycle, back, soft_backward, back_backward, loss or loss_backward, got '" +
+                        name + "'");
 }
 
 std::string cycle_consistency_plan(const std::string& kind, int64_t t, int64_t s, int64_t c, const std::string& dtype) {

@@ -29,6 +29,9 @@ enum class Align : int32_t {
   back,           // b has T frames and a's mask: log z_tt, mean and variance of i under z_t
   soft_backward,  // gradients da, db of soft for grad
   back_backward,  // gradients da, db of back for its three gradients
+  // CPU alone, fp32 and fp64:
+  loss,           // soft of a's frames (zeros for those that are not there), and the loss of its way back to a
+  loss_backward,  // gradients da, db of loss for grad_loss, from soft
 };
 
 struct Alignment {
@@ -45,6 +48,18 @@ struct Alignment {
   void *soft = nullptr, *da = nullptr, *db = nullptr;
   int64_t *index_ab = nullptr, *index_ba = nullptr;  // contiguous [N,T], [N,S]
   uint8_t* gate = nullptr;                           // [N]
+
+  // loss: [N,T] contiguous in the precision of sums; zero for frames that are not there, and for samples without frames
+  // of b. back and back_backward have it in place of their three results where it is given.
+  bool regression = true;  // or classification
+  double variance_weight = 0, min_variance = 0;
+  void* loss = nullptr;
+  const void* grad_loss = nullptr;  // [N,T], strides in numbers
+  int64_t grad_loss_n = 0, grad_loss_t = 0;
+  void* d_soft = nullptr;  // loss_backward of long sequences: room for [N,T,C]
+  FrameMask mask_through;  // back: frames of the sequence between; a sample without any has no way back
+  int64_t frames_through = 0;
+  bool add_to_da = false;  // soft_backward: da is added to what is there
 };
 
 // How the CPU kernels find distances. By shape and dtype alone: what a result is does not depend on the data's size or
@@ -65,7 +80,8 @@ inline constexpr int64_t most_frames_within = 64, least_channels_for_products = 
 inline constexpr int64_t least_keys_for_products(int64_t C) { return C >= 64 ? most_frames_within + 1 : 96; }
 
 inline AlignForm plan_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
-  if (kind == Align::cycle && T <= most_frames_within && S <= most_frames_within) return AlignForm::within;
+  const bool whole = kind == Align::cycle || kind == Align::loss || kind == Align::loss_backward;
+  if (whole && T <= most_frames_within && S <= most_frames_within) return AlignForm::within;
   const int64_t keys = kind == Align::cycle ? (T < S ? T : S) : S;
   const bool products = dtype != DType::f64 && keys >= least_keys_for_products(C) && C >= least_channels_for_products;
   return products ? AlignForm::products : AlignForm::differences;
@@ -74,6 +90,12 @@ inline AlignForm plan_alignment(const Alignment& p) { return plan_alignment(p.ki
 
 // The plan and its reason, in one sentence.
 inline Text describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
+  if (kind == Align::loss || kind == Align::loss_backward) {
+    if (plan_alignment(kind, dtype, T, S, C) == AlignForm::within)
+      return "one pass over a sample, distances by differences: at most " + to_text(most_frames_within) + " frames";
+    return "soft: " + describe_alignment(Align::soft, dtype, T, S, C) +
+           "; back: " + describe_alignment(Align::back, dtype, T, T, C);
+  }
   switch (plan_alignment(kind, dtype, T, S, C)) {
     case AlignForm::within:
       return "distances by differences, nearest frames through the distances within each sequence: at most " +

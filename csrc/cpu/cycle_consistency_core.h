@@ -687,6 +687,8 @@ static bool in_place(const FrameMask& mask, int64_t n, int64_t frames, const int
   return true;
 }
 
+#include "cycle_consistency_loss.h"
+
 // Queries [t0, t0 + M): where they land, or with `weights` what their gradients are made of.
 //
 // weights z and w, both [T][pitch]: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so
@@ -725,19 +727,30 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
     };
     const S mean = moment(0, false), variance = moment(mean, true);
     const int64_t row = n * p.T + a.place[t0 + m];
+    const S away = (a.number[t0 + m] - from) - mean;
     if (p.kind == Align::back) {
-      static_cast<S*>(p.log_probability)[row] =
+      const S log_probability =
           (least - own) * sample.sharpness - static_cast<S>(__builtin_log(static_cast<double>(sum)));
+      if (p.loss) {
+        static_cast<S*>(p.loss)[row] = Landing<S>(p).loss(log_probability, away, variance);
+        continue;
+      }
+      static_cast<S*>(p.log_probability)[row] = log_probability;
       static_cast<S*>(p.mean)[row] = from + mean;
       static_cast<S*>(p.variance)[row] = variance;
       continue;
     }
-    const S g = static_cast<const S*>(p.grad_log_probability)[row], g_mean = static_cast<const S*>(p.grad_mean)[row],
-            g_variance = static_cast<const S*>(p.grad_variance)[row];
+    S g, g_mean, g_variance;
+    if (p.grad_loss) {
+      Landing<S>(p).gradients(grad_of_loss<S>(p, n, a.place[t0 + m]), away, variance, g, g_mean, g_variance);
+    } else {
+      g = static_cast<const S*>(p.grad_log_probability)[row], g_mean = static_cast<const S*>(p.grad_mean)[row],
+      g_variance = static_cast<const S*>(p.grad_variance)[row];
+    }
     const S factor = static_cast<S>(2 / sample.scale / p.temperature);
     for (int64_t i = 0; i < b.count; i += L) {
-      const R away = (V::load(b.number + i) - from) - mean;
-      V::store(w + i, factor * (V::load(z + i) * (g_mean * away + g_variance * (away * away - variance) - g)));
+      const R to_mean = (V::load(b.number + i) - from) - mean;
+      V::store(w + i, factor * (V::load(z + i) * (g_mean * to_mean + g_variance * (to_mean * to_mean - variance) - g)));
     }
     w[t0 + m] += factor * g;
   }
@@ -767,7 +780,11 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   }
   weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   for (int m = 0; m < rows; ++m) {
-    write(p.da, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, block.rest + m * s.C, p.C, 1);
+    const int64_t at = (n * p.T + a.place[t0 + m]) * p.C;
+    S* const sum = block.rest + m * s.C;
+    if (p.add_to_da)
+      for (int64_t c = 0; c < p.C; ++c) sum[c] += static_cast<S>(load_any(p.da, p.dtype, at + c));
+    write(p.da, p.dtype, at, sum, p.C, 1);
     memcpy(w_out + (t0 + m) * s.pitch, block.r + m * s.pitch, b.count * sizeof(S));
     if (!back) memcpy(z_out + (t0 + m) * s.pitch, block.z + m * s.pitch, b.count * sizeof(S));
   }
@@ -830,12 +847,13 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
   // What nothing is written for: frames that are not there, and samples without any frame to map to.
   fill_indices(p.index_ab, p.N * p.T);
   fill_indices(p.index_ba, p.N * p.S);
-  if (p.soft && p.mask_b.data) memset(p.soft, 0, static_cast<size_t>(p.N * p.T * p.C * element));
-  if (p.da && (p.mask_a.data || p.mask_b.data)) memset(p.da, 0, static_cast<size_t>(p.N * p.T * p.C * element));
-  if (p.db && p.mask_b.data) memset(p.db, 0, static_cast<size_t>(p.N * p.S * p.C * element));
+  if (p.soft && (p.mask_a.data || p.mask_b.data)) memset(p.soft, 0, static_cast<size_t>(p.N * p.T * p.C * element));
+  const bool masked = p.mask_a.data || p.mask_b.data || p.mask_through.data;
+  if (p.da && !p.add_to_da && masked) memset(p.da, 0, static_cast<size_t>(p.N * p.T * p.C * element));
+  if (p.db && (p.mask_b.data || p.mask_through.data)) memset(p.db, 0, static_cast<size_t>(p.N * p.S * p.C * element));
   if (p.kind == Align::back && p.mask_a.data)
-    for (void* result : {p.log_probability, p.mean, p.variance})
-      memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
+    for (void* result : {p.log_probability, p.mean, p.variance, p.loss})
+      if (result) memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
 
   const AlignForm form = plan_alignment(p);
   if (form == AlignForm::within) {
@@ -860,6 +878,7 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
         char* at = memory + i * per_sample + round_up(sizeof(Sample<S>), 64);
         Sample<S> sample = lay_out<V>(p, s, true, products, at);
         fill_sample<V>(p, s, first + i, sample);
+        if (no_way(p.mask_through, first + i, p.frames_through)) sample.b.count = 0;
         if (sample.products()) centre_frames<V>(s, p.C, sample.a, sample.b, sample.mean);
         memcpy(static_cast<void*>(sample_at(i)), &sample, sizeof sample);
       });
@@ -901,4 +920,60 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
                 in_place(p.mask_b, n, p.S, p.index_ba + n * p.S);
 }
 
-void align(const Alignment& p, const Parallel& parallel) { align_as<F32>(p, parallel); }
+// Short sequences, a sample or a block of one at a time. Results do not depend on which.
+template <class V>
+static void short_losses(const Alignment& p, const Parallel& parallel) {
+  const Sizes s = sizes_of<V>(p);
+  const auto alone = [](int64_t count, const auto& function) {
+    for (int64_t i = 0; i < count; ++i) function(i);
+  };
+  // Multiply-adds of a product, about; a thread is worth waking for a few microseconds' work.
+  const int64_t sample = p.T * (p.T + p.S) * p.C;
+  const size_t bytes = static_cast<size_t>(ShortLoss<V>::bytes(p, s));
+  if (p.N >= parallel.threads || sample < (int64_t(1) << 19)) {
+    const auto whole = [&](int64_t n) {
+      ShortLoss<V>(p, s, n, static_cast<char*>(scratch(1, bytes))).run_blocks(alone);
+    };
+    if (p.N * sample < (int64_t(1) << 18)) return alone(p.N, whole);
+    return run(parallel, p.N, whole);
+  }
+  for (int64_t n = 0; n < p.N; ++n)
+    ShortLoss<V>(p, s, n, static_cast<char*>(scratch(0, bytes))).run_blocks([&](int64_t count, const auto& function) {
+      run(parallel, count, function);
+    });
+}
+
+template <class V>
+static void losses(const Alignment& p, const Parallel& parallel) {
+  const bool backward = p.kind == Align::loss_backward, masked = p.mask_a.data || p.mask_b.data;
+  const auto clear = [](void* numbers, int64_t count) {
+    memset(numbers, 0, static_cast<size_t>(count) * sizeof(typename V::S));
+  };
+  if (!backward && masked) clear(p.loss, p.N * p.T);
+  if (plan_alignment(p) == AlignForm::within) {
+    if (masked) clear(backward ? p.da : p.soft, p.N * p.T * p.C);
+    if (masked && backward) clear(p.db, p.N * p.S * p.C);
+    return short_losses<V>(p, parallel);
+  }
+  Alignment there = p, back = p;
+  there.kind = backward ? Align::soft_backward : Align::soft;
+  back.kind = backward ? Align::back_backward : Align::back;
+  back.a = {p.soft, p.T * p.C, p.C, 1};
+  back.b = p.a, back.S = p.T, back.mask_b = p.mask_a, back.mask_through = p.mask_b, back.frames_through = p.S;
+  if (!backward) {
+    there.loss = nullptr, back.soft = nullptr;
+    align_as<V>(there, parallel);
+    return align_as<V>(back, parallel);
+  }
+  back.soft = nullptr, back.da = p.d_soft, back.db = p.da;
+  align_as<V>(back, parallel);
+  there.soft = nullptr, there.grad = {p.d_soft, p.T * p.C, p.C, 1}, there.add_to_da = true, there.grad_loss = nullptr;
+  align_as<V>(there, parallel);
+}
+
+template <class V>
+static void align_any(const Alignment& p, const Parallel& parallel) {
+  return p.kind == Align::loss || p.kind == Align::loss_backward ? losses<V>(p, parallel) : align_as<V>(p, parallel);
+}
+
+void align(const Alignment& p, const Parallel& parallel) { align_any<F32>(p, parallel); }

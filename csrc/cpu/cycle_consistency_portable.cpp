@@ -31,7 +31,7 @@ static bool any_set(Mask v) {
 #include "srtg_core.h"
 
 // fp64 is for checking gradients: one instruction set is enough, and the others' compile time is saved.
-void align_f64(const Alignment& p, const Parallel& parallel) { align_as<F64>(p, parallel); }
+void align_f64(const Alignment& p, const Parallel& parallel) { align_any<F64>(p, parallel); }
 void gate_data_path_f64(const GateData& p, const Parallel& parallel) { GateTask<F64, double>::run_task(p, parallel); }
 
 }  // namespace rcu_ops::cpu::portable

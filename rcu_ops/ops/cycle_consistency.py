@@ -199,7 +199,7 @@ def _check_loss(
     a, b = _check_sequences(a, b, same_batch=pairs == "each")
     mask_a, mask_b = _check_mask("mask_a", mask_a, a, "a"), _check_mask("mask_b", mask_b, b, "b")
     state = state_dtype_of(a.dtype)
-    a, b = present(a, mask_a, state), b.to(state)
+    a, b = a.to(state), b.to(state)
     if pairs == "all":
         (a, mask_a), (b, mask_b) = _all_pairs(a, mask_a, b, mask_b, same)
     weights = _positive("variance_weight", variance_weight, zero=True), _positive("min_variance", min_variance)
@@ -269,6 +269,34 @@ def _fake_back_backward(
     return _fake_gradients(soft, a)
 
 
+def _fake_loss(
+    a: Tensor,
+    b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    regression: bool,
+    variance_weight: float,
+    min_variance: float,
+) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[:2]), a.new_empty(a.shape)
+
+
+def _fake_loss_backward(
+    grad_loss: Tensor,
+    a: Tensor,
+    b: Tensor,
+    soft: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    regression: bool,
+    variance_weight: float,
+    min_variance: float,
+) -> tuple[Tensor, Tensor]:
+    return _fake_gradients(a, b)
+
+
 def _reference_soft(
     a: Tensor, b: Tensor, mask_b: Tensor | None, temperature: float, need_index: bool
 ) -> tuple[Tensor, Tensor]:
@@ -312,6 +340,50 @@ def _reference_back_backward(
     return d_soft.contiguous(), da.contiguous()
 
 
+def _reference_loss(
+    a: Tensor,
+    b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    regression: bool,
+    variance_weight: float,
+    min_variance: float,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64
+    queries = present(a, mask_a, wide)
+    soft, _ = reference.soft_nearest_neighbor(queries, b.to(wide), temperature=temperature, mask_b=mask_b)
+    landing = reference.cycle_back(soft, queries, temperature=temperature, mask_a=mask_a)
+    kind = "regression" if regression else "classification"
+    loss = loss_of_landing(landing, mask_a, mask_b, kind, variance_weight, min_variance)
+    return loss.to(a.dtype), present(soft, mask_a, wide).to(a.dtype).contiguous()
+
+
+def _reference_loss_backward(
+    grad_loss: Tensor,
+    a: Tensor,
+    b: Tensor,
+    soft: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    regression: bool,
+    variance_weight: float,
+    min_variance: float,
+) -> tuple[Tensor, Tensor]:
+    # From a and b alone, so that its own gradients are those of soft, too.
+    vjp: Any = torch.func.vjp
+    _, pull = vjp(
+        lambda x, y: _reference_loss(
+            x, y, mask_a, mask_b, temperature, regression, variance_weight, min_variance
+        )[0],
+        a,
+        b,
+    )  # fmt: skip
+    da, db = pull(grad_loss)
+    return da.contiguous(), db.contiguous()
+
+
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +401,26 @@ def _soft_gradients(family: Family, ctx: Any, grad: Tensor | None, _: Tensor | N
     return da, db, None, None, None
 
 
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, mask_a, mask_b, *ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, output[1], mask_a, mask_b)
+
+
+def _loss_gradients(family: Family, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    da, db = family["temporal_cycle_loss_backward"](grad, *ctx.saved_tensors, *ctx.numbers)
+    return da, db, *(None,) * 6
+
+
+def _save_loss_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
 def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.temperature = inputs
     ctx.set_materialize_grads(False)
@@ -337,6 +429,15 @@ def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 _transpose_soft_backward = _family.transpose_of(_reference_soft_backward, 3)
 _transpose_back_backward = _family.transpose_of(_reference_back_backward, 5)
+
+
+# Not with respect to soft, which is a function of a and b.
+_transpose_loss_backward = _family.transpose_of(_reference_loss_backward, 3)
+
+
+def _loss_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    numbers = ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance
+    return _transpose_loss_backward((*ctx.saved_tensors, *numbers), cotangents)
 
 
 def _soft_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -388,6 +489,21 @@ def _back_backward_flops(
     return _product(a[0], a[1], a[1], a[2]) * 3
 
 
+def _loss_flops(
+    a: Any, b: Any, mask_a: Any, mask_b: Any, temperature: Any, regression: Any, weight: Any, least: Any,
+    out_shape: Any = None,
+) -> int:  # fmt: skip
+    return _soft_flops(a, b, mask_b, temperature, False) + _back_flops(a, a, mask_a, temperature)
+
+
+def _loss_backward_flops(
+    grad: Any, a: Any, b: Any, soft: Any, mask_a: Any, mask_b: Any, temperature: Any, regression: Any, weight: Any,
+    least: Any, out_shape: Any = None,
+) -> int:  # fmt: skip
+    of_back = _back_backward_flops(grad, grad, grad, soft, a, mask_a, temperature)
+    return of_back + _soft_backward_flops(soft, a, b, mask_b, temperature)
+
+
 # ---- registration -------------------------------------------------------------------------------------------------
 
 _DEFINITIONS = {
@@ -432,6 +548,29 @@ _DEFINITIONS = {
     ),
 }
 
+# The loss as one operator: its kernel is the CPU's. On GPUs it is put together from those above.
+_LOSS = Family(
+    {
+        "temporal_cycle_loss": Definition(
+            "(Tensor a, Tensor b, Tensor? mask_a, Tensor? mask_b, float temperature, bool regression, "
+            "float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            _fake_loss,
+            _reference_loss,
+            _loss_flops,
+            _loss_gradients,
+            _save_loss,
+        ),
+        "temporal_cycle_loss_backward": Definition(
+            "(Tensor grad_loss, Tensor a, Tensor b, Tensor soft, Tensor? mask_a, Tensor? mask_b, float temperature, "
+            "bool regression, float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            _fake_loss_backward,
+            _reference_loss_backward,
+            _loss_backward_flops,
+            _loss_second,
+            _save_loss_arguments,
+        ),
+    }
+)
 _BINARY = Family(_DEFINITIONS)
 _TRITON = Family(
     _DEFINITIONS, "_triton", _family.kernels_of("cycle_consistency", {name: name for name in _DEFINITIONS})
@@ -450,12 +589,29 @@ def _loss_with(family: Family) -> Any:
         min_variance: float,
         reduction: str,
     ) -> Tensor:
+        a = present(a, mask_a, a.dtype)
         soft, _ = family["soft_nearest_neighbor"](a, b, mask_b, temperature, False)
         landing = family["cycle_back"](soft, a, mask_a, temperature)
         loss = loss_of_landing(landing, mask_a, mask_b, kind, variance_weight, min_variance)
         return _reduced(loss, mask_a, mask_b, reduction)
 
     return run
+
+
+def _loss_at_once(
+    a: Tensor,
+    b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    kind: str,
+    variance_weight: float,
+    min_variance: float,
+    reduction: str,
+) -> Tensor:
+    numbers = temperature, kind == "regression", variance_weight, min_variance
+    loss, _ = _LOSS["temporal_cycle_loss"](a, b, mask_a, mask_b, *numbers)
+    return _reduced(loss, mask_a, mask_b, reduction)
 
 
 def _reduced(loss: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, reduction: str) -> Tensor:
@@ -587,7 +743,9 @@ LOSS = register(
             _loss_with(_BINARY),
             _loss_by_reference,
             triton=_loss_with(_TRITON),
-            **_plans("soft", "back"),
+            cpu=_loss_at_once,
+            cpu_operators=("temporal_cycle_loss",),
+            **(_plans("soft", "back") | {"cpu_plan": _plans("loss")["cpu_plan"]}),
         ),
         check=_check_loss,
         probe=lambda device: (*_probe(device), None, None, 1.0, "regression", 0.001, 1e-6, "mean"),

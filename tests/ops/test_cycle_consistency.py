@@ -351,6 +351,27 @@ def test_bitwise_repeatable_and_independent_of_threads(backend, dtype, shape) ->
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_of_one_sample_is_the_same_by_blocks(masked) -> None:
+    """One thread takes the sample whole; several share its blocks, and leave no frame of another call's behind."""
+    leaves = [x.requires_grad_() for x in inputs((1, 60, 64, 70))]
+    options = {"mask_a": masks(1, 60), "mask_b": masks(1, 64)} if masked else {}
+
+    def run() -> list[Tensor]:
+        rows = rcu_ops.temporal_cycle_loss(*leaves, reduction="none", **options)
+        return [rows.detach(), *torch.autograd.grad(rows.square().sum(), leaves)]
+
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    assert all(x.isfinite().all() and (x != 0).any() for x in found[0])
+
+
 # ---- losses -------------------------------------------------------------------------------------------------------
 
 
@@ -546,6 +567,10 @@ def test_opcheck(dtype, masked) -> None:
     check(ops.cycle_back.default, (soft.requires_grad_(), leaves[0], mask_a, 1.0))
     grads = [torch.randn(2, 4) for _ in range(3)]
     check(ops.cycle_back_backward.default, (*grads, soft.detach(), a, mask_a, 1.0))
+    if dtype == torch.float32:  # the loss is computed in the precision of sums
+        numbers = (mask_a, mask_b, 0.5, masked, 0.001, 1e-6)
+        check(ops.temporal_cycle_loss.default, (*leaves, *numbers))
+        check(ops.temporal_cycle_loss_backward.default, (grads[0].T.contiguous().T, *leaves, soft.detach(), *numbers))
 
 
 def test_autocast(backend) -> None:

@@ -1,0 +1,345 @@
+// temporal_cycle_loss: how far frames land from where they started, and both ways of computing it on the CPU. Included
+// by cycle_consistency_core.h.
+//
+// Short     sequences (AlignForm::within): everything of a sample stays in the caches. Packed once, then blocks of M
+//           frames: distances, softmax, soft neighbours, distances back, loss. The gradients need two more passes,
+//           over blocks of frames of a and of b, since what a frame gets as a key comes from all queries. A task is a
+//           sample, or a block where there are fewer samples than threads and enough to do.
+// Long      ones are the problems `soft` and `back` one after the other, and their gradients in the opposite order.
+// Saved     for the gradients: soft neighbours. Both softmaxes are computed again.
+// Centres.  Weights that add up to zero over keys may be taken around any point: the soft neighbour where keys are b's,
+//           the most probable frame where they are a's.
+
+// Of one frame, `away` from the mean of where it lands: its loss, and that loss's gradients.
+template <class S>
+struct Landing {
+  const bool regression;
+  const S weight, least;
+  explicit Landing(const Alignment& p)
+      : regression(p.regression),
+        weight(static_cast<S>(p.variance_weight) / 2),
+        least(static_cast<S>(p.min_variance)) {}
+
+  static S log(S x) {
+    if constexpr (sizeof(S) == 4)
+      return __builtin_logf(x);
+    else
+      return __builtin_log(x);
+  }
+  S loss(S log_probability, S away, S variance) const {
+    if (!regression) return -log_probability;
+    const S at_least = variance < least ? least : variance;  // NaN stays
+    return away * away / at_least + weight * log(at_least);
+  }
+  void gradients(S grad, S away, S variance, S& g, S& g_mean, S& g_variance) const {
+    g = regression ? S(0) : -grad;
+    const S at_least = variance < least ? least : variance;
+    g_mean = regression ? grad * (-2 * away / at_least) : S(0);
+    g_variance = regression && variance >= least ? grad * (weight - away * away / at_least) / at_least : S(0);
+  }
+};
+
+template <class S>
+static S grad_of_loss(const Alignment& p, int64_t n, int64_t t) {
+  return static_cast<const S*>(p.grad_loss)[n * p.grad_loss_n + t * p.grad_loss_t];
+}
+
+// Whether there is no frame to go through: no cycle, no loss.
+static bool no_way(const FrameMask& through, int64_t n, int64_t frames) {
+  if (!through.data) return false;
+  for (int64_t i = 0; i < frames; ++i)
+    if (through.data[n * through.n + i * through.t]) return false;
+  return true;
+}
+
+// d[m * pitch + i] = |q_m - key_i|^2 for rows q_m and panels of keys.
+template <class V>
+static void distances_of_rows(const typename V::S* const (&q)[V::M], const typename V::S* keys, int64_t key_count,
+                              int64_t C, typename V::S* d, int64_t pitch) {
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const int64_t step = part_of(C);
+  for (int64_t i0 = 0; i0 < key_count; i0 += L) {
+    const typename V::S* k = keys + i0 * C;
+    R total[M] = {};
+    for (int64_t c0 = 0; c0 < C; c0 += step) {
+      const int64_t end = min_of(c0 + step, C);
+      R acc[M] = {};
+      for (int64_t c = c0; c < end; ++c) {
+        const R key = V::load(k + c * L);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const R difference = key - q[m][c];
+          acc[m] += difference * difference;
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+    for (int m = 0; m < M; ++m) V::store(d + m * pitch + i0, total[m]);
+  }
+}
+
+// r[m * pitch + i] = grad_m . (key_i - centre_m) for rows grad_m, centre_m and panels of keys.
+template <class V>
+static void products_of_rows(const typename V::S* const (&grad)[V::M], const typename V::S* const (&centre)[V::M],
+                             const typename V::S* keys, int64_t key_count, int64_t C, typename V::S* r, int64_t pitch) {
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M, half = M / 2;  // as many rows as there are registers for their places
+  const int64_t step = part_of(C);
+  for (int64_t i0 = 0; i0 < key_count; i0 += L)
+    for (int m0 = 0; m0 < M; m0 += half) {
+      const typename V::S* k = keys + i0 * C;
+      R total[half] = {};
+      for (int64_t c0 = 0; c0 < C; c0 += step) {
+        const int64_t end = min_of(c0 + step, C);
+        R acc[half] = {};
+        for (int64_t c = c0; c < end; ++c) {
+          const R key = V::load(k + c * L);
+#pragma GCC unroll 4
+          for (int m = 0; m < half; ++m) acc[m] += (key - centre[m0 + m][c]) * grad[m0 + m][c];
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < half; ++m) total[m] += acc[m];
+      }
+      for (int m = 0; m < half; ++m) V::store(r + (m0 + m) * pitch + i0, total[m]);
+    }
+}
+
+// Weights of M results: w[m * result + i * frame].
+template <class S>
+struct Weights {
+  const S* w;
+  int64_t result, frame;
+};
+
+// out[m] = sum_i w_mi (rows_i - centre_m), + sum_i w'_mi rows'_i where there is a second, over `count` frames i.
+template <class V, bool Centred, bool Second>
+static void sum_of_rows(const Weights<typename V::S>& of, const typename V::S* rows,
+                        const typename V::S* const (&centre)[V::M], const Weights<typename V::S>& of_second,
+                        const typename V::S* second, int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  const int64_t step = part_of(count);
+  for (int64_t c = 0; c < Cp; c += L) {
+    R from[M], total[M] = {};
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) from[m] = Centred ? V::load(centre[m] + c) : R{};
+    for (int64_t begin = 0; begin < count; begin += step) {
+      const int64_t end = min_of(begin + step, count);
+      R acc[M] = {};
+      for (int64_t i = begin; i < end; ++i) {
+        const R row = V::load(rows + i * Cp + c);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += of.w[m * of.result + i * of.frame] * (Centred ? row - from[m] : row);
+        if constexpr (!Second) continue;
+        const R other = V::load(second + i * Cp + c);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += of_second.w[m * of_second.result + i * of_second.frame] * other;
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m] += acc[m];
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) V::store(out[m] + c, total[m]);
+  }
+}
+
+// One sample of short sequences and its blocks.
+template <class V>
+struct ShortLoss {
+  using S = typename V::S;
+  using R = typename V::R;
+  static constexpr int M = V::M, L = V::L;
+  const Alignment& p;
+  const Sizes& s;
+  const int64_t n;
+  const bool backward;
+  Sample<S> sample;
+  S *soft, *d_soft, *da;  // rows
+  S *z, *w, *back;        // [T][pitch]: weights of b's frames, gradients of their logits, and those of the way back
+  bool nothing;
+
+  static int64_t bytes(const Alignment& p, const Sizes& s) {
+    const int64_t numbers = (s.T + s.S) * (p.C + s.C + 1) + 3 * (s.T + M) * s.C + 3 * (s.T + M) * s.pitch;
+    return round_up((p.T + p.S) * 8 + numbers * static_cast<int64_t>(sizeof(S)) + 16 * 64, 64);
+  }
+
+  ShortLoss(const Alignment& problem, const Sizes& sizes, int64_t number, char* at)
+      : p(problem), s(sizes), n(number), backward(p.kind == Align::loss_backward) {
+    sample = lay_out<V>(p, s, true, false, at);
+    S* next = reinterpret_cast<S*>(at);
+    for (S** rows : {&soft, &d_soft, &da}) *rows = next, next += (s.T + M) * s.C;
+    for (S** weights : {&z, &w, &back}) *weights = next, next += (s.T + M) * s.pitch;
+    fill_sample<V>(p, s, n, sample);
+    nothing = sample.a.count == 0 || sample.b.count == 0;
+    if (!backward || nothing) return;
+    for (int64_t t = 0; t < sample.a.count; ++t) {
+      const int64_t from = (n * p.T + sample.a.place[t]) * p.C;
+      if (sample.scale == 1)
+        memcpy(soft + t * s.C, static_cast<const S*>(p.soft) + from, static_cast<size_t>(p.C) * sizeof(S));
+      else
+        for (int64_t c = 0; c < p.C; ++c)
+          soft[t * s.C + c] =
+              static_cast<S>(static_cast<double>(static_cast<const S*>(p.soft)[from + c]) * sample.scale);
+      for (int64_t c = p.C; c < s.C; ++c) soft[t * s.C + c] = 0;
+    }
+  }
+
+  int64_t blocks() const { return nothing ? 0 : (sample.a.count + M - 1) / M; }
+  int64_t key_blocks() const { return nothing ? 0 : (sample.b.count + M - 1) / M; }
+
+  // Rows [t0, t0 + M) of `rows`, the last one in place of those beyond the end.
+  struct Rows {
+    const S* at[M];
+    Rows(const S* rows, int64_t t0, int64_t count, int64_t pitch) {
+      for (int m = 0; m < M; ++m) at[m] = rows + min_of(t0 + m, count - 1) * pitch;
+    }
+  };
+  struct Results {
+    S* at[M];
+    Results(S* rows, int64_t t0, int64_t pitch) {
+      for (int m = 0; m < M; ++m) at[m] = rows + (t0 + m) * pitch;
+    }
+  };
+  int rows_of(int64_t t0, const Frames<S>& of) const { return static_cast<int>(min_of<int64_t>(M, of.count - t0)); }
+
+  // Weights of b's frames for queries from t0 on, in z.
+  void match(int64_t t0) {
+    const Frames<S>&a = sample.a, &b = sample.b;
+    distances_of_rows<V>(Rows(a.rows, t0, a.count, s.C).at, b.panels, b.count, p.C, z + t0 * s.pitch, s.pitch);
+    S least, sum;
+    for (int m = 0; m < M; ++m) softmax<V>(z + (t0 + m) * s.pitch, b.count, sample.sharpness, least, sum);
+  }
+
+  // Where soft neighbours land, in `back`. `finish` makes of row m its loss or the gradients of its logits; it takes m,
+  // the row, the log of its own probability, how far it is away from the mean, that mean from the most probable place
+  // on, the variance, and the number of that place.
+  template <class Finish>
+  void land(int64_t t0, const Finish& finish) {
+    const Frames<S>& a = sample.a;
+    distances_of_rows<V>(Rows(soft, t0, a.count, s.C).at, a.panels, a.count, p.C, back + t0 * s.pitch, s.pitch);
+    for (int m = 0; m < rows_of(t0, a); ++m) {
+      S* const row = back + (t0 + m) * s.pitch;
+      const S own = row[t0 + m];
+      S least, sum;
+      const int64_t likely = softmax<V>(row, a.count, sample.sharpness, least, sum);
+      const S from = a.number[likely];
+      R means{}, squares{};
+      for (int64_t i = 0; i < a.count; i += L) {
+        const R weight = V::load(row + i);
+        means += weight == 0 ? R{} : weight * (V::load(a.number + i) - from);  // no places beyond the last frame
+      }
+      const S mean = V::sum(means);
+      for (int64_t i = 0; i < a.count; i += L) {
+        const R weight = V::load(row + i), away = (V::load(a.number + i) - from) - mean;
+        squares += weight == 0 ? R{} : weight * (away * away);
+      }
+      const S log_p = p.regression ? S(0) : (least - own) * sample.sharpness - Landing<S>::log(sum);
+      finish(m, row, log_p, (a.number[t0 + m] - from) - mean, mean, V::sum(squares), likely);
+    }
+  }
+
+  void forward_block(int64_t t0) {
+    const Frames<S>&a = sample.a, &b = sample.b;
+    match(t0);
+    const Weights<S> of{z + t0 * s.pitch, s.pitch, 1};
+    const Results centre(d_soft, t0, s.C), rest(soft, t0, s.C);
+    const Rows around(d_soft, t0, t0 + M, s.C);
+    sum_of_rows<V, false, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, centre.at);
+    sum_of_rows<V, true, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, rest.at);
+    for (int m = 0; m < rows_of(t0, a); ++m) {
+      S* const sum = rest.at[m];
+      for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(centre.at[m] + c));
+      write(p.soft, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
+    }
+    const Landing<S> landing(p);
+    S* const losses = static_cast<S*>(p.loss) + n * p.T;
+    land(t0, [&](int m, S*, S log_p, S away, S, S variance, int64_t) {
+      losses[a.place[t0 + m]] = landing.loss(log_p, away, variance);
+    });
+  }
+
+  // Gradients of the logits on both ways, of soft neighbours, and of a's frames as queries.
+  void backward_block(int64_t t0) {
+    const Frames<S>&a = sample.a, &b = sample.b;
+    match(t0);
+    const Landing<S> landing(p);
+    const S factor = static_cast<S>(2 / sample.scale / p.temperature);
+    const S* near[M];
+    for (int m = 0; m < M; ++m) near[m] = a.rows;
+    const int rows = rows_of(t0, a);
+    land(t0, [&](int m, S* row, S, S away, S mean, S variance, int64_t likely) {
+      S g, g_mean, g_variance;
+      landing.gradients(grad_of_loss<S>(p, n, a.place[t0 + m]), away, variance, g, g_mean, g_variance);
+      near[m] = a.rows + likely * s.C;
+      const S from = a.number[likely];
+      const R lanes = lane_numbers<V>();
+      for (int64_t i = 0; i < a.count; i += L) {
+        const R to_mean = (V::load(a.number + i) - from) - mean;
+        const R value =
+            factor * (V::load(row + i) * (g_mean * to_mean + g_variance * (to_mean * to_mean - variance) - g));
+        V::store(row + i, lanes + static_cast<S>(i) < static_cast<S>(a.count) ? value : R{});
+      }
+      row[t0 + m] += factor * g;
+    });
+    for (int m = rows; m < M; ++m) memset(back + (t0 + m) * s.pitch, 0, static_cast<size_t>(s.pitch) * sizeof(S));
+    const Weights<S> of_back{back + t0 * s.pitch, s.pitch, 1}, of{w + t0 * s.pitch, s.pitch, 1};
+    sum_of_rows<V, true, false>(of_back, a.rows, near, of, nullptr, a.count, s.C, Results(d_soft, t0, s.C).at);
+    const Rows around(soft, t0, a.count, s.C);
+    products_of_rows<V>(Rows(d_soft, t0, a.count, s.C).at, around.at, b.panels, b.count, p.C, w + t0 * s.pitch,
+                        s.pitch);
+    for (int m = 0; m < M; ++m) {
+      S *const weights = z + (t0 + m) * s.pitch, *const row = w + (t0 + m) * s.pitch;
+      R sums{};
+      const R lanes = lane_numbers<V>();
+      for (int64_t i = 0; i < b.count; i += L) {
+        const R there = lanes + static_cast<S>(i) < static_cast<S>(b.count) ? V::load(row + i) : R{};
+        V::store(row + i, there);
+        sums += V::load(weights + i) * there;
+      }
+      const S sum = V::sum(sums);
+      for (int64_t i = 0; i < b.count; i += L)
+        V::store(row + i, V::load(weights + i) * (V::load(row + i) - sum) * (2 * sample.sharpness));
+    }
+    sum_of_rows<V, true, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, Results(da, t0, s.C).at);
+  }
+
+  // What frames of a from k0 on get as the keys of the way back.
+  void frame_block(int64_t k0) {
+    const Frames<S>& a = sample.a;
+    const Weights<S> of{back + k0, 1, s.pitch};
+    const Rows around(a.rows, k0, a.count, s.C);
+    S* const landed = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
+    sum_of_rows<V, true, false>(of, soft, around.at, of, nullptr, a.count, s.C, Results(landed, 0, s.C).at);
+    for (int m = 0; m < rows_of(k0, a); ++m) {
+      S *const sum = da + (k0 + m) * s.C, *const more = landed + m * s.C;
+      for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(more + c));
+      write(p.da, p.dtype, (n * p.T + a.place[k0 + m]) * p.C, sum, p.C, 1);
+    }
+  }
+
+  // Gradients of frames of b from i0 on.
+  void key_block(int64_t i0) {
+    const Frames<S>&a = sample.a, &b = sample.b;
+    const Weights<S> of{w + i0, 1, s.pitch}, of_soft{z + i0, 1, s.pitch};
+    S* const sums = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
+    sum_of_rows<V, true, true>(of, a.rows, Rows(b.rows, i0, b.count, s.C).at, of_soft, d_soft, a.count, s.C,
+                               Results(sums, 0, s.C).at);
+    for (int m = 0; m < rows_of(i0, b); ++m)
+      write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, sums + m * s.C, p.C, 1);
+  }
+
+  // All blocks, by `each(count, function)`, which returns when all are done.
+  template <class Each>
+  void run_blocks(const Each& each) {
+    if (!backward) return each(blocks(), [&](int64_t i) { forward_block(i * M); });
+    each(blocks(), [&](int64_t i) { backward_block(i * M); });
+    each(blocks() + key_blocks(), [&](int64_t i) {
+      if (i < blocks())
+        frame_block(i * M);
+      else
+        key_block((i - blocks()) * M);
+    });
+  }
+};
