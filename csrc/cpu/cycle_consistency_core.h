@@ -67,25 +67,44 @@ static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitc
   constexpr int L = V::L;
   const T* base = static_cast<const T*>(from.data) + n * from.n;
   R most{}, zeros{};
+  const auto see = [&](R value) {
+    const R size = value < 0 ? -value : value;
+    most = size > most ? size : most;
+    zeros += value * S(0);
+  };
   alignas(64) S line[L];
   for (int64_t t0 = 0; t0 < to.count; t0 += L) {
     S* panel = to.panels + t0 * C;
+    const T* row[L];
+    for (int l = 0; l < L; ++l) row[l] = base + to.place[min_of(t0 + l, to.count - 1)] * from.t;
+    const bool whole = from.c == 1 && t0 + L <= to.count && to.rows && to.panels;
     for (int64_t c0 = 0; c0 < C; c0 += L) {
       const int64_t channels = min_of<int64_t>(L, C - c0);
+      if (whole && channels == L) {  // nothing depends on the row's number: all of the block in registers
+        R block[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) {
+          block[l] = V::load(row[l] + c0);
+          see(block[l]);
+          V::store(to.rows + (t0 + l) * row_pitch + c0, block[l]);
+        }
+        V::transpose(block);
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) V::store(panel + (c0 + l) * L, block[l]);
+        continue;
+      }
       R block[L];
       for (int l = 0; l < L; ++l) {
         block[l] = R{};
         if (t0 + l >= to.count) continue;
-        const T* at = base + to.place[t0 + l] * from.t + c0 * from.c;
+        const T* at = row[l] + c0 * from.c;
         if (from.c == 1 && channels == L) {
           block[l] = V::load(at);
         } else {
           for (int i = 0; i < L; ++i) line[i] = i < channels ? static_cast<S>(to_double(at[i * from.c])) : S(0);
           block[l] = V::load(line);
         }
-        const R size = block[l] < 0 ? -block[l] : block[l];
-        most = size > most ? size : most;
-        zeros += block[l] * S(0);
+        see(block[l]);
         if (to.rows) V::store(to.rows + (t0 + l) * row_pitch + c0, block[l]);
       }
       if (!to.panels) continue;

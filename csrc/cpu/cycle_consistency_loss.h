@@ -106,17 +106,28 @@ static void products_of_rows(const typename V::S* const (&grad)[V::M], const typ
     }
 }
 
-// Weights of M results: w[m * result + i * frame].
-template <class S>
+// Weights of M results for frames i: w[m * pitch + i], or where results are Adjacent w[i * pitch + m].
+template <bool Adjacent, class V>
 struct Weights {
-  const S* w;
-  int64_t result, frame;
+  using S = typename V::S;
+  const S* at[V::M];
+  const int64_t pitch;
+  Weights(const S* w, int64_t of_rows) : pitch(of_rows) {
+    for (int m = 0; m < V::M; ++m) at[m] = w + (Adjacent ? m : m * pitch);
+  }
+  // Of frame i, adding its product with `row` minus from[m] to acc[m].
+  template <bool Centred>
+  void add(int64_t i, typename V::R row, const typename V::R (&from)[V::M], typename V::R (&acc)[V::M]) const {
+    const S* const here = at[0] + i * pitch;
+#pragma GCC unroll 8
+    for (int m = 0; m < V::M; ++m) acc[m] += (Adjacent ? here[m] : at[m][i]) * (Centred ? row - from[m] : row);
+  }
 };
 
 // out[m] = sum_i w_mi (rows_i - centre_m), + sum_i w'_mi rows'_i where there is a second, over `count` frames i.
-template <class V, bool Centred, bool Second>
-static void sum_of_rows(const Weights<typename V::S>& of, const typename V::S* rows,
-                        const typename V::S* const (&centre)[V::M], const Weights<typename V::S>& of_second,
+template <class V, bool Centred, bool Second, bool Adjacent>
+static void sum_of_rows(const Weights<Adjacent, V>& of, const typename V::S* rows,
+                        const typename V::S* const (&centre)[V::M], const Weights<Adjacent, V>& of_second,
                         const typename V::S* second, int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
@@ -129,13 +140,8 @@ static void sum_of_rows(const Weights<typename V::S>& of, const typename V::S* r
       const int64_t end = min_of(begin + step, count);
       R acc[M] = {};
       for (int64_t i = begin; i < end; ++i) {
-        const R row = V::load(rows + i * Cp + c);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += of.w[m * of.result + i * of.frame] * (Centred ? row - from[m] : row);
-        if constexpr (!Second) continue;
-        const R other = V::load(second + i * Cp + c);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += of_second.w[m * of_second.result + i * of_second.frame] * other;
+        of.template add<Centred>(i, V::load(rows + i * Cp + c), from, acc);
+        if constexpr (Second) of_second.template add<false>(i, V::load(second + i * Cp + c), from, acc);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) total[m] += acc[m];
@@ -243,7 +249,7 @@ struct ShortLoss {
   void forward_block(int64_t t0) {
     const Frames<S>&a = sample.a, &b = sample.b;
     match(t0);
-    const Weights<S> of{z + t0 * s.pitch, s.pitch, 1};
+    const Weights<false, V> of(z + t0 * s.pitch, s.pitch);
     const Results centre(d_soft, t0, s.C), rest(soft, t0, s.C);
     const Rows around(d_soft, t0, t0 + M, s.C);
     sum_of_rows<V, false, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, centre.at);
@@ -284,7 +290,7 @@ struct ShortLoss {
       row[t0 + m] += factor * g;
     });
     for (int m = rows; m < M; ++m) memset(back + (t0 + m) * s.pitch, 0, static_cast<size_t>(s.pitch) * sizeof(S));
-    const Weights<S> of_back{back + t0 * s.pitch, s.pitch, 1}, of{w + t0 * s.pitch, s.pitch, 1};
+    const Weights<false, V> of_back(back + t0 * s.pitch, s.pitch), of(w + t0 * s.pitch, s.pitch);
     sum_of_rows<V, true, false>(of_back, a.rows, near, of, nullptr, a.count, s.C, Results(d_soft, t0, s.C).at);
     const Rows around(soft, t0, a.count, s.C);
     products_of_rows<V>(Rows(d_soft, t0, a.count, s.C).at, around.at, b.panels, b.count, p.C, w + t0 * s.pitch,
@@ -308,7 +314,7 @@ struct ShortLoss {
   // What frames of a from k0 on get as the keys of the way back.
   void frame_block(int64_t k0) {
     const Frames<S>& a = sample.a;
-    const Weights<S> of{back + k0, 1, s.pitch};
+    const Weights<true, V> of(back + k0, s.pitch);
     const Rows around(a.rows, k0, a.count, s.C);
     S* const landed = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
     sum_of_rows<V, true, false>(of, soft, around.at, of, nullptr, a.count, s.C, Results(landed, 0, s.C).at);
@@ -322,7 +328,7 @@ struct ShortLoss {
   // Gradients of frames of b from i0 on.
   void key_block(int64_t i0) {
     const Frames<S>&a = sample.a, &b = sample.b;
-    const Weights<S> of{w + i0, 1, s.pitch}, of_soft{z + i0, 1, s.pitch};
+    const Weights<true, V> of(w + i0, s.pitch), of_soft(z + i0, s.pitch);
     S* const sums = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
     sum_of_rows<V, true, true>(of, a.rows, Rows(b.rows, i0, b.count, s.C).at, of_soft, d_soft, a.count, s.C,
                                Results(sums, 0, s.C).at);
