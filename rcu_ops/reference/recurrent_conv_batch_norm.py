@@ -69,6 +69,7 @@ def channel_moments(h: Tensor, state_dtype: torch.dtype | None = None) -> Tensor
     wide = h.to(state_dtype or state_dtype_of(h.dtype))
     count = h.shape[0] * h.shape[2] * h.shape[3] * h.shape[4]
     mean = wide.sum(EACH_CHANNEL) / max(count, 1)
+    mean = mean + (wide - per_channel(mean)).sum(EACH_CHANNEL) / max(count, 1)  # what rounding the long sum has cost
     deviations = (wide - per_channel(mean)).square().sum(EACH_CHANNEL)
     return torch.stack([mean, deviations, torch.full_like(mean, count)])
 
