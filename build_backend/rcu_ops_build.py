@@ -63,7 +63,9 @@ PORTABLE_FLAGS = ("-O1", "-ftree-vectorize", "-fschedule-insns2")
 COMPILED_TOGETHER = (
     (
         "csrc/cuda/recurrent_conv.cu",
+        "csrc/cuda/cycle_consistency_short.cu",
         "csrc/cuda/recurrent_conv_batch_norm.cu",
+        "csrc/cuda/recurrent_conv_fp32.cu",
         "csrc/cuda/recurrent_conv_step.cu",
         "csrc/cuda/recurrent_conv_weight_grad.cu",
     ),
@@ -75,20 +77,22 @@ COMPILED_TOGETHER = (
     ),
     ("csrc/cuda/cycle_consistency.cu", "csrc/cuda/fast_gru.cu"),
     ("csrc/cuda/cycle_consistency_products.cu", "csrc/cuda/fast_gru_persistent.cu"),
-    ("csrc/cuda/recurrent_conv_sm90.cu", "csrc/cuda/nonlocal_gates_sm90.cu"),
+    ("csrc/cuda/recurrent_conv_sm90.cu", "csrc/cuda/fast_gru_sm90.cu", "csrc/cuda/nonlocal_gates_sm90.cu"),
+    ("csrc/cuda/recurrent_conv_tile.cu", "csrc/cuda/recurrent_conv_wide.cu"),
 )
 
 # What takes longest, in this order: a build ends with small files, and no core waits for another's last large one.
 SLOWEST = (
-    "csrc/cuda/recurrent_conv.cu",
-    "csrc/cuda/cycle_consistency_products.cu",
-    "csrc/cuda/nonlocal_gates.cu",
     "csrc/cuda/recurrent_conv_tile.cu",
+    "csrc/cuda/recurrent_conv.cu",
     "csrc/cpu/recurrent_conv_avx512.cpp",
+    "csrc/cuda/nonlocal_gates.cu",
     "csrc/native.cpp",
-    "csrc/cuda/cycle_consistency.cu",
-    "csrc/cpu/recurrent_conv_avx2.cpp",
     "csrc/cuda/recurrent_conv_sm90.cu",
+    "csrc/cpu/recurrent_conv_avx2.cpp",
+    "csrc/cuda/cycle_consistency_products.cu",
+    "csrc/bindings_cycle_consistency.cpp",
+    "csrc/cuda/cycle_consistency.cu",
 )
 
 KINDS = ("cuda", "cpu", "none")

@@ -65,13 +65,14 @@ template <typename T>
 __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, Accumulator<T>* scale) {
   using S = Accumulator<T>;
   S* memory = dynamic_shared<S>();
+  const bool bf16 = p.dtype == DType::bf16;
   const int64_t n = blockIdx.x;
   S largest = 0;
   const auto look = [&](const Sequence& v, const FrameMask& mask, int64_t frames) {
     for (int64_t i = threadIdx.x; i < frames * p.C; i += align_threads) {
       const int64_t t = i / p.C, c = i % p.C;
       if (!there(mask, n, t)) continue;
-      const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c]),
+      const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c], bf16),
               size = value < 0 ? -value : value;
       if (size > largest) largest = size;
     }
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
 
 // ---- one query -----------------------------------------------------------------------------------------------------
 
-// A query against all keys, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
+// A query against all keys, T in {double, float, uint16_t: bf16 or fp16}, arithmetic in S = Accumulator<T>.
 //
 // Work.     A block owns one query: a frame of a, or, with `cycle`, also one of b (rows from N T on). Distances: a warp
 //           takes every 8th key, its lanes every 32nd channel, by differences. Softmax: all threads. Sums of keys: a
@@ -122,6 +123,7 @@ __global__ void __launch_bounds__(align_threads, 2)
                 bool in_shared) {
   using S = Accumulator<T>;
   S* memory = dynamic_shared<S>();
+  const bool bf16 = p.dtype == DType::bf16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool turned = static_cast<int64_t>(blockIdx.x) >= p.N * p.T;  // a and b change places
   const int64_t task = turned ? blockIdx.x - p.N * p.T : blockIdx.x;
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(align_threads, 2)
     }
     T* vector = static_cast<T*>(gradients ? p.da : p.soft);
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; vector && c < p.C; c += align_threads) vector[task * p.C + c] = narrow<T>(S(0));
+    for (int64_t c = threadIdx.x; vector && c < p.C; c += align_threads) vector[task * p.C + c] = 0;
 #pragma unroll 1
     for (int64_t i = threadIdx.x; gradients && i < keys; i += align_threads) z[i] = w[i] = 0;
     return;
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(align_threads, 2)
   const S factor = scale[n];
   const T* query = static_cast<const T*>(from.data) + n * from.n + t * from.t;
   const T* key0 = static_cast<const T*>(to.data) + n * to.n;
-  const auto key = [&](int64_t i, int64_t c) { return widen(key0[i * to.t + c * to.c]) * factor; };
+  const auto key = [&](int64_t i, int64_t c) { return widen(key0[i * to.t + c * to.c], bf16) * factor; };
   // values[i] = sum over channels of term(key i, c); infinity (or 0 for products) for keys that are not there.
   const auto for_keys = [&](S* values, S missing, auto term) {
     for (int64_t i = warp; i < keys; i += align_warps) {
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(align_threads, 2)
   };
 
   for_keys(z, static_cast<S>(INFINITY), [&](S k, int64_t c) {
-    const S difference = k - widen(query[c * from.c]) * factor;
+    const S difference = k - widen(query[c * from.c], bf16) * factor;
     return difference * difference;
   });
   const double sharp = 1 / static_cast<double>(factor) / static_cast<double>(factor) / p.temperature;
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(align_threads, 2)
   for_channels(centre, z, nullptr);
   if (p.kind == Align::soft_backward) {
     const T* grad = static_cast<const T*>(p.grad.data) + n * p.grad.n + t * p.grad.t;
-    for_keys(w, S(0), [&](S k, int64_t c) { return (k - centre[c]) * widen(grad[c * p.grad.c]); });
+    for_keys(w, S(0), [&](S k, int64_t c) { return (k - centre[c]) * widen(grad[c * p.grad.c], bf16); });
     S mean = 0;
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * w[i];
@@ -255,13 +257,13 @@ __global__ void __launch_bounds__(align_threads, 2)
   if (gradients) {
 #pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
-      static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c]);
+      static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c], bf16);
     return;
   }
   if (p.soft)
 #pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
-      static_cast<T*>(p.soft)[task * p.C + c] = narrow<T>((centre[c] + rest[c]) / factor);
+      static_cast<T*>(p.soft)[task * p.C + c] = narrow<T>((centre[c] + rest[c]) / factor, bf16);
   if (!index) return;
   for_keys(w, static_cast<S>(INFINITY), [&](S k, int64_t c) {
     const S difference = (k - centre[c]) - rest[c];
@@ -279,25 +281,26 @@ __global__ void __launch_bounds__(align_threads, 2)
   using S = Accumulator<T>;
   const int64_t n = blockIdx.x / p.S, i = blockIdx.x % p.S;
   const S factor = scale[n];
+  const bool bf16 = p.dtype == DType::bf16;
   const bool present = there(p.mask_b, n, i);
   const T* key = static_cast<const T*>(p.b.data) + n * p.b.n + i * p.b.t;
   const S* weights = rows + n * p.T * row_numbers + i;
   for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
     S sum = 0, part = 0;
     if (present) {
-      const S own = widen(key[c * p.b.c]) * factor;
+      const S own = widen(key[c * p.b.c], bf16) * factor;
       for (int64_t t = 0; t < p.T; ++t) {
         if (there(p.mask_a, n, t)) {
-          const S query = widen(static_cast<const T*>(p.a.data)[n * p.a.n + t * p.a.t + c * p.a.c]) * factor;
+          const S query = widen(static_cast<const T*>(p.a.data)[n * p.a.n + t * p.a.t + c * p.a.c], bf16) * factor;
           part += weights[t * row_numbers + p.S] * (query - own);
           if (p.kind == Align::soft_backward)
             part += weights[t * row_numbers] *
-                    widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c]);
+                    widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c], bf16);
         }
         if (t % 16 == 15) sum += part, part = 0;
       }
     }
-    static_cast<T*>(p.db)[(n * p.S + i) * p.C + c] = narrow<T>(sum + part);
+    static_cast<T*>(p.db)[(n * p.S + i) * p.C + c] = narrow<T>(sum + part, bf16);
   }
 }
 
@@ -386,8 +389,7 @@ Text align(const Alignment& p, void* scratch, Stream stream) {
   switch (p.dtype) {
     case DType::f64: return align_as<double>(p, plan, scratch, stream);
     case DType::f32: return align_as<float>(p, plan, scratch, stream);
-    case DType::bf16: return align_as<__nv_bfloat16>(p, plan, scratch, stream);
-    default: return align_as<__half>(p, plan, scratch, stream);
+    default: return align_as<uint16_t>(p, plan, scratch, stream);
   }
 }
 

@@ -1,4 +1,4 @@
-// Alignment of long sequences on CUDA devices, T in {float, bf16, half}: distances by products on the matrix unit, by
+// Alignment of long sequences on CUDA devices, fp32, bf16 and fp16: distances by products on the matrix unit, by
 // differences where their rounding could be seen.
 //
 // Maths.    |a - b|^2 = |a|^2 + |b|^2 - 2 a.b of frames centred at the mean of both sequences. A centred frame is
@@ -72,14 +72,13 @@ struct Side {
 __device__ __forceinline__ Side side_of(const Alignment& p, bool second) {
   return second ? Side{p.b, p.mask_b, p.S} : Side{p.a, p.mask_a, p.T};
 }
-template <typename T>
-__device__ __forceinline__ const T* frame_at(const Side& side, int64_t n, int64_t t) {
-  return static_cast<const T*>(side.frames.data) + n * side.frames.n + t * side.frames.t;
+// Channel c of a frame; numbers are of the format that the problem says.
+__device__ __forceinline__ float number_of(const Alignment& p, const Side& side, int64_t n, int64_t t, int64_t c) {
+  return load_number(side.frames.data, p.dtype, n * side.frames.n + t * side.frames.t + c * side.frames.c);
 }
 
 // Mean and largest magnitude (infinite where a number is not finite) of 32 channels, over all frames of a sample that
 // are there.
-template <typename T>
 __global__ void __launch_bounds__(survey_threads, 2) survey(const Alignment p, const ProductTiles plan, char* scratch) {
   float* memory = dynamic_shared<float>();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -90,7 +89,7 @@ __global__ void __launch_bounds__(survey_threads, 2) survey(const Alignment p, c
     const Side side = side_of(p, second);
     for (int64_t t = warp; t < side.count; t += survey_warps) {
       if (c >= p.C || !there(side.mask, n, t)) continue;
-      const float value = widen(frame_at<T>(side, n, t)[c * side.frames.c]);
+      const float value = number_of(p, side, n, t, c);
       sum += value * share, most = larger(value < 0 ? -value : value, most), zero += value * 0;
     }
   }
@@ -155,7 +154,6 @@ __device__ void split_frame(const ProductTiles& plan, int64_t C, __half* parts, 
 }
 
 // Parts and sizes of every frame, a warp each. Frames that are not there: zeros of infinite size.
-template <typename T>
 __global__ void __launch_bounds__(tile_threads, 4)
     split_frames(const Alignment p, const ProductTiles plan, char* scratch) {
   const int64_t frame = static_cast<int64_t>(blockIdx.x) * tile_warps + threadIdx.x / 32;
@@ -165,19 +163,16 @@ __global__ void __launch_bounds__(tile_threads, 4)
   const bool present = there(side.mask, n, t);
   const float factor = sample_factor(plan, scratch, n);
   const float* mean = reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded;
-  const T* from = frame_at<T>(side, n, t);
   float size, inverse;
-  split_frame(plan, p.C, reinterpret_cast<__half*>(scratch + plan.parts_at) + frame * 2 * plan.padded, size, inverse,
-              [&](int64_t c) {
-                return present && factor > 0 ? widen(from[c * side.frames.c]) * factor - mean[c] * factor : 0.f;
-              });
+  split_frame(
+      plan, p.C, reinterpret_cast<__half*>(scratch + plan.parts_at) + frame * 2 * plan.padded, size, inverse,
+      [&](int64_t c) { return present && factor > 0 ? number_of(p, side, n, t, c) * factor - mean[c] * factor : 0.f; });
   if (threadIdx.x % 32 > 0) return;
   reinterpret_cast<float*>(scratch + plan.size_at)[frame] = present ? size : INFINITY;
   reinterpret_cast<float*>(scratch + plan.factor_at)[frame] = inverse;
 }
 
 // What a block works on, and its rows.
-template <typename T>
 struct Tile {
   const Alignment& p;
   const ProductTiles& plan;
@@ -201,12 +196,8 @@ struct Tile {
   __half* parts;
   int lane, warp;
 
-  __device__ float key(int64_t i, int64_t c) const {
-    return widen(frame_at<T>(to, n, i)[c * to.frames.c]) * factor_or_one();
-  }
-  __device__ float query(int r, int64_t c) const {
-    return widen(frame_at<T>(from, n, t0 + r)[c * from.frames.c]) * factor_or_one();
-  }
+  __device__ float key(int64_t i, int64_t c) const { return number_of(p, to, n, i, c) * factor_or_one(); }
+  __device__ float query(int r, int64_t c) const { return number_of(p, from, n, t0 + r, c) * factor_or_one(); }
   __device__ float factor_or_one() const { return factor > 0 ? factor : 1.f; }
   __device__ bool finite() const { return factor > 0; }
   __device__ bool query_there(int r) const { return r < rows && there(from.mask, n, t0 + r); }
@@ -490,7 +481,7 @@ struct Tile {
     if (lane == 0 && p.kind == Align::back)
       static_cast<float*>(p.log_probability)[at] = static_cast<float*>(p.mean)[at] =
           static_cast<float*>(p.variance)[at] = 0;
-    for (int64_t c = lane; p.soft && c < p.C; c += 32) static_cast<T*>(p.soft)[at * p.C + c] = narrow<T>(0.f);
+    for (int64_t c = lane; p.soft && c < p.C; c += 32) store_number(p.soft, p.dtype, at * p.C + c, 0.f);
   }
 
   // Where row r lands.
@@ -539,8 +530,7 @@ struct Tile {
 
 // A block's queries [t0, t0 + 16): soft neighbours, nearest keys, or where they land. In stages, so that each piece of
 // code is there once; a stage that is not needed is passed over, and the last ends when every row is known.
-template <typename T>
-__device__ void align_queries(const Tile<T>& tile) {
+__device__ void align_queries(const Tile& tile) {
   enum Stage { distances, largest_weights, centres, rests, products_with_soft, stages };
   const Alignment& p = tile.p;
   const int row0 = rows_per_warp * tile.warp, row_end = row0 + rows_per_warp;
@@ -643,12 +633,11 @@ __device__ void align_queries(const Tile<T>& tile) {
     if (index && tile.lane == 0) index[out0 + r] = tile.found[r];
     for (int64_t c = tile.lane; p.soft && c < p.C; c += 32) {
       const float value = tile.centre[r * tile.plan.padded + c] + tile.rest[r * tile.plan.padded + c];
-      static_cast<T*>(p.soft)[(out0 + r) * p.C + c] = narrow<T>(value / tile.factor_or_one());
+      store_number(p.soft, p.dtype, (out0 + r) * p.C + c, value / tile.factor_or_one());
     }
   }
 }
 
-template <typename T>
 __global__ void __launch_bounds__(tile_threads, 1)
     align_tile(const Alignment p, const ProductTiles plan, char* scratch) {
   float* memory = dynamic_shared<float>();
@@ -672,70 +661,61 @@ __global__ void __launch_bounds__(tile_threads, 1)
             ? fixed + 6 * tile_queries + tile_warps
             : reinterpret_cast<float*>(scratch + plan.rows_at + static_cast<int64_t>(blockIdx.x) * plan.row_bytes);
     float *centre = rows + tile_queries * plan.pitch, *rest = centre + tile_queries * plan.padded;
-    align_queries(Tile<T>{p,
-                          plan,
-                          n,
-                          t0,
-                          turned,
-                          from,
-                          to,
-                          static_cast<int>(left < tile_queries ? left : tile_queries),
-                          static_cast<int>(to.count),
-                          factor,
-                          static_cast<float>(sharp < 3.4e38 ? sharp : 3.4e38),
-                          reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded,
-                          sizes + key0,
-                          factors + key0,
-                          sizes + query0,
-                          factors + query0,
-                          parts + key0 * 2 * plan.padded,
-                          parts + query0 * 2 * plan.padded,
-                          ProductTiles::rounding(p.C),
-                          memory,
-                          reinterpret_cast<uint32_t*>(numbers),
-                          fixed,
-                          fixed + tile_queries,
-                          fixed + 2 * tile_queries,
-                          fixed + 3 * tile_queries,
-                          reinterpret_cast<int*>(fixed + 4 * tile_queries),
-                          reinterpret_cast<int*>(fixed + 5 * tile_queries),
-                          fixed + 6 * tile_queries,
-                          rows,
-                          centre,
-                          rest,
-                          reinterpret_cast<__half*>(rest + tile_queries * plan.padded),
-                          static_cast<int>(threadIdx.x) % 32,
-                          static_cast<int>(threadIdx.x) / 32});
+    align_queries(Tile{p,
+                       plan,
+                       n,
+                       t0,
+                       turned,
+                       from,
+                       to,
+                       static_cast<int>(left < tile_queries ? left : tile_queries),
+                       static_cast<int>(to.count),
+                       factor,
+                       static_cast<float>(sharp < 3.4e38 ? sharp : 3.4e38),
+                       reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded,
+                       sizes + key0,
+                       factors + key0,
+                       sizes + query0,
+                       factors + query0,
+                       parts + key0 * 2 * plan.padded,
+                       parts + query0 * 2 * plan.padded,
+                       ProductTiles::rounding(p.C),
+                       memory,
+                       reinterpret_cast<uint32_t*>(numbers),
+                       fixed,
+                       fixed + tile_queries,
+                       fixed + 2 * tile_queries,
+                       fixed + 3 * tile_queries,
+                       reinterpret_cast<int*>(fixed + 4 * tile_queries),
+                       reinterpret_cast<int*>(fixed + 5 * tile_queries),
+                       fixed + 6 * tile_queries,
+                       rows,
+                       centre,
+                       rest,
+                       reinterpret_cast<__half*>(rest + tile_queries * plan.padded),
+                       static_cast<int>(threadIdx.x) % 32,
+                       static_cast<int>(threadIdx.x) / 32});
     block_barrier();
   }
-}
-
-template <typename T>
-Error align_as(const Alignment& p, const ProductTiles& plan, char* scratch, Stream stream) {
-  const int64_t frames = p.N * (p.T + p.S);
-  Error error = launch("cycle_consistency survey", survey<T>, dim3(static_cast<unsigned>(p.N * plan.chunks)),
-                       dim3(survey_threads), (survey_threads + survey_warps) * sizeof(float), stream, p, plan, scratch);
-  if (error.empty())
-    error = launch("cycle_consistency split_frames", split_frames<T>,
-                   dim3(static_cast<unsigned>((frames + tile_warps - 1) / tile_warps)), dim3(tile_threads), 0, stream,
-                   p, plan, scratch);
-  if (error.empty())
-    error = launch("cycle_consistency align_tile", align_tile<T>, dim3(static_cast<unsigned>(plan.blocks)),
-                   dim3(tile_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan, scratch);
-  return error;
 }
 
 }  // namespace
 
 Text align_products(const Alignment& p, const ProductTiles& plan, void* scratch, Stream stream) {
-  if (p.N * (p.T + p.S) > most_blocks || p.N * plan.chunks > most_blocks)
+  const int64_t frames = p.N * (p.T + p.S);
+  if (frames > most_blocks || p.N * plan.chunks > most_blocks)
     return "cycle_consistency: too many frames for one launch";
   char* bytes = static_cast<char*>(scratch);
-  switch (p.dtype) {
-    case DType::f32: return align_as<float>(p, plan, bytes, stream);
-    case DType::bf16: return align_as<__nv_bfloat16>(p, plan, bytes, stream);
-    default: return align_as<__half>(p, plan, bytes, stream);
-  }
+  Error error = launch("cycle_consistency survey", survey, dim3(static_cast<unsigned>(p.N * plan.chunks)),
+                       dim3(survey_threads), (survey_threads + survey_warps) * sizeof(float), stream, p, plan, bytes);
+  if (error.empty())
+    error = launch("cycle_consistency split_frames", split_frames,
+                   dim3(static_cast<unsigned>((frames + tile_warps - 1) / tile_warps)), dim3(tile_threads), 0, stream,
+                   p, plan, bytes);
+  if (error.empty())
+    error = launch("cycle_consistency align_tile", align_tile, dim3(static_cast<unsigned>(plan.blocks)),
+                   dim3(tile_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan, bytes);
+  return error;
 }
 
 }  // namespace rcu_ops::cuda

@@ -24,7 +24,7 @@ __device__ __forceinline__ S sigmoid(S x) {
   return 1 / (1 + exp(-x));
 }
 
-// A pass over elements, T in {double, float, bf16, half}, arithmetic in S = Accumulator<T>.
+// A pass over elements, T in {double, float, uint16_t: bf16 or fp16}, arithmetic in S = Accumulator<T>.
 //
 // Work.     Thread i owns elements [i V, i V + V) of the flattened rows x segments x length and nobody else touches
 //           them; V is 16 bytes of T where every operand's runs are that aligned, else 1.
@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
   if (i >= p.rows * p.segments * per_run) return;
   const int64_t run = i / per_run, row = run / p.segments, segment = run % p.segments, first = i % per_run * V;
   const auto offset = [&](int k) { return row * p.plane[k].row + segment * p.plane[k].segment + first; };
+  const bool bf16 = p.dtype == DType::bf16;
   const auto has = [&](int k) { return p.plane[k].data != nullptr; };
   const auto get = [&](int k, S(&out)[V]) {
     const Pack<T, V> values = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p.plane[k].data) + offset(k));
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = widen(values.v[j]);
+    for (int j = 0; j < V; ++j) out[j] = widen(values.v[j], bf16);
   };
   const auto get_wide = [&](int k, S(&out)[V]) {
     const Pack<S, V> values = *reinterpret_cast<const Pack<S, V>*>(static_cast<const S*>(p.plane[k].data) + offset(k));
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
   const auto put = [&](int k, const S(&in)[V]) {
     Pack<T, V> values;
 #pragma unroll
-    for (int j = 0; j < V; ++j) values.v[j] = narrow<T>(in[j]);
+    for (int j = 0; j < V; ++j) values.v[j] = narrow<T>(in[j], bf16);
     *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.plane[k].data) + offset(k)) = values;
   };
   const auto put_wide = [&](int k, const S(&in)[V]) {
@@ -190,10 +191,8 @@ Text elementwise(const Elementwise& p, Stream stream) {
   switch (p.dtype) {
     case DType::f64: return launch_pass<double>(p, stream);
     case DType::f32: return launch_pass<float>(p, stream);
-    case DType::bf16: return launch_pass<__nv_bfloat16>(p, stream);
-    case DType::f16: return launch_pass<__half>(p, stream);
+    default: return launch_pass<uint16_t>(p, stream);
   }
-  return "fast_gru: no such dtype";
 }
 
 }  // namespace rcu_ops::cuda

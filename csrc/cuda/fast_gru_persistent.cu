@@ -5,13 +5,12 @@ namespace rcu_ops::cuda {
 namespace {
 
 // See all_steps.
-template <typename T>
 __global__ void __launch_bounds__(threads, 1)
     fast_gru_steps(const Steps p, const PersistentPlan plan, unsigned char* scratch) {
-  all_steps<T, false>(p, plan, scratch);
+  all_steps<false>(p, plan, scratch);
 }
 
-// All steps from the last to the first (common/fast_gru.h: StepsBackward), T bf16 or half; M <= 64 rows.
+// All steps from the last to the first (common/fast_gru.h: StepsBackward), bf16 or fp16; M <= 64 rows.
 //
 // Layout.   As fast_gru_steps: what blocks exchange (dc, dz, dr, du of a step) lies padded in scratch memory; what the
 //           weights' gradients are made of afterwards is written beside it, for all steps, by the same owner.
@@ -27,10 +26,11 @@ __global__ void __launch_bounds__(threads, 1)
 // Bound.    Every block reads dc, one or both of dr and dz, and du from L2: rows (4 C + 4 R) bytes per block and step
 //           where it has hidden units of one half, 64 MB for 49 rows and 128 blocks at C = 2048, R = 512, est. 12 us;
 //           and per step 7 C + 4 R numbers per row of HBM, 1.6 MB. Three barriers, est. 3 us.
-template <typename T>
 __global__ void __launch_bounds__(threads, 1)
     fast_gru_steps_backward(const StepsBackward p, const PersistentPlan plan, unsigned char* scratch) {
-  const Share<T> share(plan, p.rows, p.C, p.R);
+  using T = Share::T;
+  const Share share(plan, p.dtype, p.rows, p.C, p.R);
+  const bool bf16 = share.bf16;
   const int M = share.M, C = share.C, R = share.R, units_r = share.units_of_r(), units_z = plan.hidden_units - units_r;
   const int depth = static_cast<int>(plan.depth), hidden_depth = static_cast<int>(plan.hidden_depth);
   T* exchange_c = reinterpret_cast<T*>(scratch + plan.low_at);
@@ -41,20 +41,18 @@ __global__ void __launch_bounds__(threads, 1)
   const auto feature_of = [&](int i) { return share.feature_of(i); };
 
   const T *uo = static_cast<const T*>(p.uo), *w = static_cast<const T*>(p.w), *vo = static_cast<const T*>(p.vo);
-  share.template fetch<true>(0, plan.weight_pitch, 8 * plan.units, depth, [&](int o, int i) -> const T* {
+  share.fetch<true>(0, plan.weight_pitch, 8 * plan.units, depth, [&](int o, int i) -> const T* {
     const int feature = feature_of(o);
     return feature < 0 || i >= C ? nullptr : vo + static_cast<int64_t>(i) * C + feature;
   });
-  share.template fetch<true>(
-      plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, [&](int o, int i) -> const T* {
-        const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
-        return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
-      });
-  share.template fetch<true>(
-      plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, [&](int o, int i) -> const T* {
-        const int hidden = share.hidden_of(o), half = hidden / R;
-        return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
-      });
+  share.fetch<true>(plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, [&](int o, int i) -> const T* {
+    const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
+    return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
+  });
+  share.fetch<true>(plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, [&](int o, int i) -> const T* {
+    const int hidden = share.hidden_of(o), half = hidden / R;
+    return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
+  });
 
   float sums[pairs], carry[pairs], z[pairs], candidate[pairs], before[pairs], r[pairs];
   share.for_pairs(feature_of,
@@ -62,12 +60,14 @@ __global__ void __launch_bounds__(threads, 1)
   const auto read_step = [&](int64_t step) {
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       const int64_t at = (step * M + row) * C + feature;
-      z[i] = widen(static_cast<const T*>(p.z)[at]);
-      candidate[i] = widen(static_cast<const T*>(p.candidate)[at]);
-      before[i] = widen(static_cast<const T*>(p.before)[at]);
+      z[i] = widen(static_cast<const T*>(p.z)[at], bf16);
+      candidate[i] = widen(static_cast<const T*>(p.candidate)[at], bf16);
+      before[i] = widen(static_cast<const T*>(p.before)[at], bf16);
       if (p.grad)
-        carry[i] += widen(static_cast<const T*>(
-            p.grad)[row / p.positions * p.grad_sample + row % p.positions * C + step * p.grad_step + feature]);
+        carry[i] +=
+            widen(static_cast<const T*>(
+                      p.grad)[row / p.positions * p.grad_sample + row % p.positions * C + step * p.grad_step + feature],
+                  bf16);
     });
   };
   // du of `units` hidden units from the first-th on: the product with `from`, where the ReLU is open.
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(threads, 1)
     share.for_pairs(hidden_of, [&](int i, int row, int feature) {
       const int64_t at = (step * M + row) * 2 * R + feature;
       const int half = feature / R;
-      const T value = narrow<T>(widen(static_cast<const T*>(p.hidden)[at]) > 0 ? sums[i] : 0.0f);
+      const T value = narrow<T>(widen(static_cast<const T*>(p.hidden)[at], bf16) > 0 ? sums[i] : 0.0f, bf16);
       exchange_u[row * 2 * hidden_depth + half * hidden_depth + feature - half * R] = value;
       static_cast<T*>(p.du)[at] = value;
     });
@@ -89,15 +89,15 @@ __global__ void __launch_bounds__(threads, 1)
     const int64_t first = step * M;
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       const float g = carry[i];
-      const T dc = narrow<T>(g * z[i] * (1 - candidate[i] * candidate[i]));
-      const T dz = narrow<T>(g * (candidate[i] - before[i]) * z[i] * (1 - z[i]));
+      const T dc = narrow<T>(g * z[i] * (1 - candidate[i] * candidate[i]), bf16);
+      const T dz = narrow<T>(g * (candidate[i] - before[i]) * z[i] * (1 - z[i]), bf16);
       carry[i] = g * (1 - z[i]);
       exchange_c[row * depth + feature] = static_cast<T*>(p.dc)[(first + row) * C + feature] = dc;
       exchange_z[row * depth + feature] = static_cast<T*>(p.dz)[(first + row) * C + feature] = dz;
     });
     barrier.arrive();
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
-      r[i] = widen(static_cast<const T*>(p.r)[(first + row) * C + feature]);
+      r[i] = widen(static_cast<const T*>(p.r)[(first + row) * C + feature], bf16);
     });
     barrier.wait();
 
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(threads, 1)
       const int64_t at = (first + row) * C + feature;
       carry[i] += sums[i] * r[i];
       exchange_r[row * depth + feature] = static_cast<T*>(p.dr)[at] =
-          narrow<T>(sums[i] * before[i] * r[i] * (1 - r[i]));
-      static_cast<T*>(p.gated)[at] = narrow<T>(r[i] * before[i]);
+          narrow<T>(sums[i] * before[i] * r[i] * (1 - r[i]), bf16);
+      static_cast<T*>(p.gated)[at] = narrow<T>(r[i] * before[i], bf16);
     });
     barrier.arrive();
     hidden_gradients(step, exchange_z, units_r, units_z);
@@ -134,20 +134,18 @@ Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, bool backward, 
   plan = fast_gru::plan_persistent(rows, C, R, dtype, gpu, backward, cluster);
   if (plan.cluster == 1 || !plan.why_not.empty()) return {};
   int64_t resident = 0;  // clusters lie within parts of the chip, and not all parts need be whole
-  if (Error error = resident_cluster_steps(plan, dtype, resident); !error.empty()) return error;
+  if (Error error = resident_cluster_steps(plan, resident); !error.empty()) return error;
   if (resident < plan.blocks) plan = fast_gru::plan_persistent(rows, C, R, dtype, gpu, backward, 1);
   return {};
 }
 
 Text steps(const Steps& p, const PersistentPlan& plan, void* scratch, Stream stream) {
   if (plan.cluster > 1) return cluster_steps(p, plan, scratch, stream);
-  const auto kernel = p.dtype == DType::bf16 ? fast_gru_steps<__nv_bfloat16> : fast_gru_steps<__half>;
-  return launch_steps<Steps>("fast_gru_steps", kernel, p, plan, scratch, stream);
+  return launch_steps<Steps>("fast_gru_steps", fast_gru_steps, p, plan, scratch, stream);
 }
 
 Text steps_backward(const StepsBackward& p, const PersistentPlan& plan, void* scratch, Stream stream) {
-  const auto kernel = p.dtype == DType::bf16 ? fast_gru_steps_backward<__nv_bfloat16> : fast_gru_steps_backward<__half>;
-  return launch_steps<StepsBackward>("fast_gru_steps_backward", kernel, p, plan, scratch, stream);
+  return launch_steps<StepsBackward>("fast_gru_steps_backward", fast_gru_steps_backward, p, plan, scratch, stream);
 }
 
 }  // namespace rcu_ops::cuda

@@ -6,31 +6,26 @@ namespace rcu_ops::cuda {
 namespace {
 
 // See all_steps.
-template <typename T>
 __global__ void __launch_bounds__(threads, 1)
     fast_gru_cluster_steps(const Steps p, const PersistentPlan plan, unsigned char* scratch) {
-  all_steps<T, true>(p, plan, scratch);
-}
-
-auto kernel_of(DType dtype) {
-  return dtype == DType::bf16 ? fast_gru_cluster_steps<__nv_bfloat16> : fast_gru_cluster_steps<__half>;
+  all_steps<true>(p, plan, scratch);
 }
 
 }  // namespace
 
 Error cluster_steps(const Steps& p, const PersistentPlan& plan, void* scratch, Stream stream) {
-  return launch_steps<Steps>("fast_gru_cluster_steps", kernel_of(p.dtype), p, plan, scratch, stream);
+  return launch_steps<Steps>("fast_gru_cluster_steps", fast_gru_cluster_steps, p, plan, scratch, stream);
 }
 
-Error resident_cluster_steps(const PersistentPlan& plan, DType dtype, int64_t& blocks) {
-  return resident_blocks("fast_gru_cluster_steps", kernel_of(dtype), plan.cluster, threads,
+Error resident_cluster_steps(const PersistentPlan& plan, int64_t& blocks) {
+  return resident_blocks("fast_gru_cluster_steps", fast_gru_cluster_steps, plan.cluster, threads,
                          static_cast<size_t>(plan.shared_bytes), blocks);
 }
 #else
 Error cluster_steps(const Steps&, const PersistentPlan&, void*, Stream) {
   return "fast_gru_cluster_steps: the library was built without sm_90a";
 }
-Error resident_cluster_steps(const PersistentPlan&, DType, int64_t& blocks) {
+Error resident_cluster_steps(const PersistentPlan&, int64_t& blocks) {
   blocks = 0;
   return {};
 }

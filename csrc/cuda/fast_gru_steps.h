@@ -16,7 +16,7 @@ namespace rcu_ops::cuda {
 // fast_gru_sm90.cu: as steps, for a plan with clusters, and how many blocks of such a launch the current device holds
 // at once.
 Error cluster_steps(const fast_gru::Steps& p, const fast_gru::PersistentPlan& plan, void* scratch, Stream stream);
-Error resident_cluster_steps(const fast_gru::PersistentPlan& plan, DType dtype, int64_t& blocks);
+Error resident_cluster_steps(const fast_gru::PersistentPlan& plan, int64_t& blocks);
 
 namespace {
 
@@ -39,15 +39,19 @@ __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + exp(-x)); }
 //          results, (row, output) pairs thread, thread + 256, ... A run is read so that the 16 bytes of lane (g, q) are
 //          inputs 8 q .. 8 q + 7 of row g: as fragments of two products of 16 inputs, in an order of the inputs that a
 //          and b share (the sum does not care which input is called which).
-template <typename T>
 struct Share {
+  using T = uint16_t;  // a number, bf16 or fp16
+
   const PersistentPlan& plan;
+  bool bf16;
   int M, C, R, thread, block;
   unsigned char* shared;
   float* partial;
 
-  __device__ __forceinline__ Share(const PersistentPlan& of, int64_t rows, int64_t channels, int64_t hidden)
+  __device__ __forceinline__ Share(const PersistentPlan& of, DType dtype, int64_t rows, int64_t channels,
+                                   int64_t hidden)
       : plan(of),
+        bf16(dtype == DType::bf16),
         M(static_cast<int>(rows)),
         C(static_cast<int>(channels)),
         R(static_cast<int>(hidden)),
@@ -98,7 +102,7 @@ struct Share {
     for (int i = thread; i < outputs * inputs; i += threads) {
       const int output = Outputs ? i % outputs : i / inputs, input = Outputs ? i / outputs : i % inputs;
       const T* from = element(output, input);
-      *reinterpret_cast<T*>(shared + at + output * pitch + 2 * input) = from ? *from : narrow<T>(0.0f);
+      *reinterpret_cast<T*>(shared + at + output * pitch + 2 * input) = from ? *from : T(0);
     }
   }
 
@@ -118,19 +122,22 @@ struct Share {
           words[m][half] = uint4{};
           if (row < M) words[m][half] = *reinterpret_cast<const uint4*>(from);
         }
+      with_format(bf16, [&](auto format) {
+        using F = decltype(format);
 #pragma unroll
-      for (int n = 0; n < most_units; ++n) {
-        if (n >= units) break;
-        const auto* of_unit = shared + at + (8 * n + group) * weight_pitch;
-        const uint4 b = *reinterpret_cast<const uint4*>(of_unit + 64 * run + 16 * quad);
+        for (int n = 0; n < most_units; ++n) {
+          if (n >= units) break;
+          const auto* of_unit = shared + at + (8 * n + group) * weight_pitch;
+          const uint4 b = *reinterpret_cast<const uint4*>(of_unit + 64 * run + 16 * quad);
 #pragma unroll
-        for (int m = 0; m < row_tiles; ++m) {
-          if (16 * m >= M) break;
-          const uint4 &top = words[m][0], &bottom = words[m][1];
-          mma_m16n8k16<T>(acc[m][n], {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
-          mma_m16n8k16<T>(acc[m][n], {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
+          for (int m = 0; m < row_tiles; ++m) {
+            if (16 * m >= M) break;
+            const uint4 &top = words[m][0], &bottom = words[m][1];
+            mma_m16n8k16<F>(acc[m][n], {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
+            mma_m16n8k16<F>(acc[m][n], {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
+          }
         }
-      }
+      });
     }
     // Between any two products the whole block meets at a grid barrier's arrival or end: the sums before these have
     // been read.
@@ -176,19 +183,22 @@ struct Share {
           const auto* row = stage + (32 * half + 16 * m + 8 * j + group) * plan.weight_pitch;
           rows[m][j] = *reinterpret_cast<const uint4*>(row + 64 * run + 16 * quad);
         }
+      with_format(bf16, [&](auto format) {
+        using F = decltype(format);
 #pragma unroll
-      for (int n = 0; n < tiles; ++n) {
-        const int unit = team + teams * n;
-        if (unit >= plan.cluster * units) break;
-        const auto* of_unit = shared + at + (8 * unit + group) * plan.weight_pitch;
-        const uint4 b = *reinterpret_cast<const uint4*>(of_unit + 64 * run + 16 * quad);
+        for (int n = 0; n < tiles; ++n) {
+          const int unit = team + teams * n;
+          if (unit >= plan.cluster * units) break;
+          const auto* of_unit = shared + at + (8 * unit + group) * plan.weight_pitch;
+          const uint4 b = *reinterpret_cast<const uint4*>(of_unit + 64 * run + 16 * quad);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const uint4 &top = rows[m][0], &bottom = rows[m][1];
-          mma_m16n8k16<T>(acc[m][n], {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
-          mma_m16n8k16<T>(acc[m][n], {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
+          for (int m = 0; m < 2; ++m) {
+            const uint4 &top = rows[m][0], &bottom = rows[m][1];
+            mma_m16n8k16<F>(acc[m][n], {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
+            mma_m16n8k16<F>(acc[m][n], {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});
+          }
         }
-      }
+      });
     }
     // Between any two of these products every block arrives at a grid barrier: what was received before has been read.
 #pragma unroll
@@ -217,7 +227,7 @@ struct Share {
   }
 };
 
-// All steps (common/fast_gru.h: Steps), T bf16 or half; M <= 64 rows, a row being a column of the problem. Clustered:
+// All steps (common/fast_gru.h: Steps), bf16 or fp16; M <= 64 rows, a row being a column of the problem. Clustered:
 // in clusters of plan.cluster blocks.
 //
 // Layout.   Matrices are [rows][features]. What blocks exchange lies in scratch memory with its features padded to runs
@@ -241,9 +251,11 @@ struct Share {
 //           us. Together 10 or 11 us instead of 15. Weights 142 KB, stage or partial sums 40 KB, received sums 40 KB:
 //           222 of 227 KB. What clusters save grows with rows, blocks and C, what they cost is nearly fixed: see
 //           plan_persistent.
-template <typename T, bool Clustered>
+template <bool Clustered>
 __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& plan, unsigned char* scratch) {
-  const Share<T> share(plan, p.rows, p.C, p.R);
+  using T = Share::T;
+  const Share share(plan, p.dtype, p.rows, p.C, p.R);
+  const bool bf16 = share.bf16;
   const int M = share.M, C = share.C, R = share.R;
   const int depth = static_cast<int>(plan.depth), hidden_depth = static_cast<int>(plan.hidden_depth);
   T* low = reinterpret_cast<T*>(scratch + plan.low_at);
@@ -261,16 +273,14 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
   const int blocks = Clustered ? plan.cluster : 1, inputs = Clustered ? static_cast<int>(plan.slice) : depth;
   const int first_input = Clustered ? cluster_rank() * inputs : 0;
   if constexpr (Clustered) cluster_barrier();  // the others' shared memory is there
-  share.template fetch<false>(0, plan.weight_pitch, blocks * 8 * plan.units, inputs, [&](int o, int i) {
-    return element(vo, share.feature_from(first_block, o), C, first_input + i);
-  });
+  share.fetch<false>(0, plan.weight_pitch, blocks * 8 * plan.units, inputs,
+                     [&](int o, int i) { return element(vo, share.feature_from(first_block, o), C, first_input + i); });
   for (int gate = 0; gate < 2; ++gate)
-    share.template fetch<false>(
+    share.fetch<false>(
         plan.gate_at + gate * 8 * plan.units * plan.hidden_pitch, plan.hidden_pitch, 8 * plan.units, hidden_depth,
         [&](int o, int i) { return element(w + static_cast<int64_t>(gate) * C * R, feature_of(o), R, i); });
-  share.template fetch<false>(
-      plan.hidden_at, plan.weight_pitch, blocks * 8 * plan.hidden_units, inputs,
-      [&](int o, int i) { return element(uo, share.hidden_from(first_block, o), C, first_input + i); });
+  share.fetch<false>(plan.hidden_at, plan.weight_pitch, blocks * 8 * plan.hidden_units, inputs,
+                     [&](int o, int i) { return element(uo, share.hidden_from(first_block, o), C, first_input + i); });
   const auto product_of_all = [&](float (&to)[pairs], const T* from, int64_t at, int units) {
     if constexpr (Clustered)
       share.sliced_product(to, from, depth, at, units);
@@ -281,13 +291,13 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
   float sums[pairs], state[pairs], z[pairs], ahead[pairs];
   share.for_pairs(feature_of, [&](int i, int row, int feature) {
     state[i] = p.state[static_cast<int64_t>(row) * C + feature];
-    low[row * depth + feature] = narrow<T>(state[i]);
+    low[row * depth + feature] = narrow<T>(state[i], bf16);
   });
   barrier.arrive();
   const auto read_hidden = [&](int64_t step) {
     const T* from = static_cast<const T*>(p.hidden) + step * M * 2 * R;
     share.for_pairs(hidden_of, [&](int i, int row, int feature) {
-      ahead[i] = widen(from[static_cast<int64_t>(row) * 2 * R + feature]);
+      ahead[i] = widen(from[static_cast<int64_t>(row) * 2 * R + feature], bf16);
     });
   };
   read_hidden(0);
@@ -300,16 +310,16 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
       float value = sums[i] + ahead[i];
       if (value < 0) value = 0;  // NaN stays
       const int half = feature / R;
-      exchange[row * 2 * hidden_depth + half * hidden_depth + feature - half * R] = narrow<T>(value);
-      if (p.save) static_cast<T*>(p.hidden)[(first + row) * 2 * R + feature] = narrow<T>(value);
+      exchange[row * 2 * hidden_depth + half * hidden_depth + feature - half * R] = narrow<T>(value, bf16);
+      if (p.save) static_cast<T*>(p.hidden)[(first + row) * 2 * R + feature] = narrow<T>(value, bf16);
     });
     barrier.arrive_and_wait();
 
     share.product(sums, exchange, 2 * hidden_depth, hidden_depth, plan.gate_at, plan.hidden_pitch, plan.units);
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       const float r = sigmoid(sums[i]);
-      gated[row * depth + feature] = narrow<T>(r * state[i]);
-      if (p.save) static_cast<T*>(p.r)[(first + row) * C + feature] = narrow<T>(r);
+      gated[row * depth + feature] = narrow<T>(r * state[i], bf16);
+      if (p.save) static_cast<T*>(p.r)[(first + row) * C + feature] = narrow<T>(r, bf16);
     });
     barrier.arrive();
     share.product(sums, exchange + hidden_depth, 2 * hidden_depth, hidden_depth,
@@ -317,8 +327,8 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
     T* candidates = static_cast<T*>(p.candidate) + first * C;
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       z[i] = sigmoid(sums[i]);
-      if (p.save) static_cast<T*>(p.z)[(first + row) * C + feature] = narrow<T>(z[i]);
-      ahead[i] = widen(candidates[static_cast<int64_t>(row) * C + feature]);
+      if (p.save) static_cast<T*>(p.z)[(first + row) * C + feature] = narrow<T>(z[i], bf16);
+      ahead[i] = widen(candidates[static_cast<int64_t>(row) * C + feature], bf16);
     });
     barrier.wait();
 
@@ -326,10 +336,10 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
     share.for_pairs(feature_of, [&](int i, int row, int feature) {
       const float candidate = tanh(sums[i] + ahead[i]);
       state[i] = (1 - z[i]) * state[i] + z[i] * candidate;
-      low[row * depth + feature] = narrow<T>(state[i]);
-      if (p.save) candidates[static_cast<int64_t>(row) * C + feature] = narrow<T>(candidate);
+      low[row * depth + feature] = narrow<T>(state[i], bf16);
+      if (p.save) candidates[static_cast<int64_t>(row) * C + feature] = narrow<T>(candidate, bf16);
       static_cast<T*>(p.out)[row / p.positions * p.out_sample + row % p.positions * C + step * p.out_step + feature] =
-          narrow<T>(state[i]);
+          narrow<T>(state[i], bf16);
     });
     if (step + 1 == p.steps) break;
     barrier.arrive();

@@ -31,17 +31,6 @@ __device__ __forceinline__ void with_numbers(DType dtype, Function function) {
 }
 
 template <typename S>
-__device__ __forceinline__ S load_number(const void* data, DType dtype, int64_t at) {
-  S value;
-  with_numbers<S>(dtype, [&](auto type) { value = widen(static_cast<const decltype(type)*>(data)[at]); });
-  return value;
-}
-template <typename S>
-__device__ __forceinline__ void store_number(void* data, DType dtype, int64_t at, S value) {
-  with_numbers<S>(dtype, [&](auto type) { static_cast<decltype(type)*>(data)[at] = narrow<decltype(type)>(value); });
-}
-
-template <typename S>
 __device__ __forceinline__ S sigmoid(S x) {
   return 1 / (1 + exp(-x));
 }

@@ -4,7 +4,7 @@
 namespace rcu_ops::cuda {
 namespace {
 
-// dquery and the queries' statistics (OfKeys false), or dkey and dvalue (true), for T in {bf16, half}; see
+// dquery and the queries' statistics (OfKeys false), or dkey and dvalue (true), bf16 or fp16; see
 // AttentionGrad.
 //
 // Work.     A block owns 32 rows of one sample and gate: queries and their gradients, or keys and their values. First
@@ -20,20 +20,22 @@ namespace {
 //           many bytes; rows are 16 bytes more than a multiple of 128, and words of a stage exchanged by the row's
 //           number, so that eight rows of one column lie in different banks.
 // Order.    The matrix unit's, stages in order; sums over keys by shuffles. It depends on shapes alone. No atomics.
-// Rounding. Weights and the scores' gradients are rounded to T for the second products, as in eager PyTorch.
+// Rounding. Weights and the scores' gradients are rounded to 16 bits for the second products, as in eager PyTorch.
 // Padding.  Words beyond the last row or channel are zeros in the stage; what is not seen has weight and gradient zero.
 //           Rows of dead queries are zeros in the keys' stages, so nothing in them reaches a key.
 // Output.   Every element has one writer. dquery, dkey and dvalue overlap no input.
 // Bound.    L2: a block reads its rows and all rows of the other side once for the maps, and the latter again for the
 //           results. At B = 24, four gates, P = 49, D = E = 1024 the queries' kernel reads 82 MB for 2.5 GFLOP, the
 //           keys' 101 MB for 3.2, from L2; memory moves 67 MB, 16 us at 4.3 TB/s (arithmetic).
-template <typename T, bool OfKeys>
+template <bool OfKeys>
 __global__ void __launch_bounds__(tile_relate_threads, 2)
     tile_gradient(const AttentionGrad p, const TileGradientPlan plan, float* queries) {
+  using T = uint16_t;
   constexpr int R = tile_gradient_rows, threads = tile_relate_threads, warps = threads / 32,
                 others = tile_gradient_others;
   constexpr int depth = tile_gradient_depth, width = tile_gradient_slice, most = tile_relate_most_keys / 64;
   const Relation& r = p.relation;
+  const bool bf16 = r.dtype == DType::bf16;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row16 = warp / 4 * 16, quarter = warp % 4;
   const int tile = lane / 8, tile_row = lane % 8, fragment_row = lane / 4, fragment_pair = lane % 4 * 2;
   const int share = static_cast<int>(blockIdx.x % plan.shares), padded = plan.padded, pitch = padded + 4;
@@ -74,16 +76,19 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
             }
           },
           [&](int, unsigned char* slot) {
+            with_format(bf16, [&](auto format) {
+              using F = decltype(format);
 #pragma unroll
-            for (int k = 0; k < depth / 16; ++k) {
-              uint32_t a[4], c[4];
-              load_matrix<4, false>(a, slot + product_word(row16 + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
-              load_matrix<4, false>(c,
-                                    slot + product_word(R + 16 * quarter + tile / 2 * 8 + tile_row, 2 * k + tile % 2));
-              const uint32_t first[2] = {c[0], c[1]}, second[2] = {c[2], c[3]};
-              mma_m16n8k16<T>(acc[0], a, first);
-              mma_m16n8k16<T>(acc[1], a, second);
-            }
+              for (int k = 0; k < depth / 16; ++k) {
+                uint32_t a[4], c[4];
+                load_matrix<4, false>(a, slot + product_word(row16 + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
+                load_matrix<4, false>(
+                    c, slot + product_word(R + 16 * quarter + tile / 2 * 8 + tile_row, 2 * k + tile % 2));
+                const uint32_t first[2] = {c[0], c[1]}, second[2] = {c[2], c[3]};
+                mma_m16n8k16<F>(acc[0], a, first);
+                mma_m16n8k16<F>(acc[1], a, second);
+              }
+            });
           });
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -174,8 +179,9 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
 #pragma unroll
     for (int t = 0; t < most; ++t) {
       if (64 * t >= padded) continue;
-      reinterpret_cast<uint32_t*>(scores)[32 * t + lane] = pack<T>(gradient[t][0], gradient[t][1]);
-      if constexpr (OfKeys) reinterpret_cast<uint32_t*>(products)[32 * t + lane] = pack<T>(weight[t][0], weight[t][1]);
+      reinterpret_cast<uint32_t*>(scores)[32 * t + lane] = pack(gradient[t][0], gradient[t][1], bf16);
+      if constexpr (OfKeys)
+        reinterpret_cast<uint32_t*>(products)[32 * t + lane] = pack(weight[t][0], weight[t][1], bf16);
     }
   }
   block_barrier();  // all weights are there
@@ -204,19 +210,24 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
           }
         },
         [&](int stage, unsigned char* slot) {
+          with_format(bf16, [&](auto format) {
+            using F = decltype(format);
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            uint32_t a[4], c[4];
-            const auto* weights = reinterpret_cast<const T*>(row_of(of_value ? 1 : 0, row16 + tile % 2 * 8 + tile_row));
-            load_matrix<4, false>(a, weights + 32 * stage + 16 * k + tile / 2 * 8);
+            for (int k = 0; k < 2; ++k) {
+              uint32_t a[4], c[4];
+              const auto* weights =
+                  reinterpret_cast<const T*>(row_of(of_value ? 1 : 0, row16 + tile % 2 * 8 + tile_row));
+              load_matrix<4, false>(a, weights + 32 * stage + 16 * k + tile / 2 * 8);
 #pragma unroll
-            for (int n = 0; n < 4; n += 2) {
-              load_matrix<4, true>(c, slot + result_word(16 * k + tile % 2 * 8 + tile_row, 4 * quarter + n + tile / 2));
-              const uint32_t first[2] = {c[0], c[1]}, second[2] = {c[2], c[3]};
-              mma_m16n8k16<T>(acc[n], a, first);
-              mma_m16n8k16<T>(acc[n + 1], a, second);
+              for (int n = 0; n < 4; n += 2) {
+                load_matrix<4, true>(c,
+                                     slot + result_word(16 * k + tile % 2 * 8 + tile_row, 4 * quarter + n + tile / 2));
+                const uint32_t first[2] = {c[0], c[1]}, second[2] = {c[2], c[3]};
+                mma_m16n8k16<F>(acc[n], a, first);
+                mma_m16n8k16<F>(acc[n + 1], a, second);
+              }
             }
-          }
+          });
         });
 #pragma unroll
     for (int n = 0; n < 4; ++n)
@@ -227,20 +238,9 @@ __global__ void __launch_bounds__(tile_relate_threads, 2)
         if (row0 + row >= own_rows || channel >= channels) continue;
         const bool dead = !OfKeys && totals[row] == 0;  // whatever the keys hold
         T* to = static_cast<T*>(out.data) + b * out.batch + g * out.gate + (row0 + row) * out.row + channel;
-        *reinterpret_cast<uint32_t*>(to) = pack<T>(dead ? 0.0f : acc[n][2 * j], dead ? 0.0f : acc[n][2 * j + 1]);
+        *reinterpret_cast<uint32_t*>(to) = pack(dead ? 0.0f : acc[n][2 * j], dead ? 0.0f : acc[n][2 * j + 1], bf16);
       }
   }
-}
-
-template <typename T>
-Error launch_as(const AttentionGrad& p, const TileGradientPlan& of_queries, const TileGradientPlan& of_keys,
-                float* queries, Stream stream) {
-  const auto go = [&](auto kernel, const TileGradientPlan& plan) {
-    return launch("nonlocal_gates tile_gradient", kernel, dim3(static_cast<unsigned>(plan.blocks)),
-                  dim3(tile_relate_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan, queries);
-  };
-  if (Error error = go(tile_gradient<T, false>, of_queries); !error.empty()) return error;
-  return go(tile_gradient<T, true>, of_keys);
 }
 
 }  // namespace
@@ -249,8 +249,12 @@ Error launch_tile_gradients(const AttentionGrad& p, const TileGradientPlan& of_q
                             float* queries, Stream stream) {
   if (of_queries.blocks > most_blocks || of_keys.blocks > most_blocks)
     return "nonlocal_gates: too many rows for one launch";
-  return p.relation.dtype == DType::bf16 ? launch_as<__nv_bfloat16>(p, of_queries, of_keys, queries, stream)
-                                         : launch_as<__half>(p, of_queries, of_keys, queries, stream);
+  const auto go = [&](auto kernel, const TileGradientPlan& plan) {
+    return launch("nonlocal_gates tile_gradient", kernel, dim3(static_cast<unsigned>(plan.blocks)),
+                  dim3(tile_relate_threads), static_cast<size_t>(plan.shared_bytes), stream, p, plan, queries);
+  };
+  if (Error error = go(tile_gradient<false>, of_queries); !error.empty()) return error;
+  return go(tile_gradient<true>, of_keys);
 }
 
 }  // namespace rcu_ops::cuda

@@ -6,17 +6,15 @@ namespace rcu_ops::cuda {
 namespace {
 
 // See relate_by_tiles.
-template <typename T, int MT>
+template <int MT>
 __global__ void __launch_bounds__(tile_relate_threads, 2) cluster_relate(const Forward p, const TileRelatePlan plan) {
-  relate_by_tiles<T, MT, true>(p, plan);
+  relate_by_tiles<MT, true>(p, plan);
 }
 
 }  // namespace
 
 Error launch_cluster_relate(const Forward& p, const TileRelatePlan& plan, Stream stream) {
-  const bool one = plan.rows == 16, bf16 = p.relation.dtype == DType::bf16;
-  const auto kernel = bf16 ? (one ? cluster_relate<__nv_bfloat16, 1> : cluster_relate<__nv_bfloat16, 2>)
-                           : (one ? cluster_relate<__half, 1> : cluster_relate<__half, 2>);
+  const auto kernel = plan.rows == 16 ? cluster_relate<1> : cluster_relate<2>;
   return launch_clusters("nonlocal_gates cluster_relate", kernel, static_cast<int>(plan.shares),
                          dim3(static_cast<unsigned>(plan.blocks)), dim3(tile_relate_threads),
                          static_cast<size_t>(plan.shared_bytes), stream, p, plan);

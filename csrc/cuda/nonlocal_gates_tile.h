@@ -51,7 +51,7 @@ __device__ __forceinline__ void staged(int stages, Slot slot_of, Fetch fetch, Ta
   async_wait<0>();
 }
 
-// out = w value (common/nonlocal_gates.h) for T in {bf16, half}, MT in {1, 2}.
+// out = w value (common/nonlocal_gates.h), bf16 or fp16, MT in {1, 2}.
 //
 // Work.     A block owns 16 MT queries of four relations: the four gates of a sample, or four problems of an attention.
 //           Two of its 8 warps take each. Scores: tiles of 16 MT x 64 keys, the channels staged 32 at a time by
@@ -63,22 +63,24 @@ __device__ __forceinline__ void staged(int stages, Slot slot_of, Fetch fetch, Ta
 //           its weights go to all: every query, key and value is then read once per 16 MT queries, and h and c are
 //           written once.
 // Memory.   Shared memory as in TileRelatePlan: scores in fp32, [4][16 MT][padded + 8], whose place the results take;
-//           weights in T, the same pitch; the sums that divided them; two stages. A row of a stage is 64 or 128 bytes
-//           without padding, its 16-byte words exchanged by the row's number, so that eight rows of one column lie in
-//           different banks.
+//           weights in 16 bits, the same pitch; the sums that divided them; two stages. A row of a stage is 64 or 128
+//           bytes without padding, its 16-byte words exchanged by the row's number, so that eight rows of one column
+//           lie in different banks.
 // Order.    The matrix unit's, stages in order, ranks in order; sums over keys by shuffles. It depends on shapes and
 //           the number of shares alone. No atomics.
-// Rounding. Weights are rounded to T for the second product, as in eager PyTorch; scores are not.
+// Rounding. Weights are rounded to 16 bits for the second product, as in eager PyTorch; scores are not.
 // Padding.  Words beyond the last row, key or channel are zeros in the stage; weights of keys that are not there are
 //           zero.
 // Output.   Every element has one writer; dead queries get zeros whatever the values are.
 // Bound.    Alone, L2: D (keys and queries) per block and share. In clusters memory: at B = 24, P = 49, D = E = 1024
 //           about 45 MB for 0.9 GFLOP, 11 us at 4.3 TB/s.
-template <typename T, int MT, bool Clustered>
+template <int MT, bool Clustered>
 __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRelatePlan& plan) {
+  using T = uint16_t;
   constexpr int RT = 16 * MT, threads = tile_relate_threads, warps = threads / 32, keys = tile_relate_keys;
   constexpr int width = tile_relate_slice, rows_staged = 4 * (RT + keys);
   const Relation& r = p.relation;
+  const bool bf16 = r.dtype == DType::bf16;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, gate = warp / 2, half = warp % 2;
   const int tile = lane / 8, tile_row = lane % 8, fragment_row = lane / 4, fragment_pair = lane % 4 * 2;
   const int share = static_cast<int>(blockIdx.x % plan.shares), padded = plan.padded, pitch = padded + 8;
@@ -128,12 +130,13 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
           to[0] = acc[m][n][2 * j], to[1] = acc[m][n][2 * j + 1];
         }
   };
-  const auto multiply = [&](const uint32_t (&a)[MT][4], const uint32_t (&b)[4], int n) {
+  const auto multiply = [&](auto format, const uint32_t (&a)[MT][4], const uint32_t (&b)[4], int n) {
+    using F = decltype(format);
     const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-      mma_m16n8k16<T>(acc[m][n], a[m], first);
-      mma_m16n8k16<T>(acc[m][n + 1], a[m], second);
+      mma_m16n8k16<F>(acc[m][n], a[m], first);
+      mma_m16n8k16<F>(acc[m][n + 1], a[m], second);
     }
   };
 
@@ -161,20 +164,22 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
           }
         },
         [&](int, unsigned char* slot) {
+          with_format(bf16, [&](auto format) {
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            uint32_t a[MT][4], b[4];
+            for (int k = 0; k < 2; ++k) {
+              uint32_t a[MT][4], b[4];
 #pragma unroll
-            for (int m = 0; m < MT; ++m)
-              load_matrix<4, false>(a[m],
-                                    slot + score_word(gate * RT + 16 * m + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
+              for (int m = 0; m < MT; ++m)
+                load_matrix<4, false>(
+                    a[m], slot + score_word(gate * RT + 16 * m + tile % 2 * 8 + tile_row, 2 * k + tile / 2));
 #pragma unroll
-            for (int n = 0; n < 4; n += 2) {
-              const int row = 4 * RT + gate * keys + half * 32 + 8 * n + tile / 2 * 8 + tile_row;
-              load_matrix<4, false>(b, slot + score_word(row, 2 * k + tile % 2));
-              multiply(a, b, n);
+              for (int n = 0; n < 4; n += 2) {
+                const int row = 4 * RT + gate * keys + half * 32 + 8 * n + tile / 2 * 8 + tile_row;
+                load_matrix<4, false>(b, slot + score_word(row, 2 * k + tile % 2));
+                multiply(format, a, b, n);
+              }
             }
-          }
+          });
         });
     put(key0 + half * 32);
   }
@@ -230,7 +235,7 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
         if (64 * t >= padded) continue;
         auto* to = reinterpret_cast<uint32_t*>(weights + query * pitch + 64 * t + 2 * lane);
         if constexpr (Clustered) to = cluster_shared(to, rank);
-        *to = pack<T>(value[t][0] / divisor, value[t][1] / divisor);
+        *to = pack(value[t][0] / divisor, value[t][1] / divisor, bf16);
       }
       float* to = sums + query;
       if constexpr (Clustered) to = cluster_shared(to, rank);
@@ -259,20 +264,22 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
           }
         },
         [&](int i, unsigned char* slot) {
+          with_format(bf16, [&](auto format) {
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            uint32_t a[MT][4], b[4];
+            for (int k = 0; k < 2; ++k) {
+              uint32_t a[MT][4], b[4];
 #pragma unroll
-            for (int m = 0; m < MT; ++m)
-              load_matrix<4, false>(a[m], weights + (gate * RT + 16 * m + tile % 2 * 8 + tile_row) * pitch + 32 * i +
-                                              16 * k + tile / 2 * 8);
+              for (int m = 0; m < MT; ++m)
+                load_matrix<4, false>(a[m], weights + (gate * RT + 16 * m + tile % 2 * 8 + tile_row) * pitch + 32 * i +
+                                                16 * k + tile / 2 * 8);
 #pragma unroll
-            for (int n = 0; n < 4; n += 2) {
-              load_matrix<4, true>(
-                  b, slot + value_word(32 * gate + 16 * k + tile % 2 * 8 + tile_row, 4 * half + n + tile / 2));
-              multiply(a, b, n);
+              for (int n = 0; n < 4; n += 2) {
+                load_matrix<4, true>(
+                    b, slot + value_word(32 * gate + 16 * k + tile % 2 * 8 + tile_row, 4 * half + n + tile / 2));
+                multiply(format, a, b, n);
+              }
             }
-          }
+          });
         });
     put(half * 32);
     block_barrier();  // the slice is complete
@@ -293,7 +300,7 @@ __device__ __forceinline__ void relate_by_tiles(const Forward& p, const TileRela
         int64_t b, g;
         if (problem_of(q, b, g))
           static_cast<T*>(p.out.data)[b * p.out.batch + g * p.out.gate + n * p.out.row + channel] =
-              narrow<T>(relation[q]);
+              narrow<T>(relation[q], bf16);
       }
     }
   }

@@ -18,20 +18,21 @@ namespace {
 
 // W[row0 .. row0 + rows) of input channels x [column0 .. column0 + columns) of output channels, transposed and widened,
 // to weight[input][output]; zeros beyond C up to the next multiple of plain_lanes. All threads of the block.
-template <typename T, typename S>
+template <typename S>
 __device__ void stage_weight(const Scan& p, S* weight, int64_t pitch, int64_t input0, int64_t inputs, int64_t output0,
                              int64_t outputs) {
-  const T* w = static_cast<const T*>(p.weight);
   for (int64_t i = threadIdx.x; i < inputs * outputs; i += blockDim.x) {
     const bool along_inputs = p.weight_in == 1;
     const int64_t input = along_inputs ? i % inputs : i / outputs, output = along_inputs ? i / inputs : i % outputs;
     weight[input * pitch + output] =
-        output0 + output < p.C ? widen(w[(output0 + output) * p.weight_out + (input0 + input) * p.weight_in]) : S(0);
+        output0 + output < p.C
+            ? load_number<S>(p.weight, p.dtype, (output0 + output) * p.weight_out + (input0 + input) * p.weight_in)
+            : S(0);
   }
 }
 
-// One scan over time (common/recurrent_conv.h), any C, any strides, T in {double, float, bf16, half}, arithmetic in
-// S = Accumulator<T>.
+// One scan over time (common/recurrent_conv.h), any C, any strides, arithmetic in S: double for fp64, float for all
+// others, whose format is a condition on loads and stores.
 //
 // Work.     A block owns plan.positions columns for all frames. Per frame: x is copied into the new state (phase 1),
 //           every thread adds W times the old state for its 4 channels x 4 columns, one range of plan.channels output
@@ -47,10 +48,8 @@ __device__ void stage_weight(const Scan& p, S* weight, int64_t pitch, int64_t in
 //           over from C = 64 (fp32) or C = 32 (16 bits) on. The inner loop reads two 16-byte words of shared memory for
 //           16 FMAs, so it reaches at most about half of the FMA rate. Small blocks (many channels) read W from L2: 2
 //           C^2 bytes (16 bits) per frame and block.
-template <typename T, bool StateShared>
-__global__ void __launch_bounds__(plain_threads, 2)
-    plain_scan(const Scan p, const PlainScanPlan plan, Accumulator<T>* scratch) {
-  using S = Accumulator<T>;
+template <typename S, bool StateShared>
+__global__ void __launch_bounds__(plain_threads, 2) plain_scan(const Scan p, const PlainScanPlan plan, S* scratch) {
   using Quad = Lanes<S>;
   constexpr int L = plain_lanes;
   const int P = plan.positions, thread = threadIdx.x;
@@ -68,12 +67,12 @@ __global__ void __launch_bounds__(plain_threads, 2)
 
   for (int i = thread; i < columns; i += blockDim.x)
     fill_offsets(p, column0 + i, i, x_offset, y_offset, residual_offset, first_offset, last_offset);
-  if (plan.weight_resident) stage_weight<T, S>(p, weight, plan.weight_pitch, 0, C, 0, (C + L - 1) / L * L);
+  if (plan.weight_resident) stage_weight<S>(p, weight, plan.weight_pitch, 0, C, 0, (C + L - 1) / L * L);
   block_barrier();
   if (p.init == Init::state)
     for_tile(p.first.c == 1, C, P, [&](int64_t c, int i) {
       old_state[c * pitch + i] =
-          i < columns ? load_state<T, S>(p.first, first_offset[i] + c * p.first.c, p.dtype) : S(0);
+          i < columns ? load_number<S>(p.first.data, p.first.dtype, first_offset[i] + c * p.first.c) : S(0);
     });
 
   const int column_groups = P / L, my_column = thread % column_groups * L, my_channel = thread / column_groups * L;
@@ -86,12 +85,12 @@ __global__ void __launch_bounds__(plain_threads, 2)
 
     // Phase 1. The new state's memory held the state before the old one: nobody has read it since the last barrier.
     const bool add_first = i == 0 && p.init == Init::added;
-    const T* x = extra ? nullptr : static_cast<const T*>(p.x.data);
+    const void* x = extra ? nullptr : p.x.data;
     for_tile(p.x.c == 1, C, P, [&](int64_t c, int j) {
       S value = 0;
       if (j < columns) {
-        if (x) value = widen(x[x_offset[j] + c * p.x.c + t * p.x.t]);
-        if (add_first) value += load_state<T, S>(p.first, first_offset[j] + c * p.first.c, p.dtype);
+        if (x) value = load_number<S>(x, p.dtype, x_offset[j] + c * p.x.c + t * p.x.t);
+        if (add_first) value += load_number<S>(p.first.data, p.first.dtype, first_offset[j] + c * p.first.c);
       }
       new_state[c * pitch + j] = value;
     });
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(plain_threads, 2)
         const int64_t count = C - k0 < depth ? C - k0 : depth;
         if (!plan.weight_resident) {
           block_barrier();  // the piece before this one has been read
-          stage_weight<T, S>(p, weight, plan.weight_pitch, k0, count, base, plan.channels);
+          stage_weight<S>(p, weight, plan.weight_pitch, k0, count, base, plan.channels);
           block_barrier();
         }
         if (channel >= C) continue;
@@ -138,18 +137,17 @@ __global__ void __launch_bounds__(plain_threads, 2)
 
     // Phase 3.
     if (p.y.data && !extra) {
-      T* y = static_cast<T*>(p.y.data);
-      const T* residual = static_cast<const T*>(p.residual.data);
       const S *scale = static_cast<const S*>(p.scale), *shift = static_cast<const S*>(p.shift);
       for_tile(p.y.c == 1, C, P, [&](int64_t c, int j) {
         if (j >= columns) return;
         S value = new_state[c * pitch + j];
         if (scale) {
           value = fma(scale[c], value, shift[c]);
-          if (residual) value += widen(residual[residual_offset[j] + c * p.residual.c + t * p.residual.t]);
+          if (p.residual.data)
+            value += load_number<S>(p.residual.data, p.dtype, residual_offset[j] + c * p.residual.c + t * p.residual.t);
           if (p.relu) value = value < 0 ? S(0) : value;  // NaN stays
         }
-        y[y_offset[j] + c * p.y.c + t * p.y.t] = narrow<T>(value);
+        store_number<S>(p.y.data, p.dtype, y_offset[j] + c * p.y.c + t * p.y.t, value);
       });
     }
     S* swap = old_state;
@@ -158,15 +156,16 @@ __global__ void __launch_bounds__(plain_threads, 2)
   }
   if (p.last_kind != Last::none)
     for_tile(p.last.c == 1, C, P, [&](int64_t c, int j) {
-      if (j < columns) store_state<T, S>(p.last, last_offset[j] + c * p.last.c, p.dtype, old_state[c * pitch + j]);
+      if (j < columns)
+        store_number<S>(p.last.data, p.last.dtype, last_offset[j] + c * p.last.c, old_state[c * pitch + j]);
     });
 }
 
-template <typename T>
+template <typename S>
 Error launch_plain_scan(const Scan& p, const PlainScanPlan& plan, void* scratch, Stream stream) {
-  return launch("recurrent_conv plain_scan", plan.state_shared ? plain_scan<T, true> : plain_scan<T, false>,
+  return launch("recurrent_conv plain_scan", plan.state_shared ? plain_scan<S, true> : plain_scan<S, false>,
                 dim3(static_cast<unsigned>(plan.blocks)), dim3(plain_threads), static_cast<size_t>(plan.shared_bytes),
-                stream, p, plan, static_cast<Accumulator<T>*>(scratch));
+                stream, p, plan, static_cast<S*>(scratch));
 }
 
 }  // namespace
@@ -215,8 +214,8 @@ Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (plan.tile) return launch_tile_scan(p, *plan.tile, stream);
   if (plan.wide) return launch_wide_scan(p, *plan.wide, stream);
   if (plan.hopper) return launch_hopper_scan(p, *plan.hopper, stream);
-  return with_type(p.dtype,
-                   [&](auto type) { return launch_plain_scan<decltype(type)>(p, plan.plain, scratch, stream); });
+  return p.dtype == DType::f64 ? launch_plain_scan<double>(p, plan.plain, scratch, stream)
+                               : launch_plain_scan<float>(p, plan.plain, scratch, stream);
 }
 
 }  // namespace rcu_ops::cuda

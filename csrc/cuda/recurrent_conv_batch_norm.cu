@@ -56,8 +56,8 @@ __device__ __forceinline__ S block_sum(S value, S* shared) {
   return total;
 }
 
-// One pass (common/recurrent_conv_batch_norm.h), any strides, T in {double, float, bf16, half}, arithmetic in
-// S = Accumulator<T>.
+// One pass (common/recurrent_conv_batch_norm.h), any strides, T in {double, float, uint16_t: bf16 or fp16},
+// arithmetic in S = Accumulator<T>.
 //
 // Work.     Along positions: a block owns one part of one channel, a thread every 256th of its positions. Along
 //           channels (Channels): a block owns one part of 32 channels, a lane is a channel, a warp takes every 8th
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(norm_threads, 4) norm_pass(const Norm p, const
   const int64_t c = Channels ? block % groups * 32 + lane : block / plan.parts;
   const int64_t begin = part * plan.size, step = Channels ? norm_warps : norm_threads;
   const int64_t end = begin + plan.size < plan.positions ? begin + plan.size : plan.positions;
-  const bool mine = c < p.C;
+  const bool mine = c < p.C, bf16 = p.dtype == DType::bf16;
   const T *h_data = static_cast<const T*>(p.h.data), *other_data = static_cast<const T*>(p.other.data);
   T *y_data = static_cast<T*>(p.y.data), *out_data = static_cast<T*>(p.out.data);
 
@@ -105,10 +105,11 @@ __global__ void __launch_bounds__(norm_threads, 4) norm_pass(const Norm p, const
   double* to = partial + (c * plan.parts + part) * 2;
   if (p.pass == NormPass::moments) {
     S sum = 0, rest = 0, squares = 0;
-    for_positions([&](int64_t n, int64_t t, int64_t h, int64_t w) { sum += widen(h_data[offset(p.h, n, t, h, w)]); });
+    for_positions(
+        [&](int64_t n, int64_t t, int64_t h, int64_t w) { sum += widen(h_data[offset(p.h, n, t, h, w)], bf16); });
     const S count = static_cast<S>(end - begin), center = block_sum<Channels>(sum, shared) / count;
     for_positions([&](int64_t n, int64_t t, int64_t h, int64_t w) {
-      const S deviation = widen(h_data[offset(p.h, n, t, h, w)]) - center;
+      const S deviation = widen(h_data[offset(p.h, n, t, h, w)], bf16) - center;
       rest += deviation;
       squares = fma(deviation, deviation, squares);
     });
@@ -137,22 +138,22 @@ __global__ void __launch_bounds__(norm_threads, 4) norm_pass(const Norm p, const
   }
   S sum = 0, product = 0;
   for_positions([&](int64_t n, int64_t t, int64_t h, int64_t w) {
-    const S deviation = widen(h_data[offset(p.h, n, t, h, w)]) - mean;
-    const S other = other_data ? static_cast<S>(widen(other_data[offset(p.other, n, t, h, w)])) : S(0);
+    const S deviation = widen(h_data[offset(p.h, n, t, h, w)], bf16) - mean;
+    const S other = other_data ? static_cast<S>(widen(other_data[offset(p.other, n, t, h, w)], bf16)) : S(0);
     const S z = fma(deviation, scale, shift);
     if (p.pass == NormPass::normalize) {
       const S y = other_data ? z + other : z;
-      y_data[offset(p.y, n, t, h, w)] = narrow<T>(p.relu && y < 0 ? S(0) : y);  // NaN stays
+      y_data[offset(p.y, n, t, h, w)] = narrow<T>(p.relu && y < 0 ? S(0) : y, bf16);  // NaN stays
       return;
     }
-    const bool blocked = p.relu && (y_data ? static_cast<S>(widen(y_data[offset(p.y, n, t, h, w)])) : z) <= 0;
+    const bool blocked = p.relu && (y_data ? static_cast<S>(widen(y_data[offset(p.y, n, t, h, w)], bf16)) : z) <= 0;
     const S dz = blocked ? S(0) : other;
     if (p.pass == NormPass::sums) {
       sum += dz;
       product = fma(dz, deviation, product);
-      if (out_data) out_data[offset(p.out, n, t, h, w)] = narrow<T>(dz);
+      if (out_data) out_data[offset(p.out, n, t, h, w)] = narrow<T>(dz, bf16);
     } else {
-      out_data[offset(p.out, n, t, h, w)] = narrow<T>(fma(scale, dz, fma(slope, deviation, constant)));
+      out_data[offset(p.out, n, t, h, w)] = narrow<T>(fma(scale, dz, fma(slope, deviation, constant)), bf16);
     }
   });
   if (p.pass != NormPass::sums) return;
@@ -244,8 +245,7 @@ Text batch_norm(const Norm& p, void* scratch, Stream stream) {
   switch (p.dtype) {
     case DType::f64: return launch_as<double>(p, plan, partial, stream);
     case DType::f32: return launch_as<float>(p, plan, partial, stream);
-    case DType::bf16: return launch_as<__nv_bfloat16>(p, plan, partial, stream);
-    default: return launch_as<__half>(p, plan, partial, stream);
+    default: return launch_as<uint16_t>(p, plan, partial, stream);
   }
 }
 

@@ -18,15 +18,4 @@ __device__ __forceinline__ void for_tile(bool along_channels, int64_t channels, 
   for_tile(threadIdx.x, blockDim.x, along_channels, channels, columns, visit);
 }
 
-// Calls function(T()) with the type of `dtype`.
-template <typename Function>
-auto with_type(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::f64: return function(double());
-    case DType::f32: return function(float());
-    case DType::bf16: return function(__nv_bfloat16());
-    default: return function(__half());
-  }
-}
-
 }  // namespace rcu_ops::cuda

@@ -45,30 +45,28 @@ __device__ __forceinline__ void for_values(const Block& b, const View& v, S* val
 }
 
 // The block's new state, in `values`, to y and last.
-template <typename T, typename S, int O, int P>
+template <typename S, int O, int P>
 __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* values) {
   if (p.y.data) {
-    T* y = static_cast<T*>(p.y.data);
-    const T* residual = static_cast<const T*>(p.residual.data);
     const S *scale = static_cast<const S*>(p.scale), *shift = static_cast<const S*>(p.shift);
     for_values<O, P>(b, p.y, values, [&](int64_t c, int j, S value) {
       if (scale) {
         value = fma(scale[c], value, shift[c]);
-        if (residual) value += widen(residual[b.residual[j] + c * p.residual.c]);
+        if (p.residual.data) value += load_number<S>(p.residual.data, p.dtype, b.residual[j] + c * p.residual.c);
         if (p.relu) value = value < 0 ? S(0) : value;  // NaN stays
       }
-      y[b.y[j] + c * p.y.c] = narrow<T>(value);
+      store_number<S>(p.y.data, p.dtype, b.y[j] + c * p.y.c, value);
     });
   }
   if (p.last_kind != Last::none)
     for_values<O, P>(b, p.last, values, [&](int64_t c, int j, S value) {
-      store_state<T, S>(p.last, b.last[j] + c * p.last.c, p.dtype, value);
+      store_number<S>(p.last.data, p.last.dtype, b.last[j] + c * p.last.c, value);
     });
 }
 
 // ---- the matrix unit ------------------------------------------------------------------------------------------------
 
-// One frame (a Scan with T = 1), T bf16 or half, any C, any strides.
+// One frame (a Scan with T = 1), bf16 or fp16, any C, any strides.
 //
 // Work.     A block of 4 warps computes O = 32 M output channels at P = 16 N columns; a warp 16 M x 8 N of them. Rows
 //           of the matrix product are output channels, its columns columns of the problem.
@@ -88,9 +86,11 @@ __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* v
 //           from HBM: 2 C^2 bytes), C / 16 dependent products, and the launch. Floor: bytes of W, x, y and both states
 //           at HBM's rate, plus a launch. With many positions the blocks read 0.25 bytes per multiply-add from L2, 0.09
 //           with the larger tile.
-template <typename T, int M, int N>
+template <int M, int N>
 __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const StepScanPlan plan) {
+  using T = uint16_t;
   constexpr int O = 32 * M, P = 16 * N;
+  const bool bf16 = p.dtype == DType::bf16;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = lane / 8, tile_row = lane % 8;
   const int pitch = static_cast<int>(plan.pitch);
   unsigned char *weight = dynamic_shared<unsigned char>(plan.weight_at),
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
       for (int e = thread; e < O * depth; e += step_threads) {
         const int o = along_inputs ? e / depth : e % O, k = along_inputs ? e % depth : e / O;
         *reinterpret_cast<T*>(weight + o * pitch + 2 * k) =
-            o < b.outputs && k < inputs ? from[o * p.weight_out + k * p.weight_in] : narrow<T>(0.0f);
+            o < b.outputs && k < inputs ? from[o * p.weight_out + k * p.weight_in] : T(0);
       }
     }
     const bool along_channels = p.first.c == 1;
@@ -130,18 +130,18 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (j < b.columns && k + i < inputs)
-          pair[i] = load_state<T, float>(p.first, b.first[j] + (k0 + k + i) * p.first.c, p.dtype);
-      *reinterpret_cast<uint32_t*>(state + j * pitch + 2 * k) = pack<T>(pair[0], pair[1]);
+          pair[i] = load_number(p.first.data, p.first.dtype, b.first[j] + (k0 + k + i) * p.first.c);
+      *reinterpret_cast<uint32_t*>(state + j * pitch + 2 * k) = pack(pair[0], pair[1], bf16);
     }
     if (plan.weight_vectors) async_wait<0>();
   };
 
   const T* x = static_cast<const T*>(p.x.data);
   for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, float& value) {
-    const float h = p.init == Init::none ? 0.0f : load_state<T, float>(p.first, b.first[j] + c * p.first.c, p.dtype);
-    const float added = x ? widen(x[b.x[j] + c * p.x.c]) : 0.0f;
-    const float diagonal = widen(w[c * (p.weight_out + p.weight_in)]);
-    value = added + (product ? diagonal * rest_of(h, widen(narrow<T>(h))) : keep ? h : 0.0f);
+    const float h = p.init == Init::none ? 0.0f : load_number(p.first.data, p.first.dtype, b.first[j] + c * p.first.c);
+    const float added = x ? widen(x[b.x[j] + c * p.x.c], bf16) : 0.0f;
+    const float diagonal = widen(w[c * (p.weight_out + p.weight_in)], bf16);
+    value = added + (product ? diagonal * rest_of(h, widen(narrow<T>(h, bf16), bf16)) : keep ? h : 0.0f);
   });
   float acc[M][N][4];
   const int my_channel = warp % 2 * 16 * M, my_column = warp / 2 * 8 * N;
@@ -163,26 +163,29 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
     block_barrier();
     if (k0 == 0) for_accumulators([](float& a, float value) { a = value; });
     if (!product) break;
+    with_format(bf16, [&](auto format) {
+      using F = decltype(format);
 #pragma unroll 2
-    for (int k = 0; k < depth; k += 16) {
-      uint32_t a[M][4];
+      for (int k = 0; k < depth; k += 16) {
+        uint32_t a[M][4];
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-        load_matrix<4, false>(
-            a[m], weight + (my_channel + 16 * m + tile % 2 * 8 + tile_row) * pitch + 2 * (k + tile / 2 * 8));
+        for (int m = 0; m < M; ++m)
+          load_matrix<4, false>(
+              a[m], weight + (my_channel + 16 * m + tile % 2 * 8 + tile_row) * pitch + 2 * (k + tile / 2 * 8));
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        uint32_t h[2];
-        load_matrix<2, false>(h, state + (my_column + 8 * n + tile_row) * pitch + 2 * (k + tile % 2 * 8));
+        for (int n = 0; n < N; ++n) {
+          uint32_t h[2];
+          load_matrix<2, false>(h, state + (my_column + 8 * n + tile_row) * pitch + 2 * (k + tile % 2 * 8));
 #pragma unroll
-        for (int m = 0; m < M; ++m) mma_m16n8k16<T>(acc[m][n], a[m], h);
+          for (int m = 0; m < M; ++m) mma_m16n8k16<F>(acc[m][n], a[m], h);
+        }
       }
-    }
+    });
   }
   const float alpha = static_cast<float>(p.alpha_final);
   for_accumulators([&](float a, float& value) { value = alpha * a; });
   block_barrier();
-  write_values<T, float, O, P>(p, b, values);
+  write_values<float, O, P>(p, b, values);
 }
 
 // ---- FMAs -----------------------------------------------------------------------------------------------------------
@@ -256,12 +259,11 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
     value = alpha * (value + added);
   });
   block_barrier();
-  write_values<T, T, O, P>(p, b, values);
+  write_values<T, O, P>(p, b, values);
 }
 
-template <typename T>
 Error launch_matrix_step(const Scan& p, const StepScanPlan& plan, Stream stream) {
-  return launch("recurrent_conv step_scan", plan.outputs == 64 ? step_scan<T, 2, 4> : step_scan<T, 1, 1>,
+  return launch("recurrent_conv step_scan", plan.outputs == 64 ? step_scan<2, 4> : step_scan<1, 1>,
                 dim3(static_cast<unsigned>(plan.blocks)), dim3(step_threads), static_cast<size_t>(plan.shared_bytes),
                 stream, p, plan);
 }
@@ -279,10 +281,9 @@ Error launch_step_scan(const Scan& p, const StepScanPlan& plan, void* scratch, S
   for (int64_t i = 0; error.empty() && i < plan.launches; ++i) {
     const Scan step = step_of(p, i, scratch);
     switch (p.dtype) {
-      case DType::bf16: error = launch_matrix_step<__nv_bfloat16>(step, plan, stream); break;
-      case DType::f16: error = launch_matrix_step<__half>(step, plan, stream); break;
       case DType::f32: error = launch_plain_step<float>(step, plan, stream); break;
-      default: error = launch_plain_step<double>(step, plan, stream);
+      case DType::f64: error = launch_plain_step<double>(step, plan, stream); break;
+      default: error = launch_matrix_step(step, plan, stream);
     }
   }
   return error;

@@ -27,7 +27,7 @@ namespace {
 template <int Tile>
 constexpr int matrix_threads = 2 * Tile;
 
-// Partial sums of dW (above), T bf16 or half, any C.
+// Partial sums of dW (above), bf16 or fp16, any C.
 //
 // Layout.   dx and h have contiguous channels (Channels) or contiguous columns (otherwise), any other strides; the
 //           state before the first frame has any.
@@ -42,8 +42,8 @@ constexpr int matrix_threads = 2 * Tile;
 //           stage before it, whose slot is rewritten next, and has written the next stage's rows. Rows are added in
 //           ascending order within a split, 16 per step of the matrix unit, in fp32; splits in sum_splits. No atomics:
 //           the same bits on every run.
-// Rounding. A state before the first frame in fp32 is rounded to T, as all other states have been. For what the matrix
-//           unit's own additions lose see matrix_weight_grad_rows.
+// Rounding. A state before the first frame in fp32 is rounded to 16 bits, as all other states have been. For what the
+//           matrix unit's own additions lose see matrix_weight_grad_rows.
 // Padding.  Rows beyond the last are zero in both factors. Channels beyond the last are whatever the slot held: they
 //           reach only elements that are not stored.
 // Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
@@ -52,13 +52,15 @@ constexpr int matrix_threads = 2 * Tile;
 //           arithmetic. Floor: 4 C bytes per row at HBM's rate, or 2 C^2 FLOP at the matrix unit's. A step of 16 rows
 //           reads 6 (Tile 64: 4) fragments of 512 bytes from shared memory per warp for 16 (8) products: 24 cycles
 //           where the products take 16 to 32.
-template <typename T, int Tile, bool Channels>
+template <int Tile, bool Channels>
 __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
     matrix_weight_grad(const WeightGrad p, const WeightGradPlan plan, float* partial) {
+  using T = uint16_t;
   constexpr int R = weight_grad_depth, stages = matrix_weight_grad_stages, threads = 2 * Tile;
   constexpr int warps = threads / 32, MT = Tile / 32, NT = 4;  // tiles of 16 output and of 8 input channels of a warp
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = lane / 8, tile_row = lane % 8;
   const int pitch = static_cast<int>(plan.slot_pitch), numbers = plan.vector_bytes / 2;
+  const bool bf16 = p.dtype == DType::bf16;
   const int64_t per_side = (p.C + Tile - 1) / Tile, split = blockIdx.y;
   const int64_t output0 = blockIdx.x / per_side * Tile, input0 = blockIdx.x % per_side * Tile;
   const int outputs = p.C - output0 < Tile ? static_cast<int>(p.C - output0) : Tile;
@@ -99,13 +101,13 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
         for (int j = 0; j < numbers; ++j) {
           const int64_t offset = -1 - from_before[Channels ? r : r + j], channel = input0 + (Channels ? c + j : c);
           reinterpret_cast<T*>(before_slot + at)[j] =
-              narrow<T>(load_state<T, float>(p.first, offset + channel * p.first.c, p.dtype));
+              narrow<T>(load_number(p.first.data, p.first.dtype, offset + channel * p.first.c), bf16);
         }
       });
 #pragma unroll 1
       for (int e = thread; e < Tile * (R - rows); e += threads) {
         const int r = rows + e / Tile, c = e % Tile, at = Channels ? r * pitch + 2 * c : c * pitch + 2 * r;
-        *reinterpret_cast<T*>(dx_slot + at) = *reinterpret_cast<T*>(before_slot + at) = narrow<T>(0.0f);
+        *reinterpret_cast<T*>(dx_slot + at) = *reinterpret_cast<T*>(before_slot + at) = 0;
       }
     }
     async_commit();
@@ -128,23 +130,26 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
     find_rows(s + stages);
     if (s < 0) continue;
     unsigned char *dx_slot = slot_of(s), *before_slot = dx_slot + plan.slot_bytes;
+    with_format(bf16, [&](auto format) {
+      using F = decltype(format);
 #pragma unroll 1
-    for (int k = 0; k < R; k += 16) {
-      uint32_t a[MT][4];
+      for (int k = 0; k < R; k += 16) {
+        uint32_t a[MT][4];
 #pragma unroll
-      for (int m = 0; m < MT; ++m) load_matrix<4, Channels>(a[m], tiles_at(dx_slot, my_output + 16 * m, k, false));
+        for (int m = 0; m < MT; ++m) load_matrix<4, Channels>(a[m], tiles_at(dx_slot, my_output + 16 * m, k, false));
 #pragma unroll
-      for (int n = 0; n < NT; n += 2) {
-        uint32_t b[4];
-        load_matrix<4, Channels>(b, tiles_at(before_slot, my_input + 8 * n, k, true));
-        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+        for (int n = 0; n < NT; n += 2) {
+          uint32_t b[4];
+          load_matrix<4, Channels>(b, tiles_at(before_slot, my_input + 8 * n, k, true));
+          const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
-        for (int m = 0; m < MT; ++m) {
-          mma_m16n8k16<T>(acc[m][n], a[m], left);
-          mma_m16n8k16<T>(acc[m][n + 1], a[m], right);
+          for (int m = 0; m < MT; ++m) {
+            mma_m16n8k16<F>(acc[m][n], a[m], left);
+            mma_m16n8k16<F>(acc[m][n + 1], a[m], right);
+          }
         }
       }
-    }
+    });
   }
 #pragma unroll
   for (int m = 0; m < MT; ++m)
@@ -158,11 +163,10 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
         if (plan.splits > 1)
           partial[(split * p.C + output) * p.C + input] = acc[m][n][j];
         else
-          static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(acc[m][n][j]);
+          static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(acc[m][n][j], bf16);
       }
 }
 
-template <typename T>
 Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
   const auto as = [&](auto kernel) {
     return launch("recurrent_conv matrix_weight_grad", kernel,
@@ -170,9 +174,8 @@ Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan,
                   dim3(static_cast<unsigned>(2 * plan.tile)), static_cast<size_t>(plan.shared_bytes), stream, p, plan,
                   static_cast<float*>(scratch));
   };
-  if (plan.tile == 64)
-    return as(plan.along_channels ? matrix_weight_grad<T, 64, true> : matrix_weight_grad<T, 64, false>);
-  return as(plan.along_channels ? matrix_weight_grad<T, 128, true> : matrix_weight_grad<T, 128, false>);
+  if (plan.tile == 64) return as(plan.along_channels ? matrix_weight_grad<64, true> : matrix_weight_grad<64, false>);
+  return as(plan.along_channels ? matrix_weight_grad<128, true> : matrix_weight_grad<128, false>);
 }
 
 // ---- any dtype and strides -----------------------------------------------------------------------------------------
@@ -189,7 +192,8 @@ struct CompensatedSum {
   }
 };
 
-// Partial sums of dW (above), any C, any strides, T in {double, float, bf16, half}, arithmetic in Accumulator<T>.
+// Partial sums of dW (above), any C, any strides, arithmetic in S: double for fp64, float for all
+// others.
 //
 // Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time
 //           through shared memory; a thread adds up 4 x 4 elements.
@@ -200,10 +204,9 @@ struct CompensatedSum {
 // Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
 // Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor
 //           again, mostly from L2): arithmetic from C = 64 on.
-template <typename T>
-__global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
-    weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, Accumulator<T>* partial) {
-  using S = Accumulator<T>;
+template <typename S>
+__global__ void __launch_bounds__(weight_grad_threads, sizeof(S) == 8 ? 1 : 2)
+    weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, S* partial) {
   using Quad = Lanes<S>;
   constexpr int L = plain_lanes, R = weight_grad_depth, B = plain_weight_grad_tile, pitch = B + L;
   const int thread = threadIdx.x;
@@ -223,8 +226,6 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
     dx_offset[stage * R + thread] = row.dx;
     before_offset[stage * R + thread] = row.before;
   };
-  const T* dx = static_cast<const T*>(p.dx.data);
-  const T* states = static_cast<const T*>(p.h.data);
   CompensatedSum<S> total[L][L];
   const int my_output = thread / (B / L) * L, my_input = thread % (B / L) * L;
   int stage = 1;
@@ -237,14 +238,16 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
     const int rows = end - row0 < R ? static_cast<int>(end - row0) : R;
     const int64_t *from_dx = dx_offset + stage * R, *from_before = before_offset + stage * R;
     for_tile(p.dx.c == 1, B, R, [&](int64_t c, int r) {
-      dx_tile[r * pitch + c] = r < rows && output0 + c < p.C ? widen(dx[from_dx[r] + (output0 + c) * p.dx.c]) : S(0);
+      dx_tile[r * pitch + c] = r < rows && output0 + c < p.C
+                                   ? load_number<S>(p.dx.data, p.dtype, from_dx[r] + (output0 + c) * p.dx.c)
+                                   : S(0);
     });
     for_tile(p.h.c == 1, B, R, [&](int64_t c, int r) {
       S value = 0;
       if (r < rows && input0 + c < p.C) {
         const int64_t offset = from_before[r];
-        value = offset < 0 ? load_state<T, S>(p.first, -1 - offset + (input0 + c) * p.first.c, p.dtype)
-                           : widen(states[offset + (input0 + c) * p.h.c]);
+        value = offset < 0 ? load_number<S>(p.first.data, p.first.dtype, -1 - offset + (input0 + c) * p.first.c)
+                           : load_number<S>(p.h.data, p.dtype, offset + (input0 + c) * p.h.c);
       }
       before_tile[r * pitch + c] = value;
     });
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(T) == 8 ? 1 : 2)
       if (plan.splits > 1)
         partial[(split * p.C + output) * p.C + input] = total[m][n].sum;
       else
-        static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(total[m][n].sum);
+        store_number<S>(p.dweight, p.dtype, output * p.C + input, total[m][n].sum);
     }
 }
 
@@ -285,10 +288,9 @@ inline constexpr int sum_elements = 32, sum_ranges = weight_grad_threads / sum_e
 // dweight[e] = sum over s of partial[s][e]: thread (e, range) of a block adds up splits range, range + 8, ... of one
 // element, and the first 32 threads add up the ranges. Neighbouring threads take neighbouring elements. Bound: reading
 // `partial`, which has just been written and mostly lies in L2, once.
-template <typename T>
+template <typename S>
 __global__ void __launch_bounds__(weight_grad_threads, 2)
-    sum_splits(const Accumulator<T>* partial, int64_t splits, int64_t elements, T* dweight) {
-  using S = Accumulator<T>;
+    sum_splits(const S* partial, int64_t splits, int64_t elements, DType dtype, void* dweight) {
   S* sums = dynamic_shared<S>();
   const int element = threadIdx.x % sum_elements, range = threadIdx.x / sum_elements;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * sum_elements + element;
@@ -301,23 +303,23 @@ __global__ void __launch_bounds__(weight_grad_threads, 2)
   block_barrier();
   if (range != 0 || e >= elements) return;
   for (int r = 1; r < sum_ranges; ++r) total.add(sums[r * sum_elements + element]);
-  dweight[e] = narrow<T>(total.sum);
+  store_number<S>(dweight, dtype, e, total.sum);
 }
 
-template <typename T>
+template <typename S>
 Error launch_plain_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
-  return launch("recurrent_conv weight_grad_partial", weight_grad_partial<T>,
+  return launch("recurrent_conv weight_grad_partial", weight_grad_partial<S>,
                 dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)), dim3(weight_grad_threads),
-                static_cast<size_t>(plan.shared_bytes), stream, p, plan, static_cast<Accumulator<T>*>(scratch));
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan, static_cast<S*>(scratch));
 }
 
-template <typename T>
+template <typename S>
 Error launch_sum_splits(const WeightGrad& p, const WeightGradPlan& plan, const void* scratch, Stream stream) {
   const int64_t elements = p.C * p.C;
-  return launch("recurrent_conv sum_splits", sum_splits<T>,
+  return launch("recurrent_conv sum_splits", sum_splits<S>,
                 dim3(static_cast<unsigned>(ceil_div(elements, sum_elements))), dim3(weight_grad_threads),
-                weight_grad_threads * sizeof(Accumulator<T>), stream, static_cast<const Accumulator<T>*>(scratch),
-                plan.splits, elements, static_cast<T*>(p.dweight));
+                weight_grad_threads * sizeof(S), stream, static_cast<const S*>(scratch), plan.splits, elements, p.dtype,
+                p.dweight);
 }
 
 }  // namespace
@@ -343,15 +345,15 @@ Text weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kerne
   const WeightGradPlan plan = plan_weight_grad(p, gpu, kernel);
   if (plan.tiles > most_blocks || plan.splits > most_splits)
     return "recurrent_conv: too many channels or rows for one launch";
-  if (!plan.vector_bytes)
-    error = with_type(p.dtype,
-                      [&](auto type) { return launch_plain_weight_grad<decltype(type)>(p, plan, scratch, stream); });
-  else if (p.dtype == DType::bf16)
-    error = launch_matrix_weight_grad<__nv_bfloat16>(p, plan, scratch, stream);
+  const bool wide = p.dtype == DType::f64;
+  if (plan.vector_bytes)
+    error = launch_matrix_weight_grad(p, plan, scratch, stream);
   else
-    error = launch_matrix_weight_grad<__half>(p, plan, scratch, stream);
+    error = wide ? launch_plain_weight_grad<double>(p, plan, scratch, stream)
+                 : launch_plain_weight_grad<float>(p, plan, scratch, stream);
   if (!error.empty() || plan.splits == 1) return error;
-  return with_type(p.dtype, [&](auto type) { return launch_sum_splits<decltype(type)>(p, plan, scratch, stream); });
+  return wide ? launch_sum_splits<double>(p, plan, scratch, stream)
+              : launch_sum_splits<float>(p, plan, scratch, stream);
 }
 
 }  // namespace rcu_ops::cuda

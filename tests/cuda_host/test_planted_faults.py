@@ -429,8 +429,8 @@ FAULTS = [
     ),
     Fault(
         "dW without the first state",
-        "offset < 0 ? load_state",
-        "offset < 0 ? 0 * load_state",
+        "offset < 0 ? load_number",
+        "offset < 0 ? 0 * load_number",
         backward,
         file=WEIGHT_GRAD,
     ),
@@ -588,8 +588,8 @@ FAULTS = [
     ),
     Fault(
         "a step begins on stale states",
-        "    low[row * depth + feature] = narrow<T>(state[i]);\n      if",
-        "    if (step == 0) low[row * depth + feature] = narrow<T>(state[i]);\n      if",
+        "    low[row * depth + feature] = narrow<T>(state[i], bf16);\n      if",
+        "    if (step == 0) low[row * depth + feature] = narrow<T>(state[i], bf16);\n      if",
         steps_in_one_launch,
         file="fast_gru_persistent.cu",
     ),
@@ -655,8 +655,8 @@ FAULTS = [
     ),
     Fault(
         "closed units pass a gradient on",
-        "[at]) > 0 ? sums[i]",
-        "[at]) >= 0 ? sums[i]",
+        "[at], bf16) > 0 ? sums[i]",
+        "[at], bf16) >= 0 ? sums[i]",
         steps_backward_in_one_launch,
         file="fast_gru_persistent.cu",
     ),
@@ -664,37 +664,23 @@ FAULTS = [
 
 
 # The copies are compiled for the types in use alone.
-PLAIN = [
-    ("return with_type(p.dtype, [&](auto type) {", "return [&](auto run) { return run(float()); }([&](auto type) {")
-]
 FEWER = {
-    "fast_gru_persistent.cu": [("<__half>", "<__nv_bfloat16>")],
-    "fast_gru_sm90.cu": [("<__half>", "<__nv_bfloat16>")],
-    "recurrent_conv.cu": PLAIN,
+    "recurrent_conv.cu": [("launch_plain_scan<double>", "launch_plain_scan<float>")],
     WEIGHT_GRAD: [
-        (
-            "with_type(p.dtype, [&](auto type) { return launch_plain",
-            "[&](auto run) { return run(float()); }([&](auto type) { return launch_plain",
-        ),
-        ("matrix_weight_grad<T, 128,", "matrix_weight_grad<T, 64,"),
-        ("<__half>", "<__nv_bfloat16>"),
+        ("launch_plain_weight_grad<double>", "launch_plain_weight_grad<float>"),
+        ("launch_sum_splits<double>", "launch_sum_splits<float>"),
+        ("matrix_weight_grad<128,", "matrix_weight_grad<64,"),
     ],
     TILE: [
         ("tile_scan<T, 8>", "tile_scan<T, 4>"),
         ("<__half>", "<__nv_bfloat16>"),
     ],
-    STEP: [("<__half>", "<__nv_bfloat16>"), ("<double>", "<float>")],
+    STEP: [("<double>", "<float>")],
     WIDE: [("<__half>", "<__nv_bfloat16>")],
     SM90: [("<__half>", "<__nv_bfloat16>")],
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
-    "nonlocal_gates_tile.cu": [("<__half, ", "<__nv_bfloat16, ")],
-    "nonlocal_gates_sm90.cu": [("<__half, ", "<__nv_bfloat16, ")],
-    PRODUCTS: [("align_as<__half>", "align_as<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
-    GRADIENTS: [("launch_as<__half>", "launch_as<__nv_bfloat16>")],
     SHORT: [("<__half>", "<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
-    "cycle_consistency.cu": [
-        (f"align_as<{kind}>", "align_as<float>") for kind in ("double", "__half", "__nv_bfloat16")
-    ],
+    "cycle_consistency.cu": [(f"align_as<{kind}>", "align_as<float>") for kind in ("double", "uint16_t")],
     "srtg.cu": [(f"launch_as<{kind}>", "launch_as<float>") for kind in ("double", "__half", "__nv_bfloat16")],
 }
 

@@ -77,6 +77,17 @@ class Usage:
     shared_bytes: int
 
 
+# Kernels of both 16-bit formats, which must have the instructions of both.
+BOTH_FORMATS = {
+    "step_scan",
+    "tile_relate",
+    "cluster_relate",
+    "tile_gradient",
+    "fast_gru_steps",
+    "fast_gru_steps_backward",
+    "fast_gru_cluster_steps",
+    "matrix_weight_grad",
+}
 # The matrix unit's instructions in the machine code. A kernel without them would still be right, and slow.
 MATRIX_INSTRUCTIONS = {
     "tile_scan": "HMMA",
@@ -190,7 +201,10 @@ def test_matrix_kernels_run_on_the_matrix_unit(kernels, library, architecture) -
     found = {function.partition("\n")[0].strip(): function for function in text.split("Function : ")[1:]}
     assert found.keys() == wanted.keys()
     for symbol, (name, instruction) in wanted.items():
-        assert re.search(rf"\*/\s+(@!?U?P\w+ )?{instruction}\b", found[symbol]), name
+        used = re.findall(rf"\*/\s+(?:@!?U?P\w+ )?({instruction}\b\S*)", found[symbol])
+        assert used, name
+        if name.partition("<")[0] in BOTH_FORMATS:
+            assert {"BF16" in word for word in used} == {True, False}, name
 
 
 def test_shared_memory(usage) -> None:
@@ -202,16 +216,20 @@ def test_all_types_are_there(usage) -> None:
     for architecture in ARCHITECTURES:
         assert sum(arch == architecture and name.startswith("tile_scan<") for arch, name in usage) == 2 * 2
         assert sum(arch == architecture and name.startswith("wide_scan<") for arch, name in usage) == 2
-        assert sum(arch == architecture and name.startswith("step_scan<") for arch, name in usage) == 2 * 2
         assert sum(arch == architecture and name.startswith("plain_step_scan<") for arch, name in usage) == 2
-        assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2 * 2
-        for kernel in ("plain_scan", "weight_grad_partial", "sum_splits", "fast_gru_pass"):
+        # Both 16-bit formats in one kernel: see test_matrix_kernels_run_on_the_matrix_unit.
+        assert sum(arch == architecture and name.startswith("step_scan<") for arch, name in usage) == 2
+        assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2
+        for kernel, expected in (
+            ("fast_gru_pass", {"double", "float", "unsigned short"}),
+            *((kernel, {"double", "float"}) for kernel in ("plain_scan", "weight_grad_partial", "sum_splits")),
+        ):
             types = {
                 name.split("<")[1].split(",")[0].strip(">").split("::")[-1]
                 for arch, name in usage
                 if arch == architecture and name.startswith(kernel + "<")
             }
-            assert types == {"double", "float", "__nv_bfloat16", "__half"}
+            assert types == expected
 
 
 def test_every_wrapper_assembles(tmp_path) -> None:
