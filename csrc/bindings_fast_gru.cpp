@@ -249,18 +249,59 @@ Tensor clips(const Tensor& sequence, int64_t from, int64_t count) {
 }
 Tensor clip(const Tensor& sequence, int64_t k) { return torch::stable::select(sequence, 1, k); }
 
-// Clips as a matrix: their own memory where it is one, else a copy.
-Matrix as_matrix(const Problem& p, const Tensor& sequence, Temporaries& temporaries) {
-  const int64_t columns = sequence.size(1) * p.step_columns();
+// The memory of a sequence [N,K,C,L,H,W] as kernels of the CPU walk it: channels or positions adjacent, and positions
+// at one distance from each other.
+std::optional<fast_gru::View> view_in_place(const Tensor& sequence) {
+  const int64_t channels = sequence.size(2), channel = sequence.stride(2);
+  // Strides of the first dimension with more than one position, and of the one around it.
+  int64_t position = 0, next = 0;
+  bool adjacent = true;
+  for (int i = 5; i > 2; --i) {
+    if (sequence.size(i) == 1) continue;
+    if (position == 0) position = next = sequence.stride(i);
+    adjacent &= sequence.stride(i) == next;
+    next *= sequence.size(i);
+  }
+  if (position == 0) position = channel == 1 ? channels : 1;
+  if (channels > 1 && channel != 1) adjacent &= position == 1;
+  if (!adjacent) return std::nullopt;
+  return fast_gru::View{pointer(sequence), sequence.stride(0), sequence.stride(1), channel, position};
+}
+
+// Sequences of one shape, that of x in sizes but for the clips. PyTorch's copy would take numbers one by one where the
+// order of channels and positions changes.
+void copy_sequence(const Tensor& to, const Tensor& from) {
+  const auto is_fp32 = [](const Tensor& t) { return !t.is_cuda() && t.scalar_type() == ScalarType::Float; };
+  if (is_fp32(to) && is_fp32(from)) {
+    const auto a = view_in_place(to), b = view_in_place(from);
+    const auto across = [](const fast_gru::View& rows, const fast_gru::View& columns) {
+      return rows.position == 1 && columns.channel == 1 && columns.position > 1;
+    };
+    if (a && b && (across(*a, *b) || across(*b, *a))) {
+      const int64_t positions = to.size(3) * to.size(4) * to.size(5);
+      return cpu::reorder({to.size(0), to.size(1), to.size(2), positions, *b, *a}, cpu_threads());
+    }
+  }
+  copy(to, from);
+}
+
+// Clips as a matrix in their own memory; without data where they are none.
+Matrix matrix_of(const Problem& p, const Tensor& sequence) {
   Matrix m;
   m.memory = sequence;
   m.scalar = sequence.scalar_type();
-  m.data = static_cast<char*>(pointer(sequence));
-  m.features = p.C, m.columns = columns, m.by_column = p.by_column;
-  m.pitch = p.by_column ? p.C : columns;
-  if (same_strides(sequence, m.sequence_strides(p))) return m;
-  m = temporaries.take(p.C, columns, sequence.scalar_type());
-  copy(m.sequence(p), sequence);
+  m.features = p.C, m.columns = sequence.size(1) * p.step_columns(), m.by_column = p.by_column;
+  m.pitch = p.by_column ? p.C : m.columns;
+  if (same_strides(sequence, m.sequence_strides(p))) m.data = static_cast<char*>(pointer(sequence));
+  return m;
+}
+
+// The same, copied where they are none.
+Matrix as_matrix(const Problem& p, const Tensor& sequence, Temporaries& temporaries) {
+  Matrix m = matrix_of(p, sequence);
+  if (m.data) return m;
+  m = temporaries.take(p.C, sequence.size(1) * p.step_columns(), sequence.scalar_type());
+  copy_sequence(m.sequence(p), sequence);
   return m;
 }
 
@@ -343,9 +384,9 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.first = o0 ? 0 : 1;
   p.steps = p.K - p.first;
   p.innermost = x.stride(2) == 1;
-  // Where a product reads many more weights than states, CPU libraries are 5 to 18 % faster on [columns][features]:
-  // more than it costs to reorder the sequences.
-  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= 128);
+  // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features]: more than it costs to reorder the
+  // sequences, but for many columns of a type that PyTorch copies number by number.
+  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && (p.dtype == DType::f32 || p.step_columns() <= 128));
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
     p.persistent = one_launch(p, x, false);
@@ -439,22 +480,10 @@ void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_bot
 #endif
 
 // A sequence as cpu::columns takes it, or a dense copy that `memory` keeps.
-fast_gru::View view_of(const Problem& p, Tensor sequence, std::optional<Tensor>* memory = nullptr) {
-  const int64_t channel = sequence.stride(2);
-  // Strides of the first dimension with more than one position, and of the one around it.
-  int64_t position = 0, next = 0;
-  bool adjacent = true;
-  for (int i = 5; i > 2; --i) {
-    if (sequence.size(i) == 1) continue;
-    if (position == 0) position = next = sequence.stride(i);
-    adjacent &= sequence.stride(i) == next;
-    next *= sequence.size(i);
-  }
-  if (position == 0) position = channel == 1 ? p.C : 1;
-  if (p.C > 1 && channel != 1) adjacent &= position == 1;
-  if (adjacent) return {pointer(sequence), sequence.stride(0), sequence.stride(1), channel, position};
+fast_gru::View view_of(const Problem& p, const Tensor& sequence, std::optional<Tensor>* memory = nullptr) {
+  if (const auto view = view_in_place(sequence)) return *view;
   *memory = torch::stable::contiguous(sequence);
-  return view_of(p, **memory);
+  return *view_in_place(**memory);
 }
 
 fast_gru::View view_of(const Problem& p, const Matrix& saved) {
@@ -463,19 +492,25 @@ fast_gru::View view_of(const Problem& p, const Matrix& saved) {
   return {saved.data, strides[0], strides[1], strides[2], saved.by_column ? saved.pitch : 1};
 }
 
-// All steps on the CPU by columns: s is what to save, if anything.
-void steps_by_columns(const Problem& p, const Tensor& x, const std::array<Tensor, weights>& given, const Tensor& start,
-                      const Saved& s, const Tensor& o, const Tensor& o_n) {
+// As cpu::columns takes the problem, but for the sequences. `dense` keeps the weights.
+fast_gru::Columns columns_of(const Problem& p, std::array<Tensor, weights>& dense) {
   fast_gru::Columns all;
-  all.dtype = p.dtype, all.start_dtype = dtype_of("o0", start);
+  all.dtype = all.start_dtype = p.dtype;
   all.narrow = p.state != p.scalar;
   all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
-  std::array<Tensor, weights> dense = given;
   const float** places[weights] = {&all.ux, &all.uo, &all.w, &all.vx, &all.vo};
   for (int i = 0; i < weights; ++i) {
-    dense[i] = torch::stable::contiguous(given[i]);
+    dense[i] = torch::stable::contiguous(dense[i]);
     *places[i] = static_cast<const float*>(pointer(dense[i]));
   }
+  return all;
+}
+
+// All steps on the CPU by columns: s is what to save, if anything.
+void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weights> given, const Tensor& start,
+                      const Saved& s, const Tensor& o, const Tensor& o_n) {
+  fast_gru::Columns all = columns_of(p, given);
+  all.start_dtype = dtype_of("o0", start);
   std::optional<Tensor> copies[2];
   all.x = view_of(p, clips(x, p.first, p.steps), &copies[0]);
   all.start = view_of(p, as_sequence(start), &copies[1]);
@@ -483,6 +518,21 @@ void steps_by_columns(const Problem& p, const Tensor& x, const std::array<Tensor
   all.last = view_of(p, as_sequence(o_n));
   all.hidden = view_of(p, s.hidden), all.r = view_of(p, s.r), all.z = view_of(p, s.z),
   all.candidate = view_of(p, s.candidate);
+  cpu::columns(all, cpu_threads());
+}
+
+// The gates of steps whose states are known, as if every column were a problem of one step: the numbers that the
+// forward pass found.
+void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const Matrix& inputs, const Matrix& before,
+                      const Saved& s) {
+  fast_gru::Columns all = columns_of(p, given);
+  all.samples = all.steps = 1;
+  all.positions = inputs.columns;
+  const auto view = [](const Matrix& m) {
+    return fast_gru::View{m.data, 0, 0, m.by_column ? 1 : m.pitch, m.by_column ? m.pitch : 1};
+  };
+  all.x = view(inputs), all.start = view(before);
+  all.hidden = view(s.hidden), all.r = view(s.r), all.z = view(s.z), all.candidate = view(s.candidate);
   cpu::columns(all, cpu_threads());
 }
 
@@ -526,7 +576,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   Temporaries temporaries(p, x, per_step + of_all);
   const bool in_place = !p.copied() && (p.by_column || p.N == 1);  // the last state's memory is a matrix
   const Matrix state = in_place ? matrix_in(p, o_n, p.C, M) : temporaries.take(p.C, M, p.state);
-  copy(state.sequence(p), as_sequence(start));
+  copy_sequence(state.sequence(p), as_sequence(start));
 #ifdef RCU_OPS_WITH_CUDA
   if (p.persistent) {
     const auto all = [&](int64_t features) { return temporaries.take(features, p.columns(), p.scalar); };
@@ -535,38 +585,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     product(s.hidden, ux, inputs);
     product(s.candidate, vx, inputs);
     steps_in_one_launch(p, weight, w, s, save, state, o, temporaries);
-    if (!in_place) copy(as_sequence(o_n), state.sequence(p));
+    if (!in_place) copy_sequence(as_sequence(o_n), state.sequence(p));
     return {o, o_n, hidden, gates};
   }
 #endif
   const bool one_type = p.state == p.scalar;
   const Matrix low = one_type ? state : temporaries.take(p.C, M, p.scalar);
-  if (!one_type) copy(low.sequence(p), as_sequence(start));
+  if (!one_type) copy_sequence(low.sequence(p), as_sequence(start));
 
-  const Matrix gated = temporaries.take(p.C, M, p.scalar);
+  // A copy that the products of all clips have read is not read again: its memory serves the steps.
+  const Tensor clips_in = clips(x, p.first, p.steps);
+  const Matrix inputs = as_matrix(p, clips_in, temporaries);
+  const int64_t spare = inputs.data == pointer(clips_in) ? 0 : p.steps;  // matrices of one step
+  const auto of_step = [&](int64_t i) {
+    if (i >= spare) return temporaries.take(p.C, M, p.scalar);
+    Matrix m = inputs;
+    m.data += i * p.C * M * m.element();
+    m.columns = M;
+    if (!m.by_column) m.pitch = M;
+    return m;
+  };
+  const Matrix gated = of_step(0);
   const Products products(p, temporaries, x.is_cuda(), M);
   Saved s;
   if (save) {
     s = saved_in(p, hidden, gates);
   } else {  // r and z of one step at a time, r where its product with the state will be
     s.r = gated;
-    s.z = temporaries.take(p.C, M, p.scalar);
+    s.z = of_step(1);
     s.hidden = temporaries.take(2 * p.R, p.columns(), p.scalar);
     s.candidate = temporaries.take(p.C, p.columns(), p.scalar);
   }
-  {
-    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
-    product(s.hidden, ux, inputs);
-    product(s.candidate, vx, inputs);
-  }
+  product(s.hidden, ux, inputs);
+  product(s.candidate, vx, inputs);
   for (int64_t k = 0; k < p.steps; ++k) {
     const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z,
                     s.candidate.step(p, k)};
     step(p, weight, low, state, now, products, gated, save, true, one_type ? Plane{} : low.plane(p),
          p.copied() ? Plane{} : plane_of(clip(o, p.first + k)));
-    if (p.copied()) copy(clips(o, p.first + k, 1), low.sequence(p));
+    if (p.copied()) copy_sequence(clips(o, p.first + k, 1), low.sequence(p));
   }
-  if (!in_place) copy(as_sequence(o_n), state.sequence(p));
+  if (!in_place) copy_sequence(as_sequence(o_n), state.sequence(p));
   return {o, o_n, hidden, gates};
 }
 
@@ -617,7 +676,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     check_device("grad_o", *grad_o, x, "x");
     if (!adjacent(p, *grad_o)) {
       Tensor laid_out = empty_sequence(p, x, p.by_column);
-      copy(laid_out, *grad_o);
+      copy_sequence(laid_out, *grad_o);
       grad_o = laid_out;
     }
   }
@@ -666,11 +725,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto result = [&] {
     if (p.copied() && need_x) {
       const Tensor inner = dx;
-      copy(dx = empty_sequence(p, x, p.innermost), inner);
+      copy_sequence(dx = empty_sequence(p, x, p.innermost), inner);
     }
     if (p.copied() && o0) {
       const Tensor inner = do0;
-      copy(do0 = empty_state(p, x, o0->scalar_type(), p.innermost), inner);
+      copy_sequence(as_sequence(do0 = empty_state(p, x, o0->scalar_type(), p.innermost)), as_sequence(inner));
     }
     return std::tuple{dx, dux, duo, dw, dvx, dvo, do0};
   };
@@ -681,7 +740,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                               6 * Temporaries::bytes_of(C, S, p.scalar) + Temporaries::bytes_of(2 * p.R, S, p.scalar));
   const Matrix carry = temporaries.take(C, M, p.state);
   if (grad_o_n) {
-    copy(carry.sequence(p), as_sequence(*grad_o_n));
+    copy_sequence(carry.sequence(p), as_sequence(*grad_o_n));
   } else {
     Tensor memory = carry.tensor();
     torch::stable::zero_(memory);
@@ -696,8 +755,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       before = as_matrix(p, clips(o, 0, p.steps), temporaries);
     } else {
       before = temporaries.take(C, S, p.scalar);
-      copy(before.step(p, 0).sequence(p), as_sequence(*o0));
-      if (p.steps > 1) copy(before.part(true, M, S - M).sequence(p), clips(o, 0, p.steps - 1));
+      copy_sequence(before.step(p, 0).sequence(p), as_sequence(*o0));
+      if (p.steps > 1) copy_sequence(before.part(true, M, S - M).sequence(p), clips(o, 0, p.steps - 1));
     }
     const Tensor steps = clips(x, p.first, p.steps);
     const Matrix inputs = need_weights || !saved ? as_matrix(p, steps, temporaries) : Matrix{};
@@ -708,14 +767,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     } else {  // all states are known, so all steps at once
       s = {temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar), temporaries.take(C, S, p.scalar),
            temporaries.take(C, S, p.scalar)};
-      product(s.hidden, ux, inputs);
-      product(s.candidate, vx, inputs);
-      Matrix state = before;
-      if (p.state != p.scalar) {
-        state = temporaries.take(C, S, p.state);
-        copy(state.tensor(), before.tensor());
+      // Of fp32: weights of other types would be widened where the temporaries are.
+      if (!x.is_cuda() && p.dtype == DType::f32 && fast_gru::by_columns(p.dtype, S, C, p.R, cpu_threads().threads)) {
+        gates_by_columns(p, {ux, uo, w, vx, vo}, inputs, before, s);
+      } else {
+        product(s.hidden, ux, inputs);
+        product(s.candidate, vx, inputs);
+        Matrix state = before;
+        if (p.state != p.scalar) {
+          state = temporaries.take(C, S, p.state);
+          copy(state.tensor(), before.tensor());
+        }
+        step(p, weight, before, state, s, Products(p, temporaries, x.is_cuda(), S), gated, true);
       }
-      step(p, weight, before, state, s, Products(p, temporaries, x.is_cuda(), S), gated, true);
     }
     const Matrix du = temporaries.take(2 * p.R, S, p.scalar), dc = temporaries.take(C, S, p.scalar),
                  dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);

@@ -116,9 +116,24 @@ struct Columns {
   int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
   const float *ux = nullptr, *uo = nullptr, *w = nullptr, *vx = nullptr, *vo = nullptr;  // dense; if narrow, of dtype
   bool narrow = false;
-  View x, out, start, last;      // of the steps; start and last have one step, last is fp32
-  View hidden, r, z, candidate;  // what is saved, of dtype
+  View x, start;                      // start has one step
+  View out, hidden, r, z, candidate;  // what is written of each step, of dtype
+  View last;                          // has one step, fp32
 };
+
+// A sequence copied from one order of memory into the other: in one view positions are adjacent, in the other channels.
+// fp32. Nothing overlaps.
+struct Reorder {
+  int64_t samples = 0, steps = 0, channels = 0, positions = 0;
+  View from, to;
+};
+
+// What one task is made of: so many channels of one clip, so that what is written stays in a first-level cache until its
+// lines are whole.
+inline constexpr int64_t reorder_channels = 64;
+constexpr int64_t reorder_units(const Reorder& r) {
+  return r.samples * r.steps * ((r.channels + reorder_channels - 1) / reorder_channels);
+}
 
 inline constexpr int most_vectors = 3;  // of columns in a panel
 constexpr int64_t panel_numbers(int64_t C, int64_t R, int64_t columns) { return (5 * C + 2 * R) * columns; }
@@ -164,6 +179,8 @@ namespace rcu_ops::cpu {
 
 // Adjacent operands do not overlap, but for those that are in and out. Waits for the result.
 void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel);
+
+void reorder(const fast_gru::Reorder& problem, const Parallel& parallel);
 
 // Outputs do not overlap inputs. Waits for the result.
 void columns(const fast_gru::Columns& problem, const Parallel& parallel);

@@ -10,6 +10,7 @@ using Range = void (*)(const fast_gru::Elementwise&, int64_t, int64_t);
 struct Kernels {
   Range range;
   void (*widen)(float*, const void*, DType, int64_t, int64_t);
+  void (*reorder)(const fast_gru::Reorder&, int64_t, int64_t);
   void (*columns)(const fast_gru::Columns&, int64_t, int64_t, float*);
   int lanes;  // of a vector of fp32
 };
@@ -17,12 +18,13 @@ struct Kernels {
 Kernels best_kernels() {
 #if defined(__x86_64__)
   const Isa isa = current_isa();
-  if (isa >= Isa::avx512) return {avx512::elementwise_range, avx512::widen_range, avx512::columns_task, 16};
-  if (isa == Isa::avx2) return {avx2::elementwise_range, avx2::widen_range, avx2::columns_task, 8};
+  if (isa >= Isa::avx512)
+    return {avx512::elementwise_range, avx512::widen_range, avx512::reorder_range, avx512::columns_task, 16};
+  if (isa == Isa::avx2) return {avx2::elementwise_range, avx2::widen_range, avx2::reorder_range, avx2::columns_task, 8};
 #else
   current_isa();  // an RCU_OPS_CPU_ISA that cannot run is an error here too
 #endif
-  return {portable::elementwise_range, portable::widen_range, portable::columns_task, 4};
+  return {portable::elementwise_range, portable::widen_range, portable::reorder_range, portable::columns_task, 4};
 }
 
 // Smaller ranges are not worth waking a thread for: about 10 us of work.
@@ -50,6 +52,26 @@ void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel) {
         // Whole cache lines, so that no two tasks write one.
         const auto bound = [&](int64_t task) { return task == t.count ? t.total : t.total * task / t.count / 64 * 64; };
         t.range(t.pass, bound(i), bound(i + 1));
+      },
+      &tasks);
+}
+
+void reorder(const fast_gru::Reorder& problem, const Parallel& parallel) {
+  struct Tasks {
+    const fast_gru::Reorder& problem;
+    const Kernels kernels;
+    int64_t units, count;
+  } tasks{problem, best_kernels(), fast_gru::reorder_units(problem), 1};
+  if (tasks.units == 0 || problem.positions == 0) return;
+  tasks.count = problem.samples * problem.steps * problem.channels * problem.positions / task_elements;
+  if (tasks.count > parallel.threads) tasks.count = parallel.threads;
+  if (tasks.count > tasks.units) tasks.count = tasks.units;
+  if (tasks.count < 1) tasks.count = 1;
+  parallel.run(
+      parallel.pool, tasks.count,
+      [](void* context, int64_t i) {
+        const Tasks& t = *static_cast<const Tasks*>(context);
+        t.kernels.reorder(t.problem, t.units * i / t.count, t.units * (i + 1) / t.count);
       },
       &tasks);
 }

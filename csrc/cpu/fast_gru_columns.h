@@ -11,7 +11,7 @@
 //           panel. x is read, and o and what is saved are written, where they lie: with adjacent positions row by row,
 //           with adjacent channels through a transposition of L x L numbers in registers. Lanes beyond the last column
 //           hold zeros and are not written.
-// Order.    A product adds one input after the other in runs of 32, and the runs one after the other (a long chain of
+// Order.    A product adds one input after the other in runs of 16, and the runs one after the other (a long chain of
 //           additions would round more than a library's many short ones), U_x's before U_o's and V_x's before V_o's.
 //           Neither the width of a panel, nor the threads, nor the number of steps in one call changes that: results do
 //           not depend on them.
@@ -20,7 +20,7 @@
 //           + 2 C^2) bytes, so that the weights should fit the second-level cache, or the columns so few that nobody
 //           reads them twice (see by_columns).
 
-static constexpr int64_t run_inputs = 32;
+static constexpr int64_t run_inputs = 16;
 static constexpr int block_rows = vector_bytes == 64 ? 8 : 4;  // with 3 vectors of columns: 24 or 12 sums in registers
 
 // out[rows][NR] = (or +=) weight[rows][inputs] in[inputs][NR].
@@ -139,6 +139,23 @@ static void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_p
   });
 }
 
+// Units [begin, end) of reorder_units, in the order of samples, steps and channels. Bound by memory.
+void reorder_range(const fast_gru::Reorder& all, int64_t begin, int64_t end) {
+  const int64_t blocks = (all.channels + fast_gru::reorder_channels - 1) / fast_gru::reorder_channels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t step = unit / blocks % all.steps, sample = unit / blocks / all.steps,
+                  first = unit % blocks * fast_gru::reorder_channels,
+                  channels = min_of(fast_gru::reorder_channels, all.channels - first);
+    const auto at = [&](const fast_gru::View& view) {
+      return static_cast<float*>(view.data) + sample * view.sample + step * view.step + first * view.channel;
+    };
+    if (all.from.channel == 1)
+      transpose(at(all.to), all.to.channel, at(all.from), all.from.position, all.positions, channels);
+    else
+      transpose(at(all.to), all.to.position, at(all.from), all.from.channel, channels, all.positions);
+  }
+}
+
 // panel [channels][NR] from `count` adjacent columns of a view's clip, or to them.
 template <class T>
 static void read_panel(float* panel, int64_t NR, const T* from, const fast_gru::View& view, int64_t channels,
@@ -247,7 +264,7 @@ void columns_task(const fast_gru::Columns& p, int64_t begin, int64_t count, floa
       store_vector<float>(state + i, (1 - update) * load_vector<float>(state + i, L) + update * next, L);
     }
     save(p.candidate, candidate, C);
-    write_any(p, state, NR, p.out, p.dtype, step, begin, C, count);
+    save(p.out, state, C);
   }
-  write_any(p, state, NR, p.last, DType::f32, 0, begin, C, count);
+  if (p.last.data) write_any(p, state, NR, p.last, DType::f32, 0, begin, C, count);
 }

@@ -11,16 +11,19 @@ namespace rcu_ops::cpu {
 namespace portable {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
 void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
+void reorder_range(const fast_gru::Reorder&, int64_t begin, int64_t end);
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panels);
 }  // namespace portable
 namespace avx2 {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
 void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
+void reorder_range(const fast_gru::Reorder&, int64_t begin, int64_t end);
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panels);
 }  // namespace avx2
 namespace avx512 {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
 void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
+void reorder_range(const fast_gru::Reorder&, int64_t begin, int64_t end);
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panels);
 }  // namespace avx512
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -152,6 +154,40 @@ def test_bf16_of_many_columns_and_weights_is_computed_in_fp32(monkeypatch, layou
     got, wanted = run(torch.bfloat16), run(torch.float32)
     assert got[0].stride() == wanted[0].stride() and got[1].dtype == torch.float32
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "clips_first", "every_other_column"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_many_channels_are_multiplied_alike_in_every_order(isa, layout, saved) -> None:
+    """Sequences are laid out anew for the products, in blocks with a rest in every direction: no number changes."""
+    shape, hidden = (2, 3, 579, 1, 5, 7), 145
+    x, *weights, o0 = inputs(shape, hidden)
+    grads = torch.randn(shape), torch.randn_like(o0)
+    native = _library.native()
+    assert native is not None and not native.fast_gru_by_columns(70, 579, hidden, "float32", threads=2)
+
+    def run(order: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        given = order(x), *weights, order(o0[:, None])[:, 0]
+        o, o_n, *kept = torch.ops.rcu_ops.fast_gru(*given, saved)
+        back = torch.ops.rcu_ops.fast_gru_backward(order(grads[0]), grads[1], *given, o, *kept, True, True)
+        return o, o_n, *back
+
+    got, wanted = run(LAYOUTS[layout]), run(LAYOUTS["channels_last"])
+    assert got[0].stride(2) != 1 and wanted[0].stride(2) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_recomputed_gates_are_the_saved_ones(isa, layout) -> None:
+    """Where columns go through all steps by themselves, the backward pass finds the forward pass's gates again."""
+    shape, hidden = (2, 3, 21, 1, 1, 37), 9
+    x, *weights, o0 = inputs(shape, hidden)
+    given, grads = (LAYOUTS[layout](x), *weights, o0), (torch.randn(shape), torch.randn_like(o0))
+    recomputed, saved = (
+        torch.ops.rcu_ops.fast_gru_backward(*grads, *given, o, *kept, True, True)
+        for o, _, *kept in (torch.ops.rcu_ops.fast_gru(*given, save) for save in (False, True))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, saved, strict=True))
 
 
 def test_which_problems_go_by_columns() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -117,7 +118,10 @@ def compare(
 def test_forward_and_backward_keep_the_tolerance_rule(backend, shape, hidden, dtype, with_o0) -> None:
     errors = Errors()
     # The fewer numbers in a draw, the more its largest error is luck; the ulp of 16-bit results hides that.
-    for _ in range(12 if dtype == torch.float32 and shape[2] < 64 else 4):
+    draws = 4 if shape[2] < 512 else 2
+    if dtype in (torch.float32, torch.float64) and shape[2] < 512:
+        draws = 48 if math.prod(shape) < 256 else 12
+    for _ in range(draws):
         tensors = inputs(shape, hidden, dtype, with_o0)
         o, o_n = compare(tensors, tensors, [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])], errors)
         assert o.dtype == dtype
