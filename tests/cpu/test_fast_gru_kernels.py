@@ -215,7 +215,7 @@ def test_which_problems_go_by_columns() -> None:
 def test_gradients_of_weights_over_many_columns(layout, dtype) -> None:
     """Their sums are made in pieces of 64 columns, 64 at a time: here more than one time, and a rest."""
     shape, errors = (1, 3, 2, 1, 1, 2100), Errors()
-    for _ in range(6):
+    for _ in range(18):
         tensors = inputs(shape, 2, dtype, with_o0=False)
         laid_out = [LAYOUTS[layout](tensors[0]), *tensors[1:]]
         with rcu_ops.use_backend("cpu"):
