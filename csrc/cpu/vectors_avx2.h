@@ -45,6 +45,7 @@ struct Floats {
   static R relu(R v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }  // the second operand where either is NaN
   static R sub(R a, R b) { return _mm256_sub_ps(a, b); }
   static R div(R a, R b) { return _mm256_div_ps(a, b); }
+  static R reciprocal(R d) { return div(set1(1), d); }
   static R min(R a, R b) { return _mm256_min_ps(a, b); }  // b where either is NaN, max too
   static R max(R a, R b) { return _mm256_max_ps(a, b); }
   static R less(R a, R b, R yes, R no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
@@ -89,6 +90,7 @@ struct Doubles {
   static R relu(R v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
   static R sub(R a, R b) { return _mm256_sub_pd(a, b); }
   static R div(R a, R b) { return _mm256_div_pd(a, b); }
+  static R reciprocal(R d) { return div(set1(1), d); }
   static R min(R a, R b) { return _mm256_min_pd(a, b); }  // b where either is NaN, max too
   static R max(R a, R b) { return _mm256_max_pd(a, b); }
   static R less(R a, R b, R yes, R no) { return _mm256_blendv_pd(no, yes, _mm256_cmp_pd(a, b, _CMP_LT_OQ)); }

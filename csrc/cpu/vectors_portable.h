@@ -48,6 +48,7 @@ struct Portable {
   }
   static R sub(R a, R b) { return a - b; }
   static R div(R a, R b) { return a / b; }
+  static R reciprocal(R d) { return 1 / d; }
   static R less(R a, R b, R yes, R no) {
     for (int i = 0; i < L; ++i) no[i] = a[i] < b[i] ? yes[i] : no[i];
     return no;
