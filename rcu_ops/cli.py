@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from rcu_ops._version import __version__
-from rcu_ops.cli_errors import UserError
+from rcu_ops.cli_errors import StoppedError, UserError
 from rcu_ops.ops._registry import BackendError, current_backend
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, BackendError) as error:
         print(f"rcu-ops: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except StoppedError as stopped:
+        print(f"rcu-ops: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         print("rcu-ops: interrupted", file=sys.stderr)
         return 130

@@ -24,7 +24,7 @@ Two-stage training of FASTER. Stage one trains the two clip-level networks by th
   rcu-ops faster cache ... --videos test.csv --model-option pattern=0 --out TEST
   rcu-ops faster curve --cache TEST --aggregator RUN/aggregator.safetensors --out CURVE
 
-cache and train go on where they were stopped, with the same command.
+cache and train go on where they were stopped, with the same command; an interrupted train writes a checkpoint first.
 """
 
 

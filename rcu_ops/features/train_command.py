@@ -31,7 +31,8 @@ the same features, and writes sweep.csv and sweep.png. A residual stack needs fe
 takes DIR/pca_H unless DIR itself has that size. With --no-residual every size reads DIR, and only plain stacks are
 trained.
 
-Exit codes: 0 done; 2 bad arguments; 3 done, but some videos have no features; 130 interrupted.
+Exit codes: 0 done; 2 bad arguments; 3 done, but some videos have no features; 130 or 143
+stopped by a signal, after a checkpoint.
 """
 
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rcu_ops.cli_errors import UserError
+from rcu_ops.cli_errors import StoppedError, UserError
 from rcu_ops.progress import Progress
 from rcu_ops.recipes.checkpoint import load_checkpoint, save_checkpoint, save_state
 from rcu_ops.recipes.dataset import mix_seed
+from rcu_ops.recipes.signals import signals_received
 from rcu_ops.report import write_csv
 
 __all__ = ["CHECKPOINT", "Batch", "StoredTraining"]
@@ -93,16 +94,23 @@ class StoredTraining:
         return chosen
 
     def run(self) -> list[list[float]]:
-        """Train to the last step; rows (step, learning rate, loss, accuracy) of ``metrics.csv``."""
+        """Train to the last step; rows (step, learning rate, loss, accuracy) of ``metrics.csv``.
+
+        Raises:
+            StoppedError: an interrupt or termination signal came; the checkpoint is of the step that it came in.
+        """
         self.model.train()
-        with Progress(self._steps, label=self._label, unit="steps") as bar:
+        with signals_received() as stopped, Progress(self._steps, label=self._label, unit="steps") as bar:
             bar.update(self.step)
             while self.step < self._steps:
                 loss, accuracy = self._take()
                 self._rows.append([self.step, self.learning_rate(self.step - 1), loss, accuracy])
                 bar.update(note=f"loss {loss:.3f}")
-                if self.step % self._save_every == 0 or self.step == self._steps:
+                if self.step % self._save_every == 0 or self.step == self._steps or stopped:
                     self._save()
+                if stopped:
+                    how = f"stopped at step {self.step} of {self._steps}; the same command goes on from there"
+                    raise StoppedError(stopped[0], how)
         name, key = self._weights
         save_state(self._out / name, self.model, key, self._settings)
         write_csv(self._out / "metrics.csv", ("step", "lr", "loss", "accuracy"), self._rows)

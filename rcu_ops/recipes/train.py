@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from rcu_ops.recipes.distributed import Processes
 from rcu_ops.recipes.lists import VideoList
 from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision, video_mean_average_precision
 from rcu_ops.recipes.scoring import VideoScorer
+from rcu_ops.recipes.signals import signals_received
 from rcu_ops.report import write_csv
 from rcu_ops.video import VideoError
 
@@ -244,7 +244,7 @@ class Training:
         began = time.monotonic()
         problem, code = "", 0
         with ExitStack() as stack:
-            stopped = stack.enter_context(_signals())
+            stopped = stack.enter_context(signals_received())
             if self._processes.first:
                 bar = Progress(recipe.iterations - start, label=recipe.name, unit="steps")
                 self._bar = stack.enter_context(bar)
@@ -492,27 +492,3 @@ def remove_results(out: Path) -> None:
     """Remove what an earlier run wrote to ``out``, and nothing else."""
     for name in (CHECKPOINT, WEIGHTS, BEST, "metrics.csv", "validation.csv", "broken_videos.csv", "loss.png"):
         (out / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that receives the number of an interrupt or termination signal; a second one ends the process at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(number: int, frame: Any) -> None:
-        if received:
-            signal.signal(number, before[signal.Signals(number)])
-            signal.raise_signal(number)
-        received.append(number)
-
-    for number in before:
-        signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,29 @@ def trained(cache: ClipCache, out: Path, stop: int | None = None, name: str = "f
 
         training._take = stopping
     return training
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    take = AggregatorTraining._take
+
+    def interrupted(training: AggregatorTraining) -> tuple[float, float]:
+        if training.step == 1:
+            signal.raise_signal(number)
+        return take(training)
+
+    monkeypatch.setattr(AggregatorTraining, "_take", interrupted)
+    before = signal.getsignal(number)
+    command = ["faster", "train", "--cache", str(cached), "--out", str(tmp_path / "run"), "--steps", "4"]
+    assert main(command) == 128 + number
+    assert signal.getsignal(number) is before
+    assert "rcu-ops: stopped at step 2 of 4; the same command goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "run/aggregator.safetensors").exists()
+    assert main(command) == 0
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert (tmp_path / "run/aggregator.safetensors").is_file()
 
 
 def test_training_learns_and_resumes_exactly(cached: Path, tmp_path: Path) -> None:
