@@ -341,18 +341,19 @@ def test_step_gradients_keep_the_tolerance_rule(backend, shape, dtype, outputs) 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_step_reads_any_layout(backend, layout) -> None:
-    arguments = step_inputs((2, 10, 19, 21))
+    # A sample has few numbers, whose one largest error is luck: six samples' are averaged.
+    arguments = step_inputs((6, 10, 19, 21))
     laid_out = [LAYOUTS[layout](a) for a in arguments]
     for got, want, rough in zip(
         rcu_ops.relational_lstm_step(*laid_out), exact.step(*arguments), eager_step(*arguments), strict=True
     ):
-        assert_close_to_reference(got, want, rough)
-    grads = [torch.randn(2, 10, 21), torch.randn(2, 10, 21)]
+        assert_close_to_reference(got, want, rough, by_sample=True)
+    grads = [torch.randn(6, 10, 21), torch.randn(6, 10, 21)]
     got = gradients(rcu_ops.relational_lstm_step, laid_out, [LAYOUTS[layout](g) for g in grads])
     for g, w, e in zip(
         got, exact.step_gradients(*grads, *arguments), gradients(eager_step, arguments, grads), strict=True
     ):
-        assert_close_to_reference(g, w, e)
+        assert_close_to_reference(g, w, e, by_sample=True)
 
 
 def test_step_at_one_position_is_an_lstm_cell(backend) -> None:
