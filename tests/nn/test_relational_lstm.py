@@ -272,15 +272,16 @@ def test_fold_refuses() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fold_refuses_what_rounds_too_much(dtype: torch.dtype) -> None:
-    """Equal channels of H, of which phi takes differences: exactly 0 by itself, large terms in the rounded product."""
+    """Equal channels of H, of which phi takes differences: exactly 0 by itself, not so in the rounded product."""
     module = RelationalLSTM(8, 8, norm=False).eval()
     with torch.no_grad():
         for weight, sizes, part in ((module.weight_x, module.sizes_x, 2), (module.weight_h, module.sizes_h, 1)):
             rows = weight.split(sizes)[part].view(4, 8, 8)
             rows.copy_(rows[:, :1].expand_as(rows).clone())
         phi = module.weight_h.split(module.sizes_h)[0]
-        phi[:, :7] = torch.randint(-18, 19, (32, 7)).float()  # sums below 256, which 16 bits hold exactly
-        phi[:, 7] = -phi[:, :7].sum(1)
+        # One difference per row, times a power of two: no dtype and no order of summation rounds it.
+        size, pairs = 16 / torch.finfo(dtype).eps, torch.rand(32, 8).argsort(1)
+        phi.zero_().scatter_(1, pairs[:, :1], size).scatter_(1, pairs[:, 1:2], -size)
     module = module.to(dtype)
     with pytest.raises(ValueError, match=rf"folded in {dtype}, the \w+ error of its hidden states is .*, more than"):
         fold_relations(module, torch.randn(1, 8, 6, 3, 3).to(dtype))
