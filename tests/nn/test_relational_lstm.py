@@ -77,7 +77,7 @@ def by_equation_3(module: RelationalLSTM, x: Tensor) -> Tensor:
 )
 def test_equation_3(options: dict[str, object], dtype: torch.dtype) -> None:
     module = small(dtype, **options)
-    x = torch.randn(2, 6, 3, 4, 3).to(dtype)
+    x = torch.randn(8, 6, 3, 4, 3).to(dtype)
     with torch.no_grad():
         exact = by_equation_3(copy.deepcopy(module).double(), x.double())
         assert_same(module(x), exact, by_equation_3(module, x))
@@ -224,7 +224,7 @@ def test_folded_is_the_same(options: dict[str, object], dtype: torch.dtype) -> N
     module = small(dtype, **options)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     folded = fold_relations(module)
-    x = torch.randn(2, 6, 4, 4, 3).to(dtype)
+    x = torch.randn(8, 6, 4, 4, 3).to(dtype)
     with torch.no_grad():
         exact = by_equation_3(copy.deepcopy(module).double(), x.double())
         assert_same(folded(x), exact, by_equation_3(module, x))
