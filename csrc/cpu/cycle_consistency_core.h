@@ -706,6 +706,24 @@ static bool in_place(const FrameMask& mask, int64_t n, int64_t frames, const int
   return true;
 }
 
+// A row of w, the gradients of weights z = softmax(-sharpness d^2), becomes z (w - sum z w) 2 sharpness: what the
+// differences of frames are multiplied by. Places from `count` on become 0.
+template <class V>
+static void distance_gradients(const typename V::S* z, typename V::S* w, int64_t count, typename V::S sharpness) {
+  using S = typename V::S;
+  using R = typename V::R;
+  constexpr int L = V::L;
+  const R lanes = lane_numbers<V>();
+  R sums{};
+  for (int64_t i = 0; i < count; i += L) {
+    const R there = lanes + static_cast<S>(i) < static_cast<S>(count) ? V::load(w + i) : R{};
+    V::store(w + i, there);
+    sums += V::load(z + i) * there;
+  }
+  const S sum = V::sum(sums);
+  for (int64_t i = 0; i < count; i += L) V::store(w + i, V::load(z + i) * (V::load(w + i) - sum) * (2 * sharpness));
+}
+
 #include "cycle_consistency_loss.h"
 
 // Queries [t0, t0 + M): where they land, or with `weights` what their gradients are made of.
@@ -779,19 +797,8 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   if (!back) {
     interleave<V>(block.centre, sample.grad + t0 * s.C, s.C, p.C, block.split);
     products<V>(block.split, b.panels, b.count, p.C, block.r, s.pitch);
-    for (int m = 0; m < M; ++m) {
-      S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
-      R sums{};
-      const R lanes = lane_numbers<V>();
-      for (int64_t i = 0; i < b.count; i += L) {
-        const R there = lanes + static_cast<S>(i) < static_cast<S>(b.count) ? V::load(w + i) : R{};
-        V::store(w + i, there);
-        sums += V::load(z + i) * there;
-      }
-      const S sum = V::sum(sums);
-      for (int64_t i = 0; i < b.count; i += L)
-        V::store(w + i, V::load(z + i) * (V::load(w + i) - sum) * (2 * sample.sharpness));
-    }
+    for (int m = 0; m < M; ++m)
+      distance_gradients<V>(block.z + m * s.pitch, block.r + m * s.pitch, b.count, sample.sharpness);
   }
   if (back) {  // a frame without weight in z may have one here: its own
     memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));

@@ -295,19 +295,8 @@ struct ShortLoss {
     const Rows around(soft, t0, a.count, s.C);
     products_of_rows<V>(Rows(d_soft, t0, a.count, s.C).at, around.at, b.panels, b.count, p.C, w + t0 * s.pitch,
                         s.pitch);
-    for (int m = 0; m < M; ++m) {
-      S *const weights = z + (t0 + m) * s.pitch, *const row = w + (t0 + m) * s.pitch;
-      R sums{};
-      const R lanes = lane_numbers<V>();
-      for (int64_t i = 0; i < b.count; i += L) {
-        const R there = lanes + static_cast<S>(i) < static_cast<S>(b.count) ? V::load(row + i) : R{};
-        V::store(row + i, there);
-        sums += V::load(weights + i) * there;
-      }
-      const S sum = V::sum(sums);
-      for (int64_t i = 0; i < b.count; i += L)
-        V::store(row + i, V::load(weights + i) * (V::load(row + i) - sum) * (2 * sample.sharpness));
-    }
+    for (int m = 0; m < M; ++m)
+      distance_gradients<V>(z + (t0 + m) * s.pitch, w + (t0 + m) * s.pitch, b.count, sample.sharpness);
     sum_of_rows<V, true, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, Results(da, t0, s.C).at);
   }
 
