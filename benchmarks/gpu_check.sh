@@ -4,10 +4,12 @@
 #   benchmarks/gpu_check.sh DIR                                    build here, for this GPU
 #   RCU_OPS_LIBRARY=/path/librcu_ops.so benchmarks/gpu_check.sh DIR   with kernels built elsewhere
 #   PYTHON=python3.12 benchmarks/gpu_check.sh DIR                  another Python
+#   SECONDS_IN_ALL=300 benchmarks/gpu_check.sh DIR --no-compile    in less time; words after DIR go to rcu-ops bench
 #
 # DIR gets gpu_check.json, gpu_check.log and gpu_check.png. See benchmarks/gpu_check.py.
 set -euo pipefail
 directory=${1:+$(realpath -m -- "$1")}
+shift $(($# ? 1 : 0))
 # Given as they are seen from where this was called.
 python=${PYTHON:-python3}
 case $python in */*) python=$(realpath -s -m -- "$python") ;; esac
@@ -16,4 +18,4 @@ if [ -n "${RCU_OPS_LIBRARY:-}" ]; then
   export RCU_OPS_LIBRARY
 fi
 cd "$(dirname "$0")/.."
-exec "$python" -m benchmarks.gpu_check ${directory:+"$directory"}
+exec "$python" -m benchmarks.gpu_check ${directory:+"$directory"} "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,13 +16,20 @@ from rcu_ops.bench.timing import Thunk
 
 def compiled(function: Callable[[Inputs], Any]) -> Bind:
     """``torch.compile`` of ``function`` for the one shape that is measured; fails where there is no compiler."""
+    run = compiled_once(function)
+    return lambda inputs: lambda: run()(inputs)
 
-    def bind(inputs: Inputs) -> Thunk:
+
+def compiled_once(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    """Returns what compiles ``function`` for one shape when first called: one program for all sets of inputs."""
+
+    @functools.cache
+    def run() -> Callable[..., Any]:
         torch._dynamo.reset()  # no leftovers of other shapes, and no limit on recompilations
-        run = torch.compile(function, dynamic=False, fullgraph=True)
-        return lambda: run(inputs)
+        compiled: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
+        return compiled
 
-    return bind
+    return run
 
 
 def graphed(bind: Bind) -> Bind:

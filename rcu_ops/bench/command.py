@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,14 @@ def add_parser(subparsers: Any) -> None:
         "--budget",
         type=_seconds,
         metavar="SECONDS",
-        help="start no case after this long; the cases then take turns among operators, kinds and dtypes",
+        help="start no case after this long; the cases then take turns among operators, kinds and dtypes, and each "
+        "is timed as briefly as with --quick",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("cold", "warm", "both"),
+        default="both",
+        help="on a GPU: whether calls find their inputs in the L2 cache (default: both)",
     )
     parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: bench-out")
     parser.set_defaults(run=run, tier="standard")
@@ -61,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from rcu_ops.bench import machine, output
+    from rcu_ops.bench.runner import TEMPERATURES, run_case
     from rcu_ops.bench.timing import SCHEDULES, make_timer
 
     device = _device(args.device)
@@ -97,10 +105,17 @@ def run(args: argparse.Namespace) -> int:
         not_run[:] = [case.id for case in cases if case.id not in measured]
         output.write_json(args.out / "bench.json", about, peaks, args.tier, results, not_run)
 
-    results, interrupted = _measure(cases, timer, peaks, SCHEDULES[args.tier], keep, deadline)
+    schedule = SCHEDULES[args.tier if deadline is None else "quick"]
+    temperatures = TEMPERATURES if args.cache == "both" else (args.cache,)
+
+    def measure(case: Any) -> Iterator[CaseResult]:
+        return run_case(case, timer, peaks, schedule, temperatures)
+
+    results, end = _measure(cases, measure, keep, device, deadline)
     print(output.table(results))
     if not_run:
-        print(f"no time was left for {len(not_run)} of {len(cases)} cases; bench.json names them", file=sys.stderr)
+        why = end or "no time was left"
+        print(f"{len(not_run)} of {len(cases)} cases were not run, bench.json names them: {why}", file=sys.stderr)
     print(f"\nwrote {args.out / 'bench.json'}", file=sys.stderr)
     _draw(args.out, results, about)
     failures = [failure for result in results for failure in result.failures]
@@ -110,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"left out: {result.case.id}: {candidate.name}: {candidate.left_out}", file=sys.stderr)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
-    return 130 if interrupted else int(bool(failures))
+    return 130 if end == INTERRUPTED else int(bool(failures or end))
 
 
 def _device(name: str) -> Any:
@@ -140,16 +155,20 @@ def _warn_if_busy() -> None:
         )
 
 
+INTERRUPTED = "interrupted"
+
+
 def _measure(
     cases: list[Any],
-    timer: Any,
-    peaks: Any,
-    schedule: Any,
+    measure: Callable[[Any], Iterable[CaseResult]],
     keep: Callable[[list[CaseResult]], None],
+    device: Any,
     deadline: float | None = None,
-) -> tuple[list[CaseResult], bool]:
-    """``keep`` is called with what there is before the first case and after every one: a crash later loses none."""
-    from rcu_ops.bench.runner import run_case
+) -> tuple[list[CaseResult], str | None]:
+    """Results, and what ended the run before its time, if anything did.
+
+    ``keep`` is called with what there is before the first case and after every one: a crash later loses none.
+    """
     from rcu_ops.progress import Progress
 
     results: list[CaseResult] = []
@@ -160,12 +179,26 @@ def _measure(
                 break
             bar.update(0, note=case.id)
             try:
-                results += run_case(case, timer, peaks, schedule)
+                results += measure(case)
             except KeyboardInterrupt:
-                return results, True
+                return results, INTERRUPTED
             keep(results)
+            if (fault := _fault(device)) is not None:
+                return results, f"{case.id}: {fault}"
             bar.update()
-    return results, False
+    return results, None
+
+
+def _fault(device: Any) -> str | None:
+    """What a kernel did to this process: after an illegal access nothing more can be run on the device."""
+    import torch
+
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return str(error).strip().splitlines()[0]
+    return None
 
 
 def _draw(out: Path, results: list[CaseResult], about: dict[str, Any]) -> None:

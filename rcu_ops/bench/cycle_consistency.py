@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
 from rcu_ops.bench.case import OURS, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.reference.cycle_consistency import loss_of_landing
 
@@ -279,11 +279,11 @@ class Loss(_Alignment):
         def whole(inputs: Inputs) -> Tensor:
             return pair(inputs["a"], inputs["b"])
 
+        # The forward pass: its backward pass is compiled along with it, and gradients are asked for outside.
+        run = compiled_once(whole)
+
         def bind_compiled(inputs: Inputs) -> Callable[[], Outputs]:
-            # The forward pass: its backward pass is compiled along with it, and gradients are asked for outside.
-            run = compiled(whole)(inputs)
-            step = with_gradients(lambda _: run())
-            return lambda: step(inputs)
+            return lambda: with_gradients(run())(inputs)
 
         found = [*self.own(ours, tuple), self.way("eager", self._plain, tuple)]
         if self.compile:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
 from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
-from rcu_ops.bench.timing import Thunk
 
 LAYOUTS = ("contiguous", "channels_last")
 WEIGHTS = ("weight_ux", "weight_uo", "weight_w", "weight_vx", "weight_vo")
@@ -154,9 +153,9 @@ class _Recurrence(Case):
     def features(self, generator: torch.Generator, clips: int) -> Tensor:
         """Random features; channel 0 is 1 or -1, see :meth:`inputs`."""
         s = self.dims
-        x = torch.randn(s.n, clips, s.c, s.length, s.side, s.side, generator=generator)
+        x = self.normal(generator, s.n, clips, s.c, s.length, s.side, s.side)
         x[:, :, 0] = torch.where(x[:, :, 0] < 0, -1.0, 1.0)
-        x = x.to(self.device, self.dtype)
+        x = x.to(self.dtype)
         return x if self.layout == "contiguous" else x.movedim(2, -1).contiguous().movedim(-1, 2)
 
     def inputs(self) -> Inputs:
@@ -314,13 +313,8 @@ class ForwardBackward(_Recurrence):
 
     def compiled(self) -> Bind:
         """The forward pass under torch.compile, which compiles its backward pass along with it."""
-
-        def bind(inputs: Inputs) -> Thunk:
-            torch._dynamo.reset()
-            run = torch.compile(reference.fast_gru, dynamic=False, fullgraph=True)
-            return lambda: self._results(run, inputs)
-
-        return bind
+        run = compiled_once(reference.fast_gru)
+        return lambda inputs: lambda: self._results(run(), inputs)
 
     @property
     def bytes_moved(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import rcu_ops
-from rcu_ops.bench.baselines import compiled, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
 from rcu_ops.bench.case import OURS, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.reference.nonlocal_gates import lstm_gates
 
@@ -69,7 +69,7 @@ class Step(Case):
         generator, (b, p, d) = self.generator(), (self.dims.b, self.dims.p, self.dims.d)
         found: Inputs = {}
         for name, spread in (("x_gates", 1.0), ("query", d**-0.25), ("key", d**-0.25), ("value", 1.0)):
-            found[name] = (torch.randn(b, 4, p, d, generator=generator) * spread).to(self.device, self.dtype)
+            found[name] = (self.normal(generator, b, 4, p, d) * spread).to(self.dtype)
         found["cell"] = torch.randn(b, p, d, generator=generator).to(self.device)
         return {name: value.requires_grad_(self.training) for name, value in found.items()}
 
@@ -198,12 +198,10 @@ class StepForwardBackward(Step):
         """As for the step; compiled forward passes with the gradients that autograd makes of them."""
         found = [c for c in super().candidates() if c.name != "compile"]
         if self.compile:
-            plain = super().plain
+            run = compiled_once(super().plain)
 
             def bind(inputs: Inputs) -> Callable[[], Outputs]:
-                run = torch.compile(plain, dynamic=False, fullgraph=True)
-                torch._dynamo.reset()
-                return lambda: self._gradients(run, inputs)
+                return lambda: self._gradients(run(), inputs)
 
             found.append(Candidate("compile", {"torch.compile": Variant(bind)}))
         return found

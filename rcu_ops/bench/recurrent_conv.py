@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
 from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.bench.timing import Thunk
 from rcu_ops.ops import Explanation
@@ -217,8 +217,8 @@ class _Recurrence(Case):
 
     def clip(self, generator: torch.Generator) -> Tensor:
         s = self.dims
-        values = torch.randn(s.n, s.c, s.t, s.side, s.side, generator=generator)
-        return values.to(self.device, self.dtype).contiguous(memory_format=LAYOUTS[self.layout])
+        values = self.normal(generator, s.n, s.c, s.t, s.side, s.side)
+        return values.to(self.dtype).contiguous(memory_format=LAYOUTS[self.layout])
 
     def inputs(self) -> Inputs:
         """A clip and a weight of spectral radius below 1, so that the state stays bounded."""
@@ -361,13 +361,11 @@ class ForwardBackward(_Recurrence):
 
     def compiled(self) -> Bind:
         """The forward pass under torch.compile, which compiles its backward pass along with it."""
+        run = compiled_once(reference.recurrent_conv)
 
         def bind(inputs: Inputs) -> Thunk:
-            torch._dynamo.reset()
-            run = torch.compile(reference.recurrent_conv, dynamic=False, fullgraph=True)
-
             def call() -> Outputs:
-                h, _ = run(inputs["x"], inputs["weight"])
+                h, _ = run()(inputs["x"], inputs["weight"])
                 return h, *torch.autograd.grad(h, (inputs["x"], inputs["weight"]), inputs["grad_h"])
 
             return call

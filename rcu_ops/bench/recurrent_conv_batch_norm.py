@@ -9,10 +9,9 @@ import torch.nn.functional as F
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import with_backend
-from rcu_ops.bench.case import OURS, Candidate, Case, Inputs, Outputs, Variant
+from rcu_ops.bench.baselines import compiled_once, with_backend
+from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.bench.recurrent_conv import COMPILE_AT_MOST_FRAMES, LAYOUTS, RESNET, RESNET_NO_POOL, Shape, cut
-from rcu_ops.bench.timing import Thunk
 
 EPS = 1e-5
 LEAVES = ("x", "weight", "gamma", "beta")
@@ -55,17 +54,17 @@ class Training(Case):
         """A clip, a weight of spectral radius below 1, a gradient that is zero where ReLU's mask hangs on rounding."""
         generator, s = self.generator(), self.dims
         c = s.c
-        x, grad = (torch.randn(s.n, c, s.t, s.side, s.side, generator=generator) for _ in range(2))
+        x, grad = (self.normal(generator, s.n, c, s.t, s.side, s.side) for _ in range(2))
         weight = 0.5 * torch.eye(c) + 0.4 / c**0.5 * torch.randn(c, c, generator=generator)
         inputs = {
-            "x": x.to(self.device, self.dtype).contiguous(memory_format=LAYOUTS[self.layout]),
+            "x": x.to(self.dtype).contiguous(memory_format=LAYOUTS[self.layout]),
             "weight": weight.to(self.device, self.dtype),
             "gamma": (1 + 0.1 * torch.randn(c, generator=generator)).to(self.device),
             "beta": (0.1 * torch.randn(c, generator=generator)).to(self.device),
         }
         with torch.no_grad():
             sure = _normalised({name: value.double() for name, value in inputs.items()}).abs() > 0.05
-        grad = (grad.to(self.device) * sure).to(self.dtype).contiguous(memory_format=LAYOUTS[self.layout])
+        grad = (grad * sure).to(self.dtype).contiguous(memory_format=LAYOUTS[self.layout])
         return {name: value.requires_grad_() for name, value in inputs.items()} | {"grad": grad}
 
     def exact(self, inputs: Inputs) -> Outputs:
@@ -84,7 +83,7 @@ class Training(Case):
         found.append(Candidate.simple("unfused", _unfused))
         found.append(Candidate.simple("eager", _separate))
         if self.compile:
-            found.append(Candidate("compile", {"torch.compile": Variant(_compiled)}))
+            found.append(Candidate("compile", {"torch.compile": Variant(_compiled())}))
         return found
 
     def backend(self, inputs: Inputs) -> tuple[str, str | None]:
@@ -129,7 +128,6 @@ def _separate(inputs: Inputs) -> Outputs:
     return _gradients(F.relu(_normalised(inputs)), inputs)
 
 
-def _compiled(inputs: Inputs) -> Thunk:
-    torch._dynamo.reset()
-    run = torch.compile(lambda given: F.relu(_normalised(given)), dynamic=False, fullgraph=True)
-    return lambda: _gradients(run(inputs), inputs)
+def _compiled() -> Bind:
+    run = compiled_once(lambda given: F.relu(_normalised(given)))
+    return lambda inputs: lambda: _gradients(run()(inputs), inputs)

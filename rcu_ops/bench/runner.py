@@ -12,6 +12,9 @@ from rcu_ops.bench.correctness import WrongResultError
 from rcu_ops.bench.machine import Peaks
 from rcu_ops.bench.timing import Latency, Schedule, Thunk, Timer, Timing, interleaved, latency
 
+TEMPERATURES = ("cold", "warm")
+"""Of a GPU's L2 cache: a call finds none of its inputs there, or all that fit."""
+
 
 @dataclass(frozen=True)
 class CandidateResult:
@@ -68,9 +71,11 @@ class CaseResult:
         ]
 
 
-def run_case(case: Case, timer: Timer, peaks: Peaks, schedule: Schedule) -> Iterator[CaseResult]:
-    """Check and time one case: once on a CPU, cold and warm on a GPU."""
-    for temperature in ("cold", "warm") if case.device.type == "cuda" else ("warm",):
+def run_case(
+    case: Case, timer: Timer, peaks: Peaks, schedule: Schedule, temperatures: Sequence[str] = TEMPERATURES
+) -> Iterator[CaseResult]:
+    """Check and time one case: once on a CPU, at the given temperatures of the cache on a GPU."""
+    for temperature in temperatures if case.device.type == "cuda" else ("warm",):
         prepared = Prepared.of(case, cold=temperature == "cold")
         thunks: dict[str, list[Thunk]] = {}
         left_out: dict[str, str] = {}

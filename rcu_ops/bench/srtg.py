@@ -52,9 +52,9 @@ class _DataPath(Case):
     def inputs(self) -> Inputs:
         """x, h, and gates that are open but for one sample."""
         generator, s = self.generator(), self.dims
-        x, grad = (torch.randn(s.n, s.c, s.t, s.side, s.side, generator=generator) for _ in range(2))
+        x, grad = (self.normal(generator, s.n, s.c, s.t, s.side, s.side) for _ in range(2))
         clips = {
-            name: value.to(self.device, self.dtype).contiguous(memory_format=LAYOUTS[self.layout])
+            name: value.to(self.dtype).contiguous(memory_format=LAYOUTS[self.layout])
             for name, value in (("x", x), ("grad", grad))
         }
         h = torch.randn(s.n, s.t, s.c, generator=generator).to(self.device)

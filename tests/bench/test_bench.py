@@ -453,7 +453,7 @@ def test_a_budget_leaves_cases_out_and_names_them(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(SCHEDULES, "quick", FAST)
     assert main(["bench", "--quick", "--budget", "0.04", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "bench.json").read_text())["not_run"] == [cases[1].id]
-    assert "no time was left for 1 of 2 cases" in capsys.readouterr().err
+    assert "1 of 2 cases were not run, bench.json names them: no time was left" in capsys.readouterr().err
     for wrong_budget in ("-1", "soon"):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", "--budget", wrong_budget])

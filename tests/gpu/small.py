@@ -35,7 +35,8 @@ def main() -> int:
                     break
                 torch.cuda.synchronize()
                 ran += 1
-    print(f"ran {ran} problems on CUDA kernels")
+                print(f"{ran}: {problem} {dtype}", flush=True)  # the last line tells what a fault or a limit cut short
+    print(f"ran all {ran} problems on CUDA kernels")
     return 0 if ran else 1
 
 
