@@ -142,7 +142,8 @@ def _device(name: str) -> Any:
             raise UserError("--device: this machine or this torch has no CUDA device")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UserError(f"--device: there are {torch.cuda.device_count()} CUDA devices, got {name!r}")
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 
