@@ -35,7 +35,7 @@ def measure(benchmark):
 
     def run(case: Case, name: str) -> None:
         ready, candidates = prepared(case)
-        thunks = ready.thunks(candidates[name], CpuTimer())
+        thunk = ready.thunk(candidates[name], CpuTimer())
         benchmark.group = case.id
         benchmark.extra_info |= {
             "candidate": name,
@@ -44,6 +44,6 @@ def measure(benchmark):
             "bytes": case.bytes_moved,
             "flops": case.flops,
         }
-        benchmark.pedantic(thunks[0], rounds=SCHEDULES["quick"].repeats, warmup_rounds=2)
+        benchmark.pedantic(thunk, rounds=SCHEDULES["quick"].repeats, warmup_rounds=2)
 
     return run

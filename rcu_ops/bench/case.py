@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops.bench.correctness import check_outputs
-from rcu_ops.bench.timing import Thunk, Timer, input_sets_for_cold_cache
+from rcu_ops.bench.timing import Thunk, Timer
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -140,7 +140,7 @@ class Prepared:
     """A case with its inputs and yardsticks in memory; hands out checked calls."""
 
     case: Case
-    input_sets: list[Inputs]
+    inputs: Inputs
     exact: Outputs
     eager: Outputs
     chosen: dict[str, str] = field(default_factory=dict)
@@ -149,40 +149,33 @@ class Prepared:
     """Per candidate the share of the allowed error that it used."""
 
     @classmethod
-    def of(cls, case: Case, *, cold: bool = False) -> Prepared:
-        """Make inputs and yardsticks; ``cold`` makes enough input sets to defeat a GPU's L2 cache."""
+    def of(cls, case: Case) -> Prepared:
+        """Make inputs and yardsticks."""
         inputs = case.inputs()
-        count = 1
-        if cold:
-            count = input_sets_for_cold_cache(sum(t.numel() * t.element_size() for t in inputs.values()), case.device)
-        sets = [inputs] + [
-            {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in inputs.items()}
-            for _ in range(count - 1)
-        ]
         with torch.set_grad_enabled(case.training):
             exact, eager = _detached(case.exact(inputs)), _detached(case.eager(inputs))
-        return cls(case, sets, exact, eager)
+        return cls(case, inputs, exact, eager)
 
-    def thunks(self, candidate: Candidate, timer: Timer) -> list[Thunk]:
-        """The candidate's calls, one per set of inputs, after checking every variant and choosing the fastest.
+    def thunk(self, candidate: Candidate, timer: Timer) -> Thunk:
+        """The candidate's call, after checking every variant and choosing the fastest.
 
         Raises:
             WrongResultError: outside the tolerance rule.
             Exception: whatever the candidate raises when it cannot run here.
         """
-        best: tuple[float, str, list[Thunk]] | None = None
+        best: tuple[float, str, Thunk] | None = None
         for name, variant in candidate.variants.items():
             with torch.set_grad_enabled(self.case.training):
-                thunks = [self._in_grad_mode(variant.bind(inputs)) for inputs in self.input_sets]
-                outputs = variant.verify(self.input_sets[0]) if variant.verify else thunks[0]()
-                eager = variant.eager(self.input_sets[0]) if variant.eager else self.eager
+                thunk = self._in_grad_mode(variant.bind(self.inputs))
+                outputs = variant.verify(self.inputs) if variant.verify else thunk()
+                eager = variant.eager(self.inputs) if variant.eager else self.eager
             used = check_outputs(_detached(outputs), self.exact, _detached(eager))
             self.error_used[candidate.name] = max(used, self.error_used.get(candidate.name, 0.0))
             seconds = 0.0
             if len(candidate.variants) > 1:
-                seconds = min(timer.block(thunks, len(thunks)) for _ in range(3))
+                seconds = min(timer.block(thunk, 1) for _ in range(3))
             if best is None or seconds < best[0]:
-                best = (seconds, name, thunks)
+                best = (seconds, name, thunk)
         assert best is not None, f"{candidate.name} has no variants"
         self.chosen[candidate.name] = best[1]
         return best[2]

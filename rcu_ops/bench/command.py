@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         type=_seconds,
         metavar="SECONDS",
         help="start no case after this long; the cases then take turns among operators, kinds and dtypes, and each "
-        "is timed as briefly as with --quick",
+        "is timed briefly",
     )
     parser.add_argument(
         "--cache",
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rcu_ops.bench import machine, output
     from rcu_ops.bench.runner import TEMPERATURES, run_case
-    from rcu_ops.bench.timing import SCHEDULES, make_timer
+    from rcu_ops.bench.timing import BRIEF, SCHEDULES, make_timers
 
     device = _device(args.device)
     cases = collect(args.tier, device, args.op, args.filter)
@@ -91,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
     about = machine.describe(device)
     _warn_if_busy()
-    timer = make_timer(device)
+    timers = make_timers(device, TEMPERATURES if args.cache == "both" else (args.cache,))
+    warm = make_timers(device, ("warm",))["warm"]
     dtypes = tuple(dict.fromkeys([torch.float32, *(case.dtype for case in cases)]))
-    peaks = machine.measure_peaks(device, timer, dtypes)
+    peaks = machine.measure_peaks(device, warm, dtypes)
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.flops_per_second.items())
     print(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}")
     print(f"measured peaks: copy {peaks.bytes_per_second / 1e9:.1f} GB/s, {rates}\n")
@@ -105,11 +106,12 @@ def run(args: argparse.Namespace) -> int:
         not_run[:] = [case.id for case in cases if case.id not in measured]
         output.write_json(args.out / "bench.json", about, peaks, args.tier, results, not_run)
 
-    schedule = SCHEDULES[args.tier if deadline is None else "quick"]
-    temperatures = TEMPERATURES if args.cache == "both" else (args.cache,)
+    schedule = SCHEDULES[args.tier]
+    if deadline is not None:
+        schedule = BRIEF if device.type == "cuda" else SCHEDULES["quick"]
 
     def measure(case: Any) -> Iterator[CaseResult]:
-        return run_case(case, timer, peaks, schedule, temperatures)
+        return run_case(case, timers, peaks, schedule)
 
     results, end = _measure(cases, measure, keep, device, deadline)
     print(output.table(results))

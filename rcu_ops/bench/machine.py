@@ -62,11 +62,11 @@ def measure_peaks(device: torch.device, timer: Timer, dtypes: tuple[torch.dtype,
     return Peaks(2 * copied / seconds, rates)
 
 
-def _best(timer: Timer, call: Any, seconds: float = 1.5, repeats: int = 7) -> float:
-    timer.block([call], 1)
-    best, end = timer.block([call], 1), time.perf_counter() + seconds
+def _best(timer: Timer, call: Any, seconds: float = 0.7, repeats: int = 7) -> float:
+    timer.block(call, 1)
+    best, end = timer.block(call, 1), time.perf_counter() + seconds
     while repeats > 0 or time.perf_counter() < end:
-        best, repeats = min(best, timer.block([call], 1)), repeats - 1
+        best, repeats = min(best, timer.block(call, 1)), repeats - 1
     return best
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,25 +71,24 @@ class CaseResult:
         ]
 
 
-def run_case(
-    case: Case, timer: Timer, peaks: Peaks, schedule: Schedule, temperatures: Sequence[str] = TEMPERATURES
-) -> Iterator[CaseResult]:
-    """Check and time one case: once on a CPU, at the given temperatures of the cache on a GPU."""
-    for temperature in temperatures if case.device.type == "cuda" else ("warm",):
-        prepared = Prepared.of(case, cold=temperature == "cold")
-        thunks: dict[str, list[Thunk]] = {}
-        left_out: dict[str, str] = {}
-        candidates = case.candidates()
-        for candidate in candidates:
-            try:
-                thunks[candidate.name] = prepared.thunks(candidate, timer)
-            except WrongResultError as error:
-                left_out[candidate.name] = f"wrong: {error}"
-            except Exception as error:  # a baseline may need a compiler, or memory, that is not there
-                left_out[candidate.name] = f"{type(error).__name__}: {_first_line(error)}"
+def run_case(case: Case, timers: Mapping[str, Timer], peaks: Peaks, schedule: Schedule) -> Iterator[CaseResult]:
+    """Check one case and time it by every timer, given by temperature of the cache."""
+    prepared = Prepared.of(case)
+    thunks: dict[str, Thunk] = {}
+    left_out: dict[str, str] = {}
+    candidates = case.candidates()
+    trial = next(iter(timers.values()))
+    for candidate in candidates:
+        try:
+            thunks[candidate.name] = prepared.thunk(candidate, trial)
+        except WrongResultError as error:
+            left_out[candidate.name] = f"wrong: {error}"
+        except Exception as error:  # a baseline may need a compiler, or memory, that is not there
+            left_out[candidate.name] = f"{type(error).__name__}: {_first_line(error)}"
+    waited = {name: latency(call, case.device) for name, call in thunks.items()} if case.waits else {}
+    backend, plan = case.backend(prepared.inputs)
+    for temperature, timer in timers.items():
         timings = interleaved(thunks, timer, schedule) if thunks else {}
-        waited = {name: latency(calls, case.device) for name, calls in thunks.items()} if case.waits else {}
-        backend, plan = case.backend(prepared.input_sets[0])
         yield CaseResult(
             case=case,
             temperature=temperature,
@@ -108,8 +107,8 @@ def run_case(
                 for c in candidates
             ),
         )
-        del prepared, thunks
-        gc.collect()
+    del prepared, thunks
+    gc.collect()
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,8 @@ import torch
 Thunk = Callable[[], Any]
 
 MAX_CALLS = 2000
+LEAST_SECONDS = 5e-6
+"""What a call is taken to last at least when calls are grouped."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,10 @@ class Latency:
     calls: int
 
 
-def latency(thunks: Sequence[Thunk], device: torch.device, calls: int = 500, budget_seconds: float = 3.0) -> Latency:
+def latency(thunk: Thunk, device: torch.device, calls: int = 500, budget_seconds: float = 3.0) -> Latency:
     """What somebody sees who waits for every result, as a live stream does: one call at a time, by the wall clock.
 
     Args:
-        thunks: taken in turn.
         device: waited for after every call when it is a GPU.
         calls: at most so many; fewer, but at least 20, when they take longer than ``budget_seconds``.
     """
@@ -56,7 +57,7 @@ def latency(thunks: Sequence[Thunk], device: torch.device, calls: int = 500, bud
     begin = time.perf_counter()
     while len(samples) < calls and (len(samples) < 20 or time.perf_counter() - begin < budget_seconds):
         start = time.perf_counter()
-        thunks[len(samples) % len(thunks)]()
+        thunk()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         samples.append(time.perf_counter() - start)
@@ -67,54 +68,69 @@ def latency(thunks: Sequence[Thunk], device: torch.device, calls: int = 500, bud
 class Timer(Protocol):
     """Times a block of calls on one kind of device."""
 
-    def block(self, thunks: Sequence[Thunk], calls: int) -> float:
-        """Seconds per call over ``calls`` calls, taking ``thunks`` in turn."""
+    def block(self, thunk: Thunk, calls: int) -> float:
+        """Seconds per call over ``calls`` calls."""
 
 
 class CpuTimer:
     """Wall-clock time.  Caches are as the calls leave them (warm)."""
 
-    def block(self, thunks: Sequence[Thunk], calls: int) -> float:
-        """Seconds per call over ``calls`` calls, taking ``thunks`` in turn."""
+    def block(self, thunk: Thunk, calls: int) -> float:
+        """Seconds per call over ``calls`` calls."""
         start = time.perf_counter()
-        for call in range(calls):
-            thunks[call % len(thunks)]()
+        for _ in range(calls):
+            thunk()
         return (time.perf_counter() - start) / calls
 
 
 class CudaTimer:
     """Time between two CUDA events on the current stream.
 
-    Every thunk is bound to inputs of its own.  With enough of them that their bytes exceed four times the L2 cache,
-    each call finds its inputs cold; with a single one it finds them warm.
+    Calls follow each other at once and find in the L2 cache what fits there (warm).  With ``cold`` a read of twice the
+    cache goes before every call, and the time of as many reads alone is taken off: the call finds nothing of its own
+    there, and its launch is hidden behind the read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cold: bool = False) -> None:
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
+        self._evict = evicting() if cold else None
 
-    def block(self, thunks: Sequence[Thunk], calls: int) -> float:
-        """Seconds per call over ``calls`` calls, taking ``thunks`` in turn."""
+    def _elapsed(self, call: Thunk, calls: int) -> float:
         torch.cuda.synchronize()
         self._start.record()
-        for call in range(calls):
-            thunks[call % len(thunks)]()
+        for _ in range(calls):
+            call()
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3 / calls
 
+    def block(self, thunk: Thunk, calls: int) -> float:
+        """Seconds per call over ``calls`` calls."""
+        evict = self._evict
+        if evict is None:
+            return self._elapsed(thunk, calls)
 
-def make_timer(device: torch.device) -> Timer:
-    """The timer for ``device``."""
-    return CudaTimer() if device.type == "cuda" else CpuTimer()
+        def both() -> None:
+            evict()
+            thunk()
+
+        return max(1e-9, self._elapsed(both, calls) - self._elapsed(evict, max(calls, 20)))
 
 
-def input_sets_for_cold_cache(input_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs to rotate so that a call finds none of its own in the L2 cache; 1 on a CPU."""
-    if device.type != "cuda":
-        return 1
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(64, 4 * l2_bytes // max(1, input_bytes) + 2)
+def evicting() -> Thunk:
+    """What leaves nothing of earlier calls in the current GPU's L2 cache: a read of twice as much."""
+    device = torch.cuda.current_device()
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    other, total = torch.ones(2 * cache // 4, device=device), torch.empty((), device=device)
+    return lambda: torch.sum(other, dim=0, out=total)  # reads alone leave nothing to be written back
+
+
+def make_timers(device: torch.device, temperatures: Sequence[str]) -> dict[str, Timer]:
+    """A timer per temperature of the cache ("cold", "warm"); on a CPU there is only "warm"."""
+    if device.type == "cuda":
+        return {temperature: CudaTimer(temperature == "cold") for temperature in temperatures}
+    return {"warm": CpuTimer()}
 
 
 @dataclass(frozen=True)
@@ -138,22 +154,24 @@ class Schedule:
 SCHEDULES = {"quick": Schedule(9, 0.01, 2.0), "standard": Schedule(), "full": Schedule(21, 0.02, 20.0, 7)}
 """By tier of the suite."""
 
+BRIEF = Schedule(7, 0.002, 0.5, 3)
+"""On a GPU that is at hand for minutes only."""
 
-def interleaved(candidates: Mapping[str, Sequence[Thunk]], timer: Timer, schedule: Schedule) -> dict[str, Timing]:
+
+def interleaved(candidates: Mapping[str, Thunk], timer: Timer, schedule: Schedule) -> dict[str, Timing]:
     """Time candidates in turns, starting each round with another one.
 
     Interleaving lets a change of clock rate, or another program, fall on all of them alike.
 
     Args:
-        candidates: per name its thunks, see :class:`CudaTimer` (one on a CPU).
+        candidates: what to call, by name.
         timer, schedule: how and how long.
     """
     calls: dict[str, int] = {}
-    for name, thunks in candidates.items():
-        timer.block(thunks, len(thunks))
-        once = timer.block(thunks, len(thunks))
-        wanted = int(min(MAX_CALLS, max(1.0, schedule.block_seconds / max(once, 1e-9))))
-        calls[name] = -(-wanted // len(thunks)) * len(thunks)
+    for name, thunk in candidates.items():
+        timer.block(thunk, 1)
+        once = timer.block(thunk, 1)
+        calls[name] = int(min(MAX_CALLS, max(1.0, schedule.block_seconds / max(once, LEAST_SECONDS))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     start = time.perf_counter()

@@ -16,11 +16,12 @@ from rcu_ops.bench.correctness import WrongResultError, check_outputs
 from rcu_ops.bench.machine import Peaks, describe
 from rcu_ops.bench.runner import CandidateResult, CaseResult, as_data, run_case
 from rcu_ops.bench.suite import OPERATORS, TIERS, collect, spread
-from rcu_ops.bench.timing import SCHEDULES, CpuTimer, Schedule, Timing, input_sets_for_cold_cache, interleaved, latency
+from rcu_ops.bench.timing import SCHEDULES, CpuTimer, Schedule, Timing, interleaved, latency, make_timers
 from rcu_ops.cli import main
 
 CPU = torch.device("cpu")
 FAST = Schedule(repeats=3, block_seconds=0.0, budget_seconds=1.0, least_repeats=2)
+CPU_TIMER = {"warm": CpuTimer()}
 PEAKS = Peaks(bytes_per_second=1e9, flops_per_second={"fp32": 1e9, "bf16": 2e9})
 
 
@@ -101,27 +102,26 @@ class _FakeTimer:
     def __init__(self):
         self.order = []
 
-    def block(self, thunks, calls):
-        self.order.append(thunks[0]())
+    def block(self, thunk, calls):
+        self.order.append(thunk())
         return self.order[-1]
 
 
 def test_candidates_take_turns_and_every_one_starts_a_round():
     timer = _FakeTimer()
-    timings = interleaved({str(s): [lambda s=s: s] for s in (1.0, 2.0, 3.0)}, timer, Schedule(3, 0.0, 60.0, 3))
+    timings = interleaved({str(s): (lambda s=s: s) for s in (1.0, 2.0, 3.0)}, timer, Schedule(3, 0.0, 60.0, 3))
     assert timer.order[6:] == [1.0, 2.0, 3.0, 2.0, 3.0, 1.0, 3.0, 1.0, 2.0]
     assert {name: t.samples for name, t in timings.items()} == {str(s): (s,) * 3 for s in (1.0, 2.0, 3.0)}
 
 
-def test_short_calls_are_timed_in_blocks_that_visit_all_inputs():
+def test_short_calls_are_timed_in_blocks():
     calls = []
-    interleaved({"a": [lambda: calls.append(0), lambda: calls.append(1)]}, CpuTimer(), Schedule(2, 1e-4, 1.0, 1))
+    interleaved({"a": lambda: calls.append(0)}, CpuTimer(), Schedule(2, 1e-4, 1.0, 1))
     assert len(calls) > 8
-    assert calls.count(0) == calls.count(1)
 
 
 def test_the_budget_ends_the_repeats_but_not_before_the_least():
-    timing = interleaved({"a": [lambda: None]}, CpuTimer(), Schedule(50, 0.0, 0.0, 4))["a"]
+    timing = interleaved({"a": lambda: None}, CpuTimer(), Schedule(50, 0.0, 0.0, 4))["a"]
     assert len(timing.samples) == 4
 
 
@@ -133,13 +133,13 @@ def test_median_and_quartiles():
     assert Timing((7.0,)).quartiles == (7.0, 7.0)
 
 
-def test_a_cpu_needs_one_set_of_inputs():
-    assert input_sets_for_cold_cache(1, CPU) == 1
+def test_a_cpu_has_one_timer():
+    assert list(make_timers(CPU, ("cold", "warm"))) == ["warm"]
 
 
 def test_right_candidates_are_timed_and_wrong_ones_are_not():
     case = _Doubling(**{OURS: right, "slow but right": right, "wrong": wrong, "broken": broken})
-    (result,) = run_case(case, CpuTimer(), PEAKS, FAST)
+    (result,) = run_case(case, CPU_TIMER, PEAKS, FAST)
     assert {c.name: c.timing is not None for c in result.candidates} == {
         OURS: True,
         "slow but right": True,
@@ -159,7 +159,7 @@ def test_right_candidates_are_timed_and_wrong_ones_are_not():
 
 
 def test_ours_must_run():
-    (result,) = run_case(_Doubling(**{OURS: broken, "eager": right}), CpuTimer(), PEAKS, FAST)
+    (result,) = run_case(_Doubling(**{OURS: broken, "eager": right}), CPU_TIMER, PEAKS, FAST)
     assert result.failures == [f"doubling forward N3 fp32 contiguous: {OURS}: RuntimeError: no compiler here"]
     assert result.speedup("eager") is None
 
@@ -169,20 +169,20 @@ def test_the_fastest_variant_is_taken_and_all_are_checked():
     quick = Variant(lambda inputs: lambda: right(inputs))
     case = _Doubling(**{OURS: {"slow": slow, "quick": quick}})
     ready = Prepared.of(case)
-    ready.thunks(case.candidates()[0], CpuTimer())
+    ready.thunk(case.candidates()[0], CpuTimer())
     assert ready.chosen == {OURS: "quick"}
     case = _Doubling(**{OURS: {"quick": quick, "wrong": Variant(lambda inputs: lambda: wrong(inputs))}})
     with pytest.raises(WrongResultError):
-        Prepared.of(case).thunks(case.candidates()[0], CpuTimer())
+        Prepared.of(case).thunk(case.candidates()[0], CpuTimer())
 
 
 def test_a_variant_may_be_checked_by_another_call_and_yardstick():
     verified = Variant(lambda inputs: lambda: None, verify=right)
     case = _Doubling(**{OURS: {"a": verified}})
-    Prepared.of(case).thunks(case.candidates()[0], CpuTimer())
+    Prepared.of(case).thunk(case.candidates()[0], CpuTimer())
     rough = Variant(lambda inputs: lambda: wrong(inputs), eager=wrong)
     case = _Doubling(**{OURS: {"a": rough}})
-    Prepared.of(case).thunks(case.candidates()[0], CpuTimer())
+    Prepared.of(case).thunk(case.candidates()[0], CpuTimer())
 
 
 @pytest.mark.parametrize("layout", list(recurrent_conv.LAYOUTS))
@@ -195,7 +195,7 @@ def test_every_library_loop_is_right(kind, mix, layout):
     case = kind(shape, torch.float32, layout, CPU, compile=False)
     ready = Prepared.of(case)
     loops = next(c for c in case.candidates() if c.name == "library loop")
-    ready.thunks(Candidate("one", {mix: loops.variants[mix]}), CpuTimer())
+    ready.thunk(Candidate("one", {mix: loops.variants[mix]}), CpuTimer())
     assert ready.chosen == {"one": mix}
 
 
@@ -203,7 +203,7 @@ def test_every_library_loop_is_right(kind, mix, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_cases_run_through(kind, dtype):
     (result,) = run_case(
-        kind(recurrent_conv.Shape(2, 8, 3, 4), dtype, "channels_last_3d", CPU, compile=False), CpuTimer(), PEAKS, FAST
+        kind(recurrent_conv.Shape(2, 8, 3, 4), dtype, "channels_last_3d", CPU, compile=False), CPU_TIMER, PEAKS, FAST
     )
     assert result.failures == []
     assert all(c.timing is not None for c in result.candidates)
@@ -231,7 +231,7 @@ def test_every_fast_gru_loop_is_right(kind, loop, layout):
     case = kind(fast_gru.Shape(2, 3, 8, 2, 1, 3), torch.float32, layout, CPU, compile=False)
     ready = Prepared.of(case)
     loops = next(c for c in case.candidates() if c.name == "library loop")
-    ready.thunks(Candidate("one", {loop: loops.variants[loop]}), CpuTimer())
+    ready.thunk(Candidate("one", {loop: loops.variants[loop]}), CpuTimer())
     assert ready.chosen == {"one": loop}
 
 
@@ -249,7 +249,7 @@ def test_fast_gru_has_all_its_baselines(kind, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_fast_gru_cases_run_through(kind, dtype):
     case = kind(fast_gru.Shape(2, 3, 16, 4, 1, 3), dtype, "contiguous", CPU, compile=False)
-    (result,) = run_case(case, CpuTimer(), PEAKS, FAST)
+    (result,) = run_case(case, CPU_TIMER, PEAKS, FAST)
     assert result.failures == []
     assert all(0 <= c.error_used <= 1 for c in result.candidates)
 
@@ -294,7 +294,7 @@ def test_the_suite_has_the_shapes_that_were_promised():
 def _results():
     good = _Doubling(**{OURS: right, "eager": right, "compile": broken})
     bad = _Doubling(**{OURS: wrong, "eager": right})
-    return [next(run_case(case, CpuTimer(), PEAKS, FAST)) for case in (good, bad)]
+    return [next(run_case(case, CPU_TIMER, PEAKS, FAST)) for case in (good, bad)]
 
 
 def test_table():
@@ -371,16 +371,16 @@ def test_cases_take_turns():
 
 def test_latency_of_single_calls():
     seconds = iter([0.0] * 19 + [0.03])
-    result = latency([lambda: time.sleep(next(seconds))], CPU, calls=20)
+    result = latency(lambda: time.sleep(next(seconds)), CPU, calls=20)
     assert result.calls == 20
     assert result.p50 < 0.01 < 0.03 <= result.p99
-    assert latency([lambda: None], CPU, calls=500, budget_seconds=0).calls == 20
+    assert latency(lambda: None, CPU, calls=500, budget_seconds=0).calls == 20
 
 
 def test_waiting_cases_show_percentiles():
     case = _Doubling(**{OURS: right, "eager": right})
     case.waits = True
-    (result,) = run_case(case, CpuTimer(), PEAKS, FAST)
+    (result,) = run_case(case, CPU_TIMER, PEAKS, FAST)
     assert all(c.latency is not None and c.latency.p50 <= c.latency.p99 for c in result.candidates)
     header, row = output.table([result]).splitlines()
     assert header.split()[-3:] == ["p50", "p99", "backend"]
