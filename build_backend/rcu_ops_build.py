@@ -77,7 +77,12 @@ COMPILED_TOGETHER = (
     ),
     ("csrc/cuda/cycle_consistency.cu", "csrc/cuda/fast_gru.cu"),
     ("csrc/cuda/cycle_consistency_products.cu", "csrc/cuda/fast_gru_persistent.cu"),
-    ("csrc/cuda/recurrent_conv_sm90.cu", "csrc/cuda/fast_gru_sm90.cu", "csrc/cuda/nonlocal_gates_sm90.cu"),
+    (
+        "csrc/cuda/recurrent_conv_sm90.cu",
+        "csrc/cuda/cycle_consistency_short_sm90.cu",
+        "csrc/cuda/fast_gru_sm90.cu",
+        "csrc/cuda/nonlocal_gates_sm90.cu",
+    ),
     ("csrc/cuda/recurrent_conv_tile.cu", "csrc/cuda/recurrent_conv_wide.cu"),
 )
 

@@ -34,23 +34,23 @@ std::string cycle_consistency_plan(const std::string& kind, int64_t t, int64_t s
 // The same for any GPU, there or not.
 py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t t, int64_t s, int64_t c,
                                     const std::string& dtype, int architecture, int multiprocessors,
-                                    int64_t shared_bytes) {
+                                    int64_t shared_bytes, bool sm90a) {
   if (n < 1 || t < 1 || s < 1 || c < 1 || multiprocessors < 1)
     throw py::value_error("expected n, t, s, c, multiprocessors >= 1");
-  Gpu gpu;
-  gpu.architecture = architecture, gpu.multiprocessors = multiprocessors, gpu.shared_bytes = shared_bytes;
+  const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   Alignment p;
   p.kind = parse_kind(kind), p.dtype = parse_dtype(dtype), p.N = n, p.T = t, p.S = s, p.C = c;
   const auto blocks = [](int64_t count) { return std::to_string(count) + (count == 1 ? " block" : " blocks"); };
   py::dict d;
   if (ShortCycle::takes(p)) {
-    const ShortCycle plan(n, c, multiprocessors);
+    const ShortCycle plan(n, t, s, c, gpu);
     d["form"] = "short cycle";
     d["splits"] = plan.splits, d["channels_per_split"] = plan.channels_per_split, d["blocks"] = n * plan.splits;
     d["text"] = "short cycle: at most " + std::to_string(ShortCycle::most_frames) + " frames each, read once; " +
                 (plan.splits == 1 ? "a block per sample"
-                                  : blocks(plan.splits) + " per sample, " + std::to_string(plan.channels_per_split) +
-                                        " channels each, and a second launch that adds them up");
+                                  : (plan.cluster ? "a cluster of " : "") + blocks(plan.splits) + " per sample, " +
+                                        std::to_string(plan.channels_per_split) + " channels each" +
+                                        (plan.cluster ? "" : ", and a second launch that adds them up"));
   } else if (const char* why_not = ProductTiles::why_not(p.kind, p.dtype, t, s, c)) {
     d["form"] = "query rows";
     d["text"] = std::string("query rows: distances by differences, a block per query: ") + why_not;
@@ -92,9 +92,10 @@ void bind_cycle_consistency(py::module_& m) {
         "a kind of alignment ('soft', 'cycle', 'back', 'soft_backward', 'back_backward'), and why.");
   m.def("cycle_consistency_gpu_plan", &cycle_consistency_gpu_plan, py::arg("kind"), py::arg("n"), py::arg("t"),
         py::arg("s"), py::arg("c"), py::arg("dtype"), py::kw_only(), py::arg("architecture") = 80,
-        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
+        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("sm90a") = true,
         "How such a GPU would run an alignment: its 'form' ('short cycle', 'product tiles' or 'query rows'), the same "
-        "in a sentence ('text'), the numbers of its blocks, and byte offsets in the scratch.");
+        "in a sentence ('text'), the numbers of its blocks, and byte offsets in the scratch. sm90a: the library holds "
+        "code for it.");
   m.def("cycle_consistency_bounds", &cycle_consistency_bounds, py::arg("c"), py::arg("product_steps"),
         py::arg("difference_steps"), py::arg("end"), py::arg("largest"), py::arg("sharpness"), py::arg("keys"),
         py::arg("moments"),

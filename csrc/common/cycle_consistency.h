@@ -116,34 +116,40 @@ inline Text describe_alignment(Align kind, DType dtype, int64_t T, int64_t S, in
 
 // Frames of a, then of b, are one list; a block finds the distances between all of them over a range of channels.
 struct ShortCycle {
-  static constexpr int most_frames = 32, threads = 288, channels = 128;  // of each sequence; of a block; of a stage
-  static constexpr int tile = 4;                                         // a thread owns tile x tile pairs
+  static constexpr int most_frames = 32, threads = 256;  // of each sequence; of a block
+  static constexpr int channels = 128, most_stages = 3;  // of a stage; in shared memory at once
+  static constexpr int tile = 4, entries = tile * tile;  // a thread owns tile x tile pairs
+  static constexpr int64_t most_splits = 8;              // what a cluster may have on every device that has them
+  static constexpr int64_t least_channels = 128;         // of a split
+  // Channels from which on samples are split: what a cluster's barriers (est. 0.8 us) and a second launch (est. 3 us)
+  // cost is less than what the splits save, at 3.5 us per 512 channels of 32 frames (est.).
+  static constexpr int64_t worth_a_cluster = 512, worth_a_launch = 1024;
 
-  int64_t splits = 1, channels_per_split = 0;  // whole stages, but for the last split
+  int frames = 0, side = 0;   // of both sequences; tiles along the matrix of all pairs
+  int tiles = 0, groups = 0;  // on or above the diagonal; of threads that share a stage's channels
+  int numbers = 0;            // distances that a block has a place for, of pairs beyond the last frame too
+  int64_t splits = 1, channels_per_split = 0;  // whole stages, but for the last split; the last ones may have none
+  bool cluster = false;                        // splits are blocks of a cluster; otherwise a second launch adds them up
+  int64_t partial_numbers = 0;                 // fp32, in memory between two launches
 
   static constexpr bool takes(const Alignment& p) {
     return p.kind == Align::cycle && p.dtype != DType::f64 && p.T <= most_frames && p.S <= most_frames;
   }
 
-  // Blocks for every multiprocessor where samples are few, unless a block would have less than two stages: one to
-  // compute on while the other arrives.
-  ShortCycle(int64_t N, int64_t C, int multiprocessors) {
-    const int64_t stages = (C + channels - 1) / channels, wanted = N > 0 ? multiprocessors / N : 1, most = stages / 2;
-    splits = wanted < most ? wanted : most;
-    if (splits < 1) splits = 1;
-    const int64_t per_split = (stages + splits - 1) / splits;
-    channels_per_split = per_split * channels;
-    splits = (stages + per_split - 1) / per_split;
+  // Blocks for every multiprocessor where samples are few, if there are channels enough to pay for adding them up.
+  ShortCycle(int64_t N, int64_t T, int64_t S, int64_t C, const Gpu& gpu) : frames(static_cast<int>(T + S)) {
+    side = (frames + tile - 1) / tile;
+    tiles = side * (side + 1) / 2, groups = threads / tiles, numbers = entries * tiles;
+    const int64_t wanted = N > 0 ? gpu.multiprocessors / N : 1, most = C / least_channels;
+    if (C >= (gpu.sm90a ? worth_a_cluster : worth_a_launch))
+      while (2 * splits <= wanted && 2 * splits <= most && splits < most_splits) splits *= 2;
+    cluster = gpu.sm90a && splits > 1;
+    channels_per_split = cuda::round_up(cuda::ceil_div(C, splits), channels);
+    partial_numbers = splits > 1 && !cluster ? N * splits * numbers : 0;
   }
 
-  // Tiles on or above the diagonal of the frames' matrix, and how many groups of threads share a stage's channels.
-  static RCU_OPS_DEVICE constexpr int tiles(int frames) {
-    const int side = (frames + tile - 1) / tile;
-    return side * (side + 1) / 2;
-  }
-  static RCU_OPS_DEVICE constexpr int groups(int frames) { return threads / tiles(frames); }
-
-  // Row and column of a tile: row by row, from the diagonal on.
+  // Row and column of a tile: row by row, from the diagonal on. Its pairs are of frames `row`, side + row, ... and
+  // `column`, side + column, ..., so that threads with neighbouring tiles read neighbouring frames.
   static RCU_OPS_DEVICE constexpr void place(int number, int side, int& row, int& column) {
     row = 0;
     while (number >= side - row) number -= side - row, ++row;

@@ -363,8 +363,7 @@ Scratch align_scratch(const Alignment& p) {
   scratch.error = current_gpu(gpu);
   if (!scratch.error.empty()) return scratch;
   if (ShortCycle::takes(p)) {
-    const int64_t splits = ShortCycle(p.N, p.C, gpu.multiprocessors).splits;
-    scratch.bytes = splits > 1 ? p.N * splits * (p.T + p.S) * (p.T + p.S) * 4 : 0;
+    scratch.bytes = ShortCycle(p.N, p.T, p.S, p.C, gpu).partial_numbers * 4;
     return scratch;
   }
   if (ProductTiles::takes(p)) {

@@ -8,8 +8,7 @@
 
 namespace rcu_ops::cuda {
 
-// As align(), for problems that ShortCycle takes. `scratch`: fp32 [N][splits][T + S][T + S] where there are several
-// splits.
+// As align(), for problems that ShortCycle takes. `scratch`: its partial_numbers, fp32.
 Text align_short(const Alignment& problem, const Gpu& gpu, void* scratch, CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

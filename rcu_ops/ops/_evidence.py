@@ -56,6 +56,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("nonlocal_gates", "cluster", "tile, where few samples leave multiprocessors idle", "sm_90a"),
     Variant("cycle_consistency", "product tiles", "fp32, bf16, fp16 from 33 frames on, forward, matrix unit", "sm_80"),
     Variant("cycle_consistency", "short cycle", "fp32, bf16 and fp16 cycles of at most 32 frames, read once", "sm_80"),
+    Variant("cycle_consistency", "short cycle in clusters", "the same of 512 channels on: blocks share them", "sm_90a"),
     Variant("srtg", "gate pass", "any shapes, dtype and strides; forward and backward", "sm_80"),
 )
 

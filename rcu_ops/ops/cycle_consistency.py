@@ -659,6 +659,7 @@ def _cuda_words(native: Any, a: Tensor, kind: str, keys: int, dtype: str) -> str
         c,
         dtype,
         **_planner.gpu_limits(a.device),
+        sm90a=_planner.holds_sm90a(),
     )["text"]
 
 

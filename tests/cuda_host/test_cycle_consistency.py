@@ -141,20 +141,25 @@ def test_indices_whatever_the_magnitude(machine, case, dtype) -> None:
     alignment.check_indices(index_ba, b, a, temperature)
 
 
+CLUSTERS = {"architecture": 90, "multiprocessors": 16, "shared_bytes": 227 * 1024}
+
+
+@pytest.mark.parametrize("device", [{"multiprocessors": 8}, CLUSTERS], ids=["launches", "clusters"])
 @pytest.mark.parametrize("view", ["rows", "odd rows", "channels apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_short_cycles_in_splits(machine, view, dtype, seed) -> None:
-    """Channels over several blocks; rows copied by 16 bytes, by 4 or fewer, or number by number: the same numbers."""
-    n, t, s, c = 2, 9, 21, 530
+def test_short_cycles_in_splits(machine, view, dtype, device, seed) -> None:
+    """Channels over several blocks, the last with few or none; rows copied by 16 bytes, by 4 or fewer, or number by
+    number: the same numbers."""
+    n, t, s, c = 2, 9, 21, 1030
     a, b = (x.to(dtype) for x in inputs((n, t, s, c), torch.float32))
     mask_a, mask_b = masks(n, t), masks(n, s)
     b[~mask_b] = torch.inf
     layouts = {
-        "rows": lambda x: torch.cat([x, x[..., :6]], 2)[..., :c],  # 536 numbers apart
+        "rows": lambda x: torch.cat([x, x[..., :10]], 2)[..., :c],  # 1040 numbers apart
         "odd rows": lambda x: torch.cat([x, x[..., :1]], 2)[..., :c],
         "channels apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     }
-    machine.seed, machine.device = seed, {"multiprocessors": 4}
+    machine.seed, machine.device = seed, device
     got = align(machine, "cycle", layouts[view](a), layouts[view](b), mask_a=mask_a, mask_b=mask_b, temperature=0.3)
     for x, y, index, mask_x, mask_y in ((a, b, got[1], mask_a, mask_b), (b, a, got[2], mask_b, mask_a)):
         assert torch.equal(index >= 0, mask_x)
@@ -166,6 +171,18 @@ def test_short_cycles_in_splits(machine, view, dtype, seed) -> None:
     machine.device = {"multiprocessors": 1}
     whole = align(machine, "cycle", a, b, mask_a=mask_a, mask_b=mask_b, temperature=0.3)
     assert all(torch.equal(x, y) for x, y in zip(got, whole, strict=True))
+
+
+@pytest.mark.parametrize("device", [{"multiprocessors": 4}, CLUSTERS], ids=["launches", "clusters"])
+def test_short_cycles_in_splits_whatever_the_magnitude(machine, device) -> None:
+    machine.device = device
+    for magnitude in (1e31, 1e-31):
+        a = magnitude * torch.randn(1, 11, 1030)
+        b = a + 0.3 * magnitude * torch.randn(a.shape)
+        temperature = 100 * magnitude**2
+        _, *found = align(machine, "cycle", a, b, temperature=temperature)
+        for index, x, y in zip(found, (a, b), (b, a), strict=True):
+            assert alignment.check_indices(index, x, y, temperature)[1] == 0
 
 
 def test_equal_frames_of_short_cycles_tie(machine) -> None:
@@ -366,10 +383,11 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     run = functools.partial(align, machine)
     for tensors in ({}, {"mask_a": mask_a, "mask_b": mask_b}):
         run("cycle", a, b, **tensors)
+    wide = [torch.randn(1, frames, 1032) for frames in (30, 7)]
+    for machine.device in ({"multiprocessors": 4}, CLUSTERS):
+        run("cycle", a[..., :1].expand(2, 5, 1026), b[..., :1].expand(2, 9, 1026))
+        run("cycle", *wide)
     machine.device = {"multiprocessors": 4}
-    run("cycle", a[..., :1].expand(2, 5, 520), b[..., :1].expand(2, 9, 520))
-    wide = [torch.randn(1, frames, 520) for frames in (30, 7)]
-    run("cycle", *wide)
     long = [torch.randn(1, frames, 16) for frames in (34, 36)]
     run("cycle", *long, mask_b=masks(1, 36))
     run("soft", *long, temperature=1e4)

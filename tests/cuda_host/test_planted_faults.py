@@ -188,11 +188,20 @@ def step(machine: Machine) -> None:
 
 def short_cycle(machine: Machine) -> None:
     for magnitude in (1.0, 1e31):
-        a = magnitude * torch.randn(1, 12, 256)
+        a = magnitude * torch.randn(1, 12, 512)  # a stage more than there are places
         b = a + magnitude * 0.3 * torch.randn(a.shape)
         _, *found = cycles.align(machine, "cycle", a, b, temperature=10 * magnitude**2)
         for index, x, y in zip(found, (a, b), (b, a), strict=True):
             assert alignment.check_indices(index, x, y, 10 * magnitude**2)[1] == 0
+
+
+def short_cycle_in_clusters(machine: Machine) -> None:
+    machine.device = cycles.CLUSTERS
+    a = torch.randn(1, 6, 512) * torch.linspace(0.1, 1, 512)
+    b = a + 0.3 * torch.randn(a.shape)
+    _, *found = cycles.align(machine, "cycle", a, b, temperature=100.0)
+    for index, x, y in zip(found, (a, b), (b, a), strict=True):
+        assert alignment.check_indices(index, x, y, 100.0)[1] == 0
 
 
 def long_cycle(machine: Machine) -> None:
@@ -232,7 +241,8 @@ def closed_gate(machine: Machine) -> None:
     assert torch.equal(y, want[0]) and torch.equal(dh, want[1])
 
 
-SHORT, PRODUCTS = "cycle_consistency_short.cu", "cycle_consistency_products.cu"
+SHORT, SHORT_CLUSTERS, SHORT_BODY = (f"cycle_consistency_short{end}" for end in (".cu", "_sm90.cu", "_block.h"))
+PRODUCTS = "cycle_consistency_products.cu"
 TILE, WIDE, STEP, SM90 = (f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "sm90"))
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 STEPS_BODY = "fast_gru_steps.h"
@@ -530,17 +540,40 @@ FAULTS = [
     ),
     Fault(
         "no barrier before a stage is read",
-        "    block_barrier();  // the stage is complete\n",
+        "      block_barrier();  // stage i is complete, and stage i - 1 has been read\n",
         "",
         short_cycle,
         file=SHORT,
     ),
     Fault(
-        "the last stage has not arrived",
-        "      async_wait<0>();\n",
-        "      async_wait<1>();\n",
+        "a stage has not arrived",
+        "        async_wait<1>();\n",
+        "        async_wait<2>();\n",
         short_cycle,
         file=SHORT,
+    ),
+    Fault(
+        "sums are written where others read a stage",
+        "  block_barrier();  // the stages have been read\n",
+        "",
+        short_cycle,
+        "thread",
+        file=SHORT,
+    ),
+    Fault(
+        "the cluster's sums are read before they are there",
+        "cluster_barrier();  // the sums of all blocks are there",
+        "block_barrier();",
+        short_cycle_in_clusters,
+        "thread",
+        file=SHORT_CLUSTERS,
+    ),
+    Fault(
+        "all sums are the first block's",
+        "cluster_shared(sums, s)[at]",
+        "cluster_shared(sums, 0 * s)[at]",
+        short_cycle_in_clusters,
+        file=SHORT_CLUSTERS,
     ),
     Fault("squares overflow", "if (factor == 1) break", "if (factor > 0) break", short_cycle, file=SHORT),
     Fault(
@@ -680,6 +713,7 @@ FEWER = {
     SM90: [("<__half>", "<__nv_bfloat16>")],
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
     SHORT: [("<__half>", "<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
+    SHORT_CLUSTERS: [("<__half>", "<float>"), ("align_clusters_as<__nv_bfloat16>", "align_clusters_as<float>")],
     "cycle_consistency.cu": [(f"align_as<{kind}>", "align_as<float>") for kind in ("double", "uint16_t")],
     "srtg.cu": [(f"launch_as<{kind}>", "launch_as<float>") for kind in ("double", "__half", "__nv_bfloat16")],
 }
@@ -688,6 +722,8 @@ FEWER = {
 BODIES = {
     "nonlocal_gates_tile.cu": RELATE_BODY,
     "nonlocal_gates_sm90.cu": RELATE_BODY,
+    SHORT: SHORT_BODY,
+    SHORT_CLUSTERS: SHORT_BODY,
     "fast_gru_persistent.cu": STEPS_BODY,
     "fast_gru_sm90.cu": STEPS_BODY,
 }
@@ -743,6 +779,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         dead_queries,
         relate_clusters,
         short_cycle,
+        short_cycle_in_clusters,
         long_cycle,
         flat_weights,
         soft_of_the_huge,

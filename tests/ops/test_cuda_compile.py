@@ -48,7 +48,8 @@ REGISTERS = {
     "measure": 64,  # the same
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
-    "align_short_kernel": 112,  # 2 blocks of 288
+    "align_short_kernel": 128,  # 2 blocks of 256
+    "align_short_cluster": 128,  # the same
     "key_gradient": 128,  # 2 blocks of 256
     "survey": 64,  # 2 blocks of 512
     "split_frames": 64,  # 4 blocks of 256

@@ -241,8 +241,11 @@ def test_the_plan_for_a_gpu_covers_every_task_and_keeps_within_its_shared_memory
         pytest.skip("rcu_ops._native was not built")
     plan = functools.partial(native.cycle_consistency_gpu_plan, multiprocessors=132)
     assert plan("cycle", 32, 16, 16, 64, "bfloat16")["form"] == "short cycle"
-    few = plan("cycle", 4, 16, 32, 2048, "float32")
-    assert few["splits"] * few["channels_per_split"] >= 2048 and "a second launch" in few["text"]
+    for options, words in (({"architecture": 80}, "a second launch"), ({"architecture": 90}, "a cluster of 8 blocks")):
+        few = plan("cycle", 4, 16, 32, 2048, "float32", **options)
+        assert few["splits"] * few["channels_per_split"] >= 2048 and words in few["text"]
+    without = plan("cycle", 4, 16, 32, 2048, "float32", architecture=90, sm90a=False)
+    assert "a second launch" in without["text"]
     for arguments, why in (
         (("cycle", 1, 100, 100, 64, "float64"), "float64"),
         (("soft_backward", 1, 100, 100, 64, "float32"), "gradients"),
