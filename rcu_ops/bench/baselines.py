@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import rcu_ops
-from rcu_ops.bench.case import Bind, Inputs, Variant
+from rcu_ops.bench.case import OURS, Bind, Candidate, Inputs, Variant
 from rcu_ops.bench.timing import Thunk
 
 
@@ -67,6 +67,11 @@ def with_backend(backend: str, function: Callable[[Inputs], Any]) -> Callable[[I
             return function(inputs)
 
     return run
+
+
+def in_graph(call: Callable[[Inputs], Any], device: torch.device) -> Candidate:
+    """Ours with its gradients in one CUDA graph: the kernels' time, where the call itself pays for launches too."""
+    return Candidate("graphed", on_device({OURS: Variant(lambda inputs: lambda: call(inputs))}, device))
 
 
 def on_device(variants: dict[str, Variant], device: torch.device) -> dict[str, Variant]:

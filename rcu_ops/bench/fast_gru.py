@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, in_graph, on_device, with_backend
 from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -211,9 +211,8 @@ class _Recurrence(Case):
             loops = {"positions as rows": Variant(self._bind_loop(differentiable_rows))}
             found.append(Candidate("library loop", loops))
             if self.device.type == "cuda":
-                ours = {OURS: Variant(lambda inputs: lambda: self._ours(inputs))}
-                for name, variants in (("graphed", ours), ("graphed loop", loops)):
-                    found.append(Candidate(name, on_device(variants, self.device)))
+                found.append(in_graph(self._ours, self.device))
+                found.append(Candidate("graphed loop", on_device(loops, self.device)))
             return found
         loops = {name: Variant(self._bind_loop(loop)) for name, loop in LOOPS.items()}
         found.append(Candidate("library loop", loops))

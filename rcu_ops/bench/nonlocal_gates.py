@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import rcu_ops
-from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, in_graph, on_device, with_backend
 from rcu_ops.bench.case import OURS, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.reference.nonlocal_gates import lstm_gates
 
@@ -111,6 +111,8 @@ class Step(Case):
         found = [way(OURS, self.ours)]
         if self.device.type == "cuda":
             found += [way(name, with_backend(name, self.ours)) for name in ("cuda", "triton")]
+            if self.training:
+                found.append(in_graph(self.ours, self.device))
         found += [way("eager", self.plain), way("scaled_dot_product_attention", self.by_library)]
         if self.compile:
             found.append(Candidate("compile", {"torch.compile": Variant(compiled(self.plain))}))

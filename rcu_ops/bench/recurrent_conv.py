@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
+from rcu_ops.bench.baselines import compiled, compiled_once, in_graph, on_device, with_backend
 from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.bench.timing import Thunk
 from rcu_ops.ops import Explanation
@@ -262,6 +262,8 @@ class _Recurrence(Case):
         found = [self._own_candidate(OURS, self._ours)]
         if self.device.type == "cuda":
             found += [self._own_candidate(name, with_backend(name, self._ours)) for name in ("cuda", "triton")]
+            if self.training:
+                found.append(in_graph(self._ours, self.device))
         found.append(Candidate.simple("eager", self._by_reference))
         if self.compile:
             found.append(Candidate("compile", {"torch.compile": Variant(self.compiled())}))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import rcu_ops
 from rcu_ops import reference
-from rcu_ops.bench.baselines import compiled_once, with_backend
+from rcu_ops.bench.baselines import compiled_once, in_graph, with_backend
 from rcu_ops.bench.case import OURS, Bind, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.bench.recurrent_conv import COMPILE_AT_MOST_FRAMES, LAYOUTS, RESNET, RESNET_NO_POOL, Shape, cut
 
@@ -80,6 +80,7 @@ class Training(Case):
         found = [Candidate.simple(OURS, _ours, optional=False)]
         if self.device.type == "cuda":
             found += [Candidate.simple(name, with_backend(name, _ours)) for name in ("cuda", "triton")]
+            found.append(in_graph(_ours, self.device))
         found.append(Candidate.simple("unfused", _unfused))
         found.append(Candidate.simple("eager", _separate))
         if self.compile:

@@ -85,7 +85,11 @@ def run_case(case: Case, timers: Mapping[str, Timer], peaks: Peaks, schedule: Sc
             left_out[candidate.name] = f"wrong: {error}"
         except Exception as error:  # a baseline may need a compiler, or memory, that is not there
             left_out[candidate.name] = f"{type(error).__name__}: {_first_line(error)}"
-    waited = {name: latency(call, case.device) for name, call in thunks.items()} if case.waits else {}
+    waited = (
+        {name: latency(call, case.device, schedule.latency_calls) for name, call in thunks.items()}
+        if case.waits
+        else {}
+    )
     backend, plan = case.backend(prepared.inputs)
     for temperature, timer in timers.items():
         timings = interleaved(thunks, timer, schedule) if thunks else {}

@@ -13,8 +13,6 @@ import torch
 Thunk = Callable[[], Any]
 
 MAX_CALLS = 2000
-LEAST_SECONDS = 5e-6
-"""What a call is taken to last at least when calls are grouped."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class CudaTimer:
             evict()
             thunk()
 
-        return max(1e-9, self._elapsed(both, calls) - self._elapsed(evict, max(calls, 20)))
+        return max(1e-9, self._elapsed(both, calls) - self._elapsed(evict, 20))
 
 
 def evicting() -> Thunk:
@@ -143,18 +141,22 @@ class Schedule:
             interruption do not decide it.
         budget_seconds: no new repeat starts after this long, once there are ``least_repeats``.
         least_repeats: samples that are taken whatever they cost.
+        least_seconds: what a call is taken to last at least when calls are grouped: what goes before it costs, too.
+        latency_calls: single calls that are timed where somebody waits for each.
     """
 
     repeats: int = 15
     block_seconds: float = 0.02
     budget_seconds: float = 8.0
     least_repeats: int = 5
+    least_seconds: float = 1e-9
+    latency_calls: int = 500
 
 
 SCHEDULES = {"quick": Schedule(9, 0.01, 2.0), "standard": Schedule(), "full": Schedule(21, 0.02, 20.0, 7)}
 """By tier of the suite."""
 
-BRIEF = Schedule(7, 0.002, 0.5, 3)
+BRIEF = Schedule(7, 0.002, 0.5, 3, 5e-5, 100)
 """On a GPU that is at hand for minutes only."""
 
 
@@ -171,7 +173,7 @@ def interleaved(candidates: Mapping[str, Thunk], timer: Timer, schedule: Schedul
     for name, thunk in candidates.items():
         timer.block(thunk, 1)
         once = timer.block(thunk, 1)
-        calls[name] = int(min(MAX_CALLS, max(1.0, schedule.block_seconds / max(once, LEAST_SECONDS))))
+        calls[name] = int(min(MAX_CALLS, max(1.0, schedule.block_seconds / max(once, schedule.least_seconds))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     start = time.perf_counter()

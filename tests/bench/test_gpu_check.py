@@ -62,6 +62,7 @@ def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> Non
         Step("witness", python(f"print(open({str(tmp_path / 'gpu_check.json')!r}).read())"), 60),
         Step("empty", python("print('nothing to do')"), 60, summary=lambda output, work: {"ran": 0}),
         Step("hanging", python("import time; time.sleep(60)"), 5.5),
+        Step("theirs", python("import sys; print('1: x'); sys.exit(9)"), 60, summary=gpu_check.sanitizer_summary),
         Step("missing", ("no-such-program",), 60, beside=True),
         Step("too late", python("print(1)"), 60, reserve=gpu_check.SECONDS),
         Step("last", python("import os; print(os.environ['X'], '{seconds}')"), 60, environment={"X": "set"}),
@@ -75,6 +76,7 @@ def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> Non
         "witness": "passed",
         "empty": "failed",
         "hanging": "timed out",
+        "theirs": "passed",
         "missing": "not run: no-such-program: No such file or directory",
         "too late": "not run: no time left",
         "last": "passed",
@@ -93,10 +95,16 @@ def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> Non
     assert gpu_check.main([str(tmp_path)], planned[:1]) == 0
 
 
+SANITIZING = [
+    *("memcheck 1/2", "memcheck 2/2", "racecheck 1/3", "racecheck 2/3", "racecheck 3/3"),
+    *("initcheck 1/3", "initcheck 2/3", "initcheck 3/3", "synccheck"),
+]
+
+
 def test_the_real_steps_exist() -> None:
     """As far as a machine without a GPU can tell: their modules and options are there."""
     names = [step.name for step in gpu_check.steps("python3", None)]
-    assert names == ["build", "doctor", "gpu tests", "memcheck", "racecheck", "initcheck", "synccheck", "bench"]
+    assert names == ["build", "doctor", "gpu tests", *SANITIZING, "bench"]
     assert "build" not in [step.name for step in gpu_check.steps("python3", "/a/library.so")]
     commands = [step.command for step in gpu_check.steps(sys.executable, None)]
     modules = {part for command in commands for before, part in itertools.pairwise(command) if before == "-m"} - {"gpu"}
@@ -139,9 +147,20 @@ def test_summaries(tmp_path) -> None:
     text = "1: srtg_fuse-probe torch.float32\n2: srtg_fuse-odd torch.float32\n========= ERROR SUMMARY: 0 errors\n"
     assert gpu_check.sanitizer_summary(text, tmp_path) == {
         "totals": ["0 errors"],
+        "ours": 0,
+        "others": [],
         "ran": 2,
         "last": "srtg_fuse-odd torch.float32",
     }
+    reports = (
+        "========= Error: Race reported between Read access at nvjet_a+0xb00\n"
+        "=========     and Write access at nvjet_b+0x20 [4 hazards]\n"
+        "========= Uninitialized __global__ memory read of size 2 bytes\n"
+        "=========     at rcu_ops::cuda::<unnamed>::scan(rcu_ops::Scan)+0x5220\n"
+        "=========         Host Frame: launch at rcu_ops::launch [0x1] in librcu_ops.so\n"
+    )
+    found = gpu_check.sanitizer_summary(reports, tmp_path)
+    assert (found["ours"], found["others"]) == (1, ["nvjet_a", "nvjet_b"])
     assert "error" in gpu_check.bench_summary("", tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "bench.json").write_text('{"results": []}')
