@@ -4,7 +4,7 @@
 // stream and graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass
 // (common/fast_gru.h) of the tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared
 // memory (common/fast_gru_gpu_plan.h) one launch makes all steps between the products of all clips, forward or
-// backward; and few weights or few columns on the CPU are left to a kernel that takes columns through all steps
+// backward: every block with all weights, or all blocks together with a share of them each; and few weights or few columns on the CPU are left to a kernel that takes columns through all steps
 // (fast_gru::by_columns). Nothing depends on values, and nothing is read back from a device.
 #include <vector>
 
@@ -54,7 +54,9 @@ struct Problem {
   bool innermost = false;                     // channels are innermost in x, and in what is returned
   bool by_column = false;                     // matrices lie [columns][features]
 #ifdef RCU_OPS_WITH_CUDA
-  std::optional<fast_gru::PersistentPlan> persistent;  // one launch makes all steps of a forward pass
+  // One launch makes all steps of a forward pass: by columns, or with a share of the weights in every block.
+  std::optional<fast_gru::ColumnsPlan> by_blocks;
+  std::optional<fast_gru::PersistentPlan> persistent;
 #endif
   bool copied() const { return innermost != by_column; }  // sequences lie in another order than matrices
   int64_t step_columns() const { return N * P; }
@@ -196,8 +198,13 @@ Elementwise over(const Problem& p, Pass kind, int64_t features, int64_t columns,
 // their rounding error does not grow with the number of columns; for large ones adding the pieces would cost as much as
 // the product, and 16-bit pieces would each be rounded.
 void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const Matrix& in) {
-  constexpr int64_t piece = 64, most = 64, small = 1 << 16;  // columns of a piece, and pieces in one call
+  // Columns of a piece: no more than the sums of PyTorch's gradient are long, which adds up step after step; on a GPU,
+  // where a library's sum is one chain of additions. And pieces in one call.
+  const int64_t piece = p.step_columns() < 128 && out.is_cuda() ? 16 : 64;
+  constexpr int64_t small = 1 << 16;
   const int64_t size = d.features * in.features, pieces = d.columns / piece;
+  const int64_t few = (int64_t{1} << 22) / (size ? size : 1);  // 16 MB of results
+  const int64_t most = !out.is_cuda() ? 64 : few < 1 << 15 ? few : 1 << 15;
   const auto whole = [&](const Tensor& to, int64_t begin, int64_t count) {
     const Tensor a = d.part(true, begin, count).tensor(), b = in.part(true, begin, count).tensor();
     d.by_column ? multiply("aten::mm", transposed(a), b, to) : multiply("aten::mm", a, transposed(b), to);
@@ -349,6 +356,14 @@ std::optional<fast_gru::PersistentPlan> one_launch(const Problem& p, const Tenso
   check(error.empty(), error.c_str());
   return plan.why_not.empty() ? std::optional(plan) : std::nullopt;
 }
+
+std::optional<fast_gru::ColumnsPlan> columns_by_blocks(const Problem& p, const Tensor& x, bool backward) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  fast_gru::ColumnsPlan plan;
+  const Text error = cuda::plan_columns(p.step_columns(), p.C, p.R, p.dtype, backward, plan);
+  check(error.empty(), error.c_str());
+  return plan.why_not.empty() ? std::optional(plan) : std::nullopt;
+}
 #endif
 
 Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx,
@@ -389,7 +404,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && (p.dtype == DType::f32 || p.step_columns() <= 128));
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
-    p.persistent = one_launch(p, x, false);
+    p.by_blocks = columns_by_blocks(p, x, false);
+    if (!p.by_blocks) p.persistent = one_launch(p, x, false);
     if (p.persistent) p.by_column = true;  // for both passes: gates are saved as matrices lie
   }
 #endif
@@ -521,6 +537,31 @@ void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weig
   cpu::columns(all, cpu_threads());
 }
 
+#ifdef RCU_OPS_WITH_CUDA
+// All steps on a GPU by columns: hidden and candidate hold the products of x.
+void steps_by_blocks(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
+                     const Tensor& start, const Tensor& o, const Tensor& o_n) {
+  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
+  const Tensor both = torch::stable::contiguous(w_both);
+  std::optional<Tensor> copied;
+  fast_gru::ColumnSteps all;
+  all.dtype = p.dtype, all.start_dtype = dtype_of("o0", start);
+  all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
+  all.uo = pointer(uo), all.w = pointer(both), all.vo = pointer(vo);
+  all.hidden = view_of(p, s.hidden), all.candidate = view_of(p, s.candidate);
+  all.r = view_of(p, s.r), all.z = view_of(p, s.z);
+  all.save = save;
+  all.start = view_of(p, as_sequence(start), &copied);
+  all.out = view_of(p, clips(o, p.first, p.steps));
+  all.last = view_of(p, as_sequence(o_n));
+  launch_on_gpu(
+      all, o, [](const fast_gru::ColumnSteps&) { return cuda::Scratch{}; },
+      [&](const fast_gru::ColumnSteps& problem, void*, CUstream_st* stream) {
+        return cuda::column_steps(problem, *p.by_blocks, stream);
+      });
+}
+#endif
+
 // The gates of steps whose states are known, as if every column were a problem of one step: the numbers that the
 // forward pass found.
 void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const Matrix& inputs, const Matrix& before,
@@ -570,6 +611,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     return {narrow(std::get<0>(found)), std::get<1>(found), narrow(std::get<2>(found)), narrow(std::get<3>(found))};
   }
 
+#ifdef RCU_OPS_WITH_CUDA
+  if (p.by_blocks) {
+    Temporaries temporaries(p, x, 0);
+    const auto all = [&](int64_t features) { return temporaries.take(features, p.columns(), p.scalar); };
+    const Saved s = save ? saved_in(p, hidden, gates) : Saved{all(2 * p.R), {}, {}, all(p.C)};
+    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
+    product(s.hidden, ux, inputs);
+    product(s.candidate, vx, inputs);
+    steps_by_blocks(p, weight, w, s, save, start, o, o_n);
+    return {o, o_n, hidden, gates};
+  }
+#endif
   const int64_t per_step = 3 * Temporaries::bytes_of(p.C, M, p.scalar) + Temporaries::bytes_of(p.C, M, p.state);
   const int64_t of_all =
       2 * Temporaries::bytes_of(p.C, p.columns(), p.scalar) + Temporaries::bytes_of(2 * p.R, p.columns(), p.scalar);
@@ -656,6 +709,31 @@ void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& p
       steps, uo, [&](const fast_gru::StepsBackward&) { return cuda::Scratch{plan.scratch_bytes, {}}; },
       [&](const fast_gru::StepsBackward& all, void* scratch, CUstream_st* stream) {
         return cuda::steps_backward(all, plan, scratch, stream);
+      });
+}
+#endif
+
+#ifdef RCU_OPS_WITH_CUDA
+// The same by columns.
+void gradients_by_blocks(const Problem& p, const fast_gru::ColumnsPlan& plan, const Weights& w, const Tensor& w_both,
+                         const Saved& s, const Matrix& before, const std::optional<Tensor>& grad_o, const Matrix& carry,
+                         const Gradients& d) {
+  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
+  const Tensor both = torch::stable::contiguous(w_both);
+  fast_gru::ColumnStepsBackward all;
+  all.dtype = p.dtype;
+  all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
+  all.uo = pointer(uo), all.w = pointer(both), all.vo = pointer(vo);
+  all.hidden = view_of(p, s.hidden), all.r = view_of(p, s.r), all.z = view_of(p, s.z),
+  all.candidate = view_of(p, s.candidate), all.before = view_of(p, before);
+  if (grad_o) all.grad = view_of(p, clips(*grad_o, p.first, p.steps));
+  all.carry = view_of(p, carry);
+  all.dc = view_of(p, d.dc), all.dr = view_of(p, d.dr), all.dz = view_of(p, d.dz), all.du = view_of(p, d.du),
+  all.gated = view_of(p, d.gated);
+  launch_on_gpu(
+      all, uo, [](const fast_gru::ColumnStepsBackward&) { return cuda::Scratch{}; },
+      [&](const fast_gru::ColumnStepsBackward& problem, void*, CUstream_st* stream) {
+        return cuda::column_steps_backward(problem, plan, stream);
       });
 }
 #endif
@@ -813,7 +891,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 #ifdef RCU_OPS_WITH_CUDA
     // Without the forward pass's plan matrices may lie in the other order.
     const auto plan = p.persistent ? one_launch(p, x, true) : std::nullopt;
-    if (plan)
+    const auto by_blocks = p.by_blocks ? columns_by_blocks(p, x, true) : std::nullopt;
+    if (by_blocks)
+      gradients_by_blocks(p, *by_blocks, weight, w, s, before, grad_o, carry, {du, dc, dr, dz, gated});
+    else if (plan)
       gradients_in_one_launch(p, *plan, weight, w, s, before, grad_o, carry, {du, dc, dr, dz, gated});
     else
 #endif
@@ -830,11 +911,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       const Matrix beside = x.is_cuda() ? dz : Matrix{};
       product(dr, transposed(ux), du);
       add(p, beside, dr, transposed(vx), dc);
-      for (int64_t k = 0; k < p.steps; ++k)
-        run(over(p, Pass::sum, C, M,
-                 {plane_of(clip(dx, p.first + k)), none, dr.step(p, k).plane(p),
-                  beside.data ? beside.step(p, k).plane(p) : none}),
-            x);
+      if (p.N < p.steps) {  // all steps of a sample, or all samples of a step
+        for (int64_t n = 0; n < p.N; ++n) {
+          const Tensor some = torch::stable::select(dx, 0, n);
+          const auto of_sample = [&](const Matrix& m) {
+            Plane plane = m.plane(p);
+            plane.data = static_cast<char*>(plane.data) + n * plane.segment * m.element();
+            plane.segment *= p.N;
+            return plane;
+          };
+          const Plane to{static_cast<char*>(pointer(some)) + p.first * some.stride(0) * dr.element(), some.stride(1),
+                         some.stride(0)};
+          run(over(p, Pass::sum, C, p.steps * p.P, {to, none, of_sample(dr), beside.data ? of_sample(beside) : none}),
+              x);
+        }
+      } else {
+        for (int64_t k = 0; k < p.steps; ++k)
+          run(over(p, Pass::sum, C, M,
+                   {plane_of(clip(dx, p.first + k)), none, dr.step(p, k).plane(p),
+                    beside.data ? beside.step(p, k).plane(p) : none}),
+              x);
+      }
     }
   }
   const Plane last_product = state_product.data ? state_product.plane(p) : none;

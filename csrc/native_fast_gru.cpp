@@ -50,6 +50,38 @@ py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string
   return d;
 }
 
+py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
+                                   int64_t shared_bytes, bool backward) {
+  if (columns < 1 || c < 1 || r < 1) throw py::value_error("expected columns, c, r >= 1");
+  Gpu gpu;
+  gpu.shared_bytes = shared_bytes;
+  const auto plan = fast_gru::plan_columns(columns, c, r, parse_dtype(dtype), gpu, backward);
+  py::dict d;
+  d["text"] = fast_gru::describe(plan).c_str();
+  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
+  d["blocks"] = plan.blocks;
+  d["shared_bytes"] = plan.shared_bytes;
+  d["arrays_at"] = plan.arrays_at;
+  d["partial_at"] = plan.partial_at;
+  d["features_pitch"] = plan.features_pitch;
+  d["hidden_pitch"] = plan.hidden_pitch;
+  py::list products;
+  for (const fast_gru::ColumnProduct& product : plan.product) {
+    py::dict one;
+    one["halves"] = product.halves;
+    one["outputs"] = product.outputs;
+    one["inputs"] = product.inputs;
+    one["pitch"] = product.pitch;
+    one["weight_at"] = product.weight_at;
+    one["half_weights"] = product.half_weights;
+    one["slices"] = product.slices;
+    one["run"] = product.run;
+    products.append(one);
+  }
+  d["products"] = products;
+  return d;
+}
+
 bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads) {
   return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads);
 }
@@ -64,6 +96,10 @@ void bind_fast_gru(py::module_& m) {
         "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or "
         "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory. sm90a: "
         "the library holds code for it. cluster: 1 or 8 blocks share the inputs; 0: chosen.");
+  m.def("fast_gru_gpu_columns_plan", &fast_gru_gpu_columns_plan, py::arg("columns"), py::arg("c"), py::arg("r"),
+        py::arg("dtype"), py::kw_only(), py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false,
+        "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
+        "weights, why not, and its cut: the products, and numbers of 4 bytes in shared memory.");
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
         py::kw_only(), py::arg("threads"),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");

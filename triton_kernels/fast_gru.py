@@ -377,6 +377,46 @@ class Product:
             torch.mm(self.a, self.b, out=self.out)
 
 
+@dataclass(frozen=True)
+class OuterProduct:
+    """A weight's gradient: ``out = a^T b`` by the library, a sum over the columns of all steps.
+
+    A library's fp32 sum may be one chain of additions, whose rounding error grows with its length; PyTorch's own
+    gradient adds step after step. So small fp32 results are made in pieces of no more columns than a step's and the
+    pieces added: by emulation over 40 draws, with steps of 30 to 45 columns, one chain of all has 1.6 times the rms
+    error of PyTorch's and up to 5 times its maximum; pieces of 16 have 0.75 to 0.85 times. Large results would cost as
+    much to add as to make.
+
+    Attributes:
+        step: columns of a step.
+    """
+
+    a: Tensor
+    b: Tensor
+    out: Tensor
+    step: int
+
+    def run(self) -> None:
+        """Enqueue it on the current stream."""
+        a, b, out = self.a, self.b, self.out
+        piece, small = 16 if self.step < 128 else 64, 1 << 16
+        whole = a.shape[0] // piece * piece
+        if a.dtype != torch.float32 or out.numel() > small or whole <= piece:
+            torch.mm(a.T, b, out=out)
+            return
+        at_once = min((1 << 22) // out.numel(), 1 << 15) * piece
+        for begin in range(0, whole, at_once):
+            some = slice(begin, min(begin + at_once, whole))
+            left, right = (value[some].unflatten(0, (-1, piece)) for value in (a, b))
+            products = torch.bmm(left.mT, right)
+            if begin == 0:
+                torch.sum(products, 0, out=out)
+            else:
+                out += products.sum(0)
+        if whole < a.shape[0]:
+            torch.addmm(out, a[whole:].T, b[whole:], out=out)
+
+
 def _aligned(*values: Any) -> bool:
     return all(v.data_ptr() % 16 == 0 for v in values if isinstance(v, Tensor))
 
@@ -524,7 +564,7 @@ class Planned:
     """Results to be filled, the work that fills them in order, and what is copied to the caller's layout afterwards."""
 
     results: tuple[Tensor, ...]
-    work: list[Launch | Product]
+    work: list[Launch | Product | OuterProduct]
     copies: list[tuple[Tensor, Tensor]]
 
     def launches(self) -> list[Launch]:
@@ -560,7 +600,7 @@ def plan_forward(
     inputs = _rows(x[:, first:])
     hiddens = hidden.view(-1, r2) if save else x.new_empty(steps * m, r2)
     r, z, candidates = gates.view(3, -1, c) if save else (None, x.new_empty(m, c), x.new_empty(steps * m, c))
-    work: list[Launch | Product] = [Product(inputs, ux.T, hiddens), Product(inputs, vx.T, candidates)]
+    work: list[Launch | Product | OuterProduct] = [Product(inputs, ux.T, hiddens), Product(inputs, vx.T, candidates)]
     # The states in x's dtype, the first included: operands of the products, and o.
     low, one_type = x.new_empty(steps + 1, m, c), x.dtype == torch.float32
     _sequence(low[0], x[:, :1]).copy_(start.unsqueeze(1))
@@ -594,7 +634,7 @@ def plan_backward(
         return Planned(results, [], [])
     saved = gates.numel() > 0
     call = _Call.of(x, uo, w, vo, m if saved else max(m, steps * m), arch)
-    work: list[Launch | Product] = []
+    work: list[Launch | Product | OuterProduct] = []
     copies: list[tuple[Tensor, Tensor]] = []
     inputs = _rows(x[:, first:])
     before = _rows(o[:, :steps]) if o0 is None else torch.cat([_rows(o0.unsqueeze(1)).to(x.dtype), _rows(o[:, :-1])])
@@ -629,7 +669,7 @@ def plan_backward(
         dux, duo, dw, dvx, dvo = dweights
         pairs = [(du_all, inputs, dux), (du_all, before, duo), (dc, inputs, dvx), (dc, gated, dvo)]
         pairs += [(d[half], hidden[:, half * r : (half + 1) * r], dw[half]) for half in range(2)]
-        work += [Product(a.T, b, out) for a, b, out in pairs]
+        work += [OuterProduct(a, b, out, m) for a, b, out in pairs]
     if need_x:  # dr is free now
         work += [Product(du_all, ux, dr), Product(dc, vx, dr, added=True)]
         copies.append((dx[:, first:], _sequence(dr, x[:, first:])))

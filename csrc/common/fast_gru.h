@@ -121,6 +121,31 @@ struct Columns {
   View last;                          // has one step, fp32
 };
 
+// The same on a GPU, from the products with x on, in one launch: the block that has a column takes it through all steps
+// (cuda/fast_gru_columns.cu). Nothing in it depends on how columns are shared out. Not fp64. Views are of `dtype` but
+// for start (start_dtype) and last (fp32), which have one step.
+struct ColumnSteps {
+  DType dtype = DType::bf16, start_dtype = DType::f32;
+  int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
+  const void *uo = nullptr, *w = nullptr, *vo = nullptr;  // of dtype, dense: [2R,C], [2,C,R], [C,C]
+  // U_x x and V_x x; with `save` replaced by r' and z', and the candidate, and r and z are written.
+  View hidden, candidate, r, z;
+  bool save = false;
+  View start, out, last;
+};
+
+// The gradients of all steps, from the last to the first; what is left of a backward pass are products of all steps at
+// once. carry (fp32, one step): the gradient of the last state, in, and of the first, out. grad may be absent. gated:
+// r * before. All others of dtype.
+struct ColumnStepsBackward {
+  DType dtype = DType::bf16;
+  int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
+  const void *uo = nullptr, *w = nullptr, *vo = nullptr;
+  View hidden, r, z, candidate, before, grad;
+  View carry;
+  View dc, dr, dz, du, gated;
+};
+
 // A sequence copied from one order of memory into the other: in one view positions are adjacent, in the other channels.
 // fp32. Nothing overlaps.
 struct Reorder {

@@ -1,6 +1,6 @@
-// fast_gru on a GPU: whether one cooperative launch can run all steps with the weights in shared memory, how features
-// are cut into blocks, and what memory that needs. Pure functions of sizes and the device's limits, so that they are
-// tested without one.
+// fast_gru on a GPU: whether one launch can run all steps with the weights in shared memory, all of them in every block
+// or a block's share of the features, and what memory that needs. Pure functions of sizes and the device's limits, so
+// that they are tested without one.
 #pragma once
 
 #include <cstdint>
@@ -113,6 +113,105 @@ inline Text describe(const PersistentPlan& plan) {
   return "one launch of " + to_text(plan.blocks) + " blocks" +
          (plan.cluster > 1 ? " in clusters of " + to_text(plan.cluster) : Text()) + ", weights in " +
          to_text(plan.shared_bytes) + " bytes of shared memory each";
+}
+
+// ---- columns: every block has all weights, and a few columns for all steps ----
+
+inline constexpr int column_threads = 256;
+inline constexpr int columns_of_block = 8;
+inline constexpr int column_run = 4;     // input features of one 16-byte word of fp32
+inline constexpr int column_chain = 64;  // products that one sum adds at most
+
+// A product of a block: `halves` matrices of `outputs` x `inputs` weights with operands of their own, fp32, in shared
+// memory at weight_at as [half][input][output], inputs padded to runs by zeros, rows `pitch` numbers apart: odd, so
+// that neither neighbouring outputs nor neighbouring inputs share a bank. The inputs are cut into `slices`, of `run`
+// inputs each, that are summed by different threads.
+struct ColumnProduct {
+  int halves = 1, outputs = 0, inputs = 0, pitch = 0, weight_at = 0, half_weights = 0, slices = 1, run = 0;
+};
+
+// Numbers from one column to the next in an array [columns][features]: words of four, and eight columns of the same
+// four features meet every bank once.
+constexpr int64_t column_pitch(int64_t features) { return round_up(features, 32) + 4; }
+
+// Shared memory, in numbers of 4 bytes from the begin: where the block's columns are (64 bits), weights, arrays
+// [columns][features] and partial sums [slice][columns][features].
+struct ColumnsPlan {
+  Text why_not;  // empty: it can run
+  int64_t blocks = 0;
+  // Forward: U_o, W, V_o. Backward: V_o^T, W^T, U_o^T.
+  ColumnProduct product[3];
+  // Arrays. Forward: state, gated state and z [C], and r' and z' [R] each. Backward: carry, dc, dr and dz [C], du [2R].
+  int arrays_at = 0, features_pitch = 0, hidden_pitch = 0;
+  int partial_at = 0;
+  int64_t shared_bytes = 0;
+};
+
+// How much a launch may do before the library's products, which run on the matrix unit or share a weight among more
+// columns, are faster in spite of seven launches per step: multiplications per step. A block makes about 25 TFLOP/s
+// out of its multiprocessor's FMA units (est.), and seven launches in a graph took 20 to 30 us on an H200
+// (benchmarks/results/nvidia-h200/).
+inline constexpr int64_t columns_work = 150'000'000;
+
+inline ColumnsPlan plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, const Gpu& gpu,
+                                bool backward = false) {
+  ColumnsPlan plan;
+  plan.blocks = ceil_div(columns, columns_of_block);
+  const int64_t numbers = 4 * R * C + C * C;
+  if (dtype == DType::f64) {
+    plan.why_not = "columns: fp64 is left to the library";
+    return plan;
+  }
+  if (numbers * 4 > gpu.shared_bytes) {  // before anything is counted in 32 bits
+    plan.why_not = "columns: " + to_text(numbers) + " weights of 4 bytes, of " + to_text(gpu.shared_bytes) +
+                   " bytes of shared memory";
+    return plan;
+  }
+  int64_t at = 4 * columns_of_block, partial = 0;
+  const int64_t sizes[3][3] = {
+      {1, backward ? C : 2 * R, C}, {2, backward ? R : C, backward ? C : R}, {1, C, backward ? 2 * R : C}};
+  for (int i = 0; i < 3; ++i) {
+    const auto [halves, outputs, inputs] = sizes[i];
+    const int64_t runs = ceil_div(inputs, column_run);
+    ColumnProduct& product = plan.product[i];
+    product.halves = static_cast<int>(halves);
+    product.outputs = static_cast<int>(outputs);
+    product.inputs = static_cast<int>(inputs);
+    product.pitch = static_cast<int>(outputs | 1);
+    product.weight_at = static_cast<int>(at);
+    product.half_weights = static_cast<int>(runs * column_run * product.pitch);
+    // As many slices as there are threads for, within reason, and no sum too long.
+    int64_t slices = column_threads / (halves * outputs);
+    if (slices > 16) slices = 16;
+    if (slices < ceil_div(inputs, column_chain)) slices = ceil_div(inputs, column_chain);
+    if (slices > runs) slices = runs;
+    product.run = static_cast<int>(ceil_div(runs, slices) * column_run);
+    product.slices = static_cast<int>(ceil_div(inputs, product.run));
+    at += halves * product.half_weights;
+    const int64_t sums = product.slices * columns_of_block * column_pitch(halves * outputs);
+    if (sums > partial) partial = sums;
+  }
+  at = round_up(at, 4);
+  plan.arrays_at = static_cast<int>(at);
+  plan.features_pitch = static_cast<int>(column_pitch(C));
+  plan.hidden_pitch = static_cast<int>(column_pitch(backward ? 2 * R : R));
+  at += columns_of_block *
+        (backward ? 4 * plan.features_pitch + plan.hidden_pitch : 3 * plan.features_pitch + 2 * plan.hidden_pitch);
+  plan.partial_at = static_cast<int>(at);
+  plan.shared_bytes = 4 * (at + partial);
+  if (plan.shared_bytes > gpu.shared_bytes)
+    plan.why_not = "columns: the weights take " + to_text(plan.shared_bytes) + " bytes of shared memory, of " +
+                   to_text(gpu.shared_bytes);
+  else if (columns * numbers > columns_work)
+    plan.why_not = "columns: " + to_text(columns) + " columns of " + to_text(numbers) + " weights, of at most " +
+                   to_text(columns_work) + " products";
+  return plan;
+}
+
+inline Text describe(const ColumnsPlan& plan) {
+  if (!plan.why_not.empty()) return "not by " + plan.why_not;
+  return "one launch of " + to_text(plan.blocks) + " blocks of " + to_text(columns_of_block) +
+         " columns, all weights in " + to_text(plan.shared_bytes) + " bytes of shared memory each";
 }
 
 }  // namespace rcu_ops::fast_gru

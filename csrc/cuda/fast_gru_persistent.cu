@@ -41,18 +41,21 @@ __global__ void __launch_bounds__(threads, 1)
   const auto feature_of = [&](int i) { return share.feature_of(i); };
 
   const T *uo = static_cast<const T*>(p.uo), *w = static_cast<const T*>(p.w), *vo = static_cast<const T*>(p.vo);
-  share.fetch<true>(0, plan.weight_pitch, 8 * plan.units, depth, [&](int o, int i) -> const T* {
+  const bool words = share.in_words(p);
+  share.fetch<true>(0, plan.weight_pitch, 8 * plan.units, depth, words, [&](int o, int i) -> const T* {
     const int feature = feature_of(o);
     return feature < 0 || i >= C ? nullptr : vo + static_cast<int64_t>(i) * C + feature;
   });
-  share.fetch<true>(plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, [&](int o, int i) -> const T* {
-    const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
-    return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
-  });
-  share.fetch<true>(plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, [&](int o, int i) -> const T* {
-    const int hidden = share.hidden_of(o), half = hidden / R;
-    return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
-  });
+  share.fetch<true>(
+      plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, words, [&](int o, int i) -> const T* {
+        const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
+        return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
+      });
+  share.fetch<true>(
+      plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, words, [&](int o, int i) -> const T* {
+        const int hidden = share.hidden_of(o), half = hidden / R;
+        return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
+      });
 
   float sums[pairs], carry[pairs], z[pairs], candidate[pairs], before[pairs], r[pairs];
   share.for_pairs(feature_of,

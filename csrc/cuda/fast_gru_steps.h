@@ -96,14 +96,54 @@ struct Share {
   }
 
   // Weights [outputs][inputs] at `at`: element(output, input) points at one of them, or is null: 0. Adjacent threads
-  // take adjacent inputs, or outputs where those are adjacent in memory.
+  // take adjacent inputs, or outputs where those are adjacent in memory. In words: 8 that are adjacent, from a multiple
+  // of 8 on, are 16 aligned bytes and all of them there or none; many are on their way at once, as nothing else hides
+  // the latency.
   template <bool Outputs, typename Element>
-  __device__ __forceinline__ void fetch(int64_t at, int64_t pitch, int outputs, int inputs, Element element) const {
+  __device__ __forceinline__ void fetch(int64_t at, int64_t pitch, int outputs, int inputs, bool words,
+                                        Element element) const {
+    if (words) {
+      constexpr int batch = 8;
+      const int units = outputs / 8, runs = inputs / 8, count = Outputs ? units * inputs : outputs * runs;
+      for (int first = thread; first < count; first += threads * batch) {
+        uint4 loaded[batch];
+#pragma unroll
+        for (int j = 0; j < batch; ++j) {
+          const int word = first + j * threads;
+          loaded[j] = uint4{};
+          if (word >= count) continue;
+          const T* from = Outputs ? element(word % units * 8, word / units) : element(word / runs, word % runs * 8);
+          if (from) loaded[j] = *reinterpret_cast<const uint4*>(from);
+        }
+#pragma unroll
+        for (int j = 0; j < batch; ++j) {
+          const int word = first + j * threads;
+          if (word >= count) continue;
+          if constexpr (Outputs) {
+            const uint32_t both[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
+            unsigned char* to = shared + at + word % units * 8 * pitch + 2 * (word / units);
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+              *reinterpret_cast<T*>(to + k * pitch) = static_cast<T>(both[k / 2] >> (16 * (k % 2)));
+          } else {
+            *reinterpret_cast<uint4*>(shared + at + word / runs * pitch + 16 * (word % runs)) = loaded[j];
+          }
+        }
+      }
+      return;
+    }
     for (int i = thread; i < outputs * inputs; i += threads) {
       const int output = Outputs ? i % outputs : i / inputs, input = Outputs ? i / outputs : i % inputs;
       const T* from = element(output, input);
       *reinterpret_cast<T*>(shared + at + output * pitch + 2 * input) = from ? *from : T(0);
     }
+  }
+  // Whether the weights can be fetched so.
+  template <typename Problem>
+  __device__ __forceinline__ bool in_words(const Problem& p) const {
+    const auto start =
+        reinterpret_cast<uintptr_t>(p.uo) | reinterpret_cast<uintptr_t>(p.w) | reinterpret_cast<uintptr_t>(p.vo);
+    return C % 8 == 0 && R % 8 == 0 && start % 16 == 0;
   }
 
   // sums[i] of every pair: rows of a (pitch numbers apart, `inputs` of them) times the weights of `units` at `at`.
@@ -272,14 +312,15 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
   const int first_block = Clustered ? share.block - cluster_rank() : share.block;
   const int blocks = Clustered ? plan.cluster : 1, inputs = Clustered ? static_cast<int>(plan.slice) : depth;
   const int first_input = Clustered ? cluster_rank() * inputs : 0;
+  const bool words = share.in_words(p);
   if constexpr (Clustered) cluster_barrier();  // the others' shared memory is there
-  share.fetch<false>(0, plan.weight_pitch, blocks * 8 * plan.units, inputs,
+  share.fetch<false>(0, plan.weight_pitch, blocks * 8 * plan.units, inputs, words,
                      [&](int o, int i) { return element(vo, share.feature_from(first_block, o), C, first_input + i); });
   for (int gate = 0; gate < 2; ++gate)
     share.fetch<false>(
         plan.gate_at + gate * 8 * plan.units * plan.hidden_pitch, plan.hidden_pitch, 8 * plan.units, hidden_depth,
-        [&](int o, int i) { return element(w + static_cast<int64_t>(gate) * C * R, feature_of(o), R, i); });
-  share.fetch<false>(plan.hidden_at, plan.weight_pitch, blocks * 8 * plan.hidden_units, inputs,
+        words, [&](int o, int i) { return element(w + static_cast<int64_t>(gate) * C * R, feature_of(o), R, i); });
+  share.fetch<false>(plan.hidden_at, plan.weight_pitch, blocks * 8 * plan.hidden_units, inputs, words,
                      [&](int o, int i) { return element(uo, share.hidden_from(first_block, o), C, first_input + i); });
   const auto product_of_all = [&](float (&to)[pairs], const T* from, int64_t at, int units) {
     if constexpr (Clustered)

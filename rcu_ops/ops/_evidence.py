@@ -46,6 +46,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("recurrent_conv", "plain weight gradient", "any number of channels, dtype and strides", "sm_80"),
     Variant("recurrent_conv_batch_norm", "norm passes", "any shapes, dtype and strides; forward and backward", "sm_80"),
     Variant("fast_gru", "fused passes", "everything between the library's products; any sizes and dtype", "sm_80"),
+    Variant("fast_gru", "columns", "few channels, not fp64: a block takes columns through all steps", "sm_80"),
+    Variant("fast_gru", "columns backward", "the same, all steps' gradients but for the weights'", "sm_80"),
     Variant("fast_gru", "one launch", "bf16 and fp16, up to 64 columns per step, weights in shared memory", "sm_80"),
     Variant("fast_gru", "one launch in clusters", "forward, many channels: blocks share the weights' inputs", "sm_90a"),
     Variant("fast_gru", "one launch backward", "the same, all steps' gradients but for the weights'", "sm_80"),

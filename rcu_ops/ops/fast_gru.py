@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
+from rcu_ops.ops import (
+    _checks,
+    _evidence,
+    _planner,
+    _predicates,
+    _registry,
+    _schema,
+    _selftest,
+    _transforms,
+    _triton,
+)
 from rcu_ops.ops._registry import Backend, Operator, register
 from rcu_ops.reference.fast_gru import fast_gru_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
@@ -499,29 +509,46 @@ def _cpu_plan(
     )
 
 
+def _gpu_plans(x: Tensor, ux: Tensor, backward: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How one launch would take these columns through all steps on x's device: by columns, and by shares of weights."""
+    native, limits = _library.native(), _planner.gpu_limits(x.device)
+    assert native is not None
+    n, _, c, *positions = x.shape
+    arguments = n * math.prod(positions), c, ux.shape[0] // 2, str(x.dtype).removeprefix("torch.")
+    columns = native.fast_gru_gpu_columns_plan(*arguments, shared_bytes=limits["shared_bytes"], backward=backward)
+    return columns, native.fast_gru_gpu_plan(*arguments, **limits, backward=backward, sm90a=_planner.holds_sm90a())
+
+
 def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
-    native = _library.native()
-    if native is None:
+    if _library.native() is None:
         return _planner.NO_WORDS
     if x.numel() == 0:
         return _plan(x, ux, *rest)
-    limits = _planner.gpu_limits(x.device)
-    n, _, c, *positions = x.shape
-    forward, backward = (
-        native.fast_gru_gpu_plan(
-            n * math.prod(positions),
-            c,
-            ux.shape[0] // 2,
-            str(x.dtype).removeprefix("torch."),
-            **limits,
-            backward=backward,
-            sm90a=_planner.holds_sm90a(),
-        )
-        for backward in (False, True)
+    forward, backward = (_gpu_plans(x, ux, backward) for backward in (False, True))
+    # The backward pass goes the forward pass's way, or step by step.
+    for ours, theirs in zip(forward, backward, strict=True):
+        if ours["why_not"] is None:
+            return f"U_x and V_x for all steps at once, then {ours['text']}; backward: {theirs['text']}"
+    return f"{_plan(x, ux, *rest)}; {'; '.join(plan['text'] for plan in forward)}"
+
+
+_why_not_built = _predicates.why_not_cuda("fast_gru", "fast_gru")
+
+
+def _why_not_cuda(x: Tensor, ux: Tensor, *rest: Any) -> str | None:
+    reason = _why_not_built(x, ux, *rest)
+    # Nothing that traces can look into the planner.
+    if reason is not None or _registry.current_backend() == "cuda" or torch.compiler.is_compiling():
+        return reason
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.numel() == 0 or _library.native() is None:
+        return None
+    if any(plan["why_not"] is None for plan in _gpu_plans(x, ux, False)) or _why_not_triton(x) is not None:
+        return None
+    # benchmarks/results/nvidia-h200/: C = 2048, 196 columns, 8 clips: 29 kernels of 261 us against 84 of 561.
+    return (
+        "one launch cannot make all steps of so many columns and channels, and step by step the Triton kernels, which "
+        "add a product and what follows it in one launch, were measured 1.4 to 2.7 times as fast in 16 bits"
     )
-    if forward["why_not"] is not None:
-        return f"{_plan(x, ux, *rest)}; {forward['text']}"
-    return f"U_x and V_x for all steps at once, then {forward['text']}; backward: {backward['text']}"
 
 
 def _why_not_triton(x: Tensor, *_: Any) -> str | None:
@@ -542,7 +569,7 @@ _BACKENDS = (
     Backend(
         "cuda",
         _BINARY.forward,
-        _predicates.why_not_cuda("fast_gru", "fast_gru"),
+        _why_not_cuda,
         _cuda_plan,
         _evidence.experimental("fast_gru"),
     ),

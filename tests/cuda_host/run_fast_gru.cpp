@@ -65,6 +65,48 @@ std::string run_steps_backward(const Case& c, std::string& plan_text) {
   });
 }
 
+// Matrices [steps][samples][positions][features] in any order of memory.
+rcu_ops::fast_gru::View view(const Case& c, const std::string& key) {
+  if (!c.has(key)) return {};
+  return {c.tensor(key), c.stride(key, 1), c.stride(key, 0), c.stride(key, 3), c.stride(key, 2)};
+}
+
+template <typename Problem>
+void fill(Problem& p, const Case& c) {
+  p.dtype = c.dtype("hidden");
+  p.samples = c.integer("samples"), p.positions = c.integer("positions");
+  p.C = c.integer("C"), p.R = c.integer("R"), p.steps = c.integer("steps");
+  p.uo = c.tensor("uo"), p.w = c.tensor("w"), p.vo = c.tensor("vo");
+  p.hidden = view(c, "hidden"), p.candidate = view(c, "candidate"), p.r = view(c, "r"), p.z = view(c, "z");
+}
+
+std::string run_columns(const Case& c, std::string& plan_text) {
+  rcu_ops::fast_gru::ColumnSteps p;
+  fill(p, c);
+  p.start_dtype = c.dtype("start");
+  p.save = c.has("r");
+  p.start = view(c, "start"), p.out = view(c, "out"), p.last = view(c, "last");
+  rcu_ops::fast_gru::ColumnsPlan plan;
+  const auto error = rcu_ops::cuda::plan_columns(p.samples * p.positions, p.C, p.R, p.dtype, false, plan);
+  if (!error.empty()) return error.c_str();
+  plan_text = rcu_ops::fast_gru::describe(plan).c_str();
+  return rcu_ops::cuda::column_steps(p, plan, nullptr).c_str();
+}
+
+std::string run_columns_backward(const Case& c, std::string& plan_text) {
+  rcu_ops::fast_gru::ColumnStepsBackward p;
+  fill(p, c);
+  p.before = view(c, "before"), p.grad = view(c, "grad"), p.carry = view(c, "carry");
+  p.dc = view(c, "dc"), p.dr = view(c, "dr"), p.dz = view(c, "dz"), p.du = view(c, "du"), p.gated = view(c, "gated");
+  rcu_ops::fast_gru::ColumnsPlan plan;
+  const auto error = rcu_ops::cuda::plan_columns(p.samples * p.positions, p.C, p.R, p.dtype, true, plan);
+  if (!error.empty()) return error.c_str();
+  plan_text = rcu_ops::fast_gru::describe(plan).c_str();
+  return rcu_ops::cuda::column_steps_backward(p, plan, nullptr).c_str();
+}
+
+const cuda_host::Registration columns("fast_gru_columns", run_columns);
+const cuda_host::Registration columns_backward("fast_gru_columns_backward", run_columns_backward);
 const cuda_host::Registration pass("fast_gru_pass", run_pass);
 const cuda_host::Registration steps("fast_gru_steps", run_steps);
 const cuda_host::Registration steps_backward("fast_gru_steps_backward", run_steps_backward);

@@ -102,11 +102,13 @@ def check_backward(machine: Machine, shape: tuple[int, ...], hidden: int, dtype:
 
 CLUSTERS = {"architecture": 90, "multiprocessors": 25, "shared_bytes": 227 * 1024}
 
-# Two units per block; odd sizes and a partly empty last block; more hidden units than others, fewer rows than a tile.
+# Two units per block; odd sizes and a partly empty last block; more hidden units than others, fewer rows than a tile;
+# weights in whole words.
 PROBLEMS = [
     ((2, 3, 40, 1, 3, 5), 10, 3),
     ((1, 2, 35, 2, 3, 7), 19, 4),
     ((1, 2, 9, 1, 1, 3), 20, 4),
+    ((1, 2, 40, 1, 1, 5), 24, 4),
 ]
 
 
@@ -127,8 +129,8 @@ def test_backward_numerics(machine, shape, hidden, multiprocessors, dtype, seed)
 
 
 # One cluster with slices of one run, most blocks without outputs; three clusters, two units per block and slices of two
-# runs, the last ones padding; more hidden units than others.
-SLICED = [((1, 3, 20, 1, 1, 3), 5), ((2, 2, 290, 1, 3, 6), 35), ((1, 2, 35, 1, 1, 2), 99)]
+# runs, the last ones padding; more hidden units than others; weights in whole words.
+SLICED = [((1, 3, 20, 1, 1, 3), 5), ((2, 2, 290, 1, 3, 6), 35), ((1, 2, 35, 1, 1, 2), 99), ((1, 2, 296, 1, 1, 3), 40)]
 
 
 @pytest.mark.parametrize(("shape", "hidden"), SLICED, ids=str)

@@ -37,6 +37,8 @@ REGISTERS = {
     "step_scan": 128,  # 4 blocks of 128
     "plain_step_scan": 128,  # the same
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
+    "fast_gru_column_steps": 128,  # 2 blocks of 256
+    "fast_gru_column_steps_backward": 128,  # the same
     "fast_gru_steps": 255,  # 1 block of 256
     "fast_gru_steps_backward": 255,  # the same
     "fast_gru_cluster_steps": 255,  # the same

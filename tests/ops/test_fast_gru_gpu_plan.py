@@ -1,13 +1,19 @@
-"""The planner of fast_gru's persistent kernels: what fits on which GPU, that blocks cover every weight once, memory."""
+"""The planners of fast_gru's one-launch kernels: what fits on which GPU, cuts, memory, and what auto takes of it."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import rcu_ops
 from rcu_ops import _library
+from rcu_ops.ops import _planner
 
+operator = importlib.import_module("rcu_ops.ops.fast_gru")  # the package's attribute is the function
 native = _library.native()
 pytestmark = pytest.mark.skipif(native is None, reason="rcu_ops._native is not built")
 
@@ -126,3 +132,80 @@ def test_blocks_cover_every_output_once_and_areas_do_not_overlap(c, r, multiproc
     sizes = [b - a for a, b in itertools.pairwise(areas)]
     one = 2 * 49 * p["depth"]
     assert sizes == [one, one, one if backward else 0, 4 * 49 * p["hidden_depth"]]
+
+
+# ---- by columns ----------------------------------------------------------------------------------------------------
+
+
+def columns_plan(columns: int, c: int, r: int, dtype: str = "float32", **gpu: object) -> dict:
+    return native.fast_gru_gpu_columns_plan(columns, c, r, dtype, **{"shared_bytes": H200["shared_bytes"], **gpu})
+
+
+@pytest.mark.parametrize("c", [1, 7, 33, 64, 128, 144])
+@pytest.mark.parametrize("r", [1, 16, 40])
+@pytest.mark.parametrize("backward", [False, True])
+def test_columns_areas_do_not_overlap_and_sums_are_short(c, r, backward) -> None:
+    p = columns_plan(49, c, r, backward=backward)
+    assert p["why_not"] is None and p["blocks"] == 7 and f"{p['shared_bytes']} bytes" in p["text"]
+    at, partial = 8 * 2 * 2, 0  # a sample and a position of 64 bits for every column
+    sizes = [(1, c, c), (2, r, c), (1, c, 2 * r)] if backward else [(1, 2 * r, c), (2, c, r), (1, c, c)]
+    for product, size in zip(p["products"], sizes, strict=True):
+        assert tuple(product[name] for name in ("halves", "outputs", "inputs")) == size
+        halves, outputs, inputs = size
+        padded = -(-inputs // 4) * 4
+        assert product["pitch"] % 2 == 1 and product["pitch"] >= outputs
+        assert product["weight_at"] == at and product["half_weights"] == padded * product["pitch"]
+        at += halves * product["half_weights"]
+        assert product["run"] % 4 == 0 and product["run"] <= 64
+        assert (product["slices"] - 1) * product["run"] < inputs <= product["slices"] * product["run"]
+        partial = max(partial, product["slices"] * 8 * (-(-halves * outputs // 32) * 32 + 4))
+    assert at <= p["arrays_at"] < at + 4 and p["arrays_at"] % 4 == 0
+    hidden = 2 * r if backward else r
+    for name, features in (("features_pitch", c), ("hidden_pitch", hidden)):
+        assert p[name] % 32 == 4 and p[name] >= features  # eight columns' words of four meet every bank once
+    arrays = (
+        4 * p["features_pitch"] + p["hidden_pitch"] if backward else 3 * p["features_pitch"] + 2 * p["hidden_pitch"]
+    )
+    assert p["partial_at"] == p["arrays_at"] + 8 * arrays
+    assert p["shared_bytes"] == 4 * (p["partial_at"] + partial) <= H200["shared_bytes"]
+
+
+def test_columns_reasons() -> None:
+    assert columns_plan(784, 128, 32, shared_bytes=163 * 1024)["why_not"] is None
+    assert columns_plan(784, 128, 32, shared_bytes=163 * 1024, backward=True)["why_not"] is None
+    assert "fp64" in columns_plan(49, 64, 16, "float64")["why_not"]
+    assert "131072 weights of 4 bytes" in columns_plan(49, 256, 64)["why_not"]
+    assert "bytes of shared memory, of 49152" in columns_plan(49, 72, 18, shared_bytes=48 * 1024)["why_not"]
+    assert columns_plan(18310, 64, 16)["why_not"] is None
+    assert "18311 columns of 8192 weights" in columns_plan(18311, 64, 16)["why_not"]
+
+
+# Columns, channels, dtype; whether CUDA's kernels are taken.
+CHOICES = [
+    ((1, 64, 1, 28, 28), torch.bfloat16, True),  # by columns
+    ((1, 64, 1, 28, 28), torch.float32, True),
+    ((1, 2048, 1, 7, 7), torch.bfloat16, True),  # with a share of the weights in every block
+    ((1, 2048, 4, 7, 7), torch.bfloat16, False),  # step by step
+    ((1, 2048, 4, 7, 7), torch.float32, True),  # there both make the library's products
+    ((0, 2048, 4, 7, 7), torch.float16, True),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "cuda"), CHOICES, ids=str)
+def test_what_auto_takes_on_an_h200(shape, dtype, cuda, monkeypatch) -> None:
+    monkeypatch.setattr(_planner, "gpu_limits", lambda device: H200)
+    monkeypatch.setattr(operator, "_why_not_built", lambda *_: None)
+    monkeypatch.setattr(operator, "_why_not_triton", lambda *_: None)
+    n, c, *positions = shape
+    with FakeTensorMode():
+        x = torch.empty(n, 4, c, *positions, dtype=dtype, device="cuda")
+        ux = torch.empty(c // 2, c, dtype=dtype, device="cuda")
+    reason = operator._why_not_cuda(x, ux)
+    assert (reason is None) == cuda
+    if not cuda:
+        assert "Triton" in reason
+        monkeypatch.setattr(operator, "_why_not_triton", lambda *_: "it is not installed")
+        assert operator._why_not_cuda(x, ux) is None
+    with rcu_ops.use_backend("cuda"):
+        assert operator._why_not_cuda(x, ux) is None
+    assert operator._cuda_plan(x, ux, ux, ux, ux, ux, None, False)

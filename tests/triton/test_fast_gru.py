@@ -58,6 +58,18 @@ def test_opcheck() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("columns", "step"), [(90, 30), (90, 300), (16, 5), (31, 5), (1200, 5), (0, 0)])
+def test_weight_gradients_are_summed_in_pieces(columns, step) -> None:
+    """Whatever is left over, in as many calls as it takes; and large results at once."""
+    kernels = _triton.kernels("fast_gru")
+    for outputs in (5, 250, 300):
+        wide, b = torch.randn(columns, 2 * outputs), torch.randn(columns, 250)
+        a, out = wide[:, outputs:], torch.full((outputs, 250), torch.nan)
+        kernels.OuterProduct(a, b, out, step).run()
+        torch.testing.assert_close(out.double(), a.double().T @ b.double(), rtol=0, atol=1e-4)
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("n", "dtype", "arch"),
     [(1, torch.bfloat16, 80), (8, torch.bfloat16, 90), (1, torch.float16, 90), (1, torch.float32, 80)],
