@@ -347,7 +347,7 @@ def gate_data(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 35, 2, 5, 7), (3, 3, 3, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 35, 2, 5, 7), (3, 3, 3, 1, 2), (1, 72, 2, 12, 16)], ids=str)
 def test_data_path(machine, shape, dtype, layout, seed) -> None:
     machine.seed = seed
     # small integers: nothing rounds, whatever the order, but for the quotient of the mean
@@ -396,8 +396,9 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     run("back", a, a, mask_a=mask_a, mask_b=mask_a)
     names = ("grad_log_probability", "grad_mean", "grad_variance")
     run("back_backward", a, a, **{name: torch.randn(2, 5) for name in names})
-    x, h = torch.randn(1, 33, 2, 3, 5), torch.randn(1, 2, 33)
-    for layout in ("contiguous", "channels_last_3d"):
+    for layout, shape in (("contiguous", (33, 5)), ("channels_last_3d", (33, 5)), ("channels_last_3d", (36, 4))):
+        channels, width = shape
+        x, h = torch.randn(1, channels, 2, 3, width), torch.randn(1, 2, channels)
         laid_out = LAYOUTS[layout](x)
         gate_data(machine, "squeeze", laid_out)
         gate_data(machine, "mul", laid_out, h, torch.ones(1).bool())

@@ -44,10 +44,10 @@ REGISTERS = {
     "fast_gru_cluster_steps": 255,  # the same
     "wide_scan": 255,  # 1 block of 256
     "hopper_scan": 255,  # 1 block of 256: 192 are the state and its rounded copy
-    "gate_pass": 64,  # bound by memory: 4 blocks of 256
-    "norm_pass": 64,  # the same
+    "gate_pass": 80,  # bound by memory: 3 blocks of 256
+    "norm_pass": 128,  # the same: 2, with more loads on their way
     "norm_finish": 64,
-    "measure": 64,  # the same
+    "measure": 64,  # bound by memory: 4 blocks of 256
     "gate_of": 64,
     "align_query": 128,  # 2 blocks of 256
     "align_short_kernel": 128,  # 2 blocks of 256
