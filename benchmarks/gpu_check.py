@@ -103,6 +103,12 @@ def sanitizer_summary(output: str, work: Path) -> dict[str, Any]:
     }
 
 
+def kernels_summary(output: str, work: Path) -> dict[str, Any]:
+    """Per problem and dtype the kernels that it launched."""
+    lines = re.findall(r"^launched (.*): (.*)$", output, re.MULTILINE)
+    return {"ran": len(lines), "launched": {problem: names.split(", ") for problem, names in lines}}
+
+
 def bench_summary(output: str, work: Path) -> dict[str, Any]:
     """All of bench.json."""
     try:
@@ -153,6 +159,8 @@ def steps(python: str, library: str | None, bench_options: Sequence[str] = ()) -
             small = (*command, "--print-limit", "20", python, "-m", "tests.gpu.small", str(part), str(parts))
             name = tool if parts == 1 else f"{tool} {part + 1}/{parts}"
             found.append(Step(name, small, 200, 120, environment, summary, beside=True))
+    kernels_of = (python, "-m", "tests.gpu.small", "kernels")
+    found.append(Step("kernels", kernels_of, 90, 120, kernels, kernels_summary, beside=True))
     bench = (python, "-m", "rcu_ops", "bench", "--device", "cuda", "--cache", "cold")
     bench += ("--budget", "{seconds}", "--out", "{work}/bench", *bench_options)
     found.append(Step("bench", bench, SECONDS, 0, kernels, bench_summary))

@@ -97,7 +97,7 @@ def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> Non
 
 SANITIZING = [
     *("memcheck 1/2", "memcheck 2/2", "racecheck 1/3", "racecheck 2/3", "racecheck 3/3"),
-    *("initcheck 1/3", "initcheck 2/3", "initcheck 3/3", "synccheck"),
+    *("initcheck 1/3", "initcheck 2/3", "initcheck 3/3", "synccheck", "kernels"),
 ]
 
 
@@ -152,6 +152,9 @@ def test_summaries(tmp_path) -> None:
         "ran": 2,
         "last": "srtg_fuse-odd torch.float32",
     }
+    text = "launched a-b torch.float32: tile_scan, sum_splits\nlaunched a-c torch.float64: \n"
+    launched = {"a-b torch.float32": ["tile_scan", "sum_splits"], "a-c torch.float64": [""]}
+    assert gpu_check.kernels_summary(text, tmp_path) == {"ran": 2, "launched": launched}
     reports = (
         "========= Error: Race reported between Read access at nvjet_a+0xb00\n"
         "=========     and Write access at nvjet_b+0x20 [4 hazards]\n"

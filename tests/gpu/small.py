@@ -1,44 +1,74 @@
 """Every operator's CUDA kernels once, for compute-sanitizer: ``python -m tests.gpu.small [PART OF]``.
 
-PART (from 0) of OF takes every OF-th problem: a sanitizer is slow, and several can run at once.
-
-Inputs are made on the host and copied whole, so that whatever a kernel reads uninitialised is its own doing. Nothing is
-compared: numbers are the tests' business.
+PART (from 0) of OF takes every OF-th problem: a sanitizer is slow, and several can run at once. Inputs are made on the
+host and copied whole, so that whatever a kernel reads uninitialised is its own doing. Nothing is compared: numbers are
+the tests' business. ``python -m tests.gpu.small kernels`` runs all of them, the slow ones too, and says which kernels
+of ours each has launched.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import rcu_ops
-from tests.gpu.problems import on, problems
+from tests.gpu.problems import Problem, on, problems
 
 SKIPPED = ("C64 channels_last", "C512 7x7", "many frames")
 """Kernels that other problems run too, in shapes that take a sanitizer long."""
 
+KERNEL = re.compile(r"rcu_ops::cuda::(?:\(anonymous namespace\)::|<unnamed>::)?(\w+)")
 
-def main(part: int = 0, of: int = 1) -> int:
-    """0 when every CUDA kernel that this build has was run, 1 when there was none."""
+
+def run(chosen: list[Problem]) -> Iterator[tuple[Problem, torch.dtype]]:
+    """Run each on CUDA kernels with every dtype that they take, and hand it out; say what is left out, and why."""
     torch.manual_seed(0)
-    ran = 0
     with rcu_ops.use_backend("cuda"):
-        for problem in [p for p in problems() if p.name not in SKIPPED][part::of]:
+        for problem in chosen:
             for dtype in problem.dtypes:
                 try:
-                    problem.call(on(problem.make(dtype), "cuda"))
+                    with record_function(f"problem|{problem}|{dtype}"):
+                        problem.call(on(problem.make(dtype), "cuda"))
+                        torch.cuda.synchronize()
                 except ValueError as error:
                     if "cannot run" not in str(error):
                         raise
                     print(f"left out: {problem} {dtype}: {error}")
                     break
-                torch.cuda.synchronize()
-                ran += 1
-                print(f"{ran}: {problem} {dtype}", flush=True)  # the last line tells what a fault or a limit cut short
+                yield problem, dtype
+
+
+def kernels() -> None:
+    """A line per problem and dtype: ``launched PROBLEM DTYPE: KERNEL, ...``."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        for _ in run(problems()):
+            pass
+    events = list(trace.events())
+    ours = [(e.time_range.start, found.group(1)) for e in events if (found := KERNEL.search(e.name))]
+    for span in events:
+        if span.name.startswith("problem|") and str(span.device_type).endswith("CPU"):
+            inside = [name for start, name in ours if span.time_range.start <= start <= span.time_range.end]
+            _, problem, dtype = span.name.split("|")
+            print(f"launched {problem} {dtype}: {', '.join(sorted(set(inside)))}")
+
+
+def main(arguments: list[str]) -> int:
+    """0 when every CUDA kernel that this build has was run, 1 when there was none."""
+    if arguments == ["kernels"]:
+        kernels()
+        return 0
+    part, of = map(int, arguments) if arguments else (0, 1)
+    ran = 0
+    for problem, dtype in run([p for p in problems() if p.name not in SKIPPED][part::of]):
+        ran += 1
+        print(f"{ran}: {problem} {dtype}", flush=True)  # the last line tells what a fault or a limit cut short
     print(f"ran all {ran} problems on CUDA kernels")
     return 0 if ran else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))
