@@ -62,6 +62,35 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("srtg", "gate pass", "any shapes, dtype and strides; forward and backward", "sm_80"),
 )
 
+KERNELS: dict[str, tuple[str, ...]] = {
+    "plain scan": ("plain_scan",),
+    "fp32 scan": ("fp32_scan",),
+    "tile scan": ("tile_scan",),
+    "wide scan": ("wide_scan",),
+    "hopper scan": ("hopper_scan",),
+    "step": ("step_scan", "plain_step_scan"),
+    "chunked": (),  # the library's
+    "matrix weight gradient": ("matrix_weight_grad", "sum_splits"),
+    "plain weight gradient": ("weight_grad_partial", "sum_splits"),
+    "norm passes": ("norm_pass", "norm_finish"),
+    "fused passes": ("fast_gru_pass",),
+    "columns": ("fast_gru_column_steps",),
+    "columns backward": ("fast_gru_column_steps_backward",),
+    "one launch": ("fast_gru_steps",),
+    "one launch in clusters": ("fast_gru_cluster_steps",),
+    "one launch backward": ("fast_gru_steps_backward",),
+    "query rows": ("align_query", "key_gradient", "measure", "gate_of"),
+    "plain rows": ("plain_relate", "plain_query_gradient", "plain_key_gradient"),
+    "tile": ("tile_relate",),
+    "tile gradients": ("tile_gradient",),
+    "cluster": ("cluster_relate",),
+    "product tiles": ("align_tile", "survey", "split_frames"),
+    "short cycle": ("align_short_kernel",),
+    "short cycle in clusters": ("align_short_cluster",),
+    "gate pass": ("gate_pass",),
+}
+"""By a variant's name its ``__global__`` functions: a file is evidence for it when tests that passed launched each."""
+
 #: RCU_OPS_EXPERIMENTAL=1 when the package was imported.
 EXPERIMENTAL = os.environ.get("RCU_OPS_EXPERIMENTAL") == "1"
 

@@ -105,9 +105,9 @@ def _probed(name: str) -> Iterator[Problem]:
 
 # ---- recurrent_conv ------------------------------------------------------------------------------------------------
 
-# Every kernel and most of its edges: padded channels and columns, words of 16 to 2 bytes, W in shared memory and in
-# pieces, several blocks, one frame alone and frame after frame, many frames of few positions (in chunks too), many
-# splits.
+# Every kernel that an H200 is given and most of its edges: padded channels and columns, words of 16 to 2 bytes, W in
+# shared memory and in pieces, several blocks, one frame alone and frame after frame, many columns, many frames of few
+# positions (in chunks too), many splits.
 SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "C64 contiguous": ((3, 64, 5, 16, 16), torch.contiguous_format),
     "C64 channels_last": ((3, 64, 5, 14, 14), torch.channels_last_3d),
@@ -125,6 +125,10 @@ SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "many splits": ((4, 128, 6, 20, 20), torch.contiguous_format),
     "many frames": ((1, 64, 70, 3, 3), torch.contiguous_format),
     "many chunks": ((1, 512, 150, 3, 3), torch.channels_last_3d),
+    "C64 many columns": ((6, 64, 3, 28, 28), torch.contiguous_format),
+    "C96 many columns": ((16, 96, 2, 40, 40), torch.channels_last_3d),
+    "C256 many columns": ((12, 256, 3, 28, 28), torch.contiguous_format),
+    "C200 many columns": ((12, 200, 3, 28, 28), torch.channels_last_3d),
 }
 
 
@@ -374,6 +378,7 @@ def _fast_gru_problems(name: str) -> Iterator[Problem]:
 RELATIONS = {
     "probe": (2, 49, 49, 128, 96),
     "196 positions": (1, 196, 196, 64, 80),
+    "few channels": (3, 49, 49, 64, 64),
     "odd": (3, 37, 21, 33, 70),
     "many keys": (1, 40, 2100, 24, 40),
 }
@@ -421,10 +426,12 @@ def _relation_problems(name: str) -> Iterator[Problem]:
 
 def _cycle_problems(name: str) -> Iterator[Problem]:
     """Index maps and gates of a sequence and a noisy copy, as one kernel takes them and longer."""
-    for title, frames, far in (("probe", 16, 0.0), ("33 frames", 33, 0.0), ("long", 300, 0.0), ("cut", 150, 1e3)):
+    kinds = (("probe", 16, 40, 0.0), ("wide", 16, 1032, 0.0), ("33 frames", 33, 40, 0.0), ("long", 300, 40, 0.0))
+    for title, frames, channels, far in (*kinds, ("cut", 150, 40, 1e3)):
 
-        def make(dtype: torch.dtype, frames: int = frames, far: float = far) -> Tensors:
-            a = torch.randn(3, frames, 40) + far * torch.randn(3, 2, 40)[:, torch.arange(frames) * 2 // frames]
+        def make(dtype: torch.dtype, frames: int = frames, channels: int = channels, far: float = far) -> Tensors:
+            scenes = torch.randn(3, 2, channels)[:, torch.arange(frames) * 2 // frames]
+            a = torch.randn(3, frames, channels) + far * scenes
             return {"a": a.to(dtype), "b": (a + 0.05 * torch.randn(a.shape)).to(dtype)}
 
         def call(given: Tensors) -> Outputs:

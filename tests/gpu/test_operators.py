@@ -17,12 +17,12 @@ from tests.tolerance import assert_close_to_reference
 pytestmark = pytest.mark.gpu
 
 ALL = [(problem, backend) for problem in problems() for backend in gpu_backends(problem.operator)]
+STRESSED = (
+    *("probe", "C64 contiguous", "C256 channels_last", "C33 odd", "one frame", "C64 many columns"),
+    *("C256 many columns", "wide", "paper", "few channels"),
+)
 # One of each operator, backend and kernel family for what takes many runs.
-FEW = [
-    (problem, backend)
-    for problem, backend in ALL
-    if problem.name in ("probe", "C64 contiguous", "C256 channels_last", "C33 odd", "one frame")
-]
+FEW = [(problem, backend) for problem, backend in ALL if problem.name in STRESSED]
 
 
 def names(pairs: list[tuple[Problem, str]]) -> list[str]:

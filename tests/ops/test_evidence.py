@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,19 @@ from rcu_ops.ops import OPERATORS, _evidence
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+FAMILIES = {
+    "soft_nearest_neighbor": "cycle_consistency",
+    "temporal_cycle_loss": "cycle_consistency",
+    "fast_gru_step": "fast_gru",
+    "nonlocal_attention": "nonlocal_gates",
+    "relational_lstm_step": "nonlocal_gates",
+    "recurrent_conv_affine_act": "recurrent_conv",
+    "srtg_squeeze": "srtg",
+    "srtg_fuse": "srtg",
+} | {name: name for name in ("cycle_consistency", "fast_gru", "recurrent_conv", "recurrent_conv_batch_norm")}
+"""By operator the kernel file that it runs on."""
 
 
 @pytest.fixture
@@ -46,9 +61,39 @@ def test_nothing_is_listed_once_all_is_verified(verified) -> None:
     assert "|" not in _evidence.render()
 
 
-def test_recorded_evidence_exists() -> None:
+def test_recorded_evidence_says_so() -> None:
+    """The file names a run in which problems launched the variant's kernels and no test of the operator failed."""
     for variant in _evidence.VARIANTS:
-        assert variant.evidence is None or (RESULTS / variant.evidence).is_file()
+        if variant.evidence is not None:
+            record = json.loads((RESULTS / variant.evidence).read_text())
+            assert record["gpu"]["name"].startswith("NVIDIA")
+            steps = {step["name"]: step for step in record["steps"]}
+            operators = {name for name, family in FAMILIES.items() if family == variant.operator}
+            failed = [
+                name
+                for name in steps["gpu tests"]["summary"]["failed"]
+                if "triton" not in name and any(operator in name for operator in operators)
+            ]
+            assert not failed, (variant, failed)
+            launched = {
+                kernel
+                for problem, kernels in steps["kernels"]["summary"]["launched"].items()
+                if problem.partition("-")[0] in operators
+                for kernel in kernels
+            }
+            assert set(_evidence.KERNELS[variant.name]) <= launched, (variant, launched)
+            reports = {name: step["summary"].get("ours") for name, step in steps.items()}
+            assert all(not count for count in reports.values()), reports
+
+
+def test_every_variant_s_kernels_are_there() -> None:
+    assert set(FAMILIES) == set(OPERATORS)
+    assert set(FAMILIES.values()) == {variant.operator for variant in _evidence.VARIANTS}
+    names = {variant.name for variant in _evidence.VARIANTS}
+    assert names == set(_evidence.KERNELS)
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.*"))
+    missing = [k for kernels in _evidence.KERNELS.values() for k in kernels if not re.search(rf"\b{k}\(", sources)]
+    assert not missing
 
 
 def test_names_are_unique_and_belong_to_kernel_files() -> None:
