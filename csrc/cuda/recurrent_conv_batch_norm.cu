@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(norm_threads, V > 1 ? 2 : 3)
       mean[k] = moments[0];
       scale[k] = p.gamma ? inverse * static_cast<const S*>(p.gamma)[c + k] : inverse;
       shift[k] = p.beta ? static_cast<const S*>(p.beta)[c + k] : S(0);
-      if (p.pass == NormPass::gradient) {
+      if (p.pass == NormPass::gradient && p.sums) {
         slope[k] = -scale[k] * inverse * static_cast<const S*>(p.sums)[p.C + c + k] / count;
         constant[k] = -scale[k] * static_cast<const S*>(p.sums)[c + k] / count;
       }
