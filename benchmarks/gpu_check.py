@@ -149,7 +149,7 @@ def steps(python: str, library: str | None, bench_options: Sequence[str] = ()) -
         tests += ("--timeout", "100", "--timeout-method", "thread")  # which ends a process that waits for a kernel
     if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiling
         tests += ("-n", str(max(1, (os.cpu_count() or 1) - sum(SANITIZERS.values()))))
-    found.append(Step("gpu tests", (*tests, *gpu_test_files()), 200, 120, kernels, tests_summary))
+    found.append(Step("gpu tests", (*tests, *gpu_test_files()), 200, 120, kernels, tests_summary, beside=True))
     for tool, parts in SANITIZERS.items():
         command = (of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(FOUND))
         # One allocation per tensor, so that an access beside it is seen.
@@ -200,8 +200,9 @@ class Running:
     def __init__(self, step: Step, work: Path, deadline: float) -> None:
         self.step, self.work, self.start = step, work, time.monotonic()
         self.limit = min(step.seconds, deadline - step.reserve - self.start)
-        # The bench stops by itself after the case that it is at.
-        words = {"work": str(work), "seconds": f"{max(1.0, self.limit - 45):.0f}"}
+        # The bench stops by itself after the case that it is at; compiling one can take long.
+        margin = 15 if "--no-compile" in step.command else 45
+        words = {"work": str(work), "seconds": f"{max(1.0, self.limit - margin):.0f}"}
         self.command = [part.format(**words) for part in step.command]
         self.output = work / f"{re.sub('[^a-z]', '_', step.name)}_{id(step)}.log"
         self.process: subprocess.Popen[bytes] | None = None
