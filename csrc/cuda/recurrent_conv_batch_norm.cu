@@ -164,18 +164,20 @@ __global__ void __launch_bounds__(norm_threads, V > 1 ? 2 : 3)
   if (p.pass == NormPass::moments) {
     S center[owned] = {}, rest[owned] = {}, squares[owned] = {};
     sweep(false, [&](const Place&, const Pack<T, V>& from_h, const Pack<T, V>&, const Pack<T, V>&) {
+      const Pack<S, V> wide_h = widen(from_h, bf16);
 #pragma unroll
-      for (int v = 0; v < V; ++v) center[Channels ? v : 0] += widen(from_h.v[v], bf16);
+      for (int v = 0; v < V; ++v) center[Channels ? v : 0] += wide_h.v[v];
     });
     const S count = static_cast<S>(end - begin);
     block_sum<Channels, owned>(center, shared, lanes);
 #pragma unroll
     for (int k = 0; k < owned; ++k) center[k] /= count;
     sweep(false, [&](const Place&, const Pack<T, V>& from_h, const Pack<T, V>&, const Pack<T, V>&) {
+      const Pack<S, V> wide_h = widen(from_h, bf16);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const int k = Channels ? v : 0;
-        const S deviation = widen(from_h.v[v], bf16) - center[k];
+        const S deviation = wide_h.v[v] - center[k];
         rest[k] += deviation;
         squares[k] = fma(deviation, deviation, squares[k]);
       }
@@ -211,32 +213,38 @@ __global__ void __launch_bounds__(norm_threads, V > 1 ? 2 : 3)
     }
   }
   sweep(true, [&](const Place& at, const Pack<T, V>& from_h, const Pack<T, V>& from_other, const Pack<T, V>& from_y) {
-    Pack<T, V> result;
+    const Pack<S, V> wide_h = widen(from_h, bf16);
+    Pack<S, V> deviation, z, other = {}, result;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int k = Channels ? v : 0;
-      const S deviation = widen(from_h.v[v], bf16) - mean[k];
-      const S other = other_data ? static_cast<S>(widen(from_other.v[v], bf16)) : S(0);
-      const S z = fma(deviation, scale[k], shift[k]);
-      if (p.pass == NormPass::normalize) {
-        const S y = other_data ? z + other : z;
-        result.v[v] = narrow<T>(p.relu && y < 0 ? S(0) : y, bf16);  // NaN stays
-        continue;
+      deviation.v[v] = wide_h.v[v] - mean[k];
+      z.v[v] = fma(deviation.v[v], scale[k], shift[k]);
+    }
+    if (other_data) other = widen(from_other, bf16);
+    if (p.pass == NormPass::normalize) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const S y = other_data ? z.v[v] + other.v[v] : z.v[v];
+        result.v[v] = p.relu && y < 0 ? S(0) : y;  // NaN stays
       }
-      const bool blocked = p.relu && (reads_y ? static_cast<S>(widen(from_y.v[v], bf16)) : z) <= 0;
-      const S dz = blocked ? S(0) : other;
+      store_pack<V>(y_data + offset(p.y, at), narrow<T>(result, bf16));
+      return;
+    }
+    if (reads_y) z = widen(from_y, bf16);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const int k = Channels ? v : 0;
+      const S dz = p.relu && z.v[v] <= 0 ? S(0) : other.v[v];
       if (p.pass == NormPass::sums) {
         constant[k] += dz;
-        slope[k] = fma(dz, deviation, slope[k]);
-        result.v[v] = narrow<T>(dz, bf16);
+        slope[k] = fma(dz, deviation.v[v], slope[k]);
+        result.v[v] = dz;
       } else {
-        result.v[v] = narrow<T>(fma(scale[k], dz, fma(slope[k], deviation, constant[k])), bf16);
+        result.v[v] = fma(scale[k], dz, fma(slope[k], deviation.v[v], constant[k]));
       }
     }
-    if (p.pass == NormPass::normalize)
-      store_pack<V>(y_data + offset(p.y, at), result);
-    else if (out_data)
-      store_pack<V>(out_data + offset(p.out, at), result);
+    if (out_data) store_pack<V>(out_data + offset(p.out, at), narrow<T>(result, bf16));
   });
   if (p.pass != NormPass::sums) return;
   block_sum<Channels, owned>(constant, shared, lanes);

@@ -54,10 +54,10 @@ GatePlan gate_plan(GateData& p, bool& channels) {
 // Aliasing. y overlaps no input. Every element has one writer.
 // Bound.    Bytes.
 template <typename T, bool Channels, int V>
-__global__ void __launch_bounds__(gate_threads, 3) gate_pass(const GateData p, const GatePlan plan) {
+__global__ void __launch_bounds__(gate_threads, 2) gate_pass(const GateData p, const GatePlan plan) {
   using S = Accumulator<T>;
   constexpr int sums_of_a_thread = Channels ? V : 1;
-  constexpr int in_flight = V * sizeof(T) == 16 ? 2 : 4;
+  constexpr int in_flight = V * sizeof(T) == 8 && V > 1 ? 8 : 4;
   const GatePass pass = p.pass;
   const bool has_sums = pass == GatePass::squeeze || pass == GatePass::backward, bf16 = p.dtype == DType::bf16;
   const int lane = static_cast<int>(threadIdx.x) % plan.lanes, row = static_cast<int>(threadIdx.x) / plan.lanes;
@@ -110,22 +110,28 @@ __global__ void __launch_bounds__(gate_threads, 3) gate_pass(const GateData p, c
 #pragma unroll
       for (int u = 0; u < in_flight; ++u)
         if (i + u * step < loads) {
-          Pack<T, V> ys;
+          const Pack<S, V> value = widen(xs[u], bf16);
+          Pack<S, V> result;
+          if (pass == GatePass::squeeze) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const int k = Channels ? v : 0;
-            const S value = widen(xs[u].v[v], bf16);
-            if (pass == GatePass::squeeze) {
-              total[k] += value;
-            } else if (pass == GatePass::backward) {
-              const S of_grad = widen(grads[u].v[v], bf16);
-              total[k] += value * of_grad;
-              ys.v[v] = narrow<T>(of_grad * factor[k], bf16);
-            } else {
-              ys.v[v] = narrow<T>(pass == GatePass::mul ? value * factor[k] : value + factor[k], bf16);
-            }
+            for (int v = 0; v < V; ++v) total[Channels ? v : 0] += value.v[v];
+            continue;
           }
-          if (pass != GatePass::squeeze) store_pack<V>(y + offset(p.y, i + u * step), ys);
+          if (pass == GatePass::backward) {
+            const Pack<S, V> of_grad = widen(grads[u], bf16);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              total[Channels ? v : 0] += value.v[v] * of_grad.v[v];
+              result.v[v] = of_grad.v[v] * factor[Channels ? v : 0];
+            }
+          } else if (pass == GatePass::mul) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) result.v[v] = value.v[v] * factor[Channels ? v : 0];
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) result.v[v] = value.v[v] + factor[Channels ? v : 0];
+          }
+          store_pack<V>(y + offset(p.y, i + u * step), narrow<T>(result, bf16));
         }
     }
   }

@@ -44,8 +44,8 @@ REGISTERS = {
     "fast_gru_cluster_steps": 255,  # the same
     "wide_scan": 255,  # 1 block of 256
     "hopper_scan": 255,  # 1 block of 256: 192 are the state and its rounded copy
-    "gate_pass": 80,  # bound by memory: 3 blocks of 256
-    "norm_pass": 128,  # the same: 2, with more loads on their way
+    "gate_pass": 128,  # bound by memory: 2 blocks of 256 with many loads on their way
+    "norm_pass": 128,  # the same
     "norm_finish": 64,
     "measure": 64,  # bound by memory: 4 blocks of 256
     "gate_of": 64,

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/recurrent_conv.h"
+#include "cuda/device/convert.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -21,6 +22,32 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
 template <int V, typename T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// All numbers of a pack from and to the arithmetic's type; `bf16`: what uint16_t stands for, asked once per pack.
+template <typename T, int V>
+__device__ __forceinline__ Pack<Accumulator<T>, V> widen(const Pack<T, V>& pack, bool bf16) {
+  Pack<Accumulator<T>, V> wide;
+  if (bf16) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) wide.v[v] = widen(pack.v[v], true);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) wide.v[v] = widen(pack.v[v], false);
+  }
+  return wide;
+}
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> narrow(const Pack<Accumulator<T>, V>& wide, bool bf16) {
+  Pack<T, V> pack;
+  if (bf16) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.v[v] = narrow<T>(wide.v[v], true);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.v[v] = narrow<T>(wide.v[v], false);
+  }
+  return pack;
 }
 
 // Numbers in a pack of a walk along adjacent numbers of `dtype`, if sizes and strides allow packs: 8 to 16 bytes.
