@@ -21,6 +21,12 @@ def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
     return torch.full((n, k + 1, f, p), torch.nan, dtype=dtype)[:, :k].permute(1, 0, 3, 2)
 
 
+def assert_rest_untouched(tensors: dict[str, Tensor]) -> None:
+    """The clip after the last one of every sequence from laid_out is as it was."""
+    for name, tensor in tensors.items():
+        assert tensor._base is not None and tensor._base[:, tensor.shape[0] :].isnan().all(), name
+
+
 def check(
     machine: Machine, shape: tuple[int, int, int, int], hidden: int, dtype: torch.dtype, layout: str, save: bool,
     start_dtype: torch.dtype = torch.float32,
@@ -43,6 +49,7 @@ def check(
     sizes = {"samples": n, "positions": p, "C": c, "R": hidden, "steps": k}
     machine.call("fast_gru_columns", {"uo": uo, "w": w, "vo": vo, **tensors}, **sizes)
     assert f"one launch of {-(-n * p // 8)} blocks of 8 columns" in machine.plan
+    assert_rest_untouched(tensors)
 
     def run(to: torch.dtype) -> dict[str, Tensor]:
         o, results = start[0].to(to), []
@@ -82,6 +89,7 @@ def check_backward(
     results |= {"carry": laid_out((1, n, p, c), FP32, layout).copy_(last)}
     counts = {"samples": n, "positions": p, "C": c, "R": hidden, "steps": k}
     machine.call("fast_gru_columns_backward", {"uo": uo, "w": w, "vo": vo, **tensors, **results}, **counts)
+    assert_rest_untouched(results)
 
     def run(to: torch.dtype) -> dict[str, Tensor]:
         h, r, z, candidate, before, grads = (value.to(to) for value in given.values())

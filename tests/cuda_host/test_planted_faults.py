@@ -17,6 +17,7 @@ from tests.cuda_host import harness
 from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
+from tests.cuda_host.test_fast_gru_columns import check as check_columns
 from tests.cuda_host.test_fast_gru_persistent import CLUSTERS
 from tests.cuda_host.test_fast_gru_persistent import check as check_steps
 from tests.cuda_host.test_fast_gru_persistent import check_backward as check_steps_backward
@@ -127,6 +128,10 @@ def relate_clusters(machine: Machine) -> None:
 def steps_in_one_launch(machine: Machine) -> None:
     machine.device = {"multiprocessors": 3}
     check_steps(machine, (1, 3, 20, 1, 1, 3), 5, torch.bfloat16, save=True)
+
+
+def steps_by_columns(machine: Machine) -> None:
+    check_columns(machine, (1, 2, 20, 9), 5, torch.bfloat16, "features", save=True)
 
 
 def steps_in_clusters(machine: Machine) -> None:
@@ -620,6 +625,14 @@ FAULTS = [
         file="fast_gru_persistent.cu",
     ),
     Fault(
+        "a block's partial sums are read before all of its warps have written them",
+        "= sums[column];\n    }\n    block_barrier();",
+        "= sums[column];\n    }",
+        steps_by_columns,
+        "thread",
+        file="fast_gru_columns.cu",
+    ),
+    Fault(
         "a step begins on stale states",
         "    low[row * depth + feature] = narrow<T>(state[i], bf16);\n      if",
         "    if (step == 0) low[row * depth + feature] = narrow<T>(state[i], bf16);\n      if",
@@ -784,6 +797,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         flat_weights,
         soft_of_the_huge,
         closed_gate,
+        steps_by_columns,
         steps_in_one_launch,
         steps_in_clusters,
         steps_backward_in_one_launch,
