@@ -28,7 +28,15 @@ def test_a_row_holds_the_ranges(tmp_path, monkeypatch):
             {"name": "library loop", "median_s": loop},
             {"name": "compile", "left_out": "not asked for"},
         ]
-        return {"op": "op", "kind": "forward", "dtype": "fp32", "device": "cpu", "cache": "warm", "floor_s": 1.0, "candidates": candidates}
+        return {
+            "op": "op",
+            "kind": "forward",
+            "dtype": "fp32",
+            "device": "cpu",
+            "cache": "warm",
+            "floor_s": 1.0,
+            "candidates": candidates,
+        }
 
     machine = {"cpu": "C", "threads": 2, "device": "cpu", "versions": {"torch": "2"}, "commit": "0123456789abcdef"}
     data = {"machine": machine, "tier": "quick", "results": [case(2.0, 6.0, 3.0), case(4.0, 5.0, None)]}

@@ -154,14 +154,18 @@ def test_in_a_cuda_graph(problem, backend) -> None:
 
 
 @pytest.mark.parametrize("backend", gpu_backends("fast_gru"))
-@pytest.mark.parametrize("samples", [1, 3], ids=["49_columns", "147_columns"])  # in one launch, and step by step
+@pytest.mark.parametrize(  # by columns, in one launch of all blocks together, and step by step
+    ("samples", "channels"), [(3, 64), (1, 256), (3, 256)], ids=["64_channels", "49_columns", "147_columns"]
+)
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
-def test_a_training_step_of_fast_gru_in_a_cuda_graph(recompute, samples, backend) -> None:
+def test_a_training_step_of_fast_gru_in_a_cuda_graph(recompute, samples, channels, backend) -> None:
     """Forward and backward captured in one graph, gradients accumulated by autograd where the leaves keep them."""
-    shape = (samples, 4, 64, 1, 7, 7)
+    shape = (samples, 4, channels, 1, 7, 7)
 
     def draw() -> list[Tensor]:
-        tensors = [value for value in fast_gru_inputs(shape, 16, torch.bfloat16, with_o0=False) if value is not None]
+        tensors = [
+            value for value in fast_gru_inputs(shape, channels // 4, torch.bfloat16, with_o0=False) if value is not None
+        ]
         return [value.cuda() for value in (*tensors, torch.randn(shape).bfloat16())]
 
     def train(leaves: list[Tensor], grad: Tensor) -> Outputs:
