@@ -160,7 +160,8 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor
   Tensor da = empty_of(a, {p.N, p.T, p.C}), db = empty_of(b, {p.N, p.S, p.C});
   p.da = pointer(da), p.db = pointer(db);
   std::optional<Tensor> d_soft;
-  if (plan_alignment(p) != AlignForm::within) p.d_soft = pointer(d_soft.emplace(empty_of(a, {p.N, p.T, p.C})));
+  if (a.is_cuda() || plan_alignment(p) != AlignForm::within)
+    p.d_soft = pointer(d_soft.emplace(empty_of(a, {p.N, p.T, p.C})));
   launch(p, a);
   return {da, db};
 }
@@ -173,13 +174,11 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor
   m.impl("soft_nearest_neighbor_backward", TORCH_BOX(&rcu_ops::bindings::soft_nearest_neighbor_backward)); \
   m.impl("cycle_consistency", TORCH_BOX(&rcu_ops::bindings::cycle_consistency));                           \
   m.impl("cycle_back", TORCH_BOX(&rcu_ops::bindings::cycle_back));                                         \
-  m.impl("cycle_back_backward", TORCH_BOX(&rcu_ops::bindings::cycle_back_backward))
+  m.impl("cycle_back_backward", TORCH_BOX(&rcu_ops::bindings::cycle_back_backward));                       \
+  m.impl("temporal_cycle_loss", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss));                       \
+  m.impl("temporal_cycle_loss_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
-  RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m);
-  m.impl("temporal_cycle_loss", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss));
-  m.impl("temporal_cycle_loss_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }
 
 #ifdef RCU_OPS_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }

@@ -29,7 +29,7 @@ enum class Align : int32_t {
   back,           // b has T frames and a's mask: log z_tt, mean and variance of i under z_t
   soft_backward,  // gradients da, db of soft for grad
   back_backward,  // gradients da, db of back for its three gradients
-  // CPU alone, fp32 and fp64:
+  // fp32 and fp64:
   loss,           // soft of a's frames (zeros for those that are not there), and the loss of its way back to a
   loss_backward,  // gradients da, db of loss for grad_loss, from soft
 };
@@ -56,7 +56,7 @@ struct Alignment {
   void* loss = nullptr;
   const void* grad_loss = nullptr;  // [N,T], strides in numbers
   int64_t grad_loss_n = 0, grad_loss_t = 0;
-  void* d_soft = nullptr;  // loss_backward of long sequences: room for [N,T,C]
+  void* d_soft = nullptr;  // loss_backward, but for the CPU's short sequences: room for [N,T,C]
   FrameMask mask_through;  // back: frames of the sequence between; a sample without any has no way back
   int64_t frames_through = 0;
   bool add_to_da = false;  // soft_backward: da is added to what is there

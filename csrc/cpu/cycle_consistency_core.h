@@ -769,7 +769,7 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
       const S log_probability =
           (least - own) * sample.sharpness - static_cast<S>(__builtin_log(static_cast<double>(sum)));
       if (p.loss) {
-        static_cast<S*>(p.loss)[row] = Landing<S>(p).loss(log_probability, away, variance);
+        static_cast<S*>(p.loss)[row] = Landing<S>(p).loss(log_probability, away, variance, Logarithm());
         continue;
       }
       static_cast<S*>(p.log_probability)[row] = log_probability;
@@ -981,20 +981,9 @@ static void losses(const Alignment& p, const Parallel& parallel) {
     if (masked && backward) clear(p.db, p.N * p.S * p.C);
     return short_losses<V>(p, parallel);
   }
-  Alignment there = p, back = p;
-  there.kind = backward ? Align::soft_backward : Align::soft;
-  back.kind = backward ? Align::back_backward : Align::back;
-  back.a = {p.soft, p.T * p.C, p.C, 1};
-  back.b = p.a, back.S = p.T, back.mask_b = p.mask_a, back.mask_through = p.mask_b, back.frames_through = p.S;
-  if (!backward) {
-    there.loss = nullptr, back.soft = nullptr;
-    align_as<V>(there, parallel);
-    return align_as<V>(back, parallel);
-  }
-  back.soft = nullptr, back.da = p.d_soft, back.db = p.da;
-  align_as<V>(back, parallel);
-  there.soft = nullptr, there.grad = {p.d_soft, p.T * p.C, p.C, 1}, there.add_to_da = true, there.grad_loss = nullptr;
-  align_as<V>(there, parallel);
+  const LossParts parts = parts_of_loss(p);
+  align_as<V>(backward ? parts.back : parts.there, parallel);
+  align_as<V>(backward ? parts.there : parts.back, parallel);
 }
 
 template <class V>

@@ -3,6 +3,7 @@
 
 #include "../common/cpu_isa.h"
 #include "../common/cycle_consistency.h"
+#include "../common/cycle_consistency_loss.h"
 #include "../common/cycle_consistency_products.h"
 #include "../common/srtg.h"
 #include "memory.h"

@@ -10,39 +10,10 @@
 // Centres.  Weights that add up to zero over keys may be taken around any point: the soft neighbour where keys are b's,
 //           the most probable frame where they are a's.
 
-// Of one frame, `away` from the mean of where it lands: its loss, and that loss's gradients.
-template <class S>
-struct Landing {
-  const bool regression;
-  const S weight, least;
-  explicit Landing(const Alignment& p)
-      : regression(p.regression),
-        weight(static_cast<S>(p.variance_weight) / 2),
-        least(static_cast<S>(p.min_variance)) {}
-
-  static S log(S x) {
-    if constexpr (sizeof(S) == 4)
-      return __builtin_logf(x);
-    else
-      return __builtin_log(x);
-  }
-  S loss(S log_probability, S away, S variance) const {
-    if (!regression) return -log_probability;
-    const S at_least = variance < least ? least : variance;  // NaN stays
-    return away * away / at_least + weight * log(at_least);
-  }
-  void gradients(S grad, S away, S variance, S& g, S& g_mean, S& g_variance) const {
-    g = regression ? S(0) : -grad;
-    const S at_least = variance < least ? least : variance;
-    g_mean = regression ? grad * (-2 * away / at_least) : S(0);
-    g_variance = regression && variance >= least ? grad * (weight - away * away / at_least) / at_least : S(0);
-  }
+struct Logarithm {
+  float operator()(float x) const { return __builtin_logf(x); }
+  double operator()(double x) const { return __builtin_log(x); }
 };
-
-template <class S>
-static S grad_of_loss(const Alignment& p, int64_t n, int64_t t) {
-  return static_cast<const S*>(p.grad_loss)[n * p.grad_loss_n + t * p.grad_loss_t];
-}
 
 // Whether there is no frame to go through: no cycle, no loss.
 static bool no_way(const FrameMask& through, int64_t n, int64_t frames) {
@@ -241,7 +212,7 @@ struct ShortLoss {
         const R weight = V::load(row + i), away = (V::load(a.number + i) - from) - mean;
         squares += weight == 0 ? R{} : weight * (away * away);
       }
-      const S log_p = p.regression ? S(0) : (least - own) * sample.sharpness - Landing<S>::log(sum);
+      const S log_p = p.regression ? S(0) : (least - own) * sample.sharpness - Logarithm()(sum);
       finish(m, row, log_p, (a.number[t0 + m] - from) - mean, mean, V::sum(squares), likely);
     }
   }
@@ -262,7 +233,7 @@ struct ShortLoss {
     const Landing<S> landing(p);
     S* const losses = static_cast<S*>(p.loss) + n * p.T;
     land(t0, [&](int m, S*, S log_p, S away, S, S variance, int64_t) {
-      losses[a.place[t0 + m]] = landing.loss(log_p, away, variance);
+      losses[a.place[t0 + m]] = landing.loss(log_p, away, variance, Logarithm());
     });
   }
 

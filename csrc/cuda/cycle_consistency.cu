@@ -1,6 +1,7 @@
 // Soft nearest neighbours, cycle consistency, and their gradients on CUDA devices.
 #include "cuda/cycle_consistency.h"
 
+#include "common/cycle_consistency_loss.h"
 #include "cuda/cycle_consistency_products.h"
 #include "cuda/cycle_consistency_short.h"
 #include "cuda/device/barrier.h"
@@ -14,6 +15,7 @@ namespace rcu_ops::cuda {
 namespace {
 
 constexpr int align_threads = 256, align_warps = align_threads / 32;
+constexpr int at_once = 4;                           // keys of a warp
 constexpr int64_t static_numbers = 2 * align_warps;  // of a block's reductions, at the start of its shared memory
 
 __device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
@@ -59,22 +61,26 @@ __device__ int64_t block_first_smallest(const S* values, int64_t count, S* memor
 
 // ---- the scale of a sample -----------------------------------------------------------------------------------------
 
-// scale[n]: the power of two by which the numbers of sample n are multiplied before they are squared; 1 unless their
-// squares would leave the range of S. One block per sample. Bound: reading a and b once.
+// largest[n][part]: the largest magnitude of every parts-th run of 256 numbers of a, then of b, that are there; not a
+// number is none. Block (n, part). Bound: reading a and b once, four loads of a thread on their way at a time.
 template <typename T>
-__global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, Accumulator<T>* scale) {
+__global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, int parts, Accumulator<T>* largest_of) {
   using S = Accumulator<T>;
   S* memory = dynamic_shared<S>();
   const bool bf16 = p.dtype == DType::bf16;
-  const int64_t n = blockIdx.x;
+  const int64_t n = blockIdx.x / parts, first = blockIdx.x % parts * align_threads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(parts) * align_threads, step_t = step / p.C, step_c = step % p.C;
   S largest = 0;
   const auto look = [&](const Sequence& v, const FrameMask& mask, int64_t frames) {
-    for (int64_t i = threadIdx.x; i < frames * p.C; i += align_threads) {
-      const int64_t t = i / p.C, c = i % p.C;
-      if (!there(mask, n, t)) continue;
+    int64_t t = first / p.C, c = first % p.C;
+#pragma unroll 4
+    for (int64_t left = (frames * p.C - first + step - 1) / step; left > 0; --left) {
+      const bool seen = there(mask, n, t);
       const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c], bf16),
               size = value < 0 ? -value : value;
-      if (size > largest) largest = size;
+      if (seen && size > largest) largest = size;
+      t += step_t, c += step_c;
+      if (c >= p.C) c -= p.C, ++t;
     }
   };
   look(p.a, p.mask_a, p.T);
@@ -87,8 +93,22 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
   if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = largest;
   block_barrier();
   if (threadIdx.x > 0) return;
+#pragma unroll
   for (int w = 0; w < align_warps; ++w)
     if (memory[w] > largest) largest = memory[w];
+  largest_of[blockIdx.x] = largest;
+}
+
+// The power of two by which the numbers of sample n are multiplied before they are squared; 1 unless their squares
+// would leave the range of S.
+template <typename S>
+__device__ S scale_of(const S* largest_of, int parts, int64_t n) {
+  S largest = 0;
+#pragma unroll 4
+  for (int i = 0; i < parts; ++i) {
+    const S size = largest_of[n * parts + i];
+    if (size > largest) largest = size;
+  }
   const double low = sizeof(S) == 8 ? 0x1p-400 : 0x1p-30, high = sizeof(S) == 8 ? 0x1p400 : 0x1p50;
   // The factor itself stays in range, if not all that it makes large.
   const double most = sizeof(S) == 8 ? 0x1p1000 : 0x1p120;
@@ -97,7 +117,7 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
     while (size < 1 && factor < most) size *= 2, factor *= 2;
     while (size > 1 && factor > 1 / most) size /= 2, factor /= 2;
   }
-  scale[n] = static_cast<S>(factor);
+  return static_cast<S>(factor);
 }
 
 // ---- one query -----------------------------------------------------------------------------------------------------
@@ -113,14 +133,14 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, A
 //           and the weights stay in the scratch, [N T][2 S], for key_gradient.
 // Order.    Fixed; no atomics; equal keys have equal distances wherever they stand.
 // Output.   Every element has one writer. Rows of frames that are not there: index -1, results and gradients 0.
-// Code.     A thread's own keys and channels are a few: those loops are not unrolled, which would be a quarter of the
-//           kernel.
+// Code.     A warp has four keys on their way at a time, a thread 16 of those that it adds up. A thread's own keys and
+//           channels are a few: those loops are not unrolled, which would be a quarter of the kernel.
 // Bound.    Two to five passes over b per query, from L2: S C numbers each. T S C differences and multiply-adds per
 //           pass.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
-    align_query(const Alignment p, const Accumulator<T>* scale, Accumulator<T>* scratch, int64_t row_numbers,
-                bool in_shared) {
+    align_query(const Alignment p, const Accumulator<T>* largest_of, int parts, Accumulator<T>* scratch,
+                int64_t row_numbers, bool in_shared) {
   using S = Accumulator<T>;
   S* memory = dynamic_shared<S>();
   const bool bf16 = p.dtype == DType::bf16;
@@ -136,21 +156,23 @@ __global__ void __launch_bounds__(align_threads, 2)
   S *w = z + keys, *centre = w + keys, *rest = centre + p.C;
   int64_t* index = turned ? p.index_ba : p.index_ab;
 
-  bool any = there(mask_from, n, t);
-  if (any && mask_to.data) {
+  const auto some = [&](const FrameMask& mask, int64_t frames) {
+    if (!mask.data) return true;
     S count = 0;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < keys; i += align_threads) count += there(mask_to, n, i) ? S(1) : S(0);
-    any = block_sum(count, memory) > 0;
-  }
-  if (!any) {
+    for (int64_t i = threadIdx.x; i < frames; i += align_threads) count += there(mask, n, i) ? S(1) : S(0);
+    return block_sum(count, memory) > 0;
+  };
+  if (!there(mask_from, n, t) || !some(mask_to, keys) || !some(p.mask_through, p.frames_through)) {
     if (threadIdx.x == 0) {
       if (index) index[task] = -1;
-      if (p.kind == Align::back)
+      if (p.kind == Align::back && p.loss)
+        static_cast<S*>(p.loss)[task] = 0;
+      else if (p.kind == Align::back)
         static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] =
             0;
     }
-    T* vector = static_cast<T*>(gradients ? p.da : p.soft);
+    T* vector = static_cast<T*>(!gradients ? p.soft : p.add_to_da ? nullptr : p.da);
 #pragma unroll 1
     for (int64_t c = threadIdx.x; vector && c < p.C; c += align_threads) vector[task * p.C + c] = 0;
 #pragma unroll 1
@@ -158,19 +180,31 @@ __global__ void __launch_bounds__(align_threads, 2)
     return;
   }
 
-  const S factor = scale[n];
+  const S factor = scale_of(largest_of, parts, n);
   const T* query = static_cast<const T*>(from.data) + n * from.n + t * from.t;
   const T* key0 = static_cast<const T*>(to.data) + n * to.n;
   const auto key = [&](int64_t i, int64_t c) { return widen(key0[i * to.t + c * to.c], bf16) * factor; };
   // values[i] = sum over channels of term(key i, c); infinity (or 0 for products) for keys that are not there.
   const auto for_keys = [&](S* values, S missing, auto term) {
-    for (int64_t i = warp; i < keys; i += align_warps) {
-      S sum = 0;
-      if (there(mask_to, n, i))
-        for (int64_t c = lane; c < p.C; c += 32) sum += term(key(i, c), c);
+    for (int64_t first = warp; first < keys; first += at_once * align_warps) {
+      S sum[at_once] = {};
+      int64_t i[at_once];  // those beyond the last are the last again, and not written
 #pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (lane == 0) values[i] = there(mask_to, n, i) ? sum : missing;
+      for (int j = 0; j < at_once; ++j) {
+        i[j] = first + j * align_warps;
+        if (i[j] >= keys) i[j] = keys - 1;
+      }
+#pragma unroll 2
+      for (int64_t c = lane; c < p.C; c += 32)
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) sum[j] += term(key(i[j], c), c);
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2)
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) sum[j] += shuffle_xor(sum[j], mask);
+#pragma unroll
+      for (int j = 0; j < at_once; ++j)
+        if (lane == 0 && first + j * align_warps < keys) values[i[j]] = there(mask_to, n, i[j]) ? sum[j] : missing;
     }
     block_barrier();
   };
@@ -178,12 +212,22 @@ __global__ void __launch_bounds__(align_threads, 2)
   const auto for_channels = [&](S* values, const S* weights, const S* around) {
 #pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
-      S sum = 0, part = 0;
-      for (int64_t i = 0; i < keys; ++i) {
-        if (there(mask_to, n, i)) part += weights[i] * (key(i, c) - (around ? around[c] : S(0)));
-        if (i % 16 == 15) sum += part, part = 0;
+      S sum = 0;
+      const S centre_of_key = around ? around[c] : S(0);
+#pragma unroll 1
+      for (int64_t first = 0; first < keys; first += 16) {
+        S part = 0;
+        if (!mask_to.data && first + 16 <= keys) {
+#pragma unroll
+          for (int j = 0; j < 16; ++j) part += weights[first + j] * (key(first + j, c) - centre_of_key);
+        } else {
+#pragma unroll 1
+          for (int64_t i = first; i < keys && i < first + 16; ++i)
+            if (there(mask_to, n, i)) part += weights[i] * (key(i, c) - centre_of_key);
+        }
+        sum += part;
       }
-      values[c] = sum + part;
+      values[c] = sum;
     }
     block_barrier();
   };
@@ -225,13 +269,25 @@ __global__ void __launch_bounds__(align_threads, 2)
     variance = block_sum(variance, memory);
     if (p.kind == Align::back) {
       if (threadIdx.x > 0) return;
-      static_cast<S*>(p.log_probability)[task] = (least - own) * sharpness - log(sum);
+      const S log_probability = (least - own) * sharpness - log(sum);
+      if (p.loss) {
+        static_cast<S*>(p.loss)[task] = Landing<S>(p).loss(log_probability, (static_cast<S>(t) - origin) - mean,
+                                                           variance, [](S x) { return log(x); });
+        return;
+      }
+      static_cast<S*>(p.log_probability)[task] = log_probability;
       static_cast<S*>(p.mean)[task] = origin + mean;
       static_cast<S*>(p.variance)[task] = variance;
       return;
     }
-    const S g = static_cast<const S*>(p.grad_log_probability)[task], g_mean = static_cast<const S*>(p.grad_mean)[task],
-            g_variance = static_cast<const S*>(p.grad_variance)[task];
+    S g, g_mean, g_variance;
+    if (p.grad_loss) {
+      Landing<S>(p).gradients(grad_of_loss<S>(p, n, t), (static_cast<S>(t) - origin) - mean, variance, g, g_mean,
+                              g_variance);
+    } else {
+      g = static_cast<const S*>(p.grad_log_probability)[task], g_mean = static_cast<const S*>(p.grad_mean)[task],
+      g_variance = static_cast<const S*>(p.grad_variance)[task];
+    }
     const S by = static_cast<S>(2 / static_cast<double>(factor) / p.temperature);
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
@@ -256,8 +312,10 @@ __global__ void __launch_bounds__(align_threads, 2)
   for_channels(rest, gradients ? w : z, centre);
   if (gradients) {
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
-      static_cast<T*>(p.da)[task * p.C + c] = narrow<T>(rest[c], bf16);
+    for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
+      T* da = static_cast<T*>(p.da) + task * p.C + c;
+      *da = narrow<T>(p.add_to_da ? widen(*da, bf16) + rest[c] : rest[c], bf16);
+    }
     return;
   }
   if (p.soft)
@@ -277,30 +335,41 @@ __global__ void __launch_bounds__(align_threads, 2)
 // thread every 256th channel. Bound: reading a (and grad) from L2 once per key.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
-    key_gradient(const Alignment p, const Accumulator<T>* scale, const Accumulator<T>* rows, int64_t row_numbers) {
+    key_gradient(const Alignment p, const Accumulator<T>* largest_of, int parts, const Accumulator<T>* rows,
+                 int64_t row_numbers) {
   using S = Accumulator<T>;
   const int64_t n = blockIdx.x / p.S, i = blockIdx.x % p.S;
-  const S factor = scale[n];
+  const S factor = scale_of(largest_of, parts, n);
   const bool bf16 = p.dtype == DType::bf16;
   const bool present = there(p.mask_b, n, i);
   const T* key = static_cast<const T*>(p.b.data) + n * p.b.n + i * p.b.t;
   const S* weights = rows + n * p.T * row_numbers + i;
   for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
-    S sum = 0, part = 0;
+    S sum = 0;
     if (present) {
       const S own = widen(key[c * p.b.c], bf16) * factor;
-      for (int64_t t = 0; t < p.T; ++t) {
-        if (there(p.mask_a, n, t)) {
+#pragma unroll 1
+      for (int64_t first = 0; first < p.T; first += 16) {
+        S part = 0;
+        const auto add = [&](int64_t t) {
           const S query = widen(static_cast<const T*>(p.a.data)[n * p.a.n + t * p.a.t + c * p.a.c], bf16) * factor;
           part += weights[t * row_numbers + p.S] * (query - own);
           if (p.kind == Align::soft_backward)
             part += weights[t * row_numbers] *
                     widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c], bf16);
+        };
+        if (!p.mask_a.data && first + 16 <= p.T) {
+#pragma unroll 4
+          for (int j = 0; j < 16; ++j) add(first + j);
+        } else {
+#pragma unroll 1
+          for (int64_t t = first; t < p.T && t < first + 16; ++t)
+            if (there(p.mask_a, n, t)) add(t);
         }
-        if (t % 16 == 15) sum += part, part = 0;
+        sum += part;
       }
     }
-    static_cast<T*>(p.db)[(n * p.S + i) * p.C + c] = narrow<T>(sum + part, bf16);
+    static_cast<T*>(p.db)[(n * p.S + i) * p.C + c] = narrow<T>(sum, bf16);
   }
 }
 
@@ -326,38 +395,55 @@ Error launch_gate(const Alignment& p, Stream stream) {
 struct RowPlan {
   int64_t numbers, rows, scratch_numbers;
   bool in_shared;
+  int parts;  // of a sample, that are measured by themselves: as many as fill the device, of four runs at least
+  int64_t rows_at;
 };
 
 RowPlan plan_rows(const Alignment& p, const Gpu& gpu) {
   const int64_t keys = p.T > p.S ? p.T : p.S, size = state_size(p.dtype);
   const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
-  RowPlan plan{2 * (p.kind == Align::cycle ? keys : p.S) + 2 * p.C, p.N * (p.T + (p.kind == Align::cycle ? p.S : 0)), 0,
-               false};
+  RowPlan plan{2 * (p.kind == Align::cycle ? keys : p.S) + 2 * p.C,
+               p.N * (p.T + (p.kind == Align::cycle ? p.S : 0)),
+               0,
+               false,
+               1,
+               0};
   plan.in_shared = !gradients && (plan.numbers + static_numbers) * size <= gpu.shared_bytes;
-  plan.scratch_numbers = (p.N + 3) / 4 * 4 + (plan.in_shared ? 0 : plan.numbers * plan.rows);
+  const int64_t most = p.N > 0 ? gpu.multiprocessors / p.N : 1, runs = (p.T + p.S) * p.C / (4 * align_threads);
+  const int64_t parts = most < runs ? most : runs;
+  plan.parts = static_cast<int>(parts < 1 ? 1 : parts > 16 ? 16 : parts);
+  plan.rows_at = round_up(p.N * plan.parts, 4);
+  plan.scratch_numbers = plan.rows_at + (plan.in_shared ? 0 : plan.numbers * plan.rows);
   return plan;
 }
 
 template <typename T>
 Error align_as(const Alignment& p, const RowPlan& plan, void* scratch, Stream stream) {
   using S = Accumulator<T>;
-  S *scale = static_cast<S*>(scratch), *rows = scale + (p.N + 3) / 4 * 4;
+  S *largest_of = static_cast<S*>(scratch), *rows = largest_of + plan.rows_at;
   const size_t base = static_numbers * sizeof(S);
-  Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N)), dim3(align_threads),
-                       base, stream, p, scale);
+  Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N * plan.parts)),
+                       dim3(align_threads), base, stream, p, plan.parts, largest_of);
   if (error.empty())
     error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.rows)),
                    dim3(align_threads), base + (plan.in_shared ? static_cast<size_t>(plan.numbers) * sizeof(S) : 0),
-                   stream, p, scale, rows, plan.numbers, plan.in_shared);
+                   stream, p, largest_of, plan.parts, rows, plan.numbers, plan.in_shared);
   if (error.empty() && p.db)
     error = launch("cycle_consistency key_gradient", key_gradient<T>, dim3(static_cast<unsigned>(p.N * p.S)),
-                   dim3(align_threads), 0, stream, p, scale, rows, plan.numbers);
+                   dim3(align_threads), 0, stream, p, largest_of, plan.parts, rows, plan.numbers);
   return error.empty() && p.gate ? launch_gate(p, stream) : error;
 }
+
+bool is_loss(const Alignment& p) { return p.kind == Align::loss || p.kind == Align::loss_backward; }
 
 }  // namespace
 
 Scratch align_scratch(const Alignment& p) {
+  if (is_loss(p)) {  // of the larger of its parts, which run one after the other
+    const LossParts parts = parts_of_loss(p);
+    const Scratch there = align_scratch(parts.there), back = align_scratch(parts.back);
+    return there.bytes < back.bytes ? back : there;
+  }
   Scratch scratch;
   Gpu gpu;
   scratch.error = current_gpu(gpu);
@@ -376,6 +462,12 @@ Scratch align_scratch(const Alignment& p) {
 
 Text align(const Alignment& p, void* scratch, Stream stream) {
   if (p.N == 0) return {};
+  if (is_loss(p)) {
+    const LossParts parts = parts_of_loss(p);
+    const bool backward = p.kind == Align::loss_backward;
+    Error error = align(backward ? parts.back : parts.there, scratch, stream);
+    return error.empty() ? align(backward ? parts.there : parts.back, scratch, stream) : error;
+  }
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   if (ShortCycle::takes(p)) return align_short(p, gpu, scratch, stream);

@@ -28,6 +28,7 @@
 //           three parts: half the rate and twice the bytes.
 #include "cuda/cycle_consistency_products.h"
 
+#include "common/cycle_consistency_loss.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
@@ -478,7 +479,9 @@ struct Tile {
   // What all kinds give where there is nothing to map to, or no query.
   __device__ void write_nothing(int64_t at, int64_t* index) const {
     if (lane == 0 && index) index[at] = -1;
-    if (lane == 0 && p.kind == Align::back)
+    if (lane == 0 && p.kind == Align::back && p.loss)
+      static_cast<float*>(p.loss)[at] = 0;
+    else if (lane == 0 && p.kind == Align::back)
       static_cast<float*>(p.log_probability)[at] = static_cast<float*>(p.mean)[at] =
           static_cast<float*>(p.variance)[at] = 0;
     for (int64_t c = lane; p.soft && c < p.C; c += 32) store_number(p.soft, p.dtype, at * p.C + c, 0.f);
@@ -497,7 +500,14 @@ struct Tile {
     }
     variance = warp_sum(variance);
     if (lane > 0) return;
-    static_cast<float*>(p.log_probability)[at] = (least[r] - own) * sharpness - log(total[r]);
+    const float log_probability = (least[r] - own) * sharpness - log(total[r]);
+    if (p.loss) {
+      static_cast<float*>(p.loss)[at] =
+          Landing<float>(p).loss(log_probability, (static_cast<float>(t0 + r) - origin) - mean_place, variance,
+                                 [](float x) { return log(x); });
+      return;
+    }
+    static_cast<float*>(p.log_probability)[at] = log_probability;
     static_cast<float*>(p.mean)[at] = origin + mean_place;
     static_cast<float*>(p.variance)[at] = variance;
   }
@@ -545,6 +555,12 @@ __device__ void align_queries(const Tile& tile) {
     tile.found[threadIdx.x] = tile.likely[threadIdx.x] = -1;
   }
   any = tile.over_warps(warp_sum(any));
+  if (p.mask_through.data) {
+    float ways = 0;
+    for (int64_t i = threadIdx.x; i < p.frames_through; i += tile_threads)
+      ways += there(p.mask_through, tile.n, i) ? 1.f : 0.f;
+    if (tile.over_warps(warp_sum(ways)) == 0) any = 0;
+  }
 #pragma unroll 1
   for (int r = row0; r < row_end && r < tile.rows; ++r)
     if (any == 0 || !tile.query_there(r)) tile.write_nothing(out0 + r, index);

@@ -163,8 +163,6 @@ def backends(
     reference: Callable[..., Any],
     *,
     triton: Callable[..., Any] | None = None,
-    cpu: Callable[..., Any] | None = None,
-    cpu_operators: tuple[str, ...] = (),
     why_not_triton: Callable[..., str | None] | None = None,
     cpu_plan: Callable[..., str] | None = None,
     cuda_plan: Callable[..., str] | None = None,
@@ -178,15 +176,13 @@ def backends(
         run: with the binary's kernels.
         reference: in plain PyTorch.
         triton: with the Triton kernels, or None when there are none.
-        cpu: with the CPU's kernels, where they are other operators than the GPU's: those of ``cpu_operators``.
         why_not_triton: a reason that the arguments themselves give, or None.
         cpu_plan, cuda_plan, triton_plan: how the kernels would run the arguments.
     """
 
     def why_not_binary(kind: str, device: torch.device) -> str | None:
         key = kind.upper()
-        wanted = cpu_operators if key == "CPU" and cpu is not None else operators
-        if all(_library.has_kernel(operator, key) for operator in wanted):
+        if all(_library.has_kernel(operator, key) for operator in operators):
             return None
         return _library.load_error() or f"the library was built without this {key if key == 'CPU' else 'CUDA'} kernel"
 
@@ -221,6 +217,6 @@ def backends(
         found.append(Backend("triton", triton, why_not_its_triton, triton_plan))
     return (
         *found,
-        Backend("cpu", cpu or run, why_not_cpu, cpu_plan),
+        Backend("cpu", run, why_not_cpu, cpu_plan),
         Backend("reference", run_reference, lambda *_: None),
     )

@@ -522,7 +522,7 @@ _DEFINITIONS = {
     ),
 }
 
-# The loss as one operator: its kernel is the CPU's. On GPUs it is put together from those above.
+# The loss as one operator, of the binary alone: Triton's is put together from those above.
 _LOSS = Family(
     {
         "temporal_cycle_loss": Definition(
@@ -551,25 +551,22 @@ _TRITON = Family(
 )
 
 
-def _loss_with(family: Family) -> Any:
-    def run(
-        a: Tensor,
-        b: Tensor,
-        mask_a: Tensor | None,
-        mask_b: Tensor | None,
-        temperature: float,
-        kind: str,
-        variance_weight: float,
-        min_variance: float,
-        reduction: str,
-    ) -> Tensor:
-        a = present(a, mask_a, a.dtype)
-        soft, _ = family["soft_nearest_neighbor"](a, b, mask_b, temperature, False)
-        landing = family["cycle_back"](soft, a, mask_a, temperature)
-        loss = loss_of_landing(landing, mask_a, mask_b, kind, variance_weight, min_variance)
-        return _reduced(loss, mask_a, mask_b, reduction)
-
-    return run
+def _loss_with_triton(
+    a: Tensor,
+    b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    temperature: float,
+    kind: str,
+    variance_weight: float,
+    min_variance: float,
+    reduction: str,
+) -> Tensor:
+    a = present(a, mask_a, a.dtype)
+    soft, _ = _TRITON["soft_nearest_neighbor"](a, b, mask_b, temperature, False)
+    landing = _TRITON["cycle_back"](soft, a, mask_a, temperature)
+    loss = loss_of_landing(landing, mask_a, mask_b, kind, variance_weight, min_variance)
+    return _reduced(loss, mask_a, mask_b, reduction)
 
 
 def _loss_at_once(
@@ -714,12 +711,10 @@ LOSS = register(
         "temporal_cycle_loss",
         _family.backends(
             "cycle_consistency",
-            ("soft_nearest_neighbor", "cycle_back"),
-            _loss_with(_BINARY),
+            ("temporal_cycle_loss",),
+            _loss_at_once,
             _loss_by_reference,
-            triton=_loss_with(_TRITON),
-            cpu=_loss_at_once,
-            cpu_operators=("temporal_cycle_loss",),
+            triton=_loss_with_triton,
             **(_plans("soft", "back") | {"cpu_plan": _plans("loss")["cpu_plan"]}),
         ),
         check=_check_loss,

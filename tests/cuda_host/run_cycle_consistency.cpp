@@ -33,6 +33,11 @@ std::string run_align(const Case& c, std::string&) {
   p.soft = c.tensor("soft"), p.da = c.tensor("da"), p.db = c.tensor("db");
   p.index_ab = static_cast<int64_t*>(c.tensor("index_ab")), p.index_ba = static_cast<int64_t*>(c.tensor("index_ba"));
   p.gate = static_cast<uint8_t*>(c.tensor("gate"));
+  p.loss = c.tensor("loss"), p.grad_loss = c.tensor("grad_loss"), p.d_soft = c.tensor("d_soft");
+  if (p.grad_loss) p.grad_loss_n = c.stride("grad_loss", 0), p.grad_loss_t = c.stride("grad_loss", 1);
+  if (p.kind == rcu_ops::Align::loss || p.kind == rcu_ops::Align::loss_backward)
+    p.regression = c.integer("regression"), p.variance_weight = c.number("variance_weight"),
+    p.min_variance = c.number("min_variance");
   return with_scratch(rcu_ops::cuda::align_scratch(p),
                       [&](void* scratch) { return rcu_ops::cuda::align(p, scratch, nullptr); });
 }

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from rcu_ops import reference
+from rcu_ops.reference.cycle_consistency import loss_of_landing, present
 from tests.cuda_host.harness import DTYPES, Machine, poisoned_like, state_dtype
 from tests.ops import alignment
 from tests.ops.test_srtg import LAYOUTS
 from tests.tolerance import assert_close_to_reference
 
-KINDS = ("soft", "cycle", "back", "soft_backward", "back_backward")
+KINDS = ("soft", "cycle", "back", "soft_backward", "back_backward", "loss", "loss_backward")
 PASSES = ("squeeze", "mul", "add", "backward")
 SHAPES = [(2, 5, 7, 3), (1, 9, 9, 64), (1, 4, 11, 270), (1, 2, 34, 10)]
 
@@ -30,26 +31,38 @@ def masks(n: int, frames: int) -> Tensor:
     return mask
 
 
-def align(machine: Machine, kind: str, a: Tensor, b: Tensor, *, temperature: float = 1.0, **tensors: Tensor | None):
+def align(
+    machine: Machine,
+    kind: str,
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float = 1.0,
+    numbers: dict[str, float] | None = None,
+    **tensors: Tensor | None,
+):
     """One problem, as the bindings put it; returns the outputs in the operator's order."""
     n, t, c = a.shape
     s = b.shape[1]
     indices = {"index_ab": torch.full((n, t), -7), "index_ba": torch.full((n, s), -7)}
     names = ("log_probability", "mean", "variance")
-    numbers = {name: torch.full((n, t), torch.nan, dtype=state_dtype(a.dtype)) for name in names}
+    landing = {name: torch.full((n, t), torch.nan, dtype=state_dtype(a.dtype)) for name in names}
     like_a = a.new_full((n, t, c), torch.nan)
     gradients = {"da": like_a, "db": a.new_full((n, s, c), torch.nan)}
     outputs = {
         "soft": {"soft": like_a, "index_ab": indices["index_ab"]},
         "cycle": {"gate": torch.full((n,), 7, dtype=torch.uint8), **indices},
-        "back": numbers,
+        "back": landing,
         "soft_backward": gradients,
         "back_backward": gradients,
+        "loss": {"loss": a.new_full((n, t), torch.nan), "soft": like_a},
+        "loss_backward": gradients,
     }[kind]
     machine.call(
         "align",
         {"a": a, "b": b, **tensors, **outputs},
         kind=KINDS.index(kind), N=n, T=t, S=s, C=c, dtype=DTYPES.index(a.dtype), temperature=temperature,
+        **(numbers or {}),
     )  # fmt: skip
     return tuple(outputs.values())
 
@@ -112,6 +125,39 @@ def _soft_gradients(a: Tensor, b: Tensor, grad: Tensor, mask_b: Tensor | None, d
         leaves = [v.to(to).requires_grad_() for v in (a, b)]
         soft, _ = reference.soft_nearest_neighbor(*leaves, mask_b=mask_b, state_dtype=to)
         yield torch.autograd.grad(soft, leaves, grad.to(to))
+
+
+@pytest.mark.parametrize(("kind", "masked"), [("regression", True), ("classification", False)])
+@pytest.mark.parametrize("shape", [(6, 5, 7, 33), (6, 34, 35, 17)], ids=str)
+def test_losses(machine, shape, kind, masked, seed) -> None:
+    """Forward, and backward from a gradient with strides, against the reference in fp64; short and by products."""
+    n, t, s, _ = shape
+    a, b = inputs(shape, torch.float32)
+    mask_a = mask_b = None
+    if masked:
+        mask_a, mask_b = masks(n, t), masks(n, s)
+        mask_b[0] = False  # no way there
+        a[~mask_a], b[~mask_b] = torch.nan, torch.inf
+    machine.seed = seed
+    numbers = {"regression": int(kind == "regression"), "variance_weight": 0.1, "min_variance": 0.5}
+    run = functools.partial(align, machine, a=a, b=b, mask_a=mask_a, mask_b=mask_b, numbers=numbers, temperature=0.5)
+    loss, soft = run("loss")
+    grad = torch.randn(t, n).T
+    d_soft = a.new_full(a.shape, torch.nan)
+    found = loss, *run("loss_backward", grad_loss=grad, soft=soft, d_soft=d_soft)
+
+    def exact(to: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [present(v, mask, to).requires_grad_() for v, mask in ((a, mask_a), (b, mask_b))]
+        got, _ = reference.soft_nearest_neighbor(*leaves, temperature=0.5, mask_b=mask_b, state_dtype=to)
+        landing = reference.cycle_back(got, leaves[0], temperature=0.5, mask_a=mask_a, state_dtype=to)
+        rows = loss_of_landing(landing, mask_a, mask_b, kind, 0.1, 0.5)
+        return rows.detach(), *torch.autograd.grad(rows, leaves, grad.to(to))
+
+    for name, *values in zip(("loss", "da", "db"), found, exact(torch.float64), exact(torch.float32), strict=True):
+        assert_close_to_reference(*values, name)
+    if masked:
+        assert (loss[0] == 0).all() and (found[1][0] == 0).all() and (found[2][0] == 0).all()
+        assert (loss[~mask_a] == 0).all() and (soft[~mask_a] == 0).all() and (found[1][~mask_a] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -396,6 +442,10 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     run("back", a, a, mask_a=mask_a, mask_b=mask_a)
     names = ("grad_log_probability", "grad_mean", "grad_variance")
     run("back_backward", a, a, **{name: torch.randn(2, 5) for name in names})
+    numbers = {"regression": 1, "variance_weight": 0.1, "min_variance": 0.5}
+    ways = {"mask_a": mask_a, "mask_b": mask_b, "numbers": numbers}
+    _, soft = run("loss", a.float(), b.float(), **ways)
+    run("loss_backward", a.float(), b.float(), soft=soft, grad_loss=torch.randn(2, 5), d_soft=soft.clone(), **ways)
     for layout, shape in (("contiguous", (33, 5)), ("channels_last_3d", (33, 5)), ("channels_last_3d", (36, 4))):
         channels, width = shape
         x, h = torch.randn(1, channels, 2, 3, width), torch.randn(1, 2, channels)
