@@ -136,9 +136,19 @@ Text plan_steps(int64_t rows, int64_t C, int64_t R, DType dtype, bool backward, 
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   plan = fast_gru::plan_persistent(rows, C, R, dtype, gpu, backward, cluster);
   if (plan.cluster == 1 || !plan.why_not.empty()) return {};
-  int64_t resident = 0;  // clusters lie within parts of the chip, and not all parts need be whole
+  // Clusters lie within parts of the chip, and not all parts need be whole: then fewer blocks with more outputs each, or
+  // blocks alone.
+  int64_t resident = 0;
   if (Error error = resident_cluster_steps(plan, resident); !error.empty()) return error;
-  if (resident < plan.blocks) plan = fast_gru::plan_persistent(rows, C, R, dtype, gpu, backward, 1);
+  if (resident >= plan.blocks) return {};
+  Gpu whole_parts = gpu;
+  whole_parts.multiprocessors = static_cast<int>(resident);
+  if (resident > 0) plan = fast_gru::plan_persistent(rows, C, R, dtype, whole_parts, backward, plan.cluster);
+  if (resident > 0 && plan.why_not.empty()) {
+    if (Error error = resident_cluster_steps(plan, resident); !error.empty()) return error;
+    if (resident >= plan.blocks) return {};
+  }
+  plan = fast_gru::plan_persistent(rows, C, R, dtype, gpu, backward, 1);
   return {};
 }
 

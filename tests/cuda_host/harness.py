@@ -235,7 +235,8 @@ class Machine:
 
     Attributes:
         seed: of the schedule.
-        device: limits of the pretended GPU (shared_bytes, multiprocessors, architecture) and ``resident`` blocks.
+        device: limits of the pretended GPU (shared_bytes, multiprocessors, clusters, architecture) and ``resident``
+            blocks.
         plain, hopper: run scans on the plain or the sm_90a kernel whatever the planner prefers.
         plan: how the last scan ran, in the planner's words.
     """

@@ -47,6 +47,7 @@ struct Options {
   // The device that launches see; an sm_80 unless a test says otherwise.
   int architecture = 80;
   int multiprocessors = 4;
+  int clusters = 1 << 20;  // that fit its parts at once, whatever their size
   int64_t shared_bytes = 163 * 1024;
 };
 extern Options options;

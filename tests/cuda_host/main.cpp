@@ -1,8 +1,8 @@
 // Runs cases from files: cuda_host CASE... (see case.h). Afterwards CASE.out holds the storages, and the standard
 // output has one line per case: "ok" and how it ran, or "error: " and what the launch returned.
 //
-// Keys of every case: storages BYTES...; seed, resident, multiprocessors, shared_bytes, architecture N; op NAME, one of
-// those that the run_<op>.cpp files register, or probe with name NAME.
+// Keys of every case: storages BYTES...; seed, resident, multiprocessors, clusters, shared_bytes, architecture N; op
+// NAME, one of those that the run_<op>.cpp files register, or probe with name NAME.
 
 #include <fstream>
 #include <iostream>
@@ -65,6 +65,7 @@ std::string run_case(const std::string& path, std::string& plan) {
   if (c.has("seed")) wanted.seed = static_cast<uint64_t>(c.integer("seed"));
   if (c.has("resident")) wanted.resident = static_cast<int>(c.integer("resident"));
   if (c.has("multiprocessors")) wanted.multiprocessors = static_cast<int>(c.integer("multiprocessors"));
+  if (c.has("clusters")) wanted.clusters = static_cast<int>(c.integer("clusters"));
   if (c.has("shared_bytes")) wanted.shared_bytes = c.integer("shared_bytes");
   if (c.has("architecture")) wanted.architecture = static_cast<int>(c.integer("architecture"));
   options = wanted;

@@ -141,6 +141,18 @@ def test_numerics_in_clusters(machine, shape, hidden, dtype, seed) -> None:
     assert "in clusters of 8" in machine.plan
 
 
+def test_clusters_that_the_chip_s_parts_have_room_for(machine) -> None:
+    """Two of three: two units per block instead of one, or, where that is too many, blocks alone."""
+    machine.device = {**CLUSTERS, "clusters": 2}
+    check(machine, (1, 2, 136, 1, 1, 3), 19, BF16, save=True, cluster=8)
+    assert "one launch of 16 blocks in clusters of 8" in machine.plan
+    check(machine, (1, 2, 296, 1, 1, 3), 40, BF16, save=False, cluster=8)
+    assert "one launch of 19 blocks, weights" in machine.plan
+    machine.device = {**CLUSTERS, "clusters": 0}
+    check(machine, (1, 2, 136, 1, 1, 3), 19, BF16, save=False, cluster=8)
+    assert "one launch of 17 blocks, weights" in machine.plan
+
+
 def test_in_clusters_schedules_do_not_matter(machine, seed) -> None:
     """Every bit: partial sums are added in the order of the ranks, whoever pushes first."""
     results = []

@@ -312,12 +312,15 @@ def _alignment_problems(name: str) -> Iterator[Problem]:
 
 # ---- fast_gru ------------------------------------------------------------------------------------------------------
 
-# [N,K,C,L,H,W], R, channels innermost, o0 given: odd sizes, whole 16-byte words, and the paper's channels.
+# [N,K,C,L,H,W], R, channels innermost, o0 given: odd sizes, whole 16-byte words, many channels with few columns (in
+# clusters, where a GPU's parts have room for fewer than for the paper's) and with many, and the paper's channels.
 RECURRENCES: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
     "probe": ((2, 3, 19, 1, 3, 5), 5, True, True),
     "C64 contiguous": ((2, 4, 64, 2, 7, 7), 16, False, False),
     "C33 odd": ((3, 3, 33, 1, 5, 3), 7, False, True),
     "C512 7x7": ((1, 3, 512, 1, 7, 7), 128, True, True),
+    "C1024 7x7": ((1, 3, 1024, 1, 7, 7), 256, True, False),
+    "C256 many columns": ((3, 3, 256, 1, 7, 7), 64, False, True),
     "paper": ((1, 3, 2048, 1, 7, 7), 512, False, False),
 }
 

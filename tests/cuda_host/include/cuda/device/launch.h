@@ -25,6 +25,8 @@ template <typename... Parameters>
 Error resident_blocks(const char*, void (*)(Parameters...), int cluster, int threads, size_t shared_bytes,
                       int64_t& blocks) {
   blocks = cuda_host::resident_blocks(threads, shared_bytes) / cluster * cluster;
+  const int64_t fitting = int64_t{cluster} * cuda_host::options.clusters;
+  if (cluster > 1 && blocks > fitting) blocks = fitting;
   return {};
 }
 
