@@ -45,7 +45,7 @@ constexpr int tile_threads = ProductTiles::threads, tile_warps = tile_threads / 
               rows_per_warp = tile_queries / tile_warps;
 constexpr int survey_threads = ProductTiles::survey_threads, survey_warps = survey_threads / 32;
 constexpr int weight_pitch = tile_queries + 4;
-constexpr int unknown = -2;
+constexpr int unknown = -2, settled_at_once = 4;
 
 __device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
   return !mask.data || mask.data[n * mask.n + t * mask.t];
@@ -318,10 +318,28 @@ struct Tile {
       } else if (i < keys && !again) {
         row[i] = INFINITY;
       }
-      for (uint32_t left = ballot(again); left; left &= left - 1) {
-        const int at = lowest_bit(left);
-        const float value = difference(r, i0 + at);
-        if (lane == at) row[i] = value;
+      // Several on their way at a time, each added up as difference() does.
+      for (uint32_t left = ballot(again); left;) {
+        int at[settled_at_once];  // those beyond the last are the last again
+        float sum[settled_at_once] = {};
+#pragma unroll
+        for (int j = 0; j < settled_at_once; ++j) {
+          at[j] = left ? lowest_bit(left) : at[j > 0 ? j - 1 : 0];
+          left &= left - 1;
+        }
+        for (int64_t c = lane; c < p.C; c += 32) {
+          const float of_query = query(r, c);
+#pragma unroll
+          for (int j = 0; j < settled_at_once; ++j) {
+            const float difference = key(i0 + at[j], c) - of_query;
+            sum[j] += difference * difference;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < settled_at_once; ++j) {
+          const float value = warp_sum(sum[j]);
+          if (lane == at[j]) row[i] = value;
+        }
       }
     }
   }

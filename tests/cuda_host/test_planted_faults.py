@@ -583,8 +583,8 @@ FAULTS = [
     Fault("squares overflow", "if (factor == 1) break", "if (factor > 0) break", short_cycle, file=SHORT),
     Fault(
         "no distance of products is found again",
-        "if (lane == at) row[i] = value;",
-        "if (lane == at && value < 0) row[i] = value;",
+        "if (lane == at[j]) row[i] = value;",
+        "if (lane == at[j] && value < 0) row[i] = value;",
         long_cycle,
         file=PRODUCTS,
     ),
