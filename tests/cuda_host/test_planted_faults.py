@@ -209,6 +209,10 @@ def short_cycle_in_clusters(machine: Machine) -> None:
         assert alignment.check_indices(index, x, y, 100.0)[1] == 0
 
 
+def losses(machine: Machine) -> None:
+    cycles.test_losses(machine, (6, 5, 7, 33), "regression", True, machine.seed)
+
+
 def long_cycle(machine: Machine) -> None:
     """A scene cut: products alone tell no two frames of a scene apart."""
     a, b = cycles.moving(40, 20)
@@ -610,6 +614,20 @@ FAULTS = [
         file="cycle_consistency.cu",
     ),
     Fault(
+        "what frames of a get as keys is lost",
+        "p.add_to_da ? widen(*da, bf16) + rest[c] : rest[c]",
+        "rest[c]",
+        losses,
+        file="cycle_consistency.cu",
+    ),
+    Fault(
+        "a way through no frame has a loss",
+        " || !some(p.mask_through, p.frames_through)",
+        "",
+        losses,
+        file="cycle_consistency.cu",
+    ),
+    Fault(
         "a closed gate lets sums pass",
         "static_cast<S>(p.H * p.W) : open ?",
         "static_cast<S>(p.H * p.W) : mine ?",
@@ -793,6 +811,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         relate_clusters,
         short_cycle,
         short_cycle_in_clusters,
+        losses,
         long_cycle,
         flat_weights,
         soft_of_the_huge,
