@@ -10,6 +10,11 @@
 
 namespace rcu_ops::cuda {
 
+// Input channels whose products the kernels of FMAs add up by themselves before their sum is added to x: a chain over
+// all of C would round each of its C additions at the size of the whole sum. A multiple of every depth that
+// plan_plain_scan takes W in.
+inline constexpr int sum_run = 64;
+
 // Column ((n * G + g) * H + h) * W + w. Whoever needs its offset in several tensors divides once.
 struct Column {
   int64_t n, g, h, w;

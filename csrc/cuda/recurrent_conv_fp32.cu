@@ -16,7 +16,7 @@ namespace {
 //           from them.
 // Memory.   Shared: five offsets per column; W as [input][output]; one copy of the state [channel][column]. Per frame
 //           two barriers: the state has been read, the new one is there.
-// Order.    acc = -0; for k: acc = fma(W[c][k], v[k], acc); v' = alpha * (acc + x): plain_scan's, and so its bits.
+// Order.    Runs of sum_run channels, each added to x: plain_scan's, and so its bits.
 // Norm.     Batch normalisation (ScanNorm). Its statistics of y, which is the state, are added up from the state in
 //           shared memory, up to 32 columns of a channel by one thread, frame after frame, about the first frame's
 //           mean: about 110 instructions of a thread beside 35 C of its product. Its gradient is taken of x and of h
@@ -137,14 +137,16 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
 #pragma unroll
           for (int n = 0; n < L; ++n) x[m][n] = norm_gradient(norm, my_channel + m, x[m][n], v[m][n], p.norm.relu);
       }
+      const float *a = weight + my_channel, *b = state + my_column;
+#pragma unroll 1
+      for (int run = 0; product && run < C; run += sum_run) {
 #pragma unroll
-      for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int n = 0; n < L; ++n) v[m][n] = -0.0f;
-      if (product) {
-        const float *a = weight + my_channel, *b = state + my_column;
+          for (int n = 0; n < L; ++n) v[m][n] = -0.0f;
+        const int run_end = C - run < sum_run ? C : run + sum_run;
 #pragma unroll 4
-        for (int k = 0; k < C; ++k, a += fp32_weight_pitch, b += fp32_state_pitch) {
+        for (int k = run; k < run_end; ++k, a += fp32_weight_pitch, b += fp32_state_pitch) {
           const Word low = *reinterpret_cast<const Word*>(a), high = *reinterpret_cast<const Word*>(a + 4);
           const Word h = *reinterpret_cast<const Word*>(b);
 #pragma unroll
@@ -152,6 +154,10 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
 #pragma unroll
             for (int n = 0; n < L; ++n) v[m][n] = fma(m < 4 ? low.v[m % 4] : high.v[m % 4], h.v[n], v[m][n]);
         }
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int n = 0; n < L; ++n) x[m][n] += v[m][n];
       }
       if (i == 0 && p.init == Init::added)
 #pragma unroll
@@ -162,7 +168,7 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int n = 0; n < L; ++n) v[m][n] = alpha * (v[m][n] + x[m][n]);
+        for (int n = 0; n < L; ++n) v[m][n] = alpha * x[m][n];
     }
     block_barrier();  // the state has been read
     if (active) keep_state(v);

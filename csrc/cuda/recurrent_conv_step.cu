@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
 // Work.     A block computes 32 output channels at 16 columns, a thread 2 x 2 of them.
 // Memory.   Shared memory as in StepScanPlan: W and the state come by cp.async, number by number, W transposed on its
 //           way; one piece of 128 input channels is computed while the next one comes.
-// Order.    That of plain_scan, bit for bit: acc = -0; for k: acc = fma(W[c][k], v[k], acc); v' = alpha * (acc + x).
+// Order.    That of plain_scan, bit for bit: runs of sum_run channels, each added to x.
 // Padding.  What lies in shared memory beyond the last output channel or column reaches only values that are not
 //           stored.
 // Bound.    As step_scan: latency, here of C dependent FMAs (4 cycles each) and a round trip to L2; each FMA needs two
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
           *first = static_cast<const T*>(p.first.data);
   const bool product = p.init == Init::state;
   const auto fetch = [&](int64_t k0) {
-    if (k0 < p.C) {
+    if (product && k0 < p.C) {
       const int inputs = p.C - k0 < D ? static_cast<int>(p.C - k0) : D, half = static_cast<int>(k0 / D % 2);
       for_elements<O, D>(thread, step_threads, p.weight_out == 1, b.outputs, inputs, [&](int o, int k) {
         async_copy<sizeof(T)>(weight + (half * D + k) * pitch + o, w + o * p.weight_out + (k0 + k) * p.weight_in);
@@ -227,22 +227,45 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
     }
     async_commit();
   };
-  T acc[2][2] = {{T(-0.0), T(-0.0)}, {T(-0.0), T(-0.0)}};
+  const T alpha = static_cast<T>(p.alpha_final), *x = static_cast<const T*>(p.x.data);
   const int my_channel = thread / (P / 2) * 2, my_column = thread % (P / 2) * 2;
-  for (int64_t k0 = -D; product && k0 < p.C; k0 += D) {
+  T* own = values + my_channel * (P + 1) + my_column;
+  T total[2][2] = {};
+  for (int64_t k0 = -D; k0 < (product ? p.C : 0); k0 += D) {
     fetch(k0 + D);
-    if (k0 < 0) continue;  // nothing but the first piece's copies
+    if (k0 < 0) {  // while the first piece comes
+      for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, T& value) {
+        value = x ? x[b.x[j] + c * p.x.c] : T(0);
+        if (p.init == Init::added) value += first[b.first[j] + c * p.first.c];
+        if (!product) value *= alpha;
+      });
+      continue;
+    }
     async_wait<1>();
-    block_barrier();  // this piece is here
+    block_barrier();  // this piece is here, and x
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        if (k0 == 0) total[m][n] = own[m * (P + 1) + n];
     const int inputs = p.C - k0 < D ? static_cast<int>(p.C - k0) : D, half = static_cast<int>(k0 / D % 2);
     const T *a = weight + half * D * pitch + my_channel, *v = state + half * D * P + my_column;
+#pragma unroll 1
+    for (int run = 0; run < inputs; run += sum_run) {
+      T acc[2][2] = {{T(-0.0), T(-0.0)}, {T(-0.0), T(-0.0)}};
+      const int run_end = inputs - run < sum_run ? inputs : run + sum_run;
 #pragma unroll 8
-    for (int k = 0; k < inputs; ++k, a += pitch, v += P) {
-      const Pair row = *reinterpret_cast<const Pair*>(a), column = *reinterpret_cast<const Pair*>(v);
+      for (int k = run; k < run_end; ++k, a += pitch, v += P) {
+        const Pair row = *reinterpret_cast<const Pair*>(a), column = *reinterpret_cast<const Pair*>(v);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int n = 0; n < 2; ++n) acc[m][n] = fma(row.v[m], column.v[n], acc[m][n]);
+      }
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int n = 0; n < 2; ++n) acc[m][n] = fma(row.v[m], column.v[n], acc[m][n]);
+        for (int n = 0; n < 2; ++n) total[m][n] += acc[m][n];
     }
     block_barrier();  // and may be overwritten
   }
@@ -250,14 +273,8 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
-    for (int n = 0; n < 2; ++n) values[(my_channel + m) * (P + 1) + my_column + n] = acc[m][n];
-  block_barrier();
-  const T alpha = static_cast<T>(p.alpha_final), *x = static_cast<const T*>(p.x.data);
-  for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, T& value) {
-    T added = x ? x[b.x[j] + c * p.x.c] : T(0);
-    if (p.init == Init::added) added += first[b.first[j] + c * p.first.c];
-    value = alpha * (value + added);
-  });
+    for (int n = 0; n < 2; ++n)
+      if (product) own[m * (P + 1) + n] = alpha * total[m][n];
   block_barrier();
   write_values<T, O, P>(p, b, values);
 }
