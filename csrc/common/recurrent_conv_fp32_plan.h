@@ -30,7 +30,7 @@ struct Fp32ScanPlan {
   int positions = 0;     // columns of a block
   int norm_columns = 0;  // that have a part of batch normalisation's statistics to themselves
   int threads = 0;
-  Quad x = Quad::none, y = Quad::none, residual = Quad::none;
+  Quad x = Quad::none, y = Quad::none, residual = Quad::none, first = Quad::none, last = Quad::none;
   int64_t blocks = 0;
   // Shared memory: the columns' offsets in x, y, residual, first, last; W; the state; of batch normalisation, numbers
   // per channel (padded to a multiple of fp32_outputs): scale, shift, mean, slope, constant, or of each part of the
@@ -66,6 +66,7 @@ inline std::optional<Fp32ScanPlan> plan_fp32_scan(const Scan& p, const Gpu& gpu)
     plan.shared_bytes = plan.numbers_at + (p.norm.present() ? norm_bytes : 0);
     if (plan.blocks < gpu.multiprocessors || plan.numbers_at + norm_bytes > gpu.shared_bytes) continue;
     plan.x = quad_of(p, p.x), plan.y = quad_of(p, p.y), plan.residual = quad_of(p, p.residual);
+    plan.first = quad_of(p, p.first), plan.last = quad_of(p, p.last);
     return plan;
   }
   return std::nullopt;

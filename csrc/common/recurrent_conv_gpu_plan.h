@@ -90,10 +90,11 @@ struct TileScanPlan {
   bool along_channels = false;  // which way memory is contiguous in x, y and the residual alike; else along columns
   int vector_bytes = 0;         // 16, 8, 4 or 2: the widest word that every row of those tensors is aligned to
   int stages = 0;               // frames in flight or in use: 3, or 2 where shared memory is short
+  int residual_slots = 0;       // 1, or for batch normalisation's gradient one per stage
   int64_t blocks = 0;
   // Shared memory: W [padded][padded + 8] of 16 bits; numbers per channel (fp32): diagonal, scale, shift, and of batch
   // normalisation mean, slope and constant or each warp's sum and squares (fp64) and center; the columns' offsets; the
-  // slots of each warp, one per stage for x, which y then takes over, and one for the residual. A slot's rows are
+  // slots of each warp, one per stage for x, which y then takes over, and those of the residual. A slot's rows are
   // columns or channels; 16 bytes more than they need spread eight of them over all banks.
   int64_t numbers_at = 0, offsets_at = 0, slots_at = 0, shared_bytes = 0;
   int64_t slot_pitch = 0, slot_bytes = 0;  // in bytes
@@ -196,12 +197,19 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
     plan.offsets_at = plan.numbers_at + tables * 4 * plan.padded_channels;
     plan.slots_at = plan.offsets_at + 5 * offset_bytes * plan.warps * plan.positions;
     plan.blocks = ceil_div(columns, plan.warps * plan.positions);
-    for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
-      plan.shared_bytes = plan.slots_at + plan.warps * plan.stages * plan.slot_bytes * (p.residual.data ? 2 : 1);
-      if (plan.shared_bytes <= gpu.shared_bytes) break;
-    }
-    if (plan.stages < 2) continue;
     const int64_t together = ceil_div(plan.blocks, gpu.multiprocessors);
+    const auto take = [&](int stages) {
+      plan.stages = stages;
+      plan.residual_slots = !p.residual.data ? 0 : p.norm.moments ? stages : 1;
+      plan.shared_bytes = plan.slots_at + plan.warps * (stages + plan.residual_slots) * plan.slot_bytes;
+      const int64_t fit = (gpu.shared_bytes + 1024) / (plan.shared_bytes + 1024), most = together < 3 ? together : 3;
+      return fit < most ? fit : most;  // blocks at once, of which the registers allow three
+    };
+    // Beside a residual another block hides more latency than another frame in flight.
+    const int64_t blocks_at_once = take(2);
+    if (blocks_at_once == 0) continue;
+    if (const int64_t with_three = take(3); with_three == 0 || (p.residual.data && with_three < blocks_at_once))
+      take(2);
     int64_t most = together * plan.warps * plan.positions;
     if (most > round_up(columns, plan.positions)) most = round_up(columns, plan.positions);
     const bool room = together * plan.warps <= tile_resident_warps &&
@@ -401,12 +409,13 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
   if (kernel == Kernel::plain || (kernel == Kernel::hopper && plan.hopper)) return plan;
   // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks
-  // would leave multiprocessors idle; frame after frame where only the plain scan, which knows no matrix unit, can hold
-  // the channels.
+  // would leave multiprocessors idle, or in fp32 would have to be small and stage all of W for few columns each; frame
+  // after frame where only the plain scan, which knows no matrix unit, can hold the channels.
   const StepScanPlan step = plan_step_scan(p, gpu);
+  const bool small_blocks = plan.fp32 && plan.fp32->positions < fp32_most_positions;
   const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&
-      ((single && plan.blocks() < gpu.multiprocessors) || (step.matrix && many_channels)))
+      ((single && (plan.blocks() < gpu.multiprocessors || small_blocks)) || (step.matrix && many_channels)))
     plan.step = step, plan.fp32.reset(), plan.tile.reset(), plan.wide.reset(), plan.hopper.reset();
   return plan;
 }

@@ -20,6 +20,11 @@ struct Column {
   int64_t n, g, h, w;
 };
 RCU_OPS_DEVICE Column column_of(const Scan& p, int64_t column) {
+  if ((column | p.W | p.H | p.G) <= 0x7fffffff) {  // a fifth of the instructions
+    const uint32_t W = static_cast<uint32_t>(p.W), H = static_cast<uint32_t>(p.H), G = static_cast<uint32_t>(p.G);
+    const uint32_t at = static_cast<uint32_t>(column), hq = at / W, gq = hq / H, n = gq / G;
+    return {n, gq - n * G, hq - gq * H, at - hq * W};
+  }
   const int64_t hq = column / p.W, gq = hq / p.H, n = gq / p.G;
   return {n, gq - n * p.G, hq - gq * p.H, column - hq * p.W};
 }
@@ -69,6 +74,54 @@ RCU_OPS_DEVICE void for_elements(int thread, int threads, bool along_rows, int r
   for (int e = thread; e < Rows * Columns; e += threads) {
     const int row = along_rows ? e % Rows : e / Columns, column = along_rows ? e / Rows : e % Columns;
     if (row < rows && column < columns) visit(row, column);
+  }
+}
+
+// The two loops above for what is loaded from far away: load(row, column), within bounds even where there is nothing to
+// visit, returns what keep(row, column, value) is given for each element, and Batch loads are under way before the
+// first is kept. A compiler that cannot tell the memory written from the memory read would wait for one after the other.
+template <int Rows, int Columns, int Batch, typename Load, typename Keep>
+RCU_OPS_DEVICE void for_elements_loaded(int thread, int threads, bool along_rows, int rows, int columns, Load load,
+                                        Keep keep) {
+  const auto row_of = [&](int e) { return along_rows ? e % Rows : e / Columns; };
+  const auto column_of = [&](int e) { return along_rows ? e / Rows : e % Columns; };
+  for (int begin = thread; begin < Rows * Columns; begin += Batch * threads) {
+    decltype(load(0, 0)) loaded[Batch];
+    RCU_OPS_UNROLL
+    for (int i = 0; i < Batch; ++i) {
+      const int e = begin + i * threads, row = row_of(e), column = column_of(e);
+      loaded[i] = load(row < rows ? row : rows - 1, column < columns ? column : columns - 1);
+    }
+    RCU_OPS_UNROLL
+    for (int i = 0; i < Batch; ++i) {
+      const int e = begin + i * threads, row = row_of(e), column = column_of(e);
+      if (row < rows && column < columns && e < Rows * Columns) keep(row, column, loaded[i]);
+    }
+  }
+}
+// Of for_tile: columns, all of which are visited, are a power of two.
+template <int Batch, typename Load, typename Keep>
+RCU_OPS_DEVICE void for_tile_loaded(int thread, int threads, bool along_channels, int channels, int columns, Load load,
+                                    Keep keep) {
+  int shift = 2;
+  while (1 << shift < columns) ++shift;
+  const auto channel_of = [&](int e) { return along_channels ? (e >> (shift + 3)) * 8 + (e & 7) : e >> shift; };
+  const auto column_of = [&](int e) {
+    return along_channels ? (e >> 5 << 2 & (columns - 1)) | (e >> 3 & 3) : e & (columns - 1);
+  };
+  const int all = (along_channels ? (channels + 7) / 8 * 8 : channels) << shift;
+  for (int begin = thread; begin < all; begin += Batch * threads) {
+    decltype(load(0, 0)) loaded[Batch];
+    RCU_OPS_UNROLL
+    for (int i = 0; i < Batch; ++i) {
+      const int e = begin + i * threads, c = channel_of(e);
+      loaded[i] = load(c < channels ? c : channels - 1, column_of(e));
+    }
+    RCU_OPS_UNROLL
+    for (int i = 0; i < Batch; ++i) {
+      const int e = begin + i * threads, c = channel_of(e);
+      if (c < channels) keep(c, column_of(e), loaded[i]);
+    }
   }
 }
 

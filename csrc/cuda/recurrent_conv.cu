@@ -16,19 +16,58 @@ namespace {
 
 // ---- the plain scan ----------------------------------------------------------------------------------------------
 
-// W[row0 .. row0 + rows) of input channels x [column0 .. column0 + columns) of output channels, transposed and widened,
-// to weight[input][output]; zeros beyond C up to the next multiple of plain_lanes. All threads of the block.
-template <typename S>
-__device__ void stage_weight(const Scan& p, S* weight, int64_t pitch, int64_t input0, int64_t inputs, int64_t output0,
-                             int64_t outputs) {
-  for (int64_t i = threadIdx.x; i < inputs * outputs; i += blockDim.x) {
-    const bool along_inputs = p.weight_in == 1;
-    const int64_t input = along_inputs ? i % inputs : i / outputs, output = along_inputs ? i / inputs : i % outputs;
-    weight[input * pitch + output] =
-        output0 + output < p.C
-            ? load_number<S>(p.weight, p.dtype, (output0 + output) * p.weight_out + (input0 + input) * p.weight_in)
-            : S(0);
+inline constexpr int plain_batch = 8;  // loads of a thread under way together
+
+// W[output0 ..][input0 .. input0 + inputs), transposed and widened, to weight[input][output]; zeros beyond the last
+// output channel. place(e), e < all, says which (input, output) of the piece is element e. All threads of the block.
+template <typename S, typename Place>
+__device__ __forceinline__ void stage_weight(const Scan& p, S* weight, int64_t pitch, int64_t input0, int inputs,
+                                             int64_t output0, int all, Place place) {
+  const int left = p.C - output0 < all ? static_cast<int>(p.C - output0) : all;  // output channels
+  for (int begin = threadIdx.x; begin < all; begin += plain_batch * plain_threads) {
+    S loaded[plain_batch];
+#pragma unroll
+    for (int i = 0; i < plain_batch; ++i) {
+      const auto [input, output] = place(begin + i * plain_threads);
+      const int64_t o = output0 + (output < left ? output : left - 1), k = input0 + (input < inputs ? input : 0);
+      loaded[i] = load_number<S>(p.weight, p.dtype, o * p.weight_out + k * p.weight_in);
+    }
+#pragma unroll
+    for (int i = 0; i < plain_batch; ++i) {
+      const auto [input, output] = place(begin + i * plain_threads);
+      if (input < inputs && begin + i * plain_threads < all)
+        weight[input * pitch + output] = output < left ? loaded[i] : S(0);
+    }
   }
+}
+struct WeightElement {
+  int input, output;
+};
+// All of W.
+template <typename S>
+__device__ void stage_weight(const Scan& p, S* weight, int64_t pitch) {
+  const int C = static_cast<int>(p.C), outputs = (C + plain_lanes - 1) / plain_lanes * plain_lanes;
+  const bool along_inputs = p.weight_in == 1;
+  stage_weight<S>(p, weight, pitch, 0, C, 0, C * outputs, [&](int e) {
+    return along_inputs ? WeightElement{e % C, e / C} : WeightElement{e / outputs, e % outputs};
+  });
+}
+// A piece of plan.depth x plan.channels, powers of two whose product is plain_threads * plain_lanes^2. Where rows of W
+// are contiguous a warp takes 8 inputs of 4 outputs: whole sectors of fp32, and no two lanes in one bank.
+template <typename S>
+__device__ void stage_weight(const Scan& p, const PlainScanPlan& plan, S* weight, int64_t input0, int inputs,
+                             int64_t output0) {
+  constexpr int all_shift = 12, all = 1 << all_shift;
+  static_assert(all == plain_threads * plain_lanes * plain_lanes);
+  const bool along_inputs = p.weight_in == 1;
+  int shift = 2;
+  while (1 << shift < plan.depth) ++shift;
+  const int row = plan.depth - 1, column = plan.channels - 1;
+  stage_weight<S>(p, weight, plan.weight_pitch, input0, inputs, output0, all, [&](int e) {
+    if (!along_inputs) return WeightElement{e >> (all_shift - shift), e & column};
+    if (shift < 3) return WeightElement{e & row, e >> shift};
+    return WeightElement{(e & 7) | ((e >> 5 << 3) & row), (e >> 3 & 3) | (e >> (shift + 2) << 2)};
+  });
 }
 
 // One scan over time (common/recurrent_conv.h), any C, any strides, arithmetic in S: double for fp64, float for all
@@ -68,13 +107,16 @@ __global__ void __launch_bounds__(plain_threads, 2) plain_scan(const Scan p, con
 
   for (int i = thread; i < columns; i += blockDim.x)
     fill_offsets(p, column0 + i, i, x_offset, y_offset, residual_offset, first_offset, last_offset);
-  if (plan.weight_resident) stage_weight<S>(p, weight, plan.weight_pitch, 0, C, 0, (C + L - 1) / L * L);
+  if (plan.weight_resident) stage_weight<S>(p, weight, plan.weight_pitch);
   block_barrier();
   if (p.init == Init::state)
-    for_tile(p.first.c == 1, C, P, [&](int64_t c, int i) {
-      old_state[c * pitch + i] =
-          i < columns ? load_number<S>(p.first.data, p.first.dtype, first_offset[i] + c * p.first.c) : S(0);
-    });
+    for_tile_loaded<plain_batch>(
+        p.first.c == 1, C, P,
+        [&](int64_t c, int i) {
+          return load_number<S>(p.first.data, p.first.dtype,
+                                first_offset[i < columns ? i : columns - 1] + c * p.first.c);
+        },
+        [&](int64_t c, int i, S value) { old_state[c * pitch + i] = i < columns ? value : S(0); });
 
   const int column_groups = P / L, my_column = thread % column_groups * L, my_channel = thread / column_groups * L;
   // The gradient of the first state is one more product, without an input and without y.
@@ -86,15 +128,21 @@ __global__ void __launch_bounds__(plain_threads, 2) plain_scan(const Scan p, con
 
     // Phase 1. The new state's memory held the state before the old one: nobody has read it since the last barrier.
     const bool add_first = i == 0 && p.init == Init::added;
-    const void* x = extra ? nullptr : p.x.data;
-    for_tile(p.x.c == 1, C, P, [&](int64_t c, int j) {
-      S value = 0;
-      if (j < columns) {
-        if (x) value = load_number<S>(x, p.dtype, x_offset[j] + c * p.x.c + t * p.x.t);
-        if (add_first) value += load_number<S>(p.first.data, p.first.dtype, first_offset[j] + c * p.first.c);
-      }
-      new_state[c * pitch + j] = value;
-    });
+    const auto existing = [&](int j) { return j < columns ? j : columns - 1; };
+    if (const void* x = extra ? nullptr : p.x.data)
+      for_tile_loaded<plain_batch>(
+          p.x.c == 1, C, P,
+          [&](int64_t c, int j) { return load_number<S>(x, p.dtype, x_offset[existing(j)] + c * p.x.c + t * p.x.t); },
+          [&](int64_t c, int j, S value) { new_state[c * pitch + j] = j < columns ? value : S(0); });
+    else
+      for_tile(p.x.c == 1, C, P, [&](int64_t c, int j) { new_state[c * pitch + j] = 0; });
+    if (add_first) {
+      block_barrier();
+      for_tile(p.first.c == 1, C, P, [&](int64_t c, int j) {
+        if (j < columns)
+          new_state[c * pitch + j] += load_number<S>(p.first.data, p.first.dtype, first_offset[j] + c * p.first.c);
+      });
+    }
     block_barrier();
 
     // Phase 2. A thread reads and writes its own elements of the new state alone.
@@ -112,7 +160,7 @@ __global__ void __launch_bounds__(plain_threads, 2) plain_scan(const Scan p, con
           const int64_t count = run_end - k0 < depth ? run_end - k0 : depth;
           if (!plan.weight_resident) {
             block_barrier();  // the piece before this one has been read
-            stage_weight<S>(p, weight, plan.weight_pitch, k0, count, base, plan.channels);
+            stage_weight<S>(p, plan, weight, k0, static_cast<int>(count), base);
             block_barrier();
           }
           if (channel >= C) continue;
@@ -145,17 +193,26 @@ __global__ void __launch_bounds__(plain_threads, 2) plain_scan(const Scan p, con
     // Phase 3.
     if (p.y.data && !extra) {
       const S *scale = static_cast<const S*>(p.scale), *shift = static_cast<const S*>(p.shift);
-      for_tile(p.y.c == 1, C, P, [&](int64_t c, int j) {
+      const auto write = [&](int64_t c, int j, S added) {
         if (j >= columns) return;
         S value = new_state[c * pitch + j];
         if (scale) {
           value = fma(scale[c], value, shift[c]);
-          if (p.residual.data)
-            value += load_number<S>(p.residual.data, p.dtype, residual_offset[j] + c * p.residual.c + t * p.residual.t);
+          if (p.residual.data) value += added;
           if (p.relu) value = value < 0 ? S(0) : value;  // NaN stays
         }
         store_number<S>(p.y.data, p.dtype, y_offset[j] + c * p.y.c + t * p.y.t, value);
-      });
+      };
+      if (p.residual.data)
+        for_tile_loaded<plain_batch>(
+            p.y.c == 1, C, P,
+            [&](int64_t c, int j) {
+              return load_number<S>(p.residual.data, p.dtype,
+                                    residual_offset[existing(j)] + c * p.residual.c + t * p.residual.t);
+            },
+            write);
+      else
+        for_tile(p.y.c == 1, C, P, [&](int64_t c, int j) { write(c, j, S(0)); });
     }
     S* swap = old_state;
     old_state = new_state;

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
   float v[M][L], x[M][L];
   block_barrier();  // offsets and W are here
   if (p.init != Init::none && active) {
-    read(p.first, p.first.data, Quad::none, first_offset, 0, v);
+    read(p.first, p.first.data, plan.first, first_offset, 0, v);
     keep_state(v);
   }
   block_barrier();
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
       const int64_t size = plan.norm_columns, parts = (p.N * p.H * p.W + size - 1) / size;
       store_statistics(from, p.norm.partial, parts, column0 / size + part, c, count * p.T);
     });
-  if (active && p.last_kind != Last::none) write(p.last, Quad::none, last_offset, 0, v);
+  if (active && p.last_kind != Last::none) write(p.last, plan.last, last_offset, 0, v);
 }
 
 }  // namespace

@@ -17,5 +17,10 @@ template <typename Visit>
 __device__ __forceinline__ void for_tile(bool along_channels, int64_t channels, int columns, Visit visit) {
   for_tile(threadIdx.x, blockDim.x, along_channels, channels, columns, visit);
 }
+template <int Batch, typename Load, typename Keep>
+__device__ __forceinline__ void for_tile_loaded(bool along_channels, int64_t channels, int columns, Load load,
+                                                Keep keep) {
+  for_tile_loaded<Batch>(threadIdx.x, blockDim.x, along_channels, static_cast<int>(channels), columns, load, keep);
+}
 
 }  // namespace rcu_ops::cuda

@@ -44,19 +44,39 @@ __device__ __forceinline__ void for_values(const Block& b, const View& v, S* val
                      [&](int c, int j) { visit(b.channel0 + c, j, values[c * (P + 1) + j]); });
 }
 
+// The same with what load(channel, column) returned, four loads under way together: visit(channel, column, value,
+// loaded).
+template <int O, int P, typename S, typename Load, typename Visit>
+__device__ __forceinline__ void for_values_loaded(const Block& b, const View& v, S* values, Load load, Visit visit) {
+  for_elements_loaded<O, P, 4>(
+      threadIdx.x, step_threads, v.c == 1, b.outputs, b.columns, [&](int c, int j) { return load(b.channel0 + c, j); },
+      [&](int c, int j, const auto& loaded) { visit(b.channel0 + c, j, values[c * (P + 1) + j], loaded); });
+}
+
 // The block's new state, in `values`, to y and last.
 template <typename S, int O, int P>
 __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* values) {
   if (p.y.data) {
+    struct Epilogue {
+      S scale, shift, added;
+    };
     const S *scale = static_cast<const S*>(p.scale), *shift = static_cast<const S*>(p.shift);
-    for_values<O, P>(b, p.y, values, [&](int64_t c, int j, S value) {
-      if (scale) {
-        value = fma(scale[c], value, shift[c]);
-        if (p.residual.data) value += load_number<S>(p.residual.data, p.dtype, b.residual[j] + c * p.residual.c);
+    const auto load = [&](int64_t c, int j) {
+      return Epilogue{
+          scale[c], shift[c],
+          p.residual.data ? load_number<S>(p.residual.data, p.dtype, b.residual[j] + c * p.residual.c) : S(0)};
+    };
+    if (scale)
+      for_values_loaded<O, P>(b, p.y, values, load, [&](int64_t c, int j, S value, const Epilogue& e) {
+        value = fma(e.scale, value, e.shift);
+        if (p.residual.data) value += e.added;
         if (p.relu) value = value < 0 ? S(0) : value;  // NaN stays
-      }
-      store_number<S>(p.y.data, p.dtype, b.y[j] + c * p.y.c, value);
-    });
+        store_number<S>(p.y.data, p.dtype, b.y[j] + c * p.y.c, value);
+      });
+    else
+      for_values<O, P>(b, p.y, values, [&](int64_t c, int j, S value) {
+        store_number<S>(p.y.data, p.dtype, b.y[j] + c * p.y.c, value);
+      });
   }
   if (p.last_kind != Last::none)
     for_values<O, P>(b, p.last, values, [&](int64_t c, int j, S value) {
@@ -97,11 +117,10 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
                 *state = dynamic_shared<unsigned char>(plan.state_at);
   float* values = dynamic_shared<float>(plan.values_at);
   const Block b = block_of<O, P>(p, plan);
-  block_barrier();
 
   const T* w = static_cast<const T*>(p.weight);
   const bool product = p.init == Init::state, keep = p.init == Init::added;
-  const auto stage = [&](int64_t k0, int depth) {  // depth: a multiple of 16
+  const auto stage_weight = [&](int64_t k0, int depth) {  // depth: a multiple of 16
     const T* from = w + b.channel0 * p.weight_out + k0 * p.weight_in;
     const int inputs = p.C - k0 < depth ? static_cast<int>(p.C - k0) : depth;
     if (plan.weight_vectors) {
@@ -122,27 +141,54 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
             o < b.outputs && k < inputs ? from[o * p.weight_out + k * p.weight_in] : T(0);
       }
     }
+  };
+  const auto stage_state = [&](int64_t k0, int depth) {
+    constexpr int batch = 8;
+    const int inputs = p.C - k0 < depth ? static_cast<int>(p.C - k0) : depth;
     const bool along_channels = p.first.c == 1;
-#pragma unroll 4
-    for (int e = thread; e < P * depth / 2; e += step_threads) {
-      const int j = along_channels ? e / (depth / 2) : e % P, k = (along_channels ? e % (depth / 2) : e / P) * 2;
-      float pair[2] = {};
+    const auto column_of = [&](int e) { return along_channels ? e / (depth / 2) : e % P; };
+    const auto input_of = [&](int e) { return 2 * (along_channels ? e % (depth / 2) : e / P); };
+    for (int begin = thread; begin < P * depth / 2; begin += batch * step_threads) {
+      float pairs[batch][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (j < b.columns && k + i < inputs)
-          pair[i] = load_number(p.first.data, p.first.dtype, b.first[j] + (k0 + k + i) * p.first.c);
-      *reinterpret_cast<uint32_t*>(state + j * pitch + 2 * k) = pack(pair[0], pair[1], bf16);
+      for (int i = 0; i < batch; ++i)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {  // within bounds even where there is nothing
+          const int e = begin + i * step_threads, j = column_of(e), k = input_of(e) + n;
+          pairs[i][n] = load_number(p.first.data, p.first.dtype,
+                                    b.first[j < b.columns ? j : 0] + (k0 + (k < inputs ? k : 0)) * p.first.c);
+        }
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const int e = begin + i * step_threads, j = column_of(e), k = input_of(e);
+        const bool first = j < b.columns && k < inputs, second = first && k + 1 < inputs;
+        if (e < P * depth / 2)
+          *reinterpret_cast<uint32_t*>(state + j * pitch + 2 * k) =
+              pack(first ? pairs[i][0] : 0.0f, second ? pairs[i][1] : 0.0f, bf16);
+      }
     }
     if (plan.weight_vectors) async_wait<0>();
   };
 
   const T* x = static_cast<const T*>(p.x.data);
-  for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, float& value) {
-    const float h = p.init == Init::none ? 0.0f : load_number(p.first.data, p.first.dtype, b.first[j] + c * p.first.c);
-    const float added = x ? widen(x[b.x[j] + c * p.x.c], bf16) : 0.0f;
-    const float diagonal = widen(w[c * (p.weight_out + p.weight_in)], bf16);
-    value = added + (product ? diagonal * rest_of(h, widen(narrow<T>(h, bf16), bf16)) : keep ? h : 0.0f);
-  });
+  struct Arriving {
+    float h;
+    T x, diagonal;
+  };
+  const auto load_values = [&] {
+    for_values_loaded<O, P>(
+        b, x ? p.x : p.y, values,
+        [&](int64_t c, int j) {
+          Arriving a{0.0f, 0, w[c * (p.weight_out + p.weight_in)]};
+          if (p.init != Init::none) a.h = load_number(p.first.data, p.first.dtype, b.first[j] + c * p.first.c);
+          if (x) a.x = x[b.x[j] + c * p.x.c];
+          return a;
+        },
+        [&](int64_t, int, float& value, const Arriving& a) {
+          const float rest = rest_of(a.h, widen(narrow<T>(a.h, bf16), bf16));
+          value = (x ? widen(a.x, bf16) : 0.0f) + (product ? widen(a.diagonal, bf16) * rest : keep ? a.h : 0.0f);
+        });
+  };
   float acc[M][N][4];
   const int my_channel = warp % 2 * 16 * M, my_column = warp / 2 * 8 * N;
   // Calls visit(accumulator, the value it stands for).
@@ -159,7 +205,12 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
   for (int64_t k0 = 0; k0 < p.C; k0 += plan.depth) {
     const int depth = p.C - k0 < plan.depth ? static_cast<int>((p.C - k0 + 15) / 16 * 16) : plan.depth;
     if (k0 > 0) block_barrier();  // the piece before this one has been read
-    if (product) stage(k0, depth);
+    if (product) stage_weight(k0, depth);
+    if (k0 == 0) {
+      block_barrier();  // the offsets are here
+      load_values();
+    }
+    if (product) stage_state(k0, depth);
     block_barrier();
     if (k0 == 0) for_accumulators([](float& a, float value) { a = value; });
     if (!product) break;
@@ -234,11 +285,14 @@ __global__ void __launch_bounds__(step_threads, 4) plain_step_scan(const Scan p,
   for (int64_t k0 = -D; k0 < (product ? p.C : 0); k0 += D) {
     fetch(k0 + D);
     if (k0 < 0) {  // while the first piece comes
-      for_values<O, P>(b, x ? p.x : p.y, values, [&](int64_t c, int j, T& value) {
-        value = x ? x[b.x[j] + c * p.x.c] : T(0);
-        if (p.init == Init::added) value += first[b.first[j] + c * p.first.c];
-        if (!product) value *= alpha;
-      });
+      for_values_loaded<O, P>(
+          b, x ? p.x : p.y, values,
+          [&](int64_t c, int j) {
+            T arriving = x ? x[b.x[j] + c * p.x.c] : T(0);
+            if (p.init == Init::added) arriving += first[b.first[j] + c * p.first.c];
+            return arriving;
+          },
+          [&](int64_t, int, T& value, T arriving) { value = product ? arriving : alpha * arriving; });
       continue;
     }
     async_wait<1>();

@@ -34,7 +34,8 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 //           the diagonal, which carries the state from frame to frame, makes good for that in fp32. With W = I this is
 //           the fp32 recurrence. Of the rounding error only what the off-diagonal elements multiply is left.
 // Memory.   Shared memory as in TileScanPlan. Frame i + stages - 1 is copied by cp.async while frame i is computed
-//           (2-byte words by ordinary loads). A slot's x becomes fragments by ldmatrix (.trans when columns are
+//           (2-byte words by ordinary loads), the residual of frame i, which only the epilogue wants, at its beginning:
+//           one slot for it leaves room for more blocks at once. A slot's x becomes fragments by ldmatrix (.trans when columns are
 //           contiguous); the same slot then takes y by stmatrix, and goes out in words of vector_bytes. A slot is
 //           rewritten only after the warp barrier of the next frame, so one barrier per frame orders loads, one more
 //           x's readers against y's writers, and one y's writers against those who copy it out.
@@ -72,8 +73,12 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
   constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
   const int pitch = static_cast<int>(plan.slot_pitch);
-  const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
-  unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at + warp * plan.stages * stage_bytes);
+  const int all_slots = plan.stages + plan.residual_slots;
+  unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at + warp * all_slots * plan.slot_bytes);
+  // Number `stage` of the slots of the residual. Cheaper to find than to keep.
+  const auto residual_slot = [&](int stage) {
+    return slots + (plan.stages + stage) * static_cast<int>(plan.slot_bytes);
+  };
   // Before the first frame and after the last one, two slots hold the state of the tile, [columns][channels] in fp32.
   constexpr int wide_pitch = CP + 4;
   float* wide = reinterpret_cast<float*>(slots);
@@ -136,11 +141,14 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, v, offset,
                      [&](Offset element, int at) { copy_word(numbers, slot + at, from + element); });
   };
-  const auto prefetch = [&](int64_t i, unsigned char* slot) {
-    if (i < p.T) {
-      if (p.x.data) fetch(p.x, x_offset, i, slot);
-      if (with_residual) fetch(p.residual, residual_offset, i, slot + plan.slot_bytes);
-    }
+  // Two groups: the residual of frame i, which only the epilogue wants, and x of the frame that takes `stage`, stages -
+  // 1 frames later. For batch normalisation h is wanted with x.
+  const auto prefetch = [&](int64_t i, int stage) {
+    const int64_t ahead = i + plan.stages - 1, wanted = p.norm.moments ? ahead : i;
+    if (with_residual && wanted >= 0 && wanted < p.T)
+      fetch(p.residual, residual_offset, wanted, residual_slot(p.norm.moments ? stage : 0));
+    if (!p.norm.moments) async_commit();
+    if (p.x.data && ahead < p.T) fetch(p.x, x_offset, ahead, slots + stage * plan.slot_bytes);
     async_commit();
   };
 
@@ -189,16 +197,18 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   if (p.init != Init::none) {
     for (int i = lane; i < M * wide_pitch; i += 32) wide[i] = 0;
     warp_barrier();
-    for_elements<CP, M>(lane, 32, p.first.c == 1, C, columns, [&](int channel, int column) {
-      wide[column * wide_pitch + channel] =
-          load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
-    });
+    for_elements_loaded<CP, M, 16>(
+        lane, 32, p.first.c == 1, C, columns,
+        [&](int channel, int column) {
+          return load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+        },
+        [&](int channel, int column, float value) { wide[column * wide_pitch + channel] = value; });
     warp_barrier();
     for_state([&](float& h, int channel, int column) { h = wide[column * wide_pitch + channel]; });
     warp_barrier();
   }
   // Copies write what exists; the rest of a slot stays zero.
-  for (int64_t i = lane; i < plan.stages * stage_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
+  for (int64_t i = lane; i < all_slots * plan.slot_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
   warp_barrier();
   round_state();
 
@@ -206,7 +216,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
   int stage = 0;  // of frame i, modulo the number of them
   for (int64_t i = 1 - plan.stages; i < frames; ++i) {
-    unsigned char* const before = slots + stage * stage_bytes;  // the slot of frames i - 1 and i + stages - 1
+    const int before = stage;  // the slot of frames i - 1 and i + stages - 1
     if (++stage == plan.stages) stage = 0;
     const bool extra = i == p.T;
     if (i >= 0 && !extra) {
@@ -216,11 +226,11 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
         async_wait<0>();
       warp_barrier();  // frame i is here for all lanes, and frame i - 1 has left its slot
     }
-    if (!extra) prefetch(i + plan.stages - 1, before);
+    if (!extra) prefetch(i, before);
     if (i < 0) continue;
     const float alpha = static_cast<float>(extra ? 1 : i == p.T - 1 ? p.alpha_final : i == 0 ? p.alpha_first : p.alpha);
     const bool product = i > 0 || p.init == Init::state;  // else the state is what the first frame is added to, or zero
-    unsigned char* const slot = slots + stage * stage_bytes;
+    unsigned char* const slot = slots + stage * plan.slot_bytes;
 
     if (!p.x.data || extra) {  // no input: y was here
       for (int64_t at = 16 * lane; at < plan.slot_bytes; at += 16 * 32) *reinterpret_cast<uint4*>(slot + at) = uint4{};
@@ -248,7 +258,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     if (p.norm.moments && !extra) {
       for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
         uint32_t normalised[4];
-        load_tiles(normalised, slot + plan.slot_bytes, m, k);
+        load_tiles(normalised, residual_slot(stage), m, k);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const int channel = 16 * k + r / 2 * 8 + fragment_pair;
@@ -291,7 +301,8 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     round_state();
 
     if (p.y.data && !extra) {
-      warp_barrier();  // x has been read
+      if (with_residual) async_wait<1>();  // for all but the next x
+      warp_barrier();                      // x has been read
       if (!p.scale) {
 #pragma unroll
         for (int m = 0; m < MT; ++m)
@@ -304,7 +315,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
             uint32_t residual[4] = {}, y[4];
-            if (with_residual) load_tiles(residual, slot + plan.slot_bytes, m, k);
+            if (with_residual) load_tiles(residual, residual_slot(0), m, k);
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
               const int channel = 16 * k + r / 2 * 8 + fragment_pair;

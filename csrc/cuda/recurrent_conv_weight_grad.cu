@@ -237,20 +237,23 @@ __global__ void __launch_bounds__(weight_grad_threads, sizeof(S) == 8 ? 1 : 2)
     }
     const int rows = end - row0 < R ? static_cast<int>(end - row0) : R;
     const int64_t *from_dx = dx_offset + stage * R, *from_before = before_offset + stage * R;
-    for_tile(p.dx.c == 1, B, R, [&](int64_t c, int r) {
-      dx_tile[r * pitch + c] = r < rows && output0 + c < p.C
-                                   ? load_number<S>(p.dx.data, p.dtype, from_dx[r] + (output0 + c) * p.dx.c)
-                                   : S(0);
-    });
-    for_tile(p.h.c == 1, B, R, [&](int64_t c, int r) {
-      S value = 0;
-      if (r < rows && input0 + c < p.C) {
-        const int64_t offset = from_before[r];
-        value = offset < 0 ? load_number<S>(p.first.data, p.first.dtype, -1 - offset + (input0 + c) * p.first.c)
-                           : load_number<S>(p.h.data, p.dtype, offset + (input0 + c) * p.h.c);
-      }
-      before_tile[r * pitch + c] = value;
-    });
+    constexpr int batch = B * R / weight_grad_threads;
+    const auto existing = [&](int r) { return r < rows ? r : rows - 1; };
+    const auto channel = [&](int64_t c) { return c < p.C ? c : p.C - 1; };
+    for_tile_loaded<batch>(
+        p.dx.c == 1, B, R,
+        [&](int64_t c, int r) {
+          return load_number<S>(p.dx.data, p.dtype, from_dx[existing(r)] + channel(output0 + c) * p.dx.c);
+        },
+        [&](int64_t c, int r, S value) { dx_tile[r * pitch + c] = r < rows && output0 + c < p.C ? value : S(0); });
+    for_tile_loaded<batch>(
+        p.h.c == 1, B, R,
+        [&](int64_t c, int r) {
+          const int64_t offset = from_before[existing(r)], input = channel(input0 + c);
+          return offset < 0 ? load_number<S>(p.first.data, p.first.dtype, -1 - offset + input * p.first.c)
+                            : load_number<S>(p.h.data, p.dtype, offset + input * p.h.c);
+        },
+        [&](int64_t c, int r, S value) { before_tile[r * pitch + c] = r < rows && input0 + c < p.C ? value : S(0); });
     block_barrier();
     S acc[L][L] = {};
 #pragma unroll 4

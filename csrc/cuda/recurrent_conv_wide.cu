@@ -92,12 +92,17 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
       async_commit();
       async_wait<0>();
     }
-    for (int i = thread; !whole_words && i < CP * piece; i += wide_threads) {
-      const int output = along_inputs ? i / piece : i % CP, at = along_inputs ? i % piece : i / CP,
-                input = 16 * k0 + at;
-      *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) =
-          output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : narrow<T>(0.0f);
-    }
+    if (!whole_words)
+      for_elements_loaded<CP, piece, 16>(
+          thread, wide_threads, !along_inputs, CP, piece,
+          [&](int output, int at) {
+            const int input = 16 * k0 + at;
+            return w[(output < C ? output : C - 1) * p.weight_out + (input < C ? input : C - 1) * p.weight_in];
+          },
+          [&](int output, int at, T value) {
+            *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) =
+                output < C && 16 * k0 + at < C ? value : narrow<T>(0.0f);
+          });
     block_barrier();
 #pragma unroll
     for (int m = 0; m < 2; ++m)

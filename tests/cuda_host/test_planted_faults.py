@@ -64,6 +64,17 @@ def tile(machine: Machine) -> None:
         assert machine.plan.startswith("tile") and f"blocks of {warps} x" in machine.plan
 
 
+def tile_with_residual(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 1}
+    x, weight, _ = inputs((1, 60, 4, 6, 6), torch.bfloat16)
+    y, h_n = machine.forward(x, weight, scale=torch.ones(60), shift=torch.ones(60), residual=2 * x)
+    assert machine.plan.startswith("tile")
+    h, last = reference.recurrent_conv(x.double(), weight.double())
+    eager, eager_last = reference.recurrent_conv(x, weight, state_dtype=torch.bfloat16)
+    assert_close_to_reference(y, h + 1 + 2 * x.double(), eager + 1 + 2 * x)
+    assert_close_to_reference(h_n, last, eager_last)
+
+
 def tile_by_words(machine: Machine) -> None:
     machine.device = {"multiprocessors": 1}
     x, weight, h0 = inputs((1, 64, 3, 6, 20), torch.bfloat16)
@@ -357,7 +368,14 @@ FAULTS = [
         file=TILE,
     ),
     Fault("x is not transposed", "load_matrix<4, true>(r,", "load_matrix<4, false>(r,", tile, file=TILE),
-    Fault("no wait for an asynchronous copy", "async_wait<1>();", "async_wait<2>();", tile, file=TILE),
+    Fault(
+        "no wait for an asynchronous copy",
+        "if (plan.stages == 3) async_wait<1>();",
+        "if (plan.stages == 3)\n        async_wait<2>();",
+        tile,
+        file=TILE,
+    ),
+    Fault("no wait for the residual", "if (with_residual) async_wait<1>();", "", tile_with_residual, file=TILE),
     Fault(
         "W is not waited for",
         "async_wait<0>();\n  block_barrier();",
