@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -12,8 +13,12 @@ from typing import Any
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "av", "matplotlib", "opencv-python-headless")
 
 
-def examine() -> dict[str, Any]:
-    """Everything the doctor reports, as plain data.
+def examine(selftest: bool = False) -> dict[str, Any]:
+    """Everything the doctor reports, as plain data. Says how far it is where it takes more than two seconds.
+
+    Args:
+        selftest: run the self-tests of the Triton kernels that have no verdict on this GPU yet. Their kernels are
+            compiled for it, a minute or more on a new machine; otherwise they are reported as not tested yet.
 
     Returns:
         ``versions`` (package to version or None), ``devices``, ``build`` (the build record, whether the library and
@@ -27,7 +32,8 @@ def examine() -> dict[str, Any]:
     from rcu_ops.nn.frame_kernel import why_not_here
     from rcu_ops.nn.packed_conv import arithmetic
     from rcu_ops.ops import OPERATORS, current_backend
-    from rcu_ops.ops._selftest import results
+    from rcu_ops.ops._selftest import deferred, results
+    from rcu_ops.progress import Progress
 
     versions: dict[str, str | None] = {"rcu-ops": __version__, "python": platform.python_version()}
     for package in PACKAGES:
@@ -56,18 +62,25 @@ def examine() -> dict[str, Any]:
 
     problems = []
     operators: dict[str, Any] = {}
-    for name, operator in sorted(OPERATORS.items()):
-        operators[name] = {"experimental": {b.name: list(b.experimental) for b in operator.backends if b.experimental}}
-        for kind in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
-            explanation = operator.explain(*operator.probe(kind))
-            operators[name][kind] = {"backend": explanation.backend, "reasons": explanation.reasons}
-            if explanation.backend is None:
-                problems.append(f"{name} cannot run on {kind}: {explanation.reasons[explanation.requested]}")
-            else:
-                try:
-                    operator.backend(explanation.backend).run(*operator.probe(kind))
-                except Exception as error:  # the doctor reports whatever goes wrong
-                    problems.append(f"{name} fails on {kind} with backend {explanation.backend}: {error}")
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    with (
+        Progress(len(OPERATORS) * len(kinds), "examining operators", "operators") as bar,
+        contextlib.nullcontext() if selftest else deferred(),
+    ):
+        for name, operator in sorted(OPERATORS.items()):
+            experimental = {b.name: list(b.experimental) for b in operator.backends if b.experimental}
+            operators[name] = {"experimental": experimental}
+            for kind in kinds:
+                explanation = operator.explain(*operator.probe(kind))
+                operators[name][kind] = {"backend": explanation.backend, "reasons": explanation.reasons}
+                if explanation.backend is None:
+                    problems.append(f"{name} cannot run on {kind}: {explanation.reasons[explanation.requested]}")
+                else:
+                    try:
+                        operator.backend(explanation.backend).run(*operator.probe(kind))
+                    except Exception as error:  # the doctor reports whatever goes wrong
+                        problems.append(f"{name} fails on {kind} with backend {explanation.backend}: {error}")
+                bar.update(note=f"{name} on {kind}")
 
     return {
         "versions": versions,
@@ -136,7 +149,7 @@ def _plain(value: Any) -> str:
 def run(args: argparse.Namespace) -> int:
     """Print the report; exit code 0 if the package is usable, 1 otherwise."""
     try:
-        report = examine()
+        report = examine(args.selftest)
     except Exception as error:  # an installation so broken that the operators cannot be imported
         report = {"usable": False, "problems": [f"{type(error).__name__}: {error}"]}
         text = f"problem: {report['problems'][0]}\nNOT usable"
@@ -157,4 +170,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "backend will run and why each other one will not. Exit codes: 0 the package is usable, 1 it is not.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="test the Triton kernels on this GPU now, not at their first use; they are compiled, which takes a minute",
+    )
     parser.set_defaults(run=run)

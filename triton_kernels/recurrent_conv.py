@@ -396,7 +396,7 @@ def weight_grad_kernel(
     Shared memory: STAGES tiles of q and of h, [BLOCK_M, BLOCK_C] each, prefetched one frame ahead and more.
     Bound by memory (q and h read once per row and column of blocks), in fp32 with "ieee" by the FMA rate.
     """
-    APART: tl.constexpr = h.dtype.element_ty == tl.float32 and PRECISION == "ieee"  # noqa: SIM300
+    APART: tl.constexpr = h.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     IN_CHANNELS: tl.constexpr = VECTOR if Q_LAYOUT == 1 or H_LAYOUT == 1 else 1
     IN_FRAME: tl.constexpr = VECTOR if Q_LAYOUT == 2 or H_LAYOUT == 2 else 1
     across = tl.cdiv(channels, BLOCK_C)
@@ -517,7 +517,9 @@ _IEEE = {
         (Tile(16, 4, part=16),),
         (Tile(64, 8, part=16), Tile(16, 4, part=16)),
     ),
-    128: Tiles((Tile(32, 16, part=16, parts=2), Tile(16, 8, part=16)), (Tile(16, 8, part=16),), (Tile(16, 8, part=16),)),
+    128: Tiles(
+        (Tile(32, 16, part=16, parts=2), Tile(16, 8, part=16)), (Tile(16, 8, part=16),), (Tile(16, 8, part=16),)
+    ),
     256: Tiles((Tile(16, 8, part=16, parts=2),), (Tile(16, 8, part=16, frames=2),)),
     512: Tiles((Tile(16, 8, part=16),), (Tile(16, 8, part=16, frames=2),)),
 }

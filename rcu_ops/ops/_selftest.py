@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Result:
-    """A verdict. ``source``: "tested" (now, in this process), "remembered" (from the cache file) or "skipped"."""
+    """A verdict. ``source``: "tested" (now, in this process), "remembered" (from the cache file), "skipped", or
+    "untested": there is none yet (:func:`deferred`).
+    """
 
     name: str
     device: str
@@ -83,11 +85,15 @@ class Result:
     def __str__(self) -> str:
         if self.source == "skipped":
             return "skipped (RCU_OPS_SELFTEST=0)"
+        if self.source == "untested":
+            return "not tested yet: it will be at its first use, or now by rcu-ops doctor --selftest"
         return f"{'passed' if self.passed else 'FAILED'} in {self.seconds:.2f} s ({self.source}): {self.detail}"
 
 
 _tests: dict[str, SelfTest] = {}
 _results: dict[tuple[str, str, str], Result] = {}
+_untested: dict[tuple[str, str, str], Result] = {}
+_deferred = threading.local()
 _lock = threading.RLock()
 
 
@@ -102,8 +108,22 @@ def known(name: str) -> bool:
 
 
 def results() -> list[Result]:
-    """The verdicts this process has asked for, for the doctor."""
-    return list(_results.values())
+    """The verdicts this process has asked for, and the tests it has put off, for the doctor."""
+    return [*_results.values(), *(result for key, result in _untested.items() if key not in _results)]
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Within it, on this thread, a test without a verdict is not run, and its kernels count as usable.
+
+    A test compiles every kernel it runs, seconds each on a new machine: too long for who only asks what would run.
+    """
+    before = getattr(_deferred, "on", False)
+    _deferred.on = True
+    try:
+        yield
+    finally:
+        _deferred.on = before
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -121,7 +141,8 @@ def _verdict(name: str, device: str, dtype: str) -> str | None:
             found = _results.get((name, device, dtype)) or _find(name, torch.device(device), dtype)
         if isinstance(found, str):
             return found
-        result = _results[name, device, dtype] = found
+        result = found
+        (_untested if found.source == "untested" else _results)[name, device, dtype] = found
     return None if result.passed else f"its self-test failed on {device} ({result.detail})"
 
 
@@ -140,6 +161,8 @@ def _find(name: str, device: torch.device, dtype: str) -> Result | str:
         result = Result(
             name, str(device), dtype, remembered["passed"], remembered["detail"], remembered["seconds"], "remembered"
         )
+    elif getattr(_deferred, "on", False):
+        return Result(name, str(device), dtype, True, "", 0.0, "untested")
     else:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "its self-test cannot run while a CUDA graph is captured: call it once, or rcu_ops.warmup(), before"
@@ -181,8 +204,17 @@ def _run(test: SelfTest, device: torch.device, dtype: str) -> tuple[Result, bool
     ), lasting
 
 
+#: What a right kernel's error may be: so many times eager PyTorch's at that dtype, plus so many output ulps.
+TIMES_EAGER, ULPS = 8, 4
+
+
 def _compare(case: Case) -> str | None:
-    """The tolerance rule: rms and largest error at most twice eager PyTorch's at that dtype, plus one output ulp."""
+    """Rms and largest error within TIMES_EAGER and ULPS.
+
+    Looser than the tolerance rule of the tests, on purpose: what is looked for here is a compiler that broke a kernel
+    on a new chip, which is wrong by orders of magnitude. A right kernel whose order of additions is less lucky than
+    the library's on this chip must not be refused for an ulp.
+    """
     got, exact, eager = case.got(), case.exact(), case.eager()
     for index, (value, truth, rough) in enumerate(zip(got, exact, eager, strict=True)):
         value, rough, truth = value.detach().cpu(), rough.detach().cpu(), truth.detach().cpu()
@@ -195,7 +227,7 @@ def _compare(case: Case) -> str | None:
             ("rms", lambda e: e.square().mean().sqrt().item()),
             ("largest", lambda e: e.abs().max().item()),
         ):
-            bound = 2 * of(allowed) + ulp
+            bound = TIMES_EAGER * of(allowed) + ULPS * ulp
             if not of(error) <= bound:  # so that NaN fails
                 return f"{case.name}: {kind} error of result {index} is {of(error):.2e}, more than {bound:.2e}"
     return None

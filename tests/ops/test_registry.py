@@ -186,7 +186,7 @@ def test_doctor_exits_1_when_an_operator_cannot_run(capsys) -> None:
 
 
 def test_doctor_survives_an_installation_that_cannot_be_examined(capsys, monkeypatch) -> None:
-    def broken() -> None:
+    def broken(selftest: bool) -> None:
         raise OSError("torch is broken")
 
     monkeypatch.setattr(doctor, "examine", broken)

@@ -47,6 +47,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RCU_OPS_SELFTEST", raising=False)
     monkeypatch.setattr(_selftest, "_tests", {})
     monkeypatch.setattr(_selftest, "_results", {})
+    monkeypatch.setattr(_selftest, "_untested", {})
     return tmp_path / "rcu-ops" / "selftest.json"
 
 
@@ -109,6 +110,41 @@ def test_a_wrong_kernel_is_refused_loudly_and_remembered(fresh: Path, wrong, mes
         assert ask() == reason
     assert counted.runs == 1
     assert "FAILED" in str(_selftest.results()[0])
+
+
+@pytest.mark.parametrize(("ulps", "refused"), [(4, False), (40, True)])
+def test_rounding_is_forgiven_and_an_error_is_not(ulps, refused) -> None:
+    """Eager PyTorch doubles exactly, so that ulps of the largest magnitude, 16, are all that is allowed."""
+    register(Counted(lambda x: 2 * x + ulps * 16 * torch.finfo(x.dtype).eps))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert (ask() is not None) == refused
+    assert len(caught) == refused
+
+
+def test_several_times_eagers_error_is_forgiven_and_orders_of_magnitude_are_not() -> None:
+    x = torch.linspace(1, 2, 64)
+    case = {factor: Case("thirds", lambda f=factor: (x / 3 + f * 1e-5,), lambda: (x.double() / 3,),
+                         lambda: (x / 3 + 1e-5,)) for factor in (1, 7, 20)}  # fmt: skip
+    assert _selftest._compare(case[1]) is None
+    assert _selftest._compare(case[7]) is None
+    assert "rms error of result 0" in str(_selftest._compare(case[20]))
+
+
+def test_the_doctor_does_not_wait_for_a_test_but_tells_its_verdict(fresh: Path) -> None:
+    counted = Counted()
+    register(counted)
+    with _selftest.deferred():
+        assert ask() is None
+        (result,) = _selftest.results()
+        assert "not tested yet" in str(result) and counted.runs == 0 and not fresh.exists()
+    assert ask() is None
+    assert counted.runs == 1
+    assert [r.source for r in _selftest.results()] == ["tested"]
+    forget()
+    with _selftest.deferred():
+        assert ask() is None
+    assert [r.source for r in _selftest.results()] == ["remembered"]
 
 
 def test_an_error_is_a_failure_for_this_process_only(fresh: Path) -> None:
