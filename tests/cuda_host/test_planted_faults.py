@@ -371,7 +371,7 @@ FAULTS = [
     Fault(
         "no wait for an asynchronous copy",
         "if (plan.stages == 3) async_wait<1>();",
-        "if (plan.stages == 3)\n        async_wait<2>();",
+        "if (plan.stages == 3)\n        async_wait<3>();",
         tile,
         file=TILE,
     ),
