@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rcu_ops.triton_kernels.products import add_product
 from rcu_ops.triton_kernels.recurrent_conv import Launch
 
 #: The most keys whose weights are one tile; in fp32, whose products may be without the matrix unit, what registers
@@ -55,7 +56,7 @@ def _products(
         column = start + tl.arange(0, BLOCK)
         left = _load(a, a_rows, a_count, a_row, column, width)
         right = _load(b, b_rows, b_count, b_row, column, width)
-        acc = tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+        acc = add_product(acc, left, tl.trans(right), PRECISION)
     return acc
 
 
@@ -67,6 +68,19 @@ def _visible(mask, rows, n, keys, m, mask_row, mask_key):
         pointers = mask + rows.to(tl.int64)[:, None] * mask_row + keys.to(tl.int64)[None, :] * mask_key
         there = there & (tl.load(pointers, mask=there, other=0) != 0)
     return there
+
+
+@triton.jit
+def _tile_scores(
+    query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Scaled scores of a tile, and which of them are seen.
+    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
+    scores = scale * _products(
+        query, rows, n, query_row, key, keys, m, key_row, d, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION
+    )  # fmt: skip
+    return scores, visible
 
 
 @triton.jit
@@ -97,13 +111,20 @@ def _row_weights(scores, visible, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _weights_again(scores, visible, peak, total, COUNT: tl.constexpr):
-    # The same for any part of the keys, peak and sum given.
+def _tile_weights(
+    query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key, peak, total,
+    COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The weights of a tile, peak and sum of its queries given.
+    scores, visible = _tile_scores(
+        query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    )  # fmt: skip
     if COUNT:
         powers = tl.where(visible, scores, 0.0)
     else:
         powers = _exp(scores, peak, visible)
-    return powers / tl.where(total == 0.0, 1.0, total)[:, None]
+    return powers / tl.where(total == 0.0, 1.0, total)[:, None], visible
 
 
 @triton.jit
@@ -125,7 +146,7 @@ def _add_products(
         channel = start + tl.arange(0, BLOCK)
         there = (rows < n)[:, None] & (channel < width)[None, :] & more
         acc = tl.load(to + (batch * n + rows)[:, None] * width + channel[None, :], mask=there, other=0.0)
-        acc = tl.dot(weights, _load(base, keys, m, base_row, channel, width), acc, input_precision=PRECISION)
+        acc = add_product(acc, weights, _load(base, keys, m, base_row, channel, width), PRECISION)
         _store(to, batch, rows, n, channel, width, acc, total)
     tl.debug_barrier()  # whichever thread reads a result next
 
@@ -156,9 +177,8 @@ def attend_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     if ONE:
         keys = tl.arange(0, BLOCK_M)
-        visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-        scores = scale * _products(
-            query, rows, n, query_row, key, keys, m, key_row, d,
+        scores, visible = _tile_scores(
+            query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
             BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
         )  # fmt: skip
         weights, peak, total = _row_weights(scores, visible, COUNT)
@@ -182,12 +202,10 @@ def attend_kernel(
     if not ONE and out.dtype.element_ty == tl.float32:
         for start in tl.range(0, m, BLOCK_M):
             keys = start + tl.arange(0, BLOCK_M)
-            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-            scores = scale * _products(
-                query, rows, n, query_row, key, keys, m, key_row, d,
-                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            weights, visible = _tile_weights(
+                query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+                peak, total, COUNT, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
             )  # fmt: skip
-            weights = _weights_again(scores, visible, peak, total, COUNT)
             _add_products(
                 weights, value, keys, m, value_row, out, batch, rows, n, e, total, start > 0, own, SPLIT,
                 BLOCK_N, BLOCK_E, PRECISION,
@@ -198,18 +216,16 @@ def attend_kernel(
             acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
             if ONE:
                 values = _load(value, keys, m, value_row, channel, e)
-                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                acc = add_product(acc, weights.to(values.dtype), values, PRECISION)
             else:
                 for start in tl.range(0, m, BLOCK_M):
                     keys = start + tl.arange(0, BLOCK_M)
-                    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-                    scores = scale * _products(
-                        query, rows, n, query_row, key, keys, m, key_row, d,
-                        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+                    weights, visible = _tile_weights(
+                        query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+                        peak, total, COUNT, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
                     )  # fmt: skip
                     values = _load(value, keys, m, value_row, channel, e)
-                    weights = _weights_again(scores, visible, peak, total, COUNT)
-                    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+                    acc = add_product(acc, weights.to(values.dtype), values, PRECISION)
             _store(out, batch, rows, n, channel, e, acc, total)
 
 
@@ -231,16 +247,14 @@ def _score_gradient_again(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # ds of a tile from the inputs, once the rows' statistics are known.
-    visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-    scores = scale * _products(
-        query, rows, n, query_row, key, keys, m, key_row, d,
-        BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+    weights, visible = _tile_weights(
+        query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+        peak, total, COUNT, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
     )  # fmt: skip
     products = _products(
         grad, rows, n, grad_row, value, keys, m, value_row, e,
         BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
     )  # fmt: skip
-    weights = _weights_again(scores, visible, peak, total, COUNT)
     return _score_gradient(weights, products, delta, total, visible, scale, COUNT)
 
 
@@ -250,7 +264,7 @@ def query_gradient_kernel(
     grad_batch, grad_row, query_batch, query_row,
     key_batch, key_row, value_batch, value_row, mask_batch, mask_row, mask_key,
     COUNT: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """``dquery[b, n, d]``, and peak, sum and delta [b, n] fp32 for the keys' kernel; all contiguous.
 
@@ -267,10 +281,10 @@ def query_gradient_kernel(
         mask += batch * mask_batch
     if ONE:
         keys = tl.arange(0, BLOCK_M)
-        visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-        scores = scale * _products(
-            query, rows, n, query_row, key, keys, m, key_row, d, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION
-        )
+        scores, visible = _tile_scores(
+            query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+            BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+        )  # fmt: skip
         products = _products(
             grad, rows, n, grad_row, value, keys, m, value_row, e, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION
         )
@@ -319,15 +333,15 @@ def query_gradient_kernel(
             )  # fmt: skip
             _add_products(
                 ds, key, keys, m, key_row, dquery, batch, rows, n, d, total, start > 0, 0, 1,
-                BLOCK_N, BLOCK_D, PRECISION,
+                BLOCK_N, BLOCK_E, PRECISION,
             )  # fmt: skip
     else:
-        for first in tl.range(0, d, BLOCK_D):
-            channel = first + tl.arange(0, BLOCK_D)
-            acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for first in tl.range(0, d, BLOCK_E):
+            channel = first + tl.arange(0, BLOCK_E)
+            acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
             if ONE:
                 right = _load(key, keys, m, key_row, channel, d)
-                acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
+                acc = add_product(acc, ds.to(right.dtype), right, PRECISION)
             else:
                 for start in tl.range(0, m, BLOCK_M):
                     keys = start + tl.arange(0, BLOCK_M)
@@ -337,7 +351,7 @@ def query_gradient_kernel(
                         COUNT, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
                     )  # fmt: skip
                     right = _load(key, keys, m, key_row, channel, d)
-                    acc = tl.dot(ds.to(right.dtype), right, acc, input_precision=PRECISION)
+                    acc = add_product(acc, ds.to(right.dtype), right, PRECISION)
             _store(dquery, batch, rows, n, channel, d, acc, total)
 
 
@@ -354,7 +368,7 @@ def key_gradient_kernel(
     grad_batch, grad_row, query_batch, query_row,
     key_batch, key_row, value_batch, value_row, mask_batch, mask_row, mask_key,
     COUNT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """``dkey[b, m, d]`` and ``dvalue[b, m, e]``, contiguous.
 
@@ -369,22 +383,20 @@ def key_gradient_kernel(
     value += batch * value_batch
     if mask is not None:
         mask += batch * mask_batch
-    d_slices = (d + BLOCK_D - 1) // BLOCK_D
-    slices = d_slices + (e + BLOCK_D - 1) // BLOCK_D
+    d_slices = (d + BLOCK_E - 1) // BLOCK_E
+    slices = d_slices + (e + BLOCK_E - 1) // BLOCK_E
     for piece in tl.range(tl.program_id(0) % SPLIT, slices, SPLIT):
         of_key = piece < d_slices
-        channel = tl.where(of_key, piece, piece - d_slices) * BLOCK_D + tl.arange(0, BLOCK_D)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        channel = tl.where(of_key, piece, piece - d_slices) * BLOCK_E + tl.arange(0, BLOCK_E)
+        acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         for start in tl.range(0, n, BLOCK_N):
             rows = start + tl.arange(0, BLOCK_N)
             total = tl.load(totals + batch * n + rows, mask=rows < n, other=0.0)
             peak = tl.load(peaks + batch * n + rows, mask=rows < n, other=0.0)
-            visible = _visible(mask, rows, n, keys, m, mask_row, mask_key)
-            scores = scale * _products(
-                query, rows, n, query_row, key, keys, m, key_row, d,
-                BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+            weights, visible = _tile_weights(
+                query, key, mask, rows, keys, n, m, d, scale, query_row, key_row, mask_row, mask_key,
+                peak, total, COUNT, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
             )  # fmt: skip
-            weights = _weights_again(scores, visible, peak, total, COUNT)
             weights = tl.where((total == 0.0)[:, None], 0.0, weights)
             if of_key:
                 delta = tl.load(deltas + batch * n + rows, mask=rows < n, other=0.0)
@@ -394,10 +406,10 @@ def key_gradient_kernel(
                 )  # fmt: skip
                 ds = _score_gradient(weights, products, delta, total, visible, scale, COUNT)
                 right = _live(query, rows, n, query_row, channel, d, total)
-                acc = tl.dot(tl.trans(ds.to(right.dtype)), right, acc, input_precision=PRECISION)
+                acc = add_product(acc, tl.trans(ds.to(right.dtype)), right, PRECISION)
             else:
                 right = _live(grad, rows, n, grad_row, channel, e, total)
-                acc = tl.dot(tl.trans(weights.to(right.dtype)), right, acc, input_precision=PRECISION)
+                acc = add_product(acc, tl.trans(weights.to(right.dtype)), right, PRECISION)
         inside = (keys < m)[:, None]
         if of_key:
             to = dkey + (batch * m + keys)[:, None] * d + channel[None, :]
@@ -445,7 +457,7 @@ def _gate(
     # The pre-activation of one gate for a slice of channels.
     values = _load(value + gate * value_gate, keys, p, value_row, channel, e)
     x = _load(x_gates + gate * x_gate, rows, p, x_row, channel, e)
-    relation = tl.dot(weights, values, input_precision=PRECISION)
+    relation = add_product(tl.zeros((weights.shape[0], values.shape[1]), tl.float32), weights, values, PRECISION)
     return x.to(tl.float32) + tl.where((total == 0.0)[:, None], 0.0, relation)
 
 
@@ -587,6 +599,13 @@ def _tiles(keys: int, dtype: torch.dtype) -> tuple[int, int, int, int, bool]:
     return (16 if large or wide else 32), block_m, (32 if large or wide else 64), warps, one
 
 
+def _depth(block: int, dtype: torch.dtype) -> int:
+    """Channels of a step of the scores, the same in all kernels of an operator: the keys' gradients take peaks and sums
+    that belong to scores with every rounding. In fp32 few, for they are one chain of additions.
+    """
+    return 16 if dtype == torch.float32 else block
+
+
 def _split(blocks: int, slices: int) -> int:
     """Programs that share a block's slices of channels: a power of two, for few compiled kernels."""
     split = 1
@@ -623,7 +642,7 @@ def plan_attention(
     )  # fmt: skip
     constants = {
         "COUNT": count, "ONE": one, "SPLIT": split, "PRECISION": _precision(query.dtype),
-        "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block, "BLOCK_E": block,
+        "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": _depth(block, query.dtype), "BLOCK_E": block,
     }  # fmt: skip
     return out, [Launch(attend_kernel, (blocks * split, b), arguments, constants, warps, 2)]
 
@@ -644,7 +663,7 @@ def plan_attention_backward(
     sizes = n, m, d, e, float(scale)
     strides = (*(s for t in (grad, query, key, value) for s in _strides(t, 2)), *_strides(mask, 3))
     block_n, block_m, block, _, one = _tiles(m, query.dtype)
-    constants = {"COUNT": count, "PRECISION": _precision(query.dtype)}
+    constants = {"COUNT": count, "PRECISION": _precision(query.dtype), "BLOCK_D": _depth(block, query.dtype)}
     # Found by compiling: these would spill with 32 channels, and the other fp32 ones with 16.
     full = query.dtype == torch.float32 and constants["PRECISION"] == "ieee"
     narrow = 16 if (full and block_m <= 64) or (query.dtype == torch.float32 and not one) else block
@@ -653,13 +672,13 @@ def plan_attention_backward(
             query_gradient_kernel,
             (triton.cdiv(n, block_n), b),
             (grad, query, key, value, mask, dquery, peaks, totals, deltas, *sizes, *strides),
-            {**constants, "ONE": one, "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": narrow},
+            {**constants, "ONE": one, "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_E": narrow},
             8,
             2,
         )
     ]
     if d + e > 0:
-        rows, keys = (32, 32)
+        rows, keys = (16 if full else 32), 32
         blocks = triton.cdiv(m, keys)
         split = _split(blocks * b, triton.cdiv(d, block) + triton.cdiv(e, block))
         launches.append(
@@ -667,7 +686,7 @@ def plan_attention_backward(
                 key_gradient_kernel,
                 (blocks * split, b),
                 (grad, query, key, value, mask, dkey, dvalue, peaks, totals, deltas, *sizes, *strides),
-                {**constants, "SPLIT": split, "BLOCK_N": rows, "BLOCK_M": keys, "BLOCK_D": block},
+                {**constants, "SPLIT": split, "BLOCK_N": rows, "BLOCK_M": keys, "BLOCK_E": block},
                 8,
                 2,
             )
@@ -718,7 +737,7 @@ def plan_step(
     )  # fmt: skip
     constants = {
         "BACKWARD": grads is not None, "SPLIT": split, "PRECISION": _precision(query.dtype),
-        "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block, "BLOCK_E": slice_e,
+        "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": _depth(block, query.dtype), "BLOCK_E": slice_e,
     }  # fmt: skip
     return results, [Launch(step_kernel, (blocks * split, b), arguments, constants, 8, 2)]
 
