@@ -72,6 +72,7 @@ COMPILED_TOGETHER = (
     (
         "csrc/cuda/nonlocal_gates.cu",
         "csrc/cuda/nonlocal_gates_gradients.cu",
+        "csrc/cuda/nonlocal_gates_products.cu",
         "csrc/cuda/nonlocal_gates_tile.cu",
         "csrc/cuda/srtg.cu",
     ),

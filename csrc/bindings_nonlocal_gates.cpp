@@ -70,27 +70,26 @@ Relation relation_of(const Tensor& query, const Tensor& key, const Tensor& value
   return r;
 }
 
-constexpr int64_t flash_attention = 1;  // of torch.nn.attention.SDPBackend
+constexpr int64_t flash_attention = 1, memory_efficient_attention = 2;  // of torch.nn.attention.SDPBackend
 
-bool library_is_faster(const Relation& r, const Tensor& like) {
+Way forward_way(const Relation& r, bool step, const Tensor& like) {
 #ifdef RCU_OPS_WITH_CUDA
   if (like.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    return cuda::library_is_faster(r);
+    return cuda::forward_way(r, step);
   }
 #endif
-  return why_not_library_on_cpu(r) == nullptr;
+  return !step && why_not_library_on_cpu(r) == nullptr ? Way::attention : Way::kernels;
 }
 
-// PyTorch's scaled_dot_product_attention with a head per sample; no mask. Nothing unless its flash attention would run,
-// which alone is faster than the kernels here: the user may have switched it off (torch.nn.attention.sdpa_kernel).
+// PyTorch's scaled_dot_product_attention of [B,heads,rows,columns]; no mask. Nothing unless the kernel of its would run
+// that alone is faster than those here: the user may have switched it off (torch.nn.attention.sdpa_kernel).
 std::optional<Tensor> library_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   using torch::stable::detail::from;
-  const auto head = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
   const auto call = [&](const char* name) {  // both take the same arguments
-    std::array<StableIValue, 8> stack{from(head(query)),
-                                      from(head(key)),
-                                      from(head(value)),
+    std::array<StableIValue, 8> stack{from(query),
+                                      from(key),
+                                      from(value),
                                       from(std::nullopt),
                                       from(0.0),
                                       from(false),
@@ -99,9 +98,75 @@ std::optional<Tensor> library_attention(const Tensor& query, const Tensor& key, 
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
     return stack[0];
   };
-  if (torch::stable::detail::to<int64_t>(call("aten::_fused_sdp_choice")) != flash_attention) return std::nullopt;
-  const Tensor out = torch::stable::detail::to<Tensor>(call("aten::scaled_dot_product_attention"));
-  return torch::stable::contiguous(torch::stable::squeeze(out, 1));
+  const int64_t wanted = query.is_cuda() && query.size(3) > narrow_head ? memory_efficient_attention : flash_attention;
+  if (torch::stable::detail::to<int64_t>(call("aten::_fused_sdp_choice")) != wanted) return std::nullopt;
+  return torch::stable::detail::to<Tensor>(call("aten::scaled_dot_product_attention"));
+}
+
+#ifdef RCU_OPS_WITH_CUDA
+// aten::bmm into the product's result; context: a tensor of its device and dtype.
+void multiply_by_library(void* context, const cuda::Product& p) {
+  using torch::stable::detail::from;
+  const Tensor& like = *static_cast<const Tensor*>(context);
+  const auto matrices = [&](const cuda::Factor& f, int64_t rows, int64_t columns) {
+    const int64_t shape[3] = {p.count, rows, columns}, strides[3] = {f.batch, f.row, f.column};
+    return torch::stable::from_blob(f.data, Sizes(shape, 3), Sizes(strides, 3), like.device(), like.scalar_type());
+  };
+  std::array<StableIValue, 3> stack{from(matrices(p.a, p.rows, p.inner)), from(matrices(p.b, p.inner, p.columns)),
+                                    from(matrices(p.out, p.rows, p.columns))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
+}
+
+template <class Problem>
+void by_products(const Problem& problem, const Tensor& like) {
+  launch_on_gpu(
+      problem, like, [](const Problem& p) { return cuda::products_scratch_of(p); },
+      [&](const Problem& p, void* scratch, CUstream_st* stream) {
+        return cuda::relate_by_products(p, scratch, multiply_by_library, const_cast<Tensor*>(&like), stream);
+      });
+}
+
+template <class Problem, class Run>
+void run_without_scratch(const Problem& problem, const Tensor& like, Run run) {
+  launch_on_gpu(
+      problem, like, [](const Problem&) { return cuda::Scratch{}; },
+      [&](const Problem& p, void*, CUstream_st* stream) { return run(p, stream); });
+}
+
+// The relations [B,4,P,E] of a step's gates by the library, where it is faster; nothing else.
+std::optional<Tensor> library_relations(const Relation& r, const Tensor& query, const Tensor& key,
+                                        const Tensor& value) {
+  const Way way = query.is_cuda() && r.B * r.N * r.E > 0 ? forward_way(r, true, query) : Way::kernels;
+  if (way == Way::kernels) return std::nullopt;
+  Attention p{r, {}};
+  if (way == Way::attention) {
+    const std::optional<Tensor> found = library_attention(query, key, value, 1.0);
+    if (!found || found->scalar_type() != query.scalar_type() || found->stride(3) != 1) return std::nullopt;
+    p.out = rows_of(*found);
+    run_without_scratch(p, query, [](const Attention& a, CUstream_st* stream) { return cuda::mend(a, stream); });
+    return found;
+  }
+  Tensor out = empty_of(query, {r.B, r.G, r.N, r.E});
+  p.out = rows_of(out);
+  by_products(p, query);
+  return out;
+}
+
+template <class Problem>
+void update_cell_from(const Problem& problem, const Tensor& relations) {
+  run_without_scratch(problem, relations, [&](const Problem& p, CUstream_st* stream) {
+    return cuda::update_cell_from(rows_of(relations), p, stream);
+  });
+}
+#endif
+
+// Attention's gradients, on the device of `like`.
+void launch_gradients(const AttentionGrad& p, const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  if (like.is_cuda() && !why_not_gradient_products_on_gpu(p.relation)) return by_products(p, like);
+#endif
+  launch(p, like);
 }
 
 // Whether every row of a CPU tensor of fp32 begins with a number. Where the library gives NaN for a query whose scores
@@ -117,16 +182,30 @@ Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<
                           bool count) {
   query = with_rows(query), key = with_rows(key), value = with_rows(value);
   Attention p{relation_of(query, key, value, mask, scale, count), {}};
-  if (library_is_faster(p.relation, query)) {
-    const std::optional<Tensor> found = library_attention(query, key, value, scale);
-    // Not where autocast made another dtype of it, nor where a query may be dead: flash attention on a GPU gives it
-    // zeros by itself.
+  const Way way = forward_way(p.relation, false, query);
+  if (way == Way::attention) {
+    const auto head = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
+    std::optional<Tensor> found = library_attention(head(query), head(key), head(value), scale);
+    if (found) found = torch::stable::contiguous(torch::stable::squeeze(*found, 1));
+    // Not where autocast made another dtype of it, nor, on the CPU, where a query may be dead.
     if (found && found->scalar_type() == query.scalar_type() &&
-        (query.is_cuda() || rows_are_numbers(*found, p.relation)))
+        (query.is_cuda() || rows_are_numbers(*found, p.relation))) {
+#ifdef RCU_OPS_WITH_CUDA
+      p.out = rows_of(*found);
+      if (query.is_cuda() && p.relation.D > narrow_head)  // flash attention on a GPU gives dead queries zeros by itself
+        run_without_scratch(p, query, [](const Attention& a, CUstream_st* stream) { return cuda::mend(a, stream); });
+#endif
       return *found;
+    }
   }
   Tensor out = empty_of(query, {p.relation.B, p.relation.N, p.relation.E});
   p.out = rows_of(out);
+#ifdef RCU_OPS_WITH_CUDA
+  if (way == Way::products) {
+    by_products(p, query);
+    return out;
+  }
+#endif
   launch(p, query);
   return out;
 }
@@ -141,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_backward(Tensor grad, Tens
   Tensor dquery = empty_of(query, {r.B, r.N, r.D}), dkey = empty_of(key, {r.B, r.M, r.D}),
          dvalue = empty_of(value, {r.B, r.M, r.E});
   p.grad = rows_of(grad), p.dquery = rows_of(dquery), p.dkey = rows_of(dkey), p.dvalue = rows_of(dvalue);
-  launch(p, query);
+  launch_gradients(p, query);
   return {dquery, dkey, dvalue};
 }
 
@@ -178,6 +257,12 @@ std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Te
   const int64_t sizes[3] = {r.B, r.N, r.E};
   Tensor c = torch::stable::new_empty(x_gates, Sizes(sizes, 3), state_dtype(x_gates.scalar_type()));
   p.h = rows_of(h), p.c = rows_of(c);
+#ifdef RCU_OPS_WITH_CUDA
+  if (const std::optional<Tensor> relations = library_relations(r, query, key, value)) {
+    update_cell_from(p, *relations);
+    return {h, c};
+  }
+#endif
   launch(p, x_gates);
   return {h, c};
 }
@@ -210,6 +295,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward
   Tensor dcell = empty_of(cell, {r.B, r.N, r.E});
   p.dx_gates = rows_of(dx), p.dquery = rows_of(dquery), p.dkey = rows_of(dkey), p.dvalue = rows_of(dvalue);
   p.dcell = rows_of(dcell);
+#ifdef RCU_OPS_WITH_CUDA
+  if (const std::optional<Tensor> relations = library_relations(r, query, key, value)) {
+    update_cell_from(p, *relations);
+    launch_gradients({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, x_gates);
+    return {dx, dquery, dkey, dvalue, dcell};
+  }
+#endif
   launch(p, x_gates);
   return {dx, dquery, dkey, dvalue, dcell};
 }

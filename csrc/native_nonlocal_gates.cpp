@@ -19,8 +19,11 @@ namespace {
 using namespace rcu_ops;
 
 Relation relation_of(int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e, const std::string& dtype,
-                     int64_t misalignment) {
+                     int64_t misalignment, bool masked = false, bool count = false) {
+  static const uint8_t some_mask = 1;
   Relation r;
+  r.count = count;
+  if (masked) r.mask = &some_mask;
   r.dtype = parse_dtype(dtype);
   r.B = b, r.G = g, r.N = n, r.M = m, r.D = d, r.E = e;
   const auto rows = [&](int64_t count, int64_t columns) {
@@ -39,8 +42,9 @@ AttentionGrad nonlocal_gates_gradients(const Relation& r) {  // with contiguous 
 
 py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d,
                                  int64_t e, const std::string& dtype, int architecture, int multiprocessors,
-                                 int64_t shared_bytes, int64_t misalignment, bool sm90a, int64_t begin, int64_t end) {
-  const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
+                                 int64_t shared_bytes, int64_t misalignment, bool sm90a, int64_t begin, int64_t end,
+                                 bool masked, bool count, bool attention) {
+  const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment, masked, count);
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   cuda::PlainRelatePlan plan;
   const bool step = kind == "step", forward = step || kind == "attend";
@@ -60,6 +64,7 @@ py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, 
   py::dict found;
   const Text gradients = cuda::describe_gradients(nonlocal_gates_gradients(r), gpu);
   found["text"] = (forward ? std::string(cuda::describe_forward(r, step, gpu).c_str()) + "; " : "") + gradients.c_str();
+  found["said"] = cuda::explain_relate(nonlocal_gates_gradients(r), step, attention, gpu).c_str();
   found["resident"] = plan.resident;
   found["chunk"] = plan.chunk;
   found["slice"] = plan.slice;
@@ -106,11 +111,8 @@ py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, in
 
 std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, int64_t m, int64_t d, int64_t e,
                                                           const std::string& dtype, bool masked, bool count,
-                                                          std::optional<int> architecture) {
-  static const uint8_t some_mask = 1;
-  Relation r = relation_of(b, 1, n, m, d, e, dtype, 0);
-  r.count = count;
-  if (masked) r.mask = &some_mask;
+                                                          std::optional<int> architecture, int64_t misalignment) {
+  const Relation r = relation_of(b, 1, n, m, d, e, dtype, misalignment, masked, count);
   const char* why = architecture ? why_not_library_on_gpu(r, *architecture) : why_not_library_on_cpu(r);
   return why ? std::optional<std::string>(why) : std::nullopt;
 }
@@ -120,19 +122,22 @@ std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, 
 void bind_nonlocal_gates(py::module_& m) {
   m.def("nonlocal_gates_why_not_library", &nonlocal_gates_why_not_library, py::arg("b"), py::arg("n"), py::arg("m"),
         py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("masked") = false, py::arg("count") = false,
-        py::arg("architecture") = py::none(),
+        py::arg("architecture") = py::none(), py::arg("misalignment") = 0,
         "Why the forward pass of nonlocal_attention with query [b, n, d], key [b, m, d], value [b, m, e] is not left "
         "to PyTorch's scaled_dot_product_attention, or None where it is faster and taken. architecture: of a GPU; "
         "None: the CPU.");
-  m.def("nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"),
-        py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,
-        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
-        py::arg("sm90a") = true, py::arg("begin") = 0, py::arg("end") = 0,
-        "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. "
-        "kind: attend, step, query_gradient or key_gradient. sm90a: the library holds code for it. text: one sentence "
-        "(of a forward pass and its gradients two); then of the plain kernel resident, chunk, slice, splits, blocks, "
-        "shared_bytes, scratch_bytes (of the device's memory), and, for blocks [begin, end), what each owns: (problem, "
-        "first row, rows, split). misalignment: of the addresses, in bytes modulo 16.");
+  m.def(
+      "nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"),
+      py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,
+      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
+      py::arg("sm90a") = true, py::arg("begin") = 0, py::arg("end") = 0, py::arg("masked") = false,
+      py::arg("count") = false, py::arg("attention") = true,
+      "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. "
+      "kind: attend, step, query_gradient or key_gradient. sm90a: the library holds code for it. text: one sentence "
+      "(of a forward pass and its gradients two); said: the same with what is left to PyTorch, whose attention may be "
+      "switched off; then of the plain kernel resident, chunk, slice, splits, blocks, "
+      "shared_bytes, scratch_bytes (of the device's memory), and, for blocks [begin, end), what each owns: (problem, "
+      "first row, rows, split). misalignment: of the addresses, in bytes modulo 16.");
   m.def(
       "nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"),
       py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,

@@ -6,6 +6,7 @@
 
 #include "gpu.h"
 #include "nonlocal_gates.h"
+#include "nonlocal_gates_library.h"
 #include "text.h"
 
 namespace rcu_ops::cuda {
@@ -25,6 +26,7 @@ inline constexpr int plain_relate_pad = 4;            // numbers between the row
 // channels. Maps of its rows against all others stay in shared memory while it walks over the slices, or are made
 // again, `chunk` columns at a time, for every slice.
 struct PlainRelatePlan {
+  bool mends = false;  // results are there: only rows that begin with NaN are made again
   bool resident = true;
   int64_t chunk = 0;
   int64_t slice = 0;
@@ -125,11 +127,6 @@ struct TileRelatePlan {
   int64_t weights_at = 0, sums_at = 0, stages_at = 0, stage_bytes = 0, shared_bytes = 0;
 };
 
-inline bool in_words(const Rows& v, const Relation& r, int64_t rows) {  // whether 16-byte words can be copied
-  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && (r.B < 2 || v.batch % 8 == 0) &&
-         (r.G < 2 || v.gate % 8 == 0) && (rows < 2 || v.row % 8 == 0);
-}
-
 // step: the four gates of a sample are the block's relations.
 inline TileRelatePlan plan_tile_relate(const Relation& r, bool step, const Gpu& gpu) {
   TileRelatePlan plan;
@@ -221,7 +218,29 @@ inline TileGradientPlan plan_tile_gradient(const AttentionGrad& p, bool of_keys,
   return plan;
 }
 
-// The backward pass of Attention, and that of Step after its gates, in words.
+// ---- by a library's products ----------------------------------------------------------------------------------------
+
+// How many problems (samples and gates) are on their way at once, and the bytes of one of their maps: scores, then
+// weights, and of a backward pass a second one of the weights' gradients.
+struct ProductsPlan {
+  int64_t problems = 1, map_bytes = 0;
+};
+
+// Maps of a few tens of megabytes stay in the second-level cache. Eager PyTorch has two maps of all problems at once,
+// and three in its backward pass; half of these are here, where they are large enough to matter.
+inline ProductsPlan plan_products(const Relation& r, bool gradients) {
+  constexpr int64_t most = 16 << 20, small = 256 << 10;
+  const int64_t problems = r.B * r.G, one = r.N * r.M * element_size(r.dtype);
+  ProductsPlan plan;
+  plan.problems = one > 0 && most / one < problems ? (most > one ? most / one : 1) : problems;
+  const int64_t half = ceil_div(problems, 2);
+  if (gradients && problems * one > small && plan.problems > half) plan.problems = half;
+  if (plan.problems < 1) plan.problems = 1;
+  plan.map_bytes = round_up(plan.problems * one, 16);
+  return plan;
+}
+
+// The kernels of the backward pass of Attention, and of that of Step after its gates, in words.
 inline Text describe_gradients(const AttentionGrad& p, const Gpu& gpu) {
   const TileGradientPlan of_queries = plan_tile_gradient(p, false, gpu), of_keys = plan_tile_gradient(p, true, gpu);
   if (of_queries.why_not)
@@ -232,11 +251,27 @@ inline Text describe_gradients(const AttentionGrad& p, const Gpu& gpu) {
          " keys, on the matrix unit, weights computed again";
 }
 
-// The forward pass of Attention or Step, in words: the kernel that runs it and, where that is the plain one, why.
+// The kernels here of the forward pass of Attention or Step, in words: the one that runs it and, where that is the plain one, why.
 inline Text describe_forward(const Relation& r, bool step, const Gpu& gpu) {
   const TileRelatePlan tile = plan_tile_relate(r, step, gpu);
   if (!tile.why_not) return describe(tile);
   return describe(step ? plan_plain_step(r, gpu) : plan_plain_attend(r, gpu)) + " (" + tile.why_not + ")";
+}
+
+// The same with what is left to PyTorch. attention: whether its attention that would be taken is switched on.
+inline Text explain_relate(const AttentionGrad& p, bool step, bool attention, const Gpu& gpu) {
+  const Relation& r = p.relation;
+  const Way way = forward_way_on_gpu(r, step, gpu.architecture);
+  const auto maps = [&](bool gradients) {
+    return Text("PyTorch's batched products, which are faster here, ") + to_text(plan_products(r, gradients).problems) +
+           " maps of weights at a time";
+  };
+  Text said = describe_forward(r, step, gpu);
+  if (way == Way::products) said = maps(false);
+  if (way == Way::attention && attention) said = "PyTorch's scaled_dot_product_attention, which is faster here";
+  if (step && (way == Way::products || (way == Way::attention && attention))) said = said + ", then the cell update";
+  return said + "; " +
+         (why_not_gradient_products_on_gpu(r) ? describe_gradients(p, gpu) : "gradients by " + maps(true));
 }
 
 }  // namespace rcu_ops::cuda

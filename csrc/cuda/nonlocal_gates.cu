@@ -8,6 +8,7 @@
 #include "cuda/device/launch.h"
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
+#include "cuda/device/shuffle.h"
 #include "cuda/nonlocal_gates_forward.h"
 #include "cuda/nonlocal_gates_tile.h"
 
@@ -21,7 +22,8 @@ namespace {
 
 constexpr int R = plain_relate_rows, threads = plain_relate_threads, warps = plain_relate_warps;
 constexpr int tile_columns = plain_relate_columns, depth = plain_relate_depth;
-constexpr int L = 4;  // a thread adds up L rows x 2 columns of scores, or L rows x J channels of results
+constexpr int terms = 8;  // that are added up one after the other before their sum is added to others
+constexpr int L = 4;      // a thread adds up L rows x 2 columns of scores, or L rows x J channels of results
 
 template <typename S>
 struct alignas(16) Lanes {
@@ -41,8 +43,8 @@ __device__ __forceinline__ Matrix rows_at(const Rows& rows, int64_t b, int64_t g
 }
 
 // map[column][row] = left_row . right_column over `channels` numbers; rows beyond the last are zero. All threads;
-// begins and ends with a barrier. Sums of `depth` terms, then of these: one long sum would round more than a library's
-// product does.
+// begins and ends with a barrier. Sums of `terms` terms, then of these within a stage, then of stages: one long sum, or
+// one of a whole stage, would round more than a library's product does.
 template <typename S>
 __device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64_t columns, int64_t channels, S* stage,
                          S* map) {
@@ -69,15 +71,23 @@ __device__ void products(DType dtype, Matrix left, int rows, Matrix right, int64
       });
       block_barrier();
       S sum[2][L] = {};
-#pragma unroll 4
-      for (int i = 0; i < depth; ++i) {
-        const Lanes<S> x = *reinterpret_cast<const Lanes<S>*>(a + i * left_pitch + my_row);
+#pragma unroll 2
+      for (int i0 = 0; i0 < depth; i0 += terms) {
+        S part[2][L] = {};
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const S y = b[i * right_pitch + my_column + n];
+        for (int i = i0; i < i0 + terms; ++i) {
+          const Lanes<S> x = *reinterpret_cast<const Lanes<S>*>(a + i * left_pitch + my_row);
 #pragma unroll
-          for (int m = 0; m < L; ++m) sum[n][m] = fma(x.v[m], y, sum[n][m]);
+          for (int n = 0; n < 2; ++n) {
+            const S y = b[i * right_pitch + my_column + n];
+#pragma unroll
+            for (int m = 0; m < L; ++m) part[n][m] = fma(x.v[m], y, part[n][m]);
+          }
         }
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int m = 0; m < L; ++m) sum[n][m] += part[n][m];
       }
 #pragma unroll
       for (int n = 0; n < 2; ++n)
@@ -118,15 +128,23 @@ __device__ void sums(DType dtype, const S* map, int64_t columns, Matrix right, i
     });
     block_barrier();
     S sum[L][J] = {};
-#pragma unroll 2
-    for (int c = 0; c < count; ++c) {
-      const Lanes<S> w = *reinterpret_cast<const Lanes<S>*>(map + (c0 + c) * R + my_row);
+    for (int begin = 0; begin < count; begin += terms) {
+      const int end = begin + terms < count ? begin + terms : count;
+      S part[L][J] = {};
+#pragma unroll 1
+      for (int c = begin; c < end; ++c) {
+        const Lanes<S> w = *reinterpret_cast<const Lanes<S>*>(map + (c0 + c) * R + my_row);
 #pragma unroll
-      for (int j = 0; j < J; ++j) {
-        const S x = stage[c * slice_width + lane + 32 * j];
+        for (int j = 0; j < J; ++j) {
+          const S x = stage[c * slice_width + lane + 32 * j];
 #pragma unroll
-        for (int i = 0; i < L; ++i) sum[i][j] = fma(w.v[i], x, sum[i][j]);
+          for (int i = 0; i < L; ++i) part[i][j] = fma(w.v[i], x, part[i][j]);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < L; ++i)
+#pragma unroll
+        for (int j = 0; j < J; ++j) sum[i][j] += part[i][j];
     }
 #pragma unroll
     for (int i = 0; i < L; ++i)
@@ -238,6 +256,20 @@ __device__ __forceinline__ S score_gradient(const Relation& r, const Query<S>& q
   return r.count ? (sees ? scale * product / query.sum : S(0)) : scale * (weight * (product - query.delta));
 }
 
+// Whether a block may leave its rows as they are: where a plan mends, results are there, and only those of dead queries,
+// or that a dead query reached, have to be made again. They are NaN from the first number of a block's first slice on,
+// which no other block writes. All threads get the same answer, before the block's first barrier, whose writes come
+// after it.
+__device__ __forceinline__ bool is_sound(const PlainRelatePlan& plan, DType dtype, const Rows& result, int64_t b,
+                                         int64_t g, const PlainRelatePlace& at, int64_t channel, int64_t channels) {
+  if (!plan.mends) return false;
+  const int lane = threadIdx.x % 32;
+  float first = 0;
+  if (lane < at.rows && channel < channels)
+    first = load_number(result.data, dtype, rows_at(result, b, g).from(at.row0 + lane).first + channel);
+  return ballot(first != first) == 0;
+}
+
 // ---- forward, and the gates' part of the step's backward pass -------------------------------------------------------
 
 // out = w value (common/nonlocal_gates.h), any dtype.
@@ -248,8 +280,8 @@ __device__ __forceinline__ S score_gradient(const Relation& r, const Query<S>& q
 //           update takes them.
 // Memory.   Shared memory as in PlainRelatePlan: a stage, the statistics of the rows, the results of a slice, and a map
 //           per gate (resident) or one for `chunk` keys, made again for every slice. No map ever leaves the block.
-// Order.    Scores: 32 terms, then sums of these; statistics: keys modulo 8, then the warps, then chunks; results: 32
-//           keys, then sums of these. No atomics. All of it depends on shapes (and, beyond what fits, the size of
+// Order.    Scores: 8 terms, then sums of 32, then of these; statistics: keys modulo 8, then the warps, then chunks;
+//           results: 8 keys, then sums of 32, then of these. No atomics. All of it depends on shapes (and, beyond what fits, the size of
 //           shared memory) alone.
 // Output.   Every element has one writer; dead queries get zeros whatever the values are.
 // Bound.    Arithmetic: 2 M (D splits + E) FLOP per query and gate on the FMA units, from shared memory: 3 reads for 8
@@ -263,6 +295,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
   const PlainRelatePlace at = place_of(plan, blockIdx.x, r.N);
   const int64_t problem_gates = p.gates == 1 ? r.G : 1, b = at.problem / problem_gates,
                 gate0 = at.problem % problem_gates;
+  if (is_sound(plan, r.dtype, p.out, b, gate0, at, at.split * width, r.E)) return;
   S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *peaks = memory + warps * R;
   S *totals = peaks + 4 * R, *results = dynamic_shared<S>(plan.results_at);  // [gate][row][channel]
   const Visible visible = visible_from(r, b, at.row0 + lane);
@@ -335,6 +368,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const PlainRelatePlace at = place_of(plan, blockIdx.x, r.N);
   const int64_t b = at.problem / r.G, g = at.problem % r.G;
+  if (is_sound(plan, r.dtype, p.dquery, b, g, at, at.split * gradient_width, r.D)) return;
   S *stage = dynamic_shared<S>(), *memory = dynamic_shared<S>(plan.numbers_at), *totals = memory + warps * R;
   S *weights = dynamic_shared<S>(plan.maps_at), *gradients = dynamic_shared<S>(plan.maps_at + plan.map_bytes);
   const Visible visible = visible_from(r, b, at.row0 + lane);
@@ -403,6 +437,10 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 8 ? 1 : 2)
   const S *peaks = queries + at.problem * r.N, *totals = peaks + all, *deltas = totals + all;
   const int64_t key_slices = (r.D + gradient_width - 1) / gradient_width;
   const int64_t slices = key_slices + (r.E + gradient_width - 1) / gradient_width;
+  const bool key_first = at.split < key_slices;
+  if (is_sound(plan, r.dtype, key_first ? p.dkey : p.dvalue, b, g, at,
+               (key_first ? at.split : at.split - key_slices) * gradient_width, key_first ? r.D : r.E))
+    return;
   for (int64_t slice = at.split; slice < slices; slice += plan.splits) {
     const bool of_key = slice < key_slices;
     const int64_t channel0 = (of_key ? slice : slice - key_slices) * gradient_width, channels = of_key ? r.D : r.E;
@@ -464,6 +502,18 @@ Error launch_forward(const Forward& p, Stream stream, RelateKernel kernel) {
 }
 
 template <typename S>
+Error launch_plain_gradients(const AttentionGrad& p, S* queries, bool mends, const Gpu& gpu, Stream stream) {
+  PlainRelatePlan of_queries = plan_plain_query_gradient(p.relation, gpu),
+                  of_keys = plan_plain_key_gradient(p.relation, gpu);
+  of_queries.mends = of_keys.mends = mends;
+  if (Error error =
+          launch_plain("nonlocal_gates plain_query_gradient", plain_query_gradient<S>, p, of_queries, stream, queries);
+      !error.empty())
+    return error;
+  return launch_plain("nonlocal_gates plain_key_gradient", plain_key_gradient<S>, p, of_keys, stream, queries);
+}
+
+template <typename S>
 Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream, RelateKernel kernel) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
@@ -472,12 +522,7 @@ Error launch_gradients(const AttentionGrad& p, S* queries, Stream stream, Relate
       const TileGradientPlan of_queries = plan_tile_gradient(p, false, gpu), of_keys = plan_tile_gradient(p, true, gpu);
       if (!of_queries.why_not) return launch_tile_gradients(p, of_queries, of_keys, queries, stream);
     }
-  if (Error error = launch_plain("nonlocal_gates plain_query_gradient", plain_query_gradient<S>, p,
-                                 plan_plain_query_gradient(p.relation, gpu), stream, queries);
-      !error.empty())
-    return error;
-  return launch_plain("nonlocal_gates plain_key_gradient", plain_key_gradient<S>, p,
-                      plan_plain_key_gradient(p.relation, gpu), stream, queries);
+  return launch_plain_gradients(p, queries, false, gpu, stream);
 }
 
 }  // namespace
@@ -494,9 +539,23 @@ Text describe_relate(const AttentionGrad& p) {
   return describe_gradients(p, gpu);
 }
 
-bool library_is_faster(const Relation& r) {
+Way forward_way(const Relation& r, bool step) {
   Gpu gpu;
-  return current_gpu(gpu).empty() && !why_not_library_on_gpu(r, gpu.architecture);
+  return current_gpu(gpu).empty() ? forward_way_on_gpu(r, step, gpu.architecture) : Way::kernels;
+}
+
+Text mend(const Attention& p, Stream stream) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  PlainRelatePlan plan = plan_plain_attend(p.relation, gpu);
+  plan.mends = true;
+  return launch_plain("nonlocal_gates plain_relate", plain_relate<float>, forward_of(p), plan, stream);
+}
+
+Text mend(const AttentionGrad& p, void* scratch, Stream stream) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  return launch_plain_gradients(p, static_cast<float*>(scratch), true, gpu, stream);
 }
 
 Scratch scratch_of(const Attention& p) { return {forward_scratch_bytes(p.relation), {}}; }
@@ -505,16 +564,11 @@ Scratch scratch_of(const AttentionGrad& p) { return {gradient_scratch_bytes(p.re
 Scratch scratch_of(const StepGrad& p) { return {gradient_scratch_bytes(p.relation), {}}; }
 
 Text relate(const Attention& p, void*, Stream stream, RelateKernel kernel) {
-  Forward f;
-  f.relation = p.relation, f.out = p.out;
-  return launch_forward(f, stream, kernel);
+  return launch_forward(forward_of(p), stream, kernel);
 }
 
 Text relate(const Step& p, void*, Stream stream, RelateKernel kernel) {
-  Forward f;
-  f.relation = p.relation, f.gates = 4;
-  f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state, f.h = p.h, f.c = p.c;
-  return launch_forward(f, stream, kernel);
+  return launch_forward(forward_of(p), stream, kernel);
 }
 
 Text relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel kernel) {
@@ -523,11 +577,7 @@ Text relate(const AttentionGrad& p, void* scratch, Stream stream, RelateKernel k
 }
 
 Text relate(const StepGrad& p, void* scratch, Stream stream, RelateKernel kernel) {
-  Forward f;
-  f.relation = p.relation, f.gates = 4;
-  f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state;
-  f.grad_h = p.grad_h, f.grad_c = p.grad_c, f.dx_gates = p.dx_gates, f.dcell = p.dcell;
-  if (Error error = launch_forward(f, stream, kernel); !error.empty()) return error;
+  if (Error error = launch_forward(forward_of(p), stream, kernel); !error.empty()) return error;
   return relate(AttentionGrad{p.relation, p.dx_gates, p.dquery, p.dkey, p.dvalue}, scratch, stream, kernel);
 }
 

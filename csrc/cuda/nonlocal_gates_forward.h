@@ -17,6 +17,25 @@ struct Forward {
   bool cell_is_state = false;
 };
 
+inline Forward forward_of(const Attention& p) {
+  Forward f;
+  f.relation = p.relation, f.out = p.out;
+  return f;
+}
+inline Forward forward_of(const Step& p) {
+  Forward f;
+  f.relation = p.relation, f.gates = 4;
+  f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state, f.h = p.h, f.c = p.c;
+  return f;
+}
+inline Forward forward_of(const StepGrad& p) {
+  Forward f;
+  f.relation = p.relation, f.gates = 4;
+  f.x_gates = p.x_gates, f.cell = p.cell, f.cell_is_state = p.cell_is_state;
+  f.grad_h = p.grad_h, f.grad_c = p.grad_c, f.dx_gates = p.dx_gates, f.dcell = p.dcell;
+  return f;
+}
+
 // Calls function(T()) with the type of `dtype`, which is double where S is, and float, bf16 or half where S is float.
 template <typename S, typename Function>
 __device__ __forceinline__ void with_numbers(DType dtype, Function function) {
@@ -35,7 +54,29 @@ __device__ __forceinline__ S sigmoid(S x) {
   return 1 / (1 + exp(-x));
 }
 
-// One element of a step, or of its backward pass, from the relations of its four gates.
+// One element of a step: a, its gates before their nonlinearities, and the cell before it.
+template <typename S>
+struct Cell {
+  S gate[4], before, after, squashed;
+  __device__ __forceinline__ Cell(const S (&a)[4], S cell) : before(cell) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) gate[i] = i < 3 ? sigmoid(a[i]) : tanh(a[i]);
+    after = gate[1] * before + gate[0] * gate[3];
+    squashed = tanh(after);
+  }
+  __device__ __forceinline__ S h() const { return gate[2] * squashed; }
+  // da, and returns the gradient of `before`; from those of h and `after`.
+  __device__ __forceinline__ S gradients(S dh, S dafter, S (&da)[4]) const {
+    const S dc = dh * gate[2] * (1 - squashed * squashed) + dafter;
+    da[0] = dc * gate[3] * gate[0] * (1 - gate[0]);
+    da[1] = dc * before * gate[1] * (1 - gate[1]);
+    da[2] = dh * squashed * gate[2] * (1 - gate[2]);
+    da[3] = dc * gate[0] * (1 - gate[3] * gate[3]);
+    return dc * gate[1];
+  }
+};
+
+// The same in memory, from the relations of its four gates: a step, or its backward pass.
 template <typename S>
 __device__ __forceinline__ void update_cell(const Forward& p, int64_t b, int64_t n, int64_t channel,
                                             const S (&relation)[4]) {
@@ -44,26 +85,21 @@ __device__ __forceinline__ void update_cell(const Forward& p, int64_t b, int64_t
   const auto place = [&](const Rows& rows) { return b * rows.batch + n * rows.row + channel; };
   S a[4];
 #pragma unroll
-  for (int gate = 0; gate < 4; ++gate) {
+  for (int gate = 0; gate < 4; ++gate)
     a[gate] = relation[gate] + load_number<S>(p.x_gates.data, dtype, place(p.x_gates) + gate * p.x_gates.gate);
-    a[gate] = gate < 3 ? sigmoid(a[gate]) : tanh(a[gate]);
-  }
-  const S before = load_number<S>(p.cell.data, cell, place(p.cell)), after = a[1] * before + a[0] * a[3],
-          squashed = tanh(after);
+  const Cell<S> at(a, load_number<S>(p.cell.data, cell, place(p.cell)));
   if (!p.dx_gates.data) {
-    store_number<S>(p.c.data, state, place(p.c), after);
-    store_number<S>(p.h.data, dtype, place(p.h), a[2] * squashed);
+    store_number<S>(p.c.data, state, place(p.c), at.after);
+    store_number<S>(p.h.data, dtype, place(p.h), at.h());
     return;
   }
-  const S dh = p.grad_h.data ? load_number<S>(p.grad_h.data, dtype, place(p.grad_h)) : S(0);
-  S dc = dh * a[2] * (1 - squashed * squashed);
-  if (p.grad_c.data) dc += load_number<S>(p.grad_c.data, state, place(p.grad_c));
-  const S da[4] = {dc * a[3] * a[0] * (1 - a[0]), dc * before * a[1] * (1 - a[1]), dh * squashed * a[2] * (1 - a[2]),
-                   dc * a[0] * (1 - a[3] * a[3])};
+  S da[4];
+  const S dcell = at.gradients(p.grad_h.data ? load_number<S>(p.grad_h.data, dtype, place(p.grad_h)) : S(0),
+                               p.grad_c.data ? load_number<S>(p.grad_c.data, state, place(p.grad_c)) : S(0), da);
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate)
     store_number<S>(p.dx_gates.data, dtype, place(p.dx_gates) + gate * p.dx_gates.gate, da[gate]);
-  store_number<S>(p.dcell.data, cell, place(p.dcell), dc * a[1]);
+  store_number<S>(p.dcell.data, cell, place(p.dcell), dcell);
 }
 
 }  // namespace rcu_ops::cuda

@@ -19,6 +19,9 @@ from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 NORMALIZERS = ("softmax", "count")
 
+#: The widest heads of PyTorch's flash attention; ``narrow_head`` in csrc/common/nonlocal_gates_library.h.
+NARROW = 256
+
 
 def nonlocal_attention(
     query: Tensor,
@@ -426,6 +429,23 @@ def _differentiable(
     return call
 
 
+def _misalignment(*tensors: Tensor) -> int:
+    """What keeps rows from lying at multiples of 16 bytes: bits of addresses and strides, 0 where nothing does."""
+    found = 0
+    for tensor in tensors:
+        found |= tensor.data_ptr() % 16
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            found |= (stride * tensor.element_size()) % 16 if size > 1 else 0
+    return found
+
+
+def _attention_is_on(query: Tensor) -> bool:
+    """Whether the kernel of PyTorch's attention that would be taken is switched on: the wide heads' or flash's."""
+    if query.device.type == "cuda" and query.shape[-1] > NARROW:
+        return torch.backends.cuda.mem_efficient_sdp_enabled()
+    return torch.backends.cuda.flash_sdp_enabled()  # one switch for all devices
+
+
 def _why_not_library(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
 ) -> str | None:
@@ -433,14 +453,19 @@ def _why_not_library(
     native = _library.native()
     if native is None:
         return _planner.NO_WORDS
-    if not torch.backends.cuda.flash_sdp_enabled():  # one switch for all devices
-        return "its flash attention is switched off"
-    architecture = _planner.gpu_limits(query.device)["architecture"] if query.device.type == "cuda" else None
+    if not _attention_is_on(query):
+        return (
+            "its attention for wide heads is switched off"
+            if query.shape[-1] > NARROW
+            else ("its flash attention is switched off")
+        )
+    cuda = query.device.type == "cuda"
     (b, n, d), (m, e) = query.shape, value.shape[1:]
-    dtype = str(query.dtype).removeprefix("torch.")
     why_not: str | None = native.nonlocal_gates_why_not_library(
-        b, n, m, d, e, dtype, mask is not None, count, architecture
-    )
+        b, n, m, d, e, str(query.dtype).removeprefix("torch."), mask is not None, count,
+        _planner.gpu_limits(query.device)["architecture"] if cuda else None,
+        _misalignment(query, key, value) if cuda and d > NARROW else 0,
+    )  # fmt: skip
     return why_not
 
 
@@ -464,8 +489,8 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
 def _triton_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
 ) -> Tensor:
-    """The Triton kernel, or PyTorch's attention (which gives dead queries zeros on a GPU) where that is faster."""
-    if _why_not_library(query, key, value, mask, scale, count) is None:
+    """The Triton kernel, or PyTorch's flash attention where that is faster; dead queries get zeros from either."""
+    if query.shape[-1] <= NARROW and _why_not_library(query, key, value, mask, scale, count) is None:
         heads = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # no other kernel of the library's is faster
             out = torch.nn.functional.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
@@ -509,23 +534,27 @@ def _why_not_triton(operator: str) -> Callable[..., str | None]:
     return why_not
 
 
-def _cuda_plan(kind: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+def _cuda_plan(
+    kind: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float = 1.0,
+    count: bool = False,
+) -> str:  # fmt: skip
     native = _library.native()
     if native is None:
         return _planner.NO_WORDS
     b, *gates, n, d = query.shape
-    misalignment = 0
-    for tensor in (query, key, value):
-        misalignment |= tensor.data_ptr() % 16
-        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
-            misalignment |= (stride * tensor.element_size()) % 16 if size > 1 else 0
-    return native.nonlocal_gates_gpu_plan(
+    said: str = native.nonlocal_gates_gpu_plan(
         kind, b, *(gates or [1]), n, key.shape[-2], d, value.shape[-1],
         str(query.dtype).removeprefix("torch."),
         **_planner.gpu_limits(query.device),
-        misalignment=misalignment,
+        misalignment=_misalignment(query, key, value),
         sm90a=_planner.holds_sm90a(),
-    )["text"]  # fmt: skip
+        masked=mask is not None,
+        count=count,
+        attention=_attention_is_on(query),
+    )["said"]  # fmt: skip
+    if kind == "step" or (why_not := _why_not_library(query, key, value, mask, scale, count)) is None:
+        return said
+    return f"{said}; not PyTorch's attention: {why_not}"
 
 
 def _triton_plan(query: Tensor, key: Tensor, *_: Any) -> str:
@@ -556,14 +585,16 @@ ATTENTION = register(
                 "cuda",
                 _BINARY.attention,
                 _predicates.why_not_cuda("nonlocal_attention", "nonlocal_gates"),
-                lambda *a: _attention_plan(*a, kernels=_cuda_plan("attend", *a[:3])),
+                lambda *a: _cuda_plan("attend", *a),
                 _evidence.experimental("nonlocal_gates"),
             ),
             Backend(
                 "triton",
                 _TRITON.attention,
                 _why_not_triton("nonlocal_attention"),
-                lambda *a: _attention_plan(*a, kernels=_triton_plan(*a)),
+                lambda *a: (
+                    _triton_plan(*a) if a[0].shape[-1] > NARROW else _attention_plan(*a, kernels=_triton_plan(*a))
+                ),
             ),
             Backend(
                 "cpu",
@@ -649,6 +680,6 @@ def _selftest_step(device: torch.device, dtype: torch.dtype) -> Iterator[_selfte
         yield _selftest_case(name, "relational_lstm_step_triton", arguments, (), reference.relational_lstm_step)
 
 
-_SOURCES = (Path(__file__), _triton.source_directory() / "nonlocal_gates.py")
+_SOURCES = (Path(__file__), *(_triton.source_directory() / f"{name}.py" for name in ("nonlocal_gates", "products")))
 _selftest.register(_selftest.SelfTest("nonlocal_attention/triton", _selftest_attention, _SOURCES))
 _selftest.register(_selftest.SelfTest("relational_lstm_step/triton", _selftest_step, _SOURCES))

@@ -238,6 +238,7 @@ class Machine:
         device: limits of the pretended GPU (shared_bytes, multiprocessors, clusters, architecture) and ``resident``
             blocks.
         plain, hopper: run scans on the plain or the sm_90a kernel whatever the planner prefers.
+        products: run relations by a library's products (1), or mend what is there (2).
         plan: how the last scan ran, in the planner's words.
     """
 
@@ -247,6 +248,7 @@ class Machine:
     device: dict[str, int] = dataclasses.field(default_factory=dict)
     plain: bool = False
     hopper: bool = False
+    products: int = 0
     plan: str = ""
 
     def run(self, fields: dict[str, object], storages: Iterable[Tensor]) -> None:

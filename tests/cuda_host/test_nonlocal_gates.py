@@ -26,7 +26,7 @@ def _rows(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 def _sizes(machine: Machine, query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
     b, g = query.shape[:2] if query.dim() == 4 else (query.shape[0], 1)
     sizes = {"B": b, "G": g, "N": query.shape[-2], "M": key.shape[-2], "D": query.shape[-1], "E": value.shape[-1]}
-    return {**sizes, "dtype": DTYPES.index(query.dtype), "plain": int(machine.plain)}
+    return {**sizes, "dtype": DTYPES.index(query.dtype), "plain": int(machine.plain), "products": machine.products}
 
 
 def attention(machine: Machine, query, key, value, *, mask=None, scale=1.0, normalize="softmax") -> Tensor:
@@ -284,9 +284,79 @@ def test_empty_sizes(machine, shape, normalize) -> None:
         torch.testing.assert_close(g, w.float())
 
 
+# ---- by a library's products: the kernels between them, and those that mend after them -------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_by_products(machine, dtype, seed) -> None:
+    machine.seed, machine.products = seed, 1
+    for shape, masked, normalize in (
+        ((3, 5, 7, 9, 12), False, "softmax"),
+        ((2, 37, 45, 20, 136), True, "softmax"),  # the first query of a sample sees nothing: it is mended
+        ((2, 10, 33, 8, 7), True, "count"),
+        ((1, 9, 6, 5, 8), False, "count"),
+    ):
+        mask = random_mask(*shape[:3]) if masked else None
+        check_attention(machine, shape, dtype, mask=mask, scale=1.3, normalize=normalize)
+    check_attention(machine, (2, 6, 9, 10, 12), dtype, "every_other_row")
+    check_step(machine, (2, 9, 24, 132), dtype)
+    check_step(machine, (1, 12, 8, 30), dtype, (True, False), False)
+    check_step(machine, (2, 5, 8, 516), dtype, (False, True), False)
+
+
+def test_gates_that_share_keys_by_products(machine) -> None:
+    """An expanded key lies in no row with the samples: one product per gate."""
+    machine.products = 1
+    arguments = step_inputs((2, 6, 8, 16))
+    arguments[2] = arguments[2][:, :1].expand(-1, 4, -1, -1)
+    for values in zip(step(machine, *arguments), exact.step(*arguments), eager_step(*arguments), "hc", strict=True):
+        assert_close_to_reference(*values)
+
+
+def test_maps_of_many_problems_are_made_in_parts(machine) -> None:
+    """Gradients take half of the problems at a time where that is much memory."""
+    machine.products = 1
+    check_attention(machine, (5, 150, 130, 4, 8), torch.float32)
+
+
+def test_dead_queries_by_products_reach_nobody(machine) -> None:
+    machine.products = 1
+    query, key, value = inputs((2, 34, 20, 8, 9))
+    query[0, 33], key = -torch.inf, key.abs() + 0.1  # all its scores are -inf
+    query[0, 2] *= 1e4
+    grad = torch.randn(2, 34, 9)
+    grad[0, 33] = torch.nan
+    out, results = attention(machine, query, key, value), attention_gradients(machine, grad, query, key, value)
+    assert torch.equal(out[0, 33], torch.zeros(9)) and torch.equal(results[0][0, 33], torch.zeros(8))
+    for sample, rows in ((0, slice(0, 33)), (1, slice(None))):
+        alive = query[sample, rows][None], key[sample][None], value[sample][None]
+        g = grad[sample, rows][None]
+        found = out[sample, rows], results[0][sample, rows], results[1][sample], results[2][sample]
+        want = exact.attention(*alive), *exact.attention_gradients(g, *alive)
+        rough = eager(*alive), *gradients(eager, alive, [g])
+        for got, w, e in zip(found, want, rough, strict=True):
+            assert_close_to_reference(got[None], w, e)
+
+
+def test_mending_changes_nothing_but_rows_that_begin_with_nan(machine) -> None:
+    query, key, value = inputs((2, 40, 9, 8, 150), torch.float32)
+    want = attention(machine, query, key, value)
+    broken = torch.full_like(want, 3.0)
+    broken[1, 35] = torch.nan
+    machine.products = 2  # mends what is there
+    tensors = {"query": query, "key": key, "value": value, "out": broken}
+    machine.call("attend", _rows(tensors), **_sizes(machine, query, key, value), scale=1.0, count=0)
+    assert torch.equal(broken[1, 32:], want[1, 32:])  # a block's rows
+    assert (broken[0] == 3).all() and (broken[1, :32] == 3).all()
+
+
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers(machine_with, sanitizer, seed) -> None:
     machine = machine_with(sanitizer, seed=seed)
+    machine.products = 1
+    check_attention(machine, (2, 5, 40, 9, 12), torch.bfloat16, mask=random_mask(2, 5, 40))
+    check_step(machine, (1, 6, 8, 36), torch.float32, wide=False)
+    machine.products = 0
     check_attention(machine, (1, 5, 70, 33, 36), torch.bfloat16, "every_other_row", mask=random_mask(1, 5, 70))
     check_step(machine, (1, 35, 40, 20), torch.float32, wide=False)
     machine.device = {"shared_bytes": 42 * 1024}
@@ -301,7 +371,7 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
 
 def test_too_many_rows_are_refused(machine) -> None:
     one = torch.zeros(1, 1, 1, 1)
-    sizes = {"B": 2**33, "G": 1, "N": 1, "M": 1, "D": 1, "E": 1, "dtype": 1, "plain": 0}
+    sizes = {"B": 2**33, "G": 1, "N": 1, "M": 1, "D": 1, "E": 1, "dtype": 1, "plain": 0, "products": 0}
     tensors = dict.fromkeys(("query", "key", "value"), one) | {"out": one.clone()}
     with pytest.raises(LaunchError, match="too many rows"):
         machine.call("attend", tensors, **sizes, scale=1.0, count=0)

@@ -389,6 +389,8 @@ RELATIONS = {
     "few channels": (3, 49, 49, 64, 64),
     "odd": (3, 37, 21, 33, 70),
     "many keys": (1, 40, 2100, 24, 40),
+    "wide heads": (2, 49, 49, 512, 512),
+    "wide heads, more positions": (1, 100, 100, 264, 264),
 }
 
 

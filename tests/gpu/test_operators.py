@@ -210,6 +210,29 @@ def test_on_the_second_device(problem, backend) -> None:
     assert same(here, tuple(value.to("cuda:0") for value in there))
 
 
+# ---- what the library leaves of dead queries -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dead_queries_of_wide_heads(dtype) -> None:
+    """The library's attention and products may make NaN of them, and of all that they reach: it is made again."""
+    query, key, value, grad = ((torch.randn(2, 100, 512) * 0.2).to("cuda", dtype) for _ in range(4))
+    query[0, 70], key = -torch.inf, key.abs() + 0.1
+
+    def run(function, kind: torch.dtype) -> Outputs:
+        leaves = [t.to(kind).requires_grad_() for t in (query, key, value)]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(kind))
+
+    with rcu_ops.use_backend("cuda"):
+        got = run(rcu_ops.nonlocal_attention, dtype)
+    assert not got[0][0, 70].any() and not got[1][0, 70].any()
+    exact = run(rcu_ops.reference.nonlocal_attention, torch.float64)
+    eager = run(lambda *t: rcu_ops.reference.nonlocal_attention(*t, state_dtype=dtype), dtype)
+    for index, (g, e, r) in enumerate(zip(got, exact, eager, strict=True)):
+        assert_close_to_reference(g, e, r, f"output {index}")
+
+
 # ---- more than 2^31 elements ---------------------------------------------------------------------------------------
 
 LARGE = [((9, 64, 64, 256, 256), torch.contiguous_format), ((9, 64, 64, 256, 256), torch.channels_last_3d)]

@@ -65,6 +65,9 @@ REGISTERS = {
     "plain_relate<double>": 255,  # 1 block of 256
     "plain_query_gradient<double>": 255,
     "plain_key_gradient<double>": 255,
+    "map_weights": 64,  # bound by memory: 4 blocks of 256
+    "map_gradients": 64,
+    "update_cells": 128,  # 4 blocks of 128, all of whose numbers are on their way at once
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
 # Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h). From sm_90 on the

@@ -138,17 +138,40 @@ def test_when_the_librarys_attention_is_taken() -> None:
     ):
         sizes = {"b": 2, "n": 800, "m": 800, "d": 128, "e": 128, "dtype": "float32"} | changed
         assert why in why_not(**sizes)
-    assert why_not(96, 49, 49, 256, 256, "bfloat16", architecture=80) is None
+    for width in (256, 1024):
+        assert why_not(96, 49, 49, width, width, "bfloat16", architecture=80) is None
     for changed, why in (
-        ({"d": 264, "e": 264}, "up to 256 channels, and the memory-efficient one was not measured"),
-        ({"d": 36, "e": 36}, "in eights"),
-        ({"dtype": "float32"}, "16-bit"),
+        ({"d": 264, "e": 264, "misalignment": 2}, "aligned"),
+        ({"d": 36, "e": 36}, "whole eights"),
+        ({"b": 65536}, "too many samples"),
+        ({"dtype": "float32"}, "dtype"),
         ({"masked": True}, "masks"),
         ({"architecture": 75}, "sm_80"),
         ({"m": 0}, "nothing"),
     ):
         sizes = {"b": 2, "n": 40, "m": 40, "d": 128, "e": 128, "dtype": "float16", "architecture": 90} | changed
         assert why in why_not(**sizes)
+
+
+def test_who_runs_wide_heads() -> None:
+    def said(kind: str, dtype: str, b: int = 24, p: int = 49, d: int = 1024, **more: object) -> str:
+        return str(native.nonlocal_gates_gpu_plan(kind, b, 4, p, p, d, d, dtype, **GPUS[2], **more)["said"])
+
+    attention, products, tiles = "PyTorch's scaled_dot_product_attention", "PyTorch's batched products", "matrix unit"
+    for kind, then in (("attend", ""), ("step", ", then the cell update")):
+        forward, _, gradients = said(kind, "bfloat16").partition("; ")
+        assert forward == f"{attention}, which is faster here{then}" and tiles in gradients
+        assert said(kind, "bfloat16", attention=False).startswith("clusters of 4")
+        assert said(kind, "bfloat16", masked=True).startswith("clusters of 4")
+        assert said(kind, "bfloat16", p=784, masked=True).startswith(products)
+        assert f"gradients by {products}" in said(kind, "bfloat16", p=196, d=512)
+        assert "gradients by" not in said(kind, "float16", p=196, d=512)
+        forward, _, gradients = said(kind, "float32").partition("; ")
+        assert forward.startswith(products) and forward.endswith(f"96 maps of weights at a time{then}")
+        assert gradients.startswith(f"gradients by {products}") and "48 maps" in gradients
+        assert said(kind, "float32", d=64).startswith("plain: ")
+    assert said("step", "bfloat16", d=256).startswith("clusters of 4")  # not measured
+    assert said("attend", "bfloat16", d=256).startswith(attention)
 
 
 def test_names_are_checked() -> None:
