@@ -9,10 +9,13 @@ this module's output::
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
-from rcu_ops.ops import _registry
+import torch
+
+from rcu_ops.ops import _registry, _selftest
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 """By a variant's name its ``__global__`` functions: a file is evidence for it when tests that passed launched each."""
 
+MEASURED_ON = {"nvidia-h200": (9, 0)}
+"""By folder of evidence the compute capability of its GPU."""
+
 #: RCU_OPS_EXPERIMENTAL=1 when the package was imported.
 EXPERIMENTAL = os.environ.get("RCU_OPS_EXPERIMENTAL") == "1"
 
@@ -107,15 +113,44 @@ def experimental(operator: str) -> tuple[str, ...]:
     return tuple(v.name for v in unverified(operator))
 
 
-def why_not(operator: str) -> str | None:
-    """Why the operator's CUDA kernels are not taken without being asked for, or None when they may be."""
-    names = experimental(operator)
-    if not names or EXPERIMENTAL or _registry.current_backend() == "cuda":
+def why_not(
+    operator: str, device: torch.device | None = None, dtype: torch.dtype | None = None, test: str | None = None
+) -> str | None:
+    """Why the operator's CUDA kernels are not taken without being asked for, or None when they may be.
+
+    Args:
+        operator: the family, as in :data:`VARIANTS`.
+        device, dtype: of the tensors. Where the evidence comes from another architecture, the kernels have to pass
+            their self-test there first. None: any.
+        test: the self-test's name, without its backend, where that is not the family's.
+    """
+    if EXPERIMENTAL or _registry.current_backend() == "cuda":
         return None
-    return (
-        f"no run on a GPU has been recorded for {', '.join(names)}: RCU_OPS_EXPERIMENTAL=1 in the environment or "
-        'use_backend("cuda") takes the kernels all the same'
-    )
+    if names := experimental(operator):
+        return (
+            f"no run on a GPU has been recorded for {', '.join(names)}: RCU_OPS_EXPERIMENTAL=1 in the environment or "
+            'use_backend("cuda") takes the kernels all the same'
+        )
+    if device is None or dtype is None or _capability(device) in _proven_on(operator):
+        return None
+    name = f"{test}/cuda" if test is not None and _selftest.known(f"{test}/cuda") else f"{operator}/cuda"
+    # Nothing is more exact than fp64 for its kernels to be held against: those of fp32 answer for them.
+    return _selftest.why_not(name, device, torch.float32 if dtype == torch.float64 else dtype)
+
+
+def _proven_on(operator: str) -> set[tuple[int, int]]:
+    """The compute capabilities on which all of the operator's variants ran."""
+    places = [{MEASURED_ON[v.evidence.partition("/")[0]]} for v in VARIANTS if v.operator == operator and v.evidence]
+    return set.intersection(*places) if places else set()
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# A tracer sees a constant, as of the self-test's verdict.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def render() -> str:

@@ -194,7 +194,7 @@ def backends(
     def why_not_cuda(x: Tensor, *_: Any) -> str | None:
         if x.device.type != "cuda":
             return f"x is on {x.device}"
-        return why_not_binary("cuda", x.device) or _evidence.why_not(file)
+        return why_not_binary("cuda", x.device) or _evidence.why_not(file, x.device, x.dtype)
 
     def why_not_its_triton(x: Tensor, *rest: Any) -> str | None:
         if x.device.type != "cuda":

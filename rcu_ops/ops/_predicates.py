@@ -32,7 +32,7 @@ def why_not_cuda(operator: str, family: str) -> Callable[..., str | None]:
             return f"x is on {x.device}"
         if not _library.has_kernel(operator, "CUDA"):
             return _library.load_error() or "the library was built without this CUDA kernel"
-        return _evidence.why_not(family)
+        return _evidence.why_not(family, x.device, x.dtype, operator)
 
     return why_not
 

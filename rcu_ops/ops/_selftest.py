@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from rcu_ops import _library
 from rcu_ops._version import __version__
 
 Tensors = Sequence[Tensor]
@@ -100,6 +102,29 @@ _lock = threading.RLock()
 def register(test: SelfTest) -> None:
     """Make a self-test known under its name."""
     _tests[test.name] = test
+
+
+def register_backends(
+    family: str, cases: Callable[[Any, torch.device, torch.dtype], Iterable[Case]], sources: tuple[Path, ...]
+) -> None:
+    """The self-tests "family/triton" and "family/cuda": the same cases of operators by the one backend and the other.
+
+    Args:
+        cases: from the operators (``operators.recurrent_conv``, ...), a device and a dtype to the problems to try.
+        sources: files whose change makes an earlier verdict void: the test's, and the Triton kernels'.
+    """
+    for backend in ("triton", "cuda"):
+        register(SelfTest(f"{family}/{backend}", functools.partial(cases, _Operators(backend)), sources))
+
+
+class _Operators:
+    """``torch.ops.rcu_ops`` with the names of one backend's operators."""
+
+    def __init__(self, backend: str) -> None:
+        self._suffix = "_triton" if backend == "triton" else ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.rcu_ops, f"{name}{self._suffix}")
 
 
 def known(name: str) -> bool:
@@ -251,6 +276,8 @@ def _identity(device: torch.device) -> tuple[str, str]:
 def _digest(test: SelfTest) -> str:
     """What the kernels are made of: this package, torch, the Triton compiler, and the sources of kernels and test."""
     parts = [__version__, torch.__version__]
+    if test.name.endswith("/cuda"):
+        parts.append(str(_library.build_record().get("sources")))
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         parts.append(importlib.metadata.version("triton"))
     digest = hashlib.sha256("|".join(parts).encode())

@@ -723,10 +723,10 @@ LOSS = register(
 )
 
 
-# ---- self-test of the Triton kernels ------------------------------------------------------------------------------
+# ---- self-test of the GPU kernels ------------------------------------------------------------------------------
 
 
-def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     """Soft neighbours, landings and their gradients; index maps and gates of a short and of a longer pair."""
     generator = torch.Generator("cpu").manual_seed(30)
 
@@ -737,7 +737,7 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
 
     def outputs(kind: str, state: torch.dtype | None, leaves: list[Tensor]) -> Any:
         if state is None:
-            operator = getattr(torch.ops.rcu_ops, f"{kind}_triton")
+            operator = getattr(operators, kind)
             return operator(*leaves, None, 1.0, *((False,) if kind == "soft_nearest_neighbor" else ()))
         return getattr(reference, kind)(*leaves, state_dtype=state)
 
@@ -758,7 +758,7 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
         near = (first.float() + 0.01 * sequence(frames, 20).float()).to(dtype)
 
         def got(first: Tensor = first, near: Tensor = near) -> list[Tensor]:
-            return [v.double() for v in torch.ops.rcu_ops.cycle_consistency_triton(first, near, None, None, 0.01)]
+            return [v.double() for v in operators.cycle_consistency(first, near, None, None, 0.01)]
 
         def want(first: Tensor = first, near: Tensor = near) -> list[Tensor]:
             found = reference.cycle_consistency(first.cpu(), near.cpu(), temperature=0.01)
@@ -767,10 +767,6 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
         yield _selftest.Case(f"cycle of {frames} frames", got, want, want)
 
 
-_selftest.register(
-    _selftest.SelfTest(
-        "cycle_consistency/triton",
-        _selftest_cases,
-        (Path(__file__), _triton.source_directory() / "cycle_consistency.py"),
-    )
+_selftest.register_backends(
+    "cycle_consistency", _selftest_cases, (Path(__file__), _triton.source_directory() / "cycle_consistency.py")
 )

@@ -602,18 +602,17 @@ def _selftest_inputs(
     return tensors, [random(1, *shape).to(device, dtype), random(1, *state).to(device)]
 
 
-def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     """Forward and backward, gates saved and recomputed: odd sizes, and sizes of whole words."""
     for name, shape, hidden in (("odd sizes", (2, 3, 19, 1, 3, 5), 5), ("64 channels", (2, 3, 64, 1, 6, 6), 16)):
         tensors, grads = _selftest_inputs(device, dtype, shape, hidden)
 
         def got(tensors: list[Tensor] = tensors, grads: list[Tensor] = grads) -> list[Tensor]:
-            operators = torch.ops.rcu_ops
-            o, o_n, *saved = operators.fast_gru_triton(*tensors, True)
+            o, o_n, *saved = operators.fast_gru(*tensors, True)
             nothing = (tensors[0].new_empty(0),) * 2
             results = [o, o_n]
             for kept in (saved, nothing):
-                results += operators.fast_gru_backward_triton(*grads, *tensors, o, *kept, True, True)
+                results += operators.fast_gru_backward(*grads, *tensors, o, *kept, True, True)
             return results
 
         def want(to: torch.dtype, tensors: list[Tensor] = tensors, grads: list[Tensor] = grads) -> list[Tensor]:
@@ -632,4 +631,4 @@ _SOURCES = (
     Path(__file__),
     *(_triton.source_directory() / f"{name}.py" for name in ("fast_gru", "nonlocal_gates", "recurrent_conv")),
 )
-_selftest.register(_selftest.SelfTest("fast_gru/triton", _selftest_cases, _SOURCES))
+_selftest.register_backends("fast_gru", _selftest_cases, _SOURCES)

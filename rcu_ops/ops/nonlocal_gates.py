@@ -630,11 +630,15 @@ STEP = register(
     )
 )
 
-# ---- self-tests of the Triton kernels -----------------------------------------------------------------------------
+# ---- self-tests of the GPU kernels -----------------------------------------------------------------------------
 
 
 def _selftest_case(
-    name: str, operator: str, arguments: list[Tensor], options: tuple[Any, ...], definition: Callable[..., Any]
+    name: str,
+    operator: Callable[..., Any],
+    arguments: list[Tensor],
+    options: tuple[Any, ...],
+    definition: Callable[..., Any],
 ) -> _selftest.Case:
     """Forward and backward of one operator; the gradients that come in are the reference's outputs."""
     outputs = definition(*(a.detach().cpu().double() for a in arguments))
@@ -654,7 +658,7 @@ def _selftest_case(
     return _selftest.Case(
         name,
         lambda: run(
-            lambda *leaves: getattr(torch.ops.rcu_ops, operator)(*leaves, *options),
+            lambda *leaves: operator(*leaves, *options),
             [a.detach().requires_grad_() for a in arguments],
         ),
         functools.partial(want, torch.float64),
@@ -667,19 +671,19 @@ def _random(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) 
     return [(torch.randn(s, generator=generator, device="cpu") / s[-1] ** 0.25).to(device, dtype) for s in shapes]
 
 
-def _selftest_attention(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_attention(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     for name, (b, n, m, d, e) in (("odd sizes", (2, 19, 30, 24, 70)), ("many keys", (1, 20, 300, 16, 24))):
         arguments = _random(device, dtype, (b, n, d), (b, m, d), (b, m, e))
         options = (None, 1.0, False)
-        yield _selftest_case(name, "nonlocal_attention_triton", arguments, options, reference.nonlocal_attention)
+        yield _selftest_case(name, operators.nonlocal_attention, arguments, options, reference.nonlocal_attention)
 
 
-def _selftest_step(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_step(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     for name, (b, p, d, e) in (("odd sizes", (2, 19, 24, 34)), ("49 positions", (1, 49, 32, 64))):
         arguments = _random(device, dtype, (b, 4, p, e), (b, 4, p, d), (b, 4, p, d), (b, 4, p, e), (b, p, e))
-        yield _selftest_case(name, "relational_lstm_step_triton", arguments, (), reference.relational_lstm_step)
+        yield _selftest_case(name, operators.relational_lstm_step, arguments, (), reference.relational_lstm_step)
 
 
 _SOURCES = (Path(__file__), *(_triton.source_directory() / f"{name}.py" for name in ("nonlocal_gates", "products")))
-_selftest.register(_selftest.SelfTest("nonlocal_attention/triton", _selftest_attention, _SOURCES))
-_selftest.register(_selftest.SelfTest("relational_lstm_step/triton", _selftest_step, _SOURCES))
+_selftest.register_backends("nonlocal_attention", _selftest_attention, _SOURCES)
+_selftest.register_backends("relational_lstm_step", _selftest_step, _SOURCES)

@@ -716,14 +716,14 @@ def _selftest_inputs(device: torch.device, dtype: torch.dtype) -> list[tuple[str
     return problems
 
 
-def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     """Forward with h0 and backward with everything asked for."""
     for name, (x, weight, h0, grad) in _selftest_inputs(device, dtype):
 
         def got(x: Tensor = x, weight: Tensor = weight, h0: Tensor = h0, grad: Tensor = grad) -> list[Tensor]:
-            h, h_n = torch.ops.rcu_ops.recurrent_conv_triton(x, weight, h0, True, False)
+            h, h_n = operators.recurrent_conv(x, weight, h0, True, False)
             backward = (grad, h0.to(h_n.dtype), h, weight, h0, True, False, True)
-            return [h, h_n, *torch.ops.rcu_ops.recurrent_conv_backward_triton(*backward)]
+            return [h, h_n, *operators.recurrent_conv_backward(*backward)]
 
         def want(
             to: torch.dtype, x: Tensor = x, weight: Tensor = weight, h0: Tensor = h0, grad: Tensor = grad
@@ -739,13 +739,13 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
         )
 
 
-def _selftest_affine_act_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_affine_act_cases(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     """The fused form with h0, residual and ReLU."""
     for name, (x, weight, h0, residual) in _selftest_inputs(device, dtype):
         scale, shift = (value.float().contiguous() for value in (weight[0] + 1, weight[1]))
 
         def got(args: tuple[Any, ...] = (x, weight, scale, shift, h0, residual, False, True)) -> Any:
-            return torch.ops.rcu_ops.recurrent_conv_affine_act_triton(*args)
+            return operators.recurrent_conv_affine_act(*args)
 
         def want(to: torch.dtype, args: tuple[Tensor, ...] = (x, weight, scale, shift, h0, residual)) -> Any:
             return reference.recurrent_conv_affine_act(*(value.cpu().to(to) for value in args), state_dtype=to)
@@ -754,5 +754,5 @@ def _selftest_affine_act_cases(device: torch.device, dtype: torch.dtype) -> Iter
 
 
 _SOURCES = (Path(__file__), _triton.source_directory() / "recurrent_conv.py")
-_selftest.register(_selftest.SelfTest("recurrent_conv/triton", _selftest_cases, _SOURCES))
-_selftest.register(_selftest.SelfTest("recurrent_conv_affine_act/triton", _selftest_affine_act_cases, _SOURCES))
+_selftest.register_backends("recurrent_conv", _selftest_cases, _SOURCES)
+_selftest.register_backends("recurrent_conv_affine_act", _selftest_affine_act_cases, _SOURCES)

@@ -601,7 +601,7 @@ def _why_not_cuda(x: Tensor, *_: Any) -> str | None:
         return f"x is on {x.device}"
     if not _has_kernels("cuda"):
         return _library.load_error() or "the library was built without these CUDA kernels"
-    return next((reason for family in _KERNEL_FILES if (reason := _evidence.why_not(family))), None)
+    return next((reason for family in _KERNEL_FILES if (reason := _evidence.why_not(family, x.device, x.dtype))), None)
 
 
 def _triton_plan(x: Tensor, weight: Tensor, *_: Any) -> str:
@@ -638,7 +638,7 @@ OPERATOR = register(
 # ---- self-test of the Triton kernels ------------------------------------------------------------------------------
 
 
-def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     """Forward and backward in both memory layouts; without ReLU, whose mask hangs on rounding, and then its passes."""
     generator = torch.Generator("cpu").manual_seed(40)
     shape = (2, 24, 3, 5, 7)
@@ -655,15 +655,14 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
 
         def run(values: list[Tensor], relu: bool) -> list[Tensor]:
             x, weight, gamma, beta, residual, grad = values
-            ops = torch.ops.rcu_ops
-            y, h, h_n, moments = ops.recurrent_conv_batch_norm_triton(
+            y, h, h_n, moments = operators.recurrent_conv_batch_norm(
                 x, weight, None, gamma, beta, residual, False, 1e-5, relu, ""
             )
             if relu:
                 return [y, h_n, moments[:2]]
             return [
                 *(y, h_n, moments[:2]),
-                *ops.recurrent_conv_batch_norm_backward_triton(
+                *operators.recurrent_conv_batch_norm_backward(
                     grad, None, h, None, weight, None, moments, gamma, beta, False, 1e-5, False, "", True
                 )[:2],
             ]
@@ -690,13 +689,11 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
             )
 
 
-_selftest.register(
-    _selftest.SelfTest(
-        "recurrent_conv_batch_norm/triton",
-        _selftest_cases,
-        (
-            Path(__file__),
-            *(_triton.source_directory() / f"{n}.py" for n in ("recurrent_conv", "recurrent_conv_batch_norm", "srtg")),
-        ),
-    )
+_selftest.register_backends(
+    "recurrent_conv_batch_norm",
+    _selftest_cases,
+    (
+        Path(__file__),
+        *(_triton.source_directory() / f"{n}.py" for n in ("recurrent_conv", "recurrent_conv_batch_norm", "srtg")),
+    ),
 )

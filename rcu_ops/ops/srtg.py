@@ -231,7 +231,7 @@ FUSE = register(
 # ---- self-test of the Triton kernels ------------------------------------------------------------------------------
 
 
-def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
+def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) -> Iterator[_selftest.Case]:
     """Means, both fusions and the product's gradients, in both memory layouts."""
     generator = torch.Generator("cpu").manual_seed(30)
     gate = torch.tensor([True, False])
@@ -243,9 +243,9 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
         h = torch.randn(2, 3, 35, generator=generator).to(device)
 
         def got(x: Tensor = x, grad: Tensor = grad, h: Tensor = h) -> list[Tensor]:
-            ops, opened = torch.ops.rcu_ops, gate.to(x.device)
-            fused = [ops.srtg_fuse_triton(x, h, opened, add) for add in (False, True)]
-            return [ops.srtg_squeeze_triton(x), *fused, *ops.srtg_fuse_backward_triton(grad, x, h, opened)]
+            opened = gate.to(x.device)
+            fused = [operators.srtg_fuse(x, h, opened, add) for add in (False, True)]
+            return [operators.srtg_squeeze(x), *fused, *operators.srtg_fuse_backward(grad, x, h, opened)]
 
         def want(state: torch.dtype, x: Tensor = x, grad: Tensor = grad, h: Tensor = h) -> list[Tensor]:
             x, grad, h = x.cpu().to(state), grad.cpu().to(state), h.cpu().to(state_dtype_of(state))
@@ -260,6 +260,4 @@ def _selftest_cases(device: torch.device, dtype: torch.dtype) -> Iterator[_selft
         )
 
 
-_selftest.register(
-    _selftest.SelfTest("srtg/triton", _selftest_cases, (Path(__file__), _triton.source_directory() / "srtg.py"))
-)
+_selftest.register_backends("srtg", _selftest_cases, (Path(__file__), _triton.source_directory() / "srtg.py"))
