@@ -14,6 +14,7 @@ Exit code: 0 when every step passed, 1 when one did not, 2 without a GPU or with
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -34,12 +35,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = float(os.environ.get("SECONDS_IN_ALL", "525"))
 """For everything; by default nine minutes with a little left for starting and writing."""
 
-SANITIZERS = {"memcheck": 2, "racecheck": 3, "initcheck": 3, "synccheck": 1}
+SANITIZERS = {"memcheck": 2, "racecheck": 3, "initcheck": 1, "synccheck": 1}
 """Tools, and how many processes share the problems under each."""
 
 
 FOUND = 9
 """Exit code of a sanitizer that has something to report."""
+
+
+Summary = Callable[[str, Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,14 @@ class Step:
     seconds: float
     reserve: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
-    summary: Callable[[str, Path], dict[str, Any]] = lambda output, work: {}
+    summary: Summary = lambda output, work: {}
     beside: bool = False
 
 
-def tests_summary(output: str, work: Path) -> dict[str, Any]:
+def tests_summary(output: str, work: Path, file: str = "tests.xml") -> dict[str, Any]:
     """Counts, reasons of skips and messages of failures from pytest's XML file."""
     try:
-        cases = list(xml.etree.ElementTree.parse(work / "tests.xml").iter("testcase"))
+        cases = list(xml.etree.ElementTree.parse(work / file).iter("testcase"))
     except (OSError, xml.etree.ElementTree.ParseError):
         return {"ran": 0, "error": "pytest wrote no report"}
     kinds: dict[str, dict[str, str]] = {"failure": {}, "error": {}, "skipped": {}}
@@ -144,23 +148,27 @@ def steps(python: str, library: str | None, bench_options: Sequence[str] = ()) -
     found.append(Step("doctor", (python, "-m", "rcu_ops", "doctor"), 60, 220, kernels))
     # Without the options of pyproject.toml, whose strictness stumbles over plugins that are not there.
     tests = (python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    tests += ("--junitxml={work}/tests.xml",)
     if importlib.util.find_spec("pytest_timeout"):
         tests += ("--timeout", "100", "--timeout-method", "thread")  # which ends a process that waits for a kernel
-    if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiling
-        tests += ("-n", str(max(1, (os.cpu_count() or 1) - sum(SANITIZERS.values()))))
-    found.append(Step("gpu tests", (*tests, *gpu_test_files()), 200, 120, kernels, tests_summary, beside=True))
+    # Triton's kernels are compiled when first used: most of the time of all tests, which those of ours do not wait for.
+    cores = os.cpu_count() or 1
+    for name, chosen, workers in (("gpu tests", "not triton", cores // 4), ("triton tests", "triton", cores // 2)):
+        file = f"{name.replace(' ', '_')}.xml"
+        command = (*tests, "-k", chosen, f"--junitxml={{work}}/{file}")
+        if importlib.util.find_spec("xdist"):
+            command += ("-n", str(max(1, workers)))
+        summary: Summary = functools.partial(tests_summary, file=file)
+        found.append(Step(name, (*command, *gpu_test_files()), 200, 95, kernels, summary, beside=True))
     for tool, parts in SANITIZERS.items():
         command = (of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(FOUND))
         # One allocation per tensor, so that an access beside it is seen.
         environment = kernels | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        summary = sanitizer_summary
         for part in range(parts):
             small = (*command, "--print-limit", "20", python, "-m", "tests.gpu.small", str(part), str(parts))
             name = tool if parts == 1 else f"{tool} {part + 1}/{parts}"
-            found.append(Step(name, small, 200, 120, environment, summary, beside=True))
+            found.append(Step(name, small, 200, 95, environment, sanitizer_summary, beside=True))
     kernels_of = (python, "-m", "tests.gpu.small", "kernels")
-    found.append(Step("kernels", kernels_of, 90, 120, kernels, kernels_summary, beside=True))
+    found.append(Step("kernels", kernels_of, 90, 95, kernels, kernels_summary, beside=True))
     bench = (python, "-m", "rcu_ops", "bench", "--device", "cuda", "--cache", "cold")
     bench += ("--budget", "{seconds}", "--out", "{work}/bench", *bench_options)
     found.append(Step("bench", bench, SECONDS, 0, kernels, bench_summary))
