@@ -70,7 +70,7 @@ class Step:
     beside: bool = False
 
 
-def tests_summary(output: str, work: Path, file: str = "tests.xml") -> dict[str, Any]:
+def tests_summary(output: str, work: Path, file: str) -> dict[str, Any]:
     """Counts, reasons of skips and messages of failures from pytest's XML file."""
     try:
         cases = list(xml.etree.ElementTree.parse(work / file).iter("testcase"))

@@ -138,7 +138,7 @@ def test_summaries(tmp_path) -> None:
         '<failure message="wrong"/></testcase><testcase classname="a" name="d"><skipped message="one GPU"/></testcase>'
         "</testsuite></testsuites>"
     )
-    assert gpu_check.tests_summary("", tmp_path) == {
+    assert gpu_check.tests_summary("", tmp_path, "tests.xml") == {
         "ran": 2,
         "passed": 1,
         "failed": {"a::c": "wrong"},
