@@ -4,8 +4,8 @@
     python -m benchmarks.readme_table --check   # exits with 1 if that would change it
 
 One row per operator, kind of call and dtype: over all shapes and layouts of the run, the range of the floor divided by
-our time, and of the time of eager PyTorch and of the best baseline divided by ours. On a GPU the caches are cold, and
-all but eager PyTorch and what torch.compile makes runs in CUDA graphs.
+our time, and of the time of eager PyTorch and of the best baseline divided by ours. On a GPU the floor begins with a
+launch, the caches are cold, and all but eager PyTorch and what torch.compile makes runs in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rcu_ops.bench.runner import LAUNCH_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,7 +54,7 @@ def _rows(results: list[dict[str, Any]]) -> Iterator[list[str]]:
                 times.pop(name, None)
             if ours is None:
                 continue
-            share.append(case["floor_s"] / ours)
+            share.append((case["floor_s"] + (LAUNCH_SECONDS if case["device"] != "cpu" else 0)) / ours)
             eager += [seconds / ours for name, seconds in times.items() if name in ("eager", "eager loop")]
             best += [min(times.values()) / ours] if times else []
         yield [f"{op}: {kind}", dtype, str(len(cases)), _range(share, "%"), _range(eager, "×"), _range(best, "×")]

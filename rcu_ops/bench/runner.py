@@ -12,6 +12,9 @@ from rcu_ops.bench.correctness import WrongResultError
 from rcu_ops.bench.machine import Peaks
 from rcu_ops.bench.timing import Latency, Schedule, Thunk, Timer, Timing, interleaved, latency
 
+LAUNCH_SECONDS = 2e-6
+"""About what starting and ending a kernel takes on a GPU, even in a CUDA graph."""
+
 TEMPERATURES = ("cold", "warm")
 """Of a GPU's L2 cache: a call finds none of its inputs there, or all that fit."""
 
@@ -46,6 +49,11 @@ class CaseResult:
     plan: str | None
     floor_seconds: float
     candidates: tuple[CandidateResult, ...]
+
+    @property
+    def least_seconds(self) -> float:
+        """The floor, on a GPU with what one launch costs: what a call could take at best."""
+        return self.floor_seconds + (LAUNCH_SECONDS if self.case.device.type == "cuda" else 0.0)
 
     @property
     def ours(self) -> Timing | None:
