@@ -162,8 +162,8 @@ def render() -> str:
         'RCU_OPS_EXPERIMENTAL=1; `use_backend("cuda")` does. What there is for them: they compile for every',
         "architecture in the build without spilling registers (`tests/ops/test_cuda_compile.py`), and the same source,",
         "executed thread by thread on a CPU, keeps the tolerance rule and is clean under address, undefined-behaviour",
-        "and race checks (`tests/cuda_host/`). An earlier state of most of them ran on an H200: `nvidia-h200/LOG.md` says",
-        "what that found and what was changed since.",
+        "and race checks (`tests/cuda_host/`). An earlier state of most of them ran on an H200:",
+        "`nvidia-h200/LOG.md` says what that found and what was changed since.",
         "",
     ]
     missing = unverified()
