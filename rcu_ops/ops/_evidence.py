@@ -131,7 +131,7 @@ def why_not(
             f"no run on a GPU has been recorded for {', '.join(names)}: RCU_OPS_EXPERIMENTAL=1 in the environment or "
             'use_backend("cuda") takes the kernels all the same'
         )
-    if device is None or dtype is None or _capability(device) in _proven_on(operator):
+    if device is None or dtype is None or _capability(device) in (None, *_proven_on(operator)):
         return None
     name = f"{test}/cuda" if test is not None and _selftest.known(f"{test}/cuda") else f"{operator}/cuda"
     # Nothing is more exact than fp64 for its kernels to be held against: those of fp32 answer for them.
@@ -145,8 +145,9 @@ def _proven_on(operator: str) -> set[tuple[int, int]]:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None where there is no GPU: tensors on one are then a tracer's, for a machine that nobody knows."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 # A tracer sees a constant, as of the self-test's verdict.

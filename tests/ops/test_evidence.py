@@ -140,6 +140,7 @@ def test_other_architectures_are_tested_on_the_user_s_gpu(verified, monkeypatch)
     monkeypatch.setattr(_evidence, "EXPERIMENTAL", False)
     monkeypatch.setattr(_evidence, "_capability", lambda device: (9, 0) if device.index else (8, 0))
     monkeypatch.setattr(_selftest, "why_not", fails)
+    assert _evidence.why_not("srtg") is None
     ampere, hopper = torch.device("cuda", 0), torch.device("cuda", 1)
     with rcu_ops.use_backend("auto"):
         for family, operator in (("recurrent_conv", "recurrent_conv_affine_act"), ("srtg", None), ("srtg", "fuse")):
