@@ -553,8 +553,8 @@ def native_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str,
     assert plan.compiler is not None
     headers = find_python_headers()
     assert headers is not None
-    # Planners and tests: nothing here needs more than -O1, and pybind11's templates take a fifth less time with it.
-    command = [*_cxx_command(plan.compiler, torch, environ), "-O1", f"-isystem{headers}"]
+    # Planners and tests: nothing here needs more than -Og, with which pybind11's templates take the least time.
+    command = [*_cxx_command(plan.compiler, torch, environ), "-Og", f"-isystem{headers}"]
     key = f"{plan.compiler.version} torch {torch.version} python {sys.version}"
     facts = {
         "RCU_OPS_VERSION": read_version(),
