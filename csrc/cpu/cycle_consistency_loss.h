@@ -122,6 +122,7 @@ static void sum_of_rows(const Weights<Adjacent, V>& of, const typename V::S* row
   }
 }
 
+namespace {  // of each file its own, as what it holds is
 // One sample of short sequences and its blocks.
 template <class V>
 struct ShortLoss {
@@ -309,3 +310,4 @@ struct ShortLoss {
     });
   }
 };
+}  // namespace
