@@ -69,7 +69,8 @@ def examine(selftest: bool = False) -> dict[str, Any]:
     ):
         for name, operator in sorted(OPERATORS.items()):
             experimental = {b.name: list(b.experimental) for b in operator.backends if b.experimental}
-            operators[name] = {"experimental": experimental}
+            overtaken = {b.name: b.overtaken.where for b in operator.backends if b.overtaken is not None}
+            operators[name] = {"experimental": experimental, "overtaken": overtaken}
             for kind in kinds:
                 explanation = operator.explain(*operator.probe(kind))
                 operators[name][kind] = {"backend": explanation.backend, "reasons": explanation.reasons}
@@ -131,6 +132,7 @@ def render(report: dict[str, Any]) -> str:
                     lines.append(f"    not {backend}: {reason or passed_over(report['requested_backend'])}")
         for backend, variants in entry["experimental"].items():
             lines.append(f"    experimental on {backend}: {', '.join(variants)}")
+        lines += [f"    auto passes over {backend} for {where}" for backend, where in entry["overtaken"].items()]
     if report["selftests"]:
         lines.append("self-tests")
         lines += [f"  {t['name']} on {t['device']}, {t['dtype']}: {t['result']}" for t in report["selftests"]]

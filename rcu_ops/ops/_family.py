@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rcu_ops import _library
 from rcu_ops.ops import _evidence, _schema, _selftest, _transforms, _triton
-from rcu_ops.ops._registry import Backend
+from rcu_ops.ops._registry import Backend, Overtaken
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def backends(
     cpu_plan: Callable[..., str] | None = None,
     cuda_plan: Callable[..., str] | None = None,
     triton_plan: Callable[..., str] | None = None,
+    triton_overtaken: Overtaken | None = None,
 ) -> tuple[Backend, ...]:
     """The backends of a public function whose first argument is a tensor, in the order of ``auto``.
 
@@ -178,6 +179,7 @@ def backends(
         triton: with the Triton kernels, or None when there are none.
         why_not_triton: a reason that the arguments themselves give, or None.
         cpu_plan, cuda_plan, triton_plan: how the kernels would run the arguments.
+        triton_overtaken: where ``auto`` prefers the reference to the Triton kernels.
     """
 
     def why_not_binary(kind: str, device: torch.device) -> str | None:
@@ -214,7 +216,7 @@ def backends(
 
     found = [Backend("cuda", run, why_not_cuda, cuda_plan, _evidence.experimental(file))]
     if triton is not None:
-        found.append(Backend("triton", triton, why_not_its_triton, triton_plan))
+        found.append(Backend("triton", triton, why_not_its_triton, triton_plan, overtaken=triton_overtaken))
     return (
         *found,
         Backend("cpu", run, why_not_cpu, cpu_plan),

@@ -2,7 +2,8 @@
 
 An operator lists its backends; each backend has one predicate, ``why_not``, that returns None or the reason as a
 sentence. The same predicate serves ``auto`` (take the first backend without a reason), an explicit choice (raise with
-the reason) and :func:`explain` (print every reason).
+the reason) and :func:`explain` (print every reason). A backend that can run, but was measured slower than a later one
+for some arguments, says so by ``overtaken``, which ``auto`` alone asks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,19 @@ class BackendError(ValueError):
 
 
 @dataclass(frozen=True)
+class Overtaken:
+    """Where ``auto`` leaves CUDA tensors that a backend can run to a later one that was measured faster.
+
+    Attributes:
+        where: for which arguments, in words, for the doctor.
+        why: takes the backend's arguments; None, or who is faster, as a sentence.
+    """
+
+    where: str
+    why: WhyNot
+
+
+@dataclass(frozen=True)
 class Backend:
     """One way to run an operator.
 
@@ -37,6 +51,7 @@ class Backend:
         why_not: takes the same arguments; None if ``run`` can take them, else the reason.
         plan: optional; takes the same arguments and says in one line how it would run them.
         experimental: variants without committed evidence of a correct run on any GPU.
+        overtaken: optional; where ``auto`` prefers a later backend to this one.
     """
 
     name: str
@@ -44,6 +59,11 @@ class Backend:
     why_not: WhyNot
     plan: Callable[..., str] | None = None
     experimental: tuple[str, ...] = ()
+    overtaken: Overtaken | None = None
+
+    def why_passed(self, args: tuple[Any, ...]) -> str | None:
+        """Why ``auto`` prefers a later backend, whether or not this one can run."""
+        return None if self.overtaken is None or _device_of(args) != "cuda" else self.overtaken.why(*args)
 
 
 _GPU_BACKENDS = ("cuda", "triton")
@@ -81,19 +101,25 @@ class Operator:
                 raise BackendError(f"backend {wanted!r} cannot run {self.name}: {reason}")
             return backend
         on_cpu = isinstance(args[0], Tensor) and args[0].device.type == "cpu"
+        preferred = False
         for backend in self.backends:
             if on_cpu and backend.name in _GPU_BACKENDS:  # wording its reason costs a frame of a stream microseconds
                 continue
-            if backend.why_not(*args) is None:
-                if backend.name == "reference" and _device_of(args) == "cuda":
+            if backend.why_passed(args) is not None:
+                preferred = True
+            elif backend.why_not(*args) is None:
+                if backend.name == "reference" and not preferred and _device_of(args) == "cuda":
                     self._warn_slow(args)
                 return backend
         raise BackendError(f"no backend can run {self.name}:\n{self.explain(*args)}")
 
     def explain(self, *args: Any) -> Explanation:
         """Every backend's verdict on these (checked) arguments."""
-        reasons = {name: self.backend(name).why_not(*args) for name in BACKENDS if name != "auto"}
         wanted = current_backend()
+        reasons: dict[str, str | None] = {}
+        for name in BACKENDS[1:]:
+            backend = self.backend(name)
+            reasons[name] = (backend.why_passed(args) if wanted == "auto" else None) or backend.why_not(*args)
         if wanted == "auto":
             chosen = next((b.name for b in self.backends if reasons[b.name] is None), None)
         else:
@@ -118,7 +144,7 @@ class Explanation:
         operator: the operator's name.
         requested: the current choice, "auto" or a backend.
         backend: the backend that would run, or None if the requested one cannot.
-        reasons: per backend None (it can run) or why not.
+        reasons: per backend None (it can run) or why not; under "auto" also which one is faster.
         plan: how the chosen backend would run it, if it says so.
     """
 
@@ -136,6 +162,20 @@ class Explanation:
             if name != self.backend:
                 lines.append(f"  not {name}: {reason or passed_over(self.requested)}")
         return "\n".join(lines)
+
+
+def settled(condition: bool | torch.SymBool) -> bool:
+    """A condition on sizes; False where a tracer leaves the sizes open, which the answer must not narrow down."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
+
+
+def wants_gradients(*tensors: Any) -> bool:
+    """Whether autograd will ask for gradients of any of them."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def passed_over(requested: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _family, _planner, _selftest, _triton
 from rcu_ops.ops._family import Definition, Family
-from rcu_ops.ops._registry import Operator, register
+from rcu_ops.ops._registry import Operator, Overtaken, register, settled, wants_gradients
 from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
@@ -620,6 +620,21 @@ def _soft_by_reference(
     return reference.soft_nearest_neighbor(a, b, temperature=temperature, mask_b=mask_b)
 
 
+# With gradients the Triton loss is 142 launches and more around kernels of 327 us (fp32, N16 T32 C128) and 869 us (N4
+# T256 C128) and takes 4728 and 6325 us of the clock; eager PyTorch 2548 and 2947 (benchmarks/results/nvidia-h200/
+# first_run/, not in a graph). The second is as much as was measured. Eager holds every difference of two frames in
+# memory, so that more of them may turn it round. A loss without gradients was not measured, and stays Triton's.
+_MEASURED_DIFFERENCES = 2**25
+
+
+def _why_pytorch_loss(a: Tensor, b: Tensor, *_: Any) -> str | None:
+    (n, t, c), s = a.shape, b.shape[1]
+    few = settled(n * t * s * c <= _MEASURED_DIFFERENCES) and settled(n * t * t * c <= _MEASURED_DIFFERENCES)
+    if not few or not wants_gradients(a, b):
+        return None
+    return "with gradients it is more launches than PyTorch's own operations, which were measured faster"
+
+
 def _plan(words: Any, kinds: tuple[str, ...], source: Any = _library.native) -> Any:
     """How the kernels of these kinds of alignment find distances between a and b, and why.
 
@@ -715,6 +730,10 @@ LOSS = register(
             _loss_at_once,
             _loss_by_reference,
             triton=_loss_with_triton,
+            triton_overtaken=Overtaken(
+                f"losses with gradients of up to {_MEASURED_DIFFERENCES} differences: PyTorch is faster",
+                _why_pytorch_loss,
+            ),
             **(_plans("soft", "back") | {"cpu_plan": _plans("loss")["cpu_plan"]}),
         ),
         check=_check_loss,

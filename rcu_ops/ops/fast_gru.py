@@ -17,13 +17,12 @@ from rcu_ops.ops import (
     _evidence,
     _planner,
     _predicates,
-    _registry,
     _schema,
     _selftest,
     _transforms,
     _triton,
 )
-from rcu_ops.ops._registry import Backend, Operator, register
+from rcu_ops.ops._registry import Backend, Operator, Overtaken, register
 from rcu_ops.reference.fast_gru import fast_gru_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
@@ -532,14 +531,12 @@ def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
     return f"{_plan(x, ux, *rest)}; {'; '.join(plan['text'] for plan in forward)}"
 
 
-_why_not_built = _predicates.why_not_cuda("fast_gru", "fast_gru")
+_why_not_cuda = _predicates.why_not_cuda("fast_gru", "fast_gru")
 
 
-def _why_not_cuda(x: Tensor, ux: Tensor, *rest: Any) -> str | None:
-    reason = _why_not_built(x, ux, *rest)
-    # Nothing that traces can look into the planner.
-    if reason is not None or _registry.current_backend() == "cuda" or torch.compiler.is_compiling():
-        return reason
+def _why_triton(x: Tensor, ux: Tensor, *rest: Any) -> str | None:
+    if torch.compiler.is_compiling() or _why_not_cuda(x, ux, *rest) is not None:  # no tracer can look into the planner
+        return None
     if x.dtype not in (torch.bfloat16, torch.float16) or x.numel() == 0 or _library.native() is None:
         return None
     if any(plan["why_not"] is None for plan in _gpu_plans(x, ux, False)) or _why_not_triton(x) is not None:
@@ -572,6 +569,7 @@ _BACKENDS = (
         _why_not_cuda,
         _cuda_plan,
         _evidence.experimental("fast_gru"),
+        Overtaken("bf16 and fp16 where one launch cannot make all steps: Triton is faster", _why_triton),
     ),
     Backend("triton", _TRITON.forward, _why_not_triton, _triton_plan),
     Backend("cpu", _BINARY.forward, _predicates.why_not_cpu("fast_gru"), _cpu_plan),

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
-from rcu_ops.ops._registry import Backend, Operator, register
+from rcu_ops.ops._registry import Backend, Operator, Overtaken, register, settled, wants_gradients
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 NORMALIZERS = ("softmax", "count")
@@ -534,6 +534,46 @@ def _why_not_triton(operator: str) -> Callable[..., str | None]:
     return why_not
 
 
+# Wide heads are left to PyTorch's own operations where an H200 was faster with them, in microseconds of Triton and of
+# eager PyTorch (benchmarks/results/nvidia-h200/first_run/, calls in CUDA graphs but for the gradients):
+#   fp32 attention   B1 P49 D1024 166 : 45, B24 P49 D1024 325 : 79, B1 P196 D512 1306 : 37
+#   bf16 attention   B1 P49 D1024 26 : 36, B24 P49 D1024 53 : 64 (Triton's), B1 P196 D512 101 : 22
+#   fp32 step        379 : 58, 1128 : 130, 1311 : 50
+#   bf16 step        73 : 58, 223 : 123, 105 : 44
+#   step, gradients  fp32 2548 : 1746, 26342 : 2062, 7092 : 1619; bf16 1665 : 1865, 2706 : 1660, 1740 : 1428
+# The attention's gradients are the step's kernels (key_gradient_kernel alone 1337 of 1859 us, bf16 B24 P49). Nothing
+# says anything of narrow heads, nor of maps of weights larger than the tensors, which only the kernels never hold.
+_WIDE = f"heads of more than {NARROW} channels"
+_MANY = 64
+
+
+def _map_outgrows(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    (n, d), (m, e) = query.shape[-2:], value.shape[-2:]
+    return settled(n * m > n * d + m * (d + e))
+
+
+def _why_pytorch_attends(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> str | None:
+    if not settled(query.shape[-1] > NARROW) or _map_outgrows(query, key, value):
+        return None
+    if query.dtype == torch.float32:
+        what = "in fp32"
+    elif wants_gradients(query, key, value):
+        what = "where gradients are asked for"
+    elif settled(query.shape[-2] > _MANY):
+        what = f"and more than {_MANY} positions"
+    else:
+        return None
+    return f"PyTorch's own operations were measured faster for {_WIDE} {what}"
+
+
+def _why_pytorch_steps(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> str | None:
+    if not settled(query.shape[-1] > NARROW) or _map_outgrows(query, key, value):
+        return None
+    return f"PyTorch's own operations were measured faster for {_WIDE} in a step"
+
+
 def _cuda_plan(
     kind: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float = 1.0,
     count: bool = False,
@@ -595,6 +635,10 @@ ATTENTION = register(
                 lambda *a: (
                     _triton_plan(*a) if a[0].shape[-1] > NARROW else _attention_plan(*a, kernels=_triton_plan(*a))
                 ),
+                overtaken=Overtaken(
+                    f"{_WIDE} in fp32, with gradients or more than {_MANY} positions: PyTorch is faster",
+                    _why_pytorch_attends,
+                ),
             ),
             Backend(
                 "cpu",
@@ -620,7 +664,11 @@ STEP = register(
                 _evidence.experimental("nonlocal_gates"),
             ),
             Backend(
-                "triton", _TRITON.step, _why_not_triton("relational_lstm_step"), lambda *a: _triton_plan(a[1], a[2])
+                "triton",
+                _TRITON.step,
+                _why_not_triton("relational_lstm_step"),
+                lambda *a: _triton_plan(a[1], a[2]),
+                overtaken=Overtaken(f"{_WIDE}: PyTorch is faster", _why_pytorch_steps),
             ),
             Backend("cpu", _BINARY.step, _predicates.why_not_cpu("relational_lstm_step"), _cpu_plan),
             Backend("reference", reference.relational_lstm_step, _predicates.why_not_reference),

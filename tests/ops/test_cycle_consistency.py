@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rcu_ops
 from rcu_ops import _library, reference
+from rcu_ops.ops import OPERATORS
 from rcu_ops.reference.cycle_consistency import loss_of_landing
 from tests.ops import alignment
 from tests.tolerance import assert_close_to_reference
@@ -657,6 +659,28 @@ def test_export_with_dynamic_batch_and_time() -> None:
         args = inputs(shape)
         for got, want in zip(program.module()(*args), Align()(*args), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "s", "gradients", "pytorch"),
+    [
+        (16, 32, 32, True, True),
+        (4, 256, 256, True, True),
+        (4, 256, 257, True, False),  # more differences than were measured
+        (4, 257, 255, True, False),
+        (16, 32, 32, False, False),
+    ],
+)
+def test_where_auto_prefers_pytorch_to_tritons_loss(n, t, s, gradients, pytorch) -> None:
+    with FakeTensorMode():
+        a = torch.empty(n, t, 128, device="cuda")
+        b = torch.empty(n, s, 128, device="cuda", requires_grad=gradients)
+    triton = OPERATORS["temporal_cycle_loss"].backend("triton")
+    reason = triton.why_passed((a, b))
+    assert (reason is not None) == pytorch
+    assert reason is None or "measured faster" in reason
+    with torch.no_grad():
+        assert triton.why_passed((a, b)) is None
 
 
 def test_meta_tensors_and_flop_count() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import rcu_ops
 from rcu_ops import _library
 from rcu_ops.ops import _planner
 
@@ -194,18 +193,20 @@ CHOICES = [
 @pytest.mark.parametrize(("shape", "dtype", "cuda"), CHOICES, ids=str)
 def test_what_auto_takes_on_an_h200(shape, dtype, cuda, monkeypatch) -> None:
     monkeypatch.setattr(_planner, "gpu_limits", lambda device: H200)
-    monkeypatch.setattr(operator, "_why_not_built", lambda *_: None)
+    monkeypatch.setattr(operator, "_why_not_cuda", lambda *_: None)
     monkeypatch.setattr(operator, "_why_not_triton", lambda *_: None)
+    found = operator.OPERATOR.backend("cuda")
     n, c, *positions = shape
     with FakeTensorMode():
         x = torch.empty(n, 4, c, *positions, dtype=dtype, device="cuda")
         ux = torch.empty(c // 2, c, dtype=dtype, device="cuda")
-    reason = operator._why_not_cuda(x, ux)
+    reason = found.why_passed((x, ux))
     assert (reason is None) == cuda
     if not cuda:
         assert "Triton" in reason
         monkeypatch.setattr(operator, "_why_not_triton", lambda *_: "it is not installed")
-        assert operator._why_not_cuda(x, ux) is None
-    with rcu_ops.use_backend("cuda"):
-        assert operator._why_not_cuda(x, ux) is None
+        assert found.why_passed((x, ux)) is None
+        monkeypatch.setattr(operator, "_why_not_triton", lambda *_: None)
+        monkeypatch.setattr(operator, "_why_not_cuda", lambda *_: "it was not built")
+        assert found.why_passed((x, ux)) is None
     assert operator._cuda_plan(x, ux, ux, ux, ux, ux, None, False)

@@ -6,8 +6,11 @@ import itertools
 import random
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rcu_ops import _library
+from rcu_ops.ops import nonlocal_gates
 
 native = _library.native()
 pytestmark = pytest.mark.skipif(native is None, reason="rcu_ops._native was not built for this Python")
@@ -179,3 +182,54 @@ def test_names_are_checked() -> None:
         native.nonlocal_gates_gpu_plan("other", 1, 1, 1, 1, 1, 1, "float32")
     with pytest.raises(ValueError, match="dtype: expected float64"):
         native.nonlocal_gates_gpu_plan("attend", 1, 1, 1, 1, 1, 1, "int8")
+
+
+# Kind, dtype, positions, channels, gradients; whether auto leaves it to PyTorch's own operations.
+CHOICES = [
+    ("attention", torch.float32, 49, 1024, False, True),
+    ("attention", torch.float32, 49, 256, True, False),
+    ("attention", torch.bfloat16, 49, 1024, False, False),
+    ("attention", torch.bfloat16, 49, 1024, True, True),
+    ("attention", torch.bfloat16, 65, 512, False, True),
+    ("attention", torch.bfloat16, 1500, 512, False, True),
+    ("attention", torch.float32, 1600, 512, True, False),  # the weights' map would be larger than the tensors
+    ("step", torch.bfloat16, 49, 1024, False, True),
+    ("step", torch.float16, 196, 512, True, True),
+    ("step", torch.float32, 49, 256, True, False),
+    ("step", torch.float32, 2000, 512, False, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "positions", "channels", "gradients", "pytorch"), CHOICES, ids=str)
+def test_where_auto_prefers_pytorch_to_triton(kind, dtype, positions, channels, gradients, pytorch) -> None:
+    lead = (2, 4) if kind == "step" else (2,)
+    with FakeTensorMode():
+        x = torch.empty(*lead, positions, channels, dtype=dtype, device="cuda", requires_grad=gradients)
+        cell = torch.empty(2, positions, channels, dtype=dtype, device="cuda")
+        arguments = (x, x, x, x, cell) if kind == "step" else (x, x, x, None, 1.0, False)
+    operator = nonlocal_gates.STEP if kind == "step" else nonlocal_gates.ATTENTION
+    reason = operator.backend("triton").why_passed(arguments)
+    assert (reason is not None) == pytorch
+    if pytorch:
+        assert "PyTorch's own operations were measured faster for heads of more than 256 channels" in reason
+    if kind == "attention" and gradients:
+        with torch.no_grad():
+            later = operator.backend("triton").why_passed(arguments)
+            assert (later is not None) == (pytorch and (dtype == torch.float32 or positions > 64))
+
+
+def test_the_choice_leaves_a_tracers_sizes_open() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            x = x if nonlocal_gates._why_pytorch_attends(x, x, x, None, 1.0, False) is None else -x
+            return x * (1 if nonlocal_gates._why_pytorch_steps(x, x, x, x, x) is None else 2)
+
+    sizes = {0: torch.export.Dim("b", min=1, max=64), 1: torch.export.Dim("p", min=2, max=4096)}
+    x = torch.ones(2, 196, 512, dtype=torch.bfloat16)
+    for strict in (False, True):
+        with torch.no_grad():
+            exported = torch.export.export(Layer(), (x,), dynamic_shapes=(sizes,), strict=strict).module()
+            # Nothing is known of the positions: the kernels attend, and PyTorch steps.
+            assert all(torch.equal(exported(y), 2 * y) for y in (x, x[:, :49], x.repeat(1, 9, 1)))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(Layer(), fullgraph=True, backend="eager", dynamic=False)(x), -2 * x)

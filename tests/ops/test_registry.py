@@ -10,12 +10,13 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rcu_ops
 from rcu_ops import doctor
 from rcu_ops.cli import main
 from rcu_ops.ops import OPERATORS, _registry
-from rcu_ops.ops._registry import Backend, Operator
+from rcu_ops.ops._registry import Backend, Operator, Overtaken
 
 
 @pytest.fixture
@@ -99,6 +100,38 @@ def test_slow_fallback_for_cuda_tensors_warns_once(operator, monkeypatch) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         operator.select(torch.zeros(3))
+
+
+def test_auto_alone_passes_over_a_backend_that_another_overtakes(monkeypatch) -> None:
+    monkeypatch.setattr(_registry, "_warned", set())
+    overtaken = Overtaken("odd sizes: PyTorch is faster", lambda x: "PyTorch is faster" if x.numel() % 2 else None)
+    toy = Operator(
+        "toy",
+        (
+            Backend("cuda", lambda x: x, lambda x: "it was not built"),
+            Backend("triton", lambda x: x, lambda x: None, overtaken=overtaken),
+            Backend("reference", lambda x: x, lambda x: None),
+        ),
+        check=lambda x: (x,),
+        probe=lambda device: (torch.zeros(1, device=device),),
+    )
+    with FakeTensorMode():
+        odd, even = (torch.empty(size, device="cuda") for size in (3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is missing
+        assert (toy.select(odd).name, toy.select(even).name) == ("reference", "triton")
+    explanation = toy.explain(odd)
+    assert explanation.backend == "reference" and "not triton: PyTorch is faster" in str(explanation)
+    assert toy.explain(even).backend == "triton"
+    with rcu_ops.use_backend("triton"):
+        assert toy.select(odd).name == "triton" and toy.explain(odd).reasons["triton"] is None
+    assert toy.explain(torch.zeros(3)).reasons["triton"] is None  # on the CPU no GPU's speed says anything
+
+
+def test_the_doctor_says_where_auto_passes_over_a_backend() -> None:
+    said = doctor.render(doctor.examine())
+    assert "auto passes over triton for heads of more than 256 channels: PyTorch is faster" in said
+    assert "auto passes over cuda for bf16 and fp16" in said
 
 
 def test_explain_of_the_public_operators() -> None:
