@@ -553,7 +553,7 @@ def native_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str,
     assert plan.compiler is not None
     headers = find_python_headers()
     assert headers is not None
-    # Planners and tests: nothing here needs more than -Og, with which pybind11's templates take less time than with -O1.
+    # Planners and tests: nothing here needs more than -Og, which makes less of pybind11's templates than -O1.
     command = [*_cxx_command(plan.compiler, torch, environ), "-Og", f"-isystem{headers}"]
     key = f"{plan.compiler.version} torch {torch.version} python {sys.version}"
     facts = {
