@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rcu_ops.triton_kernels.products import add_product
+
 STRIDED, CHANNEL_CONTIGUOUS, FRAME_CONTIGUOUS = 0, 1, 2  # the unit-stride direction of a tensor: X_LAYOUT and its like
 FIRST_INPUT, GIVEN, ADDED = 0, 1, 2  # START: what the state before the first step is made of
 NOTHING, STATE, PRODUCT = 0, 1, 2  # LAST: what is written after the last step
@@ -126,18 +128,6 @@ def _low(h, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_dot(acc, a, b, PRECISION: tl.constexpr, APART: tl.constexpr):
-    # acc + a b. In exact fp32 (APART) the sum over K is made by itself, and then added: with one chain of additions
-    # from `acc` on, over all slices of K, every product would be rounded at the size of the whole sum. Written as a
-    # difference, which is exact too, because the compiler makes acc + dot(a, b) that one chain again.
-    if APART:
-        acc = acc - tl.dot(-a, b, input_precision=PRECISION)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def _advance(
     h, acc, resident, diagonal, exchange_to, exchange_from, weight, channel, channels, stride_in, stride_out,
     WEIGHT_LAYOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
@@ -150,7 +140,7 @@ def _advance(
         rounded = low.to(tl.float32)
         acc += diagonal[None, :] * tl.where(h == rounded, 0.0, h - rounded)
     if resident is not None:
-        acc = _add_dot(acc, low, resident, PRECISION, EXACT)
+        acc = add_product(acc, low, resident, PRECISION)
     else:
         tl.store(exchange_to, low)
         tl.debug_barrier()
@@ -158,7 +148,7 @@ def _advance(
             inner = k + tl.arange(0, BLOCK_K)
             columns = _weight_tile(weight, inner, channel, channels, stride_in, stride_out, WEIGHT_LAYOUT, WIDE)
             columns = _low(columns, weight.dtype.element_ty, PRECISION)
-            acc = _add_dot(acc, tl.load(exchange_from + k), columns, PRECISION, EXACT)
+            acc = add_product(acc, tl.load(exchange_from + k), columns, PRECISION)
     return acc
 
 
@@ -396,7 +386,6 @@ def weight_grad_kernel(
     Shared memory: STAGES tiles of q and of h, [BLOCK_M, BLOCK_C] each, prefetched one frame ahead and more.
     Bound by memory (q and h read once per row and column of blocks), in fp32 with "ieee" by the FMA rate.
     """
-    APART: tl.constexpr = h.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     IN_CHANNELS: tl.constexpr = VECTOR if Q_LAYOUT == 1 or H_LAYOUT == 1 else 1
     IN_FRAME: tl.constexpr = VECTOR if Q_LAYOUT == 2 or H_LAYOUT == 2 else 1
     across = tl.cdiv(channels, BLOCK_C)
@@ -423,12 +412,12 @@ def weight_grad_kernel(
             before = tl.load(_pointers(start, offsets, START_LAYOUT, VECTOR), mask=h_mask, other=0.0)
             before = before.to(h.dtype.element_ty)
             grad = tl.load(_pointers(q_frame, q_offsets, Q_LAYOUT, VECTOR), mask=q_mask, other=0.0)
-            acc = _add_dot(acc, tl.trans(grad), before, PRECISION, APART)
+            acc = add_product(acc, tl.trans(grad), before, PRECISION)
         for _ in tl.range(1, frames, num_stages=STAGES):
             q_frame += q_step
             grad = tl.load(_pointers(q_frame, q_offsets, Q_LAYOUT, VECTOR), mask=q_mask, other=0.0)
             before = tl.load(_pointers(h_frame, h_offsets, H_LAYOUT, VECTOR), mask=h_mask, other=0.0)
-            acc = _add_dot(acc, tl.trans(grad), before, PRECISION, APART)
+            acc = add_product(acc, tl.trans(grad), before, PRECISION)
             h_frame += h_step
     to = partial + tl.program_id(1).to(tl.int64) * channels * channels + row[:, None] * channels + column[None, :]
     tl.store(to, acc, mask=(row < channels)[:, None] & (column < channels)[None, :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,13 +62,13 @@ class _DataPath(Case):
         gate = torch.arange(s.n, device=self.device) != 1
         return {**clips, "h": h, "gate": gate}
 
+    @abc.abstractmethod
     def ours(self, inputs: Inputs) -> Any:
         """By the public function."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def plain(self, inputs: Inputs, wide: bool = False) -> Outputs:
         """In eager PyTorch at the case's dtype, or in fp64."""
-        raise NotImplementedError
 
     def exact(self, inputs: Inputs) -> Outputs:
         """In fp64."""

@@ -694,6 +694,9 @@ _selftest.register_backends(
     _selftest_cases,
     (
         Path(__file__),
-        *(_triton.source_directory() / f"{n}.py" for n in ("recurrent_conv", "recurrent_conv_batch_norm", "srtg")),
+        *(
+            _triton.source_directory() / f"{name}.py"
+            for name in ("recurrent_conv", "recurrent_conv_batch_norm", "srtg", "products")
+        ),
     ),
 )
