@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from rcu_ops.nn.causality import carries_state, register_per_frame, streaming_ob
 from rcu_ops.nn.stream_state import StreamPass
 from rcu_ops.report import replacing
 from rcu_ops.stream_graph import ChunkGraphs, State
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 __all__ = [
     "FRAMES_KEY",
@@ -97,6 +100,49 @@ class Streamer:
         """Run chunks through ``torch.compile(**options)``; returns the streamer. One compilation per chunk shape."""
         self._advance = torch.compile(self._run, **options)
         return self
+
+    def export(
+        self,
+        frames: Tensor,
+        state: Mapping[str, Tensor] | None = None,
+        reset: Tensor | None = None,
+        *,
+        any_length: bool = False,
+    ) -> ExportedProgram:
+        """One call of this streamer as a program that needs neither the model's code nor a Streamer.
+
+            start = streamer.export(frames)             # start(frames) -> (scores, state)
+            step = streamer.export(frames, state)       # step(frames, state) -> (scores, state)
+            torch.export.save(step, "step.pt2")
+
+        and in another process, where ``import rcu_ops`` registers the operators::
+
+            step = torch.export.load("step.pt2").module()
+            scores, state = step(frames, state)
+
+        The programs hold the weights as they are now and compute no gradients. They serve
+        ``torch._inductor.aoti_compile_and_package`` too. On a CPU a Streamer is faster: it keeps weights in the layout
+        of the kernels, which a program cannot.
+
+        Args:
+            frames, state, reset: as for a call. They are examples: the program takes any batch size, and the other
+                sizes, dtypes and the device that they have. It takes the arguments that are given here, no others;
+                with ``reset`` it costs what a reset costs at every chunk.
+            any_length: the program takes any number of frames, not that of ``frames``. Not with a window, nor with
+                layers that go from frame to frame in Python (:class:`rcu_ops.nn.RelationalLSTM`,
+                :class:`rcu_ops.nn.NonLocalBlock` with a memory): torch.export then says that t is a constant.
+
+        Raises:
+            ValueError, TypeError: as a call does; ``any_length`` with a window.
+        """
+        from rcu_ops.stream_export import export_chunk  # torch.export takes a tenth of a second to import
+
+        if any_length and self.window is not None:
+            raise ValueError("any_length: a program with a window takes as many frames as the example has")
+        plain = Streamer(self.model, window=self.window)
+        with torch.no_grad():
+            plain(frames, state, reset)  # a wrong argument is told in the words of a call, not of torch.export
+        return export_chunk(self.model, plain, frames, state, reset, any_length)
 
     def graph_report(self) -> str:
         """Which chunks have run as CUDA graphs, which have not, and why."""
@@ -205,7 +251,8 @@ class Streamer:
         if not isinstance(reset, Tensor) or reset.dtype != torch.bool or tuple(reset.shape) != (frames.shape[0],):
             got = f"{reset.dtype} {list(reset.shape)}" if isinstance(reset, Tensor) else type(reset).__name__
             raise ValueError(f"reset: expected a bool tensor [N] = [{frames.shape[0]}], got {got}")
-        if reset.device.type == "cpu" and not reset.any():  # on a GPU the question would stall the stream
+        # On a GPU the question would stall the stream, and a traced program holds for any answer.
+        if reset.device.type == "cpu" and not torch.compiler.is_compiling() and not reset.any():
             return None
         return reset.to(frames.device, non_blocking=True)
 

@@ -148,7 +148,7 @@ class FusedRecurrentConv3d(nn.Module):
                 activation=self.activation,
             )
 
-        if x.shape[2] > 1 and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and x.shape[2] > 1:
             with self._powers.offered(self.weight_hh):
                 return scan_with_state(scan, slot, xh, self.update)
         return scan_with_state(scan, slot, xh, self.update)
@@ -230,7 +230,7 @@ class FusedFrameConv3d(nn.Module):
         """[N,C,T,H,W] (and a residual that expands to the output) -> [N,O,T,H',W']."""
         check_clip(self, x, self.in_channels)
         n, t = x.shape[0], x.shape[2]
-        if n == t == 1 and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and n == t == 1:  # asked while tracing, it would bind N and T
             found = run_frame(self, self._panels, x, self.weight, residual, self.relu)
             if found is not None:
                 return found[0]
