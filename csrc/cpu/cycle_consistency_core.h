@@ -206,17 +206,28 @@ static void fill_sample(const Alignment& p, const Sizes& z, int64_t n, Sample<ty
 
 // ---- blocks of V::M queries -----------------------------------------------------------------------------------------
 
-// d[m * pitch + i] = |query_{t0 + m} - key_i|^2; t0 is a multiple of M, the queries' last panel is filled with zeros.
+// Number (m, c) of a block of queries: from a panel from t0 on, a multiple of M, or from rows.
 template <class V>
-static void distances(const typename V::S* queries, int64_t t0, const typename V::S* keys, int64_t key_count, int64_t C,
-                      typename V::S* d, int64_t pitch) {
-  using S = typename V::S;
+struct OfPanel {
+  const typename V::S* at;
+  OfPanel(const typename V::S* panels, int64_t t0, int64_t C) : at(panels + t0 / V::L * V::L * C + t0 % V::L) {}
+  typename V::S operator()(int m, int64_t c) const { return at[c * V::L + m]; }
+};
+template <class V>
+struct OfRows {
+  const typename V::S* const (&at)[V::M];
+  typename V::S operator()(int m, int64_t c) const { return at[m][c]; }
+};
+
+// d[m * pitch + i] = |query_m - key_i|^2. A panel's queries beyond the last frame are zeros.
+template <class V, class Queries>
+static void distances(const Queries& query, const typename V::S* keys, int64_t key_count, int64_t C, typename V::S* d,
+                      int64_t pitch) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
-  const S* q = queries + t0 / L * L * C + t0 % L;
   const int64_t step = part_of(C);
   for (int64_t i0 = 0; i0 < key_count; i0 += L) {
-    const S* k = keys + i0 * C;
+    const typename V::S* k = keys + i0 * C;
     R total[M] = {};
     for (int64_t c0 = 0; c0 < C; c0 += step) {
       const int64_t end = min_of(c0 + step, C);
@@ -225,7 +236,7 @@ static void distances(const typename V::S* queries, int64_t t0, const typename V
         const R key = V::load(k + c * L);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          const R difference = key - q[c * L + m];
+          const R difference = key - query(m, c);
           acc[m] += difference * difference;
         }
       }
@@ -267,25 +278,23 @@ static void distances_to_soft(const typename V::S* split, const typename V::S* k
   }
 }
 
-// r[m * pitch + i] = grad_m . (key_i - centre_m), with centre and grad as [channel][M] in `split`.
-template <class V>
-static void products(const typename V::S* split, const typename V::S* keys, int64_t key_count, int64_t C,
-                     typename V::S* r, int64_t pitch) {
-  using S = typename V::S;
+// r[m * pitch + i] = grad_m . (key_i - centre), a number per row away from those with any other centre.
+template <class V, class Queries>
+static void products(const Queries& grad, const typename V::S* centre, const typename V::S* keys, int64_t key_count,
+                     int64_t C, typename V::S* r, int64_t pitch) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
   const int64_t step = part_of(C);
   for (int64_t i0 = 0; i0 < key_count; i0 += L) {
-    const S* k = keys + i0 * C;
+    const typename V::S* k = keys + i0 * C;
     R total[M] = {};
     for (int64_t c0 = 0; c0 < C; c0 += step) {
       const int64_t end = min_of(c0 + step, C);
       R acc[M] = {};
       for (int64_t c = c0; c < end; ++c) {
-        const R key = V::load(k + c * L);
-        const S* both = split + c * 2 * M;
+        const R key = V::load(k + c * L) - centre[c];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += (key - both[m]) * both[M + m];
+        for (int m = 0; m < M; ++m) acc[m] += key * grad(m, c);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) total[m] += acc[m];
@@ -299,6 +308,18 @@ static typename V::R lane_numbers() {
   typename V::R r{};
   for (int l = 0; l < V::L; ++l) r[l] = static_cast<typename V::S>(l);
   return r;
+}
+
+// The place of the smallest on any lane, the lowest of them where there are several.
+template <class V, int H>
+static typename V::S first_of_lanes(typename V::R best, typename V::R at) {
+  if constexpr (H == 0) {
+    return at[0];
+  } else {
+    const typename V::R other = V::template swapped<H>(best), place = V::template swapped<H>(at);
+    const auto take = (other < best) | ((other == best) & (place < at));
+    return first_of_lanes<V, H / 2>(take ? other : best, take ? place : at);
+  }
 }
 
 // The first of the smallest of v[0 .. count), -1 where there is none: NaN and infinity are not smaller than anything.
@@ -315,12 +336,7 @@ static int64_t first_smallest(const typename V::S* v, int64_t count) {
     best = smaller ? value : best;
     at = smaller ? place : at;
   }
-  S least = static_cast<S>(__builtin_inf());
-  int64_t found = -1;
-  for (int l = 0; l < L; ++l)
-    if (at[l] >= 0 && (best[l] < least || (best[l] == least && static_cast<int64_t>(at[l]) < found)))
-      least = best[l], found = static_cast<int64_t>(at[l]);
-  return found;
+  return static_cast<int64_t>(first_of_lanes<V, L / 2>(best, at));
 }
 
 // d becomes z = softmax(-sharpness d), zero from `count` to the end of its last vector. Returns the first of the most
@@ -492,7 +508,8 @@ static void distances_of_blocks(const Sizes& s, int64_t C, const Sample<typename
     return Queries<typename V::S>{a.centred + t / L * L * C + t % L, L, a.sizes + t, block(k).z};
   };
   if (sample.products()) return distances_by_products<V>(b, C, s.pitch, count, queries);
-  for (int64_t k = 0; k < count; ++k) distances<V>(a.panels, t0 + k * M, b.panels, b.count, C, block(k).z, s.pitch);
+  for (int64_t k = 0; k < count; ++k)
+    distances<V>(OfPanel<V>(a.panels, t0 + k * M, C), b.panels, b.count, C, block(k).z, s.pitch);
 }
 
 // Weighted sums of all keys around the mean, of the blocks that are `chosen`, as their rest. A few keys at a time, all
@@ -689,14 +706,16 @@ static void cycle_of_short(const Alignment& p, const Sizes& s, int64_t n) {
   Sample<S> sample = lay_out<V>(p, s, false, false, at);
   fill_sample<V>(p, s, n, sample);
   for (int64_t t = 0; t < sample.a.count; t += M)
-    distances<V>(sample.a.panels, t, sample.b.panels, sample.b.count, p.C, d + t * s.pitch, s.pitch);
+    distances<V>(OfPanel<V>(sample.a.panels, t, p.C), sample.b.panels, sample.b.count, p.C, d + t * s.pitch, s.pitch);
   for (int64_t t = 0; t < sample.a.count; ++t)
     for (int64_t i = 0; i < sample.b.count; ++i) back[i * s.pitch + t] = d[t * s.pitch + i];
   for (int64_t t = 0; t < sample.b.count; t += M)
-    distances<V>(sample.b.panels, t, sample.b.panels, sample.b.count, p.C, between + t * s.pitch, s.pitch);
+    distances<V>(OfPanel<V>(sample.b.panels, t, p.C), sample.b.panels, sample.b.count, p.C, between + t * s.pitch,
+                 s.pitch);
   map_through_distances<V>(s, sample, d, between, sample.a, sample.b, p.index_ab + n * p.T, spread);
   for (int64_t t = 0; t < sample.a.count; t += M)
-    distances<V>(sample.a.panels, t, sample.a.panels, sample.a.count, p.C, between + t * s.pitch, s.pitch);
+    distances<V>(OfPanel<V>(sample.a.panels, t, p.C), sample.a.panels, sample.a.count, p.C, between + t * s.pitch,
+                 s.pitch);
   map_through_distances<V>(s, sample, back, between, sample.b, sample.a, p.index_ba + n * p.S, spread);
 }
 
@@ -795,8 +814,8 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
   int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, 0, block.list);
   weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
   if (!back) {
-    interleave<V>(block.centre, sample.grad + t0 * s.C, s.C, p.C, block.split);
-    products<V>(block.split, b.panels, b.count, p.C, block.r, s.pitch);
+    products<V>(OfPanel<V>(sample.grad_panels, t0, p.C), b.rows + min_of(t0 + M / 2, b.count - 1) * s.C, b.panels,
+                b.count, p.C, block.r, s.pitch);
     for (int m = 0; m < M; ++m)
       distance_gradients<V>(block.z + m * s.pitch, block.r + m * s.pitch, b.count, sample.sharpness);
   }

@@ -23,103 +23,146 @@ static bool no_way(const FrameMask& through, int64_t n, int64_t frames) {
   return true;
 }
 
-// d[m * pitch + i] = |q_m - key_i|^2 for rows q_m and panels of keys.
-template <class V>
-static void distances_of_rows(const typename V::S* const (&q)[V::M], const typename V::S* keys, int64_t key_count,
-                              int64_t C, typename V::S* d, int64_t pitch) {
-  using R = typename V::R;
-  constexpr int L = V::L, M = V::M;
-  const int64_t step = part_of(C);
-  for (int64_t i0 = 0; i0 < key_count; i0 += L) {
-    const typename V::S* k = keys + i0 * C;
-    R total[M] = {};
-    for (int64_t c0 = 0; c0 < C; c0 += step) {
-      const int64_t end = min_of(c0 + step, C);
-      R acc[M] = {};
-      for (int64_t c = c0; c < end; ++c) {
-        const R key = V::load(k + c * L);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const R difference = key - q[m][c];
-          acc[m] += difference * difference;
-        }
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[m] += acc[m];
-    }
-    for (int m = 0; m < M; ++m) V::store(d + m * pitch + i0, total[m]);
-  }
-}
-
-// r[m * pitch + i] = grad_m . (key_i - centre_m) for rows grad_m, centre_m and panels of keys.
-template <class V>
-static void products_of_rows(const typename V::S* const (&grad)[V::M], const typename V::S* const (&centre)[V::M],
-                             const typename V::S* keys, int64_t key_count, int64_t C, typename V::S* r, int64_t pitch) {
-  using R = typename V::R;
-  constexpr int L = V::L, M = V::M, half = M / 2;  // as many rows as there are registers for their places
-  const int64_t step = part_of(C);
-  for (int64_t i0 = 0; i0 < key_count; i0 += L)
-    for (int m0 = 0; m0 < M; m0 += half) {
-      const typename V::S* k = keys + i0 * C;
-      R total[half] = {};
-      for (int64_t c0 = 0; c0 < C; c0 += step) {
-        const int64_t end = min_of(c0 + step, C);
-        R acc[half] = {};
-        for (int64_t c = c0; c < end; ++c) {
-          const R key = V::load(k + c * L);
-#pragma GCC unroll 4
-          for (int m = 0; m < half; ++m) acc[m] += (key - centre[m0 + m][c]) * grad[m0 + m][c];
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < half; ++m) total[m] += acc[m];
-      }
-      for (int m = 0; m < half; ++m) V::store(r + (m0 + m) * pitch + i0, total[m]);
-    }
-}
-
 // Weights of M results for frames i: w[m * pitch + i], or where results are Adjacent w[i * pitch + m].
 template <bool Adjacent, class V>
 struct Weights {
   using S = typename V::S;
+  using R = typename V::R;
   const S* at[V::M];
   const int64_t pitch;
   Weights(const S* w, int64_t of_rows) : pitch(of_rows) {
     for (int m = 0; m < V::M; ++m) at[m] = w + (Adjacent ? m : m * pitch);
   }
-  // Of frame i, adding its product with `row` minus from[m] to acc[m].
-  template <bool Centred>
-  void add(int64_t i, typename V::R row, const typename V::R (&from)[V::M], typename V::R (&acc)[V::M]) const {
-    const S* const here = at[0] + i * pitch;
+  // That of frame i and result m, on all lanes: x - 0 is x, while x + 0 would be computed.
+  R operator()(int64_t i, int m) const { return (Adjacent ? at[0][i * pitch + m] : at[m][i]) - R{}; }
+
+  // How large sums around one frame are for what they round: sum_mi w_mi^2 x_i, x_i that frame's squared distance to
+  // frame i. Of Adjacent results also `sums`, what the weights of each add up to.
+  S extent(const S* x, int64_t count, S* sums) const {
+    R all{}, of_results{};
+    if constexpr (Adjacent) {
+      for (int64_t i = 0; i < count; ++i) {
+        const R w = V::load(at[0] + i * pitch);  // rows are padded
+        of_results += w, all += w * w * x[i];
+      }
+      const R lanes = lane_numbers<V>();
+      all = lanes < static_cast<S>(V::M) ? all : R{};
+      alignas(64) S lane[V::L];
+      V::store(lane, of_results);
+      for (int m = 0; m < V::M; ++m) sums[m] = lane[m];
+    } else {
+      for (int64_t i = 0; i < count; i += V::L) {  // weights are zero beyond the last frame
+        const R distance = V::load(x + i);
 #pragma GCC unroll 8
-    for (int m = 0; m < V::M; ++m) acc[m] += (Adjacent ? here[m] : at[m][i]) * (Centred ? row - from[m] : row);
+        for (int m = 0; m < V::M; ++m) {
+          const R w = V::load(at[m] + i);
+          all += w * w * distance;
+        }
+      }
+    }
+    return V::sum(all);
   }
 };
 
-// out[m] = sum_i w_mi (rows_i - centre_m), + sum_i w'_mi rows'_i where there is a second, over `count` frames i.
-template <class V, bool Centred, bool Second, bool Adjacent>
-static void sum_of_rows(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                        const typename V::S* const (&centre)[V::M], const Weights<Adjacent, V>& of_second,
-                        const typename V::S* second, int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
+// out[m] = sum_i w_mi (rows_i - one) [+ sum_i w'_mi second_i], P vectors of channels from c on; where results are
+// Adjacent, - sums[m] (centre_m - one). Returns the squares.
+template <class V, int P, bool Second, bool Adjacent>
+static typename V::R sum_around_one(const Weights<Adjacent, V>& of, const typename V::S* rows,
+                                    const typename V::S* const (&centre)[V::M], const typename V::S* one,
+                                    const typename V::S* sums, const Weights<Adjacent, V>& of_second,
+                                    const typename V::S* second, int64_t count, int64_t Cp, int64_t c,
+                                    typename V::S* const (&out)[V::M]) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
-  const int64_t step = part_of(count);
-  for (int64_t c = 0; c < Cp; c += L) {
-    R from[M], total[M] = {};
+  R from[P], acc[P][M] = {}, squares[4] = {};  // as many chains as hide an addition's latency
+#pragma GCC unroll 4
+  for (int k = 0; k < P; ++k) from[k] = V::load(one + c + k * L);
+  for (int64_t i = 0; i < count; ++i) {
+    R row[P];
+#pragma GCC unroll 4
+    for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) from[m] = Centred ? V::load(centre[m] + c) : R{};
-    for (int64_t begin = 0; begin < count; begin += step) {
-      const int64_t end = min_of(begin + step, count);
-      R acc[M] = {};
-      for (int64_t i = begin; i < end; ++i) {
-        of.template add<Centred>(i, V::load(rows + i * Cp + c), from, acc);
-        if constexpr (Second) of_second.template add<false>(i, V::load(second + i * Cp + c), from, acc);
+    for (int m = 0; m < M; ++m) {
+      const R weight = of(i, m);
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
+    }
+    if constexpr (Second) {
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) row[k] = V::load(second + i * Cp + c + k * L);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const R weight = of_second(i, m);
+#pragma GCC unroll 4
+        for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
       }
+    }
+  }
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[m] += acc[m];
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int k = 0; k < P; ++k) {
+      if constexpr (Adjacent) acc[k][m] -= sums[m] * (V::load(centre[m] + c + k * L) - from[k]);
+      squares[m % 4] += acc[k][m] * acc[k][m];
+      V::store(out[m] + c + k * L, acc[k][m]);
+    }
+  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
+}
+
+// The same for all channels: sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] over `count` frames i, since the
+// weights of result m add up to 0, or of Adjacent ones to sums[m]. Returns the sum of squares.
+template <class V, bool Second, bool Adjacent>
+static typename V::S sum_around_one(const Weights<Adjacent, V>& of, const typename V::S* rows,
+                                    const typename V::S* const (&centre)[V::M], const typename V::S* one,
+                                    const typename V::S* sums, const Weights<Adjacent, V>& of_second,
+                                    const typename V::S* second, int64_t count, int64_t Cp,
+                                    typename V::S* const (&out)[V::M]) {
+  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
+  typename V::R squares{};
+  int64_t c = 0;
+  for (; c + P * L <= Cp; c += P * L)
+    squares += sum_around_one<V, P, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, c, out);
+  for (; c < Cp; c += L)
+    squares += sum_around_one<V, 1, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, c, out);
+  return V::sum(squares);
+}
+
+// out[m] = sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] as it stands: a subtraction more per number.
+template <class V, bool Second, bool Adjacent>
+static void sum_around_each(const Weights<Adjacent, V>& of, const typename V::S* rows,
+                            const typename V::S* const (&centre)[V::M], const Weights<Adjacent, V>& of_second,
+                            const typename V::S* second, int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
+  using R = typename V::R;
+  constexpr int L = V::L, M = V::M;
+  for (int64_t c = 0; c < Cp; c += L) {
+    R from[M], acc[M] = {};
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) from[m] = V::load(centre[m] + c);
+    for (int64_t i = 0; i < count; ++i) {
+      const R row = V::load(rows + i * Cp + c), other = Second ? V::load(second + i * Cp + c) : R{};
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m] += of(i, m) * (row - from[m]);
+      if constexpr (Second)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] += of_second(i, m) * other;
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) V::store(out[m] + c, total[m]);
+    for (int m = 0; m < M; ++m) V::store(out[m] + c, acc[m]);
   }
+}
+
+// Those sums around `one` where that rounds no more than a few times what centres of their own do, as measured by what
+// is added up and what comes of it; else around those. `apart`: squared distances of frames to `one`.
+template <class V, bool Second, bool Adjacent>
+static void sum_of_rows(const Weights<Adjacent, V>& of, const typename V::S* rows,
+                        const typename V::S* const (&centre)[V::M], const typename V::S* one,
+                        const typename V::S* apart, const Weights<Adjacent, V>& of_second, const typename V::S* second,
+                        int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
+  typename V::S sums[V::M];
+  const typename V::S extent = of.extent(apart, count, sums);
+  const typename V::S squares =
+      sum_around_one<V, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, out);
+  if (!(extent <= 16 * squares)) sum_around_each<V, Second>(of, rows, centre, of_second, second, count, Cp, out);
 }
 
 namespace {  // of each file its own, as what it holds is
@@ -136,10 +179,14 @@ struct ShortLoss {
   Sample<S> sample;
   S *soft, *d_soft, *da;  // rows
   S *z, *w, *back;        // [T][pitch]: weights of b's frames, gradients of their logits, and those of the way back
+  // Squared distances of the middle one of every block to all frames of the other side, [block][frames]: of a to b and
+  // of soft neighbours to a, and, of keys, of b to a and of a to soft neighbours.
+  S *a_to_b, *soft_to_a, *b_to_a, *a_to_soft;
   bool nothing;
 
   static int64_t bytes(const Alignment& p, const Sizes& s) {
-    const int64_t numbers = (s.T + s.S) * (p.C + s.C + 1) + 3 * (s.T + M) * s.C + 3 * (s.T + M) * s.pitch;
+    const int64_t numbers = (s.T + s.S) * (p.C + s.C + 1) + 3 * (s.T + M) * s.C + 3 * (s.T + M) * s.pitch +
+                            2 * (s.T / M + 1) * s.pitch + (s.T / M + s.S / M + 2) * (s.T + M);
     return round_up((p.T + p.S) * 8 + numbers * static_cast<int64_t>(sizeof(S)) + 16 * 64, 64);
   }
 
@@ -149,6 +196,8 @@ struct ShortLoss {
     S* next = reinterpret_cast<S*>(at);
     for (S** rows : {&soft, &d_soft, &da}) *rows = next, next += (s.T + M) * s.C;
     for (S** weights : {&z, &w, &back}) *weights = next, next += (s.T + M) * s.pitch;
+    for (S** rows : {&a_to_b, &soft_to_a}) *rows = next, next += (s.T / M + 1) * s.pitch;
+    a_to_soft = next, next += (s.T / M + 1) * (s.T + M), b_to_a = next;
     fill_sample<V>(p, s, n, sample);
     nothing = sample.a.count == 0 || sample.b.count == 0;
     if (!backward || nothing) return;
@@ -182,10 +231,22 @@ struct ShortLoss {
   };
   int rows_of(int64_t t0, const Frames<S>& of) const { return static_cast<int>(min_of<int64_t>(M, of.count - t0)); }
 
+  // The middle frame of a block, or the last one where there is none.
+  static int64_t middle(int64_t t0, int64_t count) { return min_of<int64_t>(t0 + M / 2, count - 1); }
+  // The distances d of a block's queries to keys that have to do with the middle frame of blocks of either.
+  void keep_middles(const S* d, int64_t t0, int64_t queries, int64_t keys, S* of_queries, S* of_keys) const {
+    memcpy(of_queries + t0 / M * s.pitch, d + (middle(t0, queries) - t0) * s.pitch,
+           static_cast<size_t>(s.pitch) * sizeof(S));
+    for (int64_t i0 = 0; i0 < keys; i0 += M)
+      for (int m = 0; m < M; ++m) of_keys[i0 / M * (s.T + M) + t0 + m] = d[m * s.pitch + middle(i0, keys)];
+  }
+
   // Weights of b's frames for queries from t0 on, in z.
   void match(int64_t t0) {
     const Frames<S>&a = sample.a, &b = sample.b;
-    distances_of_rows<V>(Rows(a.rows, t0, a.count, s.C).at, b.panels, b.count, p.C, z + t0 * s.pitch, s.pitch);
+    const Rows queries(a.rows, t0, a.count, s.C);
+    distances<V>(OfRows<V>{queries.at}, b.panels, b.count, p.C, z + t0 * s.pitch, s.pitch);
+    if (backward) keep_middles(z + t0 * s.pitch, t0, a.count, b.count, a_to_b, b_to_a);
     S least, sum;
     for (int m = 0; m < M; ++m) softmax<V>(z + (t0 + m) * s.pitch, b.count, sample.sharpness, least, sum);
   }
@@ -196,7 +257,9 @@ struct ShortLoss {
   template <class Finish>
   void land(int64_t t0, const Finish& finish) {
     const Frames<S>& a = sample.a;
-    distances_of_rows<V>(Rows(soft, t0, a.count, s.C).at, a.panels, a.count, p.C, back + t0 * s.pitch, s.pitch);
+    const Rows queries(soft, t0, a.count, s.C);
+    distances<V>(OfRows<V>{queries.at}, a.panels, a.count, p.C, back + t0 * s.pitch, s.pitch);
+    if (backward) keep_middles(back + t0 * s.pitch, t0, a.count, a.count, soft_to_a, a_to_soft);
     for (int m = 0; m < rows_of(t0, a); ++m) {
       S* const row = back + (t0 + m) * s.pitch;
       const S own = row[t0 + m];
@@ -222,13 +285,13 @@ struct ShortLoss {
     const Frames<S>&a = sample.a, &b = sample.b;
     match(t0);
     const Weights<false, V> of(z + t0 * s.pitch, s.pitch);
-    const Results centre(d_soft, t0, s.C), rest(soft, t0, s.C);
-    const Rows around(d_soft, t0, t0 + M, s.C);
-    sum_of_rows<V, false, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, centre.at);
-    sum_of_rows<V, true, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, rest.at);
+    const Results rest(soft, t0, s.C);
+    // Weights add up to 1, so that what b's frames have in common need not go through the sum.
+    const S* const one = b.rows + middle(t0, b.count) * s.C;
+    sum_around_one<V, false>(of, b.rows, rest.at, one, nullptr, of, nullptr, b.count, s.C, rest.at);
     for (int m = 0; m < rows_of(t0, a); ++m) {
       S* const sum = rest.at[m];
-      for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(centre.at[m] + c));
+      for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(one + c));
       write(p.soft, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
     }
     const Landing<S> landing(p);
@@ -263,13 +326,17 @@ struct ShortLoss {
     });
     for (int m = rows; m < M; ++m) memset(back + (t0 + m) * s.pitch, 0, static_cast<size_t>(s.pitch) * sizeof(S));
     const Weights<false, V> of_back(back + t0 * s.pitch, s.pitch), of(w + t0 * s.pitch, s.pitch);
-    sum_of_rows<V, true, false>(of_back, a.rows, near, of, nullptr, a.count, s.C, Results(d_soft, t0, s.C).at);
-    const Rows around(soft, t0, a.count, s.C);
-    products_of_rows<V>(Rows(d_soft, t0, a.count, s.C).at, around.at, b.panels, b.count, p.C, w + t0 * s.pitch,
-                        s.pitch);
+    const int64_t block = t0 / M, mid = middle(t0, a.count);
+    sum_of_rows<V, false>(of_back, a.rows, near, soft + mid * s.C, soft_to_a + block * s.pitch, of, nullptr, a.count,
+                          s.C, Results(d_soft, t0, s.C).at);
+    // What a row's products have in common makes no difference to its gradients.
+    const Rows grads(d_soft, t0, t0 + M, s.C), around(soft, t0, a.count, s.C);
+    products<V>(OfRows<V>{grads.at}, b.rows + middle(t0, b.count) * s.C, b.panels, b.count, p.C, w + t0 * s.pitch,
+                s.pitch);
     for (int m = 0; m < M; ++m)
       distance_gradients<V>(z + (t0 + m) * s.pitch, w + (t0 + m) * s.pitch, b.count, sample.sharpness);
-    sum_of_rows<V, true, false>(of, b.rows, around.at, of, nullptr, b.count, s.C, Results(da, t0, s.C).at);
+    sum_of_rows<V, false>(of, b.rows, around.at, a.rows + mid * s.C, a_to_b + block * s.pitch, of, nullptr, b.count,
+                          s.C, Results(da, t0, s.C).at);
   }
 
   // What frames of a from k0 on get as the keys of the way back.
@@ -278,7 +345,8 @@ struct ShortLoss {
     const Weights<true, V> of(back + k0, s.pitch);
     const Rows around(a.rows, k0, a.count, s.C);
     S* const landed = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
-    sum_of_rows<V, true, false>(of, soft, around.at, of, nullptr, a.count, s.C, Results(landed, 0, s.C).at);
+    sum_of_rows<V, false>(of, soft, around.at, a.rows + middle(k0, a.count) * s.C, a_to_soft + k0 / M * (s.T + M), of,
+                          nullptr, a.count, s.C, Results(landed, 0, s.C).at);
     for (int m = 0; m < rows_of(k0, a); ++m) {
       S *const sum = da + (k0 + m) * s.C, *const more = landed + m * s.C;
       for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(more + c));
@@ -291,8 +359,8 @@ struct ShortLoss {
     const Frames<S>&a = sample.a, &b = sample.b;
     const Weights<true, V> of(w + i0, s.pitch), of_soft(z + i0, s.pitch);
     S* const sums = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
-    sum_of_rows<V, true, true>(of, a.rows, Rows(b.rows, i0, b.count, s.C).at, of_soft, d_soft, a.count, s.C,
-                               Results(sums, 0, s.C).at);
+    sum_of_rows<V, true>(of, a.rows, Rows(b.rows, i0, b.count, s.C).at, b.rows + middle(i0, b.count) * s.C,
+                         b_to_a + i0 / M * (s.T + M), of_soft, d_soft, a.count, s.C, Results(sums, 0, s.C).at);
     for (int m = 0; m < rows_of(i0, b); ++m)
       write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, sums + m * s.C, p.C, 1);
   }

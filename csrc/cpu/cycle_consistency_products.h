@@ -221,7 +221,7 @@ static bool settle_block(const Sizes& s, int64_t C, const Sample<typename V::S>&
     const int64_t found = settle_row<V>(d + m * s.pitch, a.rows + (t0 + m) * s.C, a.sizes[t0 + m], b, s.C, rounding,
                                         sample.sharpness, moments, left, list);
     if (found < 0) {
-      distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);
+      distances<V>(OfPanel<V>(a.panels, t0, C), b.panels, b.count, C, d, s.pitch);
       return false;
     }
     left -= found;

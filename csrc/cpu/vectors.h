@@ -35,17 +35,28 @@ struct Vectors {
     return any_set(mask);
   }
 
-  // Sum of the lanes, in pairs of pairs.
-  static S sum(R v) {
-    for (int half = L / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) v[l] += v[l + half];
-    return v[0];
+  // Lane l of the result: lane l ^ H.
+  template <int H>
+  static R swapped(R v) {
+    return swap_lanes<H>(v, typename CountLanes<L>::type());
   }
+
+  // Sum of the lanes, in pairs of pairs.
+  static S sum(R v) { return sum_halves<L / 2>(v); }
 
   // Row i becomes column i. Step by step, bit h of the row's and of the lane's number change places.
   static void transpose(R (&row)[L]) { swap_bits<L / 2>(row); }
 
  private:
+  template <int H, int... I>
+  static R swap_lanes(R v, Lanes<I...>) {
+    return __builtin_shufflevector(v, v, (I ^ H)...);
+  }
+  template <int H>
+  static S sum_halves(R v) {
+    if constexpr (H > 0) return sum_halves<H / 2>(v + swapped<H>(v));
+    return v[0];
+  }
   template <int H>
   static void swap_bits(R (&row)[L]) {
     if constexpr (H > 0) {

@@ -98,8 +98,9 @@ FAULTS = [
     Fault("no pair is found again by itself", "i < found; ++i) d[", "i < (PLANTED ? 0 : found); ++i) d[", far_pair),
     Fault(
         "no block is found again",
-        "      distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);\n      return false;",
-        "      if (!PLANTED) distances<V>(a.panels, t0, b.panels, b.count, C, d, s.pitch);\n      return false;",
+        "      distances<V>(OfPanel<V>(a.panels, t0, C), b.panels, b.count, C, d, s.pitch);\n      return false;",
+        "      if (!PLANTED) distances<V>(OfPanel<V>(a.panels, t0, C), b.panels, b.count, C, d, s.pitch);\n"
+        "      return false;",
         cut,
     ),
     Fault(

@@ -430,6 +430,33 @@ def test_losses_and_gradients_keep_the_tolerance_rule(backend, shape, kind, dtyp
         assert_close_to_reference(*values, name)
 
 
+@pytest.mark.parametrize("frames", [24, 80])
+@pytest.mark.parametrize("case", ["cut", "cut and offset", "slow"])
+def test_losses_keep_the_tolerance_rule_whatever_frames_lie_around(backend, case, frames) -> None:
+    """Frames near each other and far from the others: no one centre does for the sums of all."""
+    a = torch.randn(2, frames, 24).mul(0.2).cumsum(1)
+    if case != "slow":
+        a += 300 * torch.randn(2, 1, 24) * (torch.arange(frames) % 20 > 12)[None, :, None]
+    a += 1000.0 * ("offset" in case)
+    b = a + 0.05 * torch.randn(a.shape)
+
+    def run(to: torch.dtype, function) -> list[Tensor]:
+        leaves = [v.to(to).requires_grad_() for v in (a, b)]
+        rows = function(*leaves)
+        return [rows.detach(), *torch.autograd.grad(rows.sum(), leaves)]
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        soft, _ = reference.soft_nearest_neighbor(x, y, state_dtype=x.dtype)
+        return loss_of_landing(reference.cycle_back(soft, x, state_dtype=x.dtype), None, None, "regression", 0.001, 0.1)
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return rcu_ops.temporal_cycle_loss(x, y, min_variance=0.1, reduction="none")
+
+    values = zip(run(torch.float32, ours), run(torch.float64, plain), run(torch.float32, plain), strict=True)
+    for name, triple in zip(("loss", "da", "db"), values, strict=True):
+        assert_close_to_reference(*triple, name)
+
+
 def test_frames_that_are_not_there_do_not_change_the_loss(backend) -> None:
     a, b = inputs((2, 6, 8, 5))
     whole = rcu_ops.temporal_cycle_loss(a, b)

@@ -492,7 +492,7 @@ def test_affine_act_refuses_gradients(backend) -> None:
         y.sum().backward()
 
 
-def test_no_gradient_in_python_where_none_is_asked_for() -> None:
+def test_no_call_takes_the_detour_of_registered_gradients() -> None:
     def detours(call: Callable[[], object]) -> bool:
         files = set()
         sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
@@ -507,7 +507,9 @@ def test_no_gradient_in_python_where_none_is_asked_for() -> None:
     assert not detours(lambda: BINARY.forward(x, weight, h0, False, False))
     assert not detours(lambda: BINARY.affine_act(x, weight, channels, channels, h0, None, False, True))
     weight.requires_grad_()
-    assert detours(lambda: BINARY.forward(x, weight, h0, False, False))
+    assert detours(lambda: torch.ops.rcu_ops.recurrent_conv(x, weight, h0, False, False))
+    assert not detours(lambda: BINARY.forward(x, weight, h0, False, False))
+    assert all(output.grad_fn is not None for output in BINARY.forward(x, weight, h0, False, False))
     with torch.no_grad():
         assert not detours(lambda: BINARY.forward(x, weight, h0, False, False))
 
