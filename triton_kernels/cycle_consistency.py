@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.triton_kernels.recurrent_conv import Launch
+from rcu_ops.triton_kernels.launch import Launch, ceil_div
 
 #: The most frames of a sequence that the one-kernel cycle takes.
 SHORT = 32
@@ -740,8 +740,8 @@ class _Bounds:
 
     def __init__(self, c: int) -> None:
         unit, channels = 1.01 * 2.0**-24, PRODUCTS["BLOCK_C"]
-        self.product_steps = 2 * 17 * (channels // 16) + triton.cdiv(c, channels) + 3
-        self.difference_steps = PAIRS["BLOCK_C"] + triton.cdiv(c, PAIRS["BLOCK_C"])
+        self.product_steps = 2 * 17 * (channels // 16) + ceil_div(c, channels) + 3
+        self.difference_steps = PAIRS["BLOCK_C"] + ceil_div(c, PAIRS["BLOCK_C"])
         self.products, self.differences = unit * (self.product_steps + 16), unit * (self.difference_steps + 3)
         self.least = c * 2.0**-122
 
@@ -827,7 +827,7 @@ class _Problem:
     def _add_rows(
         self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any] | None = None, warps: int = 4
     ) -> None:
-        grid = triton.cdiv(self.t, ROWS["ROWS"]), self.n
+        grid = ceil_div(self.t, ROWS["ROWS"]), self.n
         self._add(kernel, grid, arguments, {**(constants or {}), **ROWS}, warps)
 
     def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -847,24 +847,24 @@ class _Problem:
             self.a, self.b, self.mask_a, self.mask_b, self.factors, mean, self.t, self.s, self.c,
             *self.a.stride(), *self.b.stride(), *_mask_strides(self.mask_a), *_mask_strides(self.mask_b),
         )  # fmt: skip
-        self._add(mean_kernel, (triton.cdiv(self.c, FRAMES["BLOCK_C"]), self.n), arguments, dict(FRAMES))
+        self._add(mean_kernel, (ceil_div(self.c, FRAMES["BLOCK_C"]), self.n), arguments, dict(FRAMES))
         return mean
 
     def _split(
         self, frames: Tensor, mask: Tensor | None, rest: Tensor | None = None, index: Tensor | None = None
     ) -> _Parts:
-        t, padded = frames.shape[1], triton.cdiv(self.c, PRODUCTS["BLOCK_C"]) * PRODUCTS["BLOCK_C"]
+        t, padded = frames.shape[1], ceil_div(self.c, PRODUCTS["BLOCK_C"]) * PRODUCTS["BLOCK_C"]
         found = _Parts(self._empty(t, 2, padded, dtype=torch.float16), self._empty(t), self._empty(t))
         arguments = (
             frames, rest, mask, index, self.mean, self.factors, *found, t, self.c, padded,
             *frames.stride(), *_mask_strides(mask),
         )  # fmt: skip
-        self._add(split_kernel, (triton.cdiv(t, FRAMES["BLOCK_T"]), self.n), arguments, dict(FRAMES))
+        self._add(split_kernel, (ceil_div(t, FRAMES["BLOCK_T"]), self.n), arguments, dict(FRAMES))
         return found
 
     def _by_products(self, queries: _Parts, index: Tensor | None = None) -> Tensor:
         out = self.map()
-        blocks = triton.cdiv(self.t, PRODUCTS["BLOCK_T"]) * triton.cdiv(self.s, PRODUCTS["BLOCK_S"])
+        blocks = ceil_div(self.t, PRODUCTS["BLOCK_T"]) * ceil_div(self.s, PRODUCTS["BLOCK_S"])
         arguments = (
             queries.parts, self.keys.parts, queries.sizes, self.keys.sizes, queries.inverses, self.keys.inverses,
             self.mask_b, index, out, self.t, self.s, queries.parts.shape[-1], *_mask_strides(self.mask_b),
@@ -888,13 +888,13 @@ class _Problem:
             self.temperature, bounds.products, bounds.differences, bounds.least,
             *self.a.stride(), *self.b.stride(), *_mask_strides(self.mask_a), *_mask_strides(self.mask_b),
         )  # fmt: skip
-        blocks = triton.cdiv(self.t, PAIRS["BLOCK_T"]) * triton.cdiv(self.s, PAIRS["BLOCK_S"])
+        blocks = ceil_div(self.t, PAIRS["BLOCK_T"]) * ceil_div(self.s, PAIRS["BLOCK_S"])
         self._add(settle_kernel, (blocks, self.n), arguments, {"OWN": back, **PAIRS})
         return out
 
     def pairs(self, query: Tensor, rest: Tensor | None = None, product: bool = False) -> Tensor:
         out, strides = self.map(), (rest if product else query).stride()  # type: ignore[union-attr]
-        blocks = triton.cdiv(self.t, PAIRS["BLOCK_T"]) * triton.cdiv(self.s, PAIRS["BLOCK_S"])
+        blocks = ceil_div(self.t, PAIRS["BLOCK_T"]) * ceil_div(self.s, PAIRS["BLOCK_S"])
         arguments = (
             query, self.b, rest, self.mask_b, self.factors, out, self.t, self.s, self.c,
             *strides, *self.b.stride(), *_mask_strides(self.mask_b),
@@ -921,7 +921,7 @@ class _Problem:
         return w
 
     def sums(self, weight: Tensor, centre: Tensor | None, out: Tensor, add: Tensor | None = None) -> Tensor:
-        blocks = triton.cdiv(self.t, QUERY_SUMS["BLOCK_T"]) * triton.cdiv(self.c, QUERY_SUMS["BLOCK_C"])
+        blocks = ceil_div(self.t, QUERY_SUMS["BLOCK_T"]) * ceil_div(self.c, QUERY_SUMS["BLOCK_C"])
         arguments = (
             weight, self.b, centre, self.mask_b, self.factors, self.finite, out, add, self.t, self.s, self.c,
             *self.b.stride(), *_mask_strides(self.mask_b),
@@ -930,7 +930,7 @@ class _Problem:
         return out
 
     def key_sums(self, z: Tensor, w: Tensor, grad: Tensor | None, out: Tensor) -> Tensor:
-        blocks = triton.cdiv(self.s, KEY_SUMS["BLOCK_S"]) * triton.cdiv(self.c, KEY_SUMS["BLOCK_C"])
+        blocks = ceil_div(self.s, KEY_SUMS["BLOCK_S"]) * ceil_div(self.c, KEY_SUMS["BLOCK_C"])
         arguments = (
             z, w, self.a, self.b, grad, self.mask_a, self.mask_b, self.factors, out, self.t, self.s, self.c,
             *self.a.stride(), *self.b.stride(), *((0, 0, 0) if grad is None else grad.stride()),

@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.triton_kernels.nonlocal_gates import _sigmoid, _tanh
-from rcu_ops.triton_kernels.recurrent_conv import MULTIPROCESSORS, Launch, _precision, architecture
+from rcu_ops.triton_kernels.device import sigmoid, tanh
+from rcu_ops.triton_kernels.launch import MULTIPROCESSORS, Launch, architecture, ceil_div, precision_of
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 #
@@ -162,7 +162,7 @@ def gates_kernel(
         )  # fmt: skip
     else:
         acc = _get(product + tl.where(second, tl.cast(rows, tl.int64) * C, 0), at, mask, ALIGNED)
-    gate = _sigmoid(acc)
+    gate = sigmoid(acc)
     if second:
         _put(z, at, gate, mask, ALIGNED)
     else:
@@ -195,7 +195,7 @@ def output_kernel(
         )
     else:
         acc = _get(product, at, mask, ALIGNED)
-    new = _tanh(acc + _get(candidate, at, mask, ALIGNED))
+    new = tanh(acc + _get(candidate, at, mask, ALIGNED))
     _put(candidate, at, new, mask, ALIGNED)
     if z is not None:
         update = _get(z, at, mask, ALIGNED)
@@ -352,17 +352,12 @@ TILES: dict[str, tuple[Tile, ...]] = {
 SCATTERED = 64 * 32
 
 
-def _blocks(count: int, block: int) -> int:
-    # triton.cdiv takes 3 us of the host where it is called from Python.
-    return -(-count // block)
-
-
 @functools.cache
 def choose(precision: str, rows: int, width: int, halves: int, arch: int, aligned: bool) -> Tile:
     """The tile for ``halves`` matrices [rows, width]."""
     table = [tile for tile in TILES[precision] if aligned or tile.rows * tile.outputs <= SCATTERED]
     choice = [tile for tile in table if tile.rows < 2 * rows] or [table[-1]]
-    programs = [halves * _blocks(rows, t.rows) * _blocks(width, t.outputs) for t in choice]
+    programs = [halves * ceil_div(rows, t.rows) * ceil_div(width, t.outputs) for t in choice]
     enough = 0.9 * MULTIPROCESSORS[arch]
     return next((t for t, count in zip(choice, programs, strict=True) if count >= enough), choice[-1])
 
@@ -476,7 +471,7 @@ class _Call:
 
     @staticmethod
     def of(x: Tensor, uo: Tensor, w: Tensor, vo: Tensor, rows: int, arch: int | None) -> _Call:
-        c, r, precision = x.shape[2], uo.shape[0] // 2, _precision(x.dtype)
+        c, r, precision = x.shape[2], uo.shape[0] // 2, precision_of(x.dtype)
         spare = x.new_empty(rows * 2 * max(r, c)) if precision == "ieee" else None
         arch = architecture(x.device) if arch is None else arch
         return _Call(c, r, arch, precision, _matrix(uo), _matrix(w), _matrix(vo), spare)
@@ -510,7 +505,7 @@ class _Call:
             "BLOCK_K": tile.part,
             **{name: value for name, value in (("C", self.c), ("R", self.r)) if name in kernel.arg_names},
         }
-        programs = halves * _blocks(rows, tile.rows) * _blocks(width, tile.outputs)
+        programs = halves * ceil_div(rows, tile.rows) * ceil_div(width, tile.outputs)
         return Launch(kernel, (programs,), (*arguments, rows), constants, tile.warps, tile.stages)
 
     def gates(
@@ -686,7 +681,7 @@ def plan_backward(
 def describe(x: Tensor, uo: Tensor, *_: Any) -> str:
     """How the steps of x would be cut, in words."""
     m, c, r = x.shape[0] * x.shape[3:].numel(), x.shape[2], uo.shape[0] // 2
-    precision, arch = _precision(x.dtype), architecture(x.device)
+    precision, arch = precision_of(x.dtype), architecture(x.device)
     if precision == "ieee":
         return (
             f"{m} columns per step: the library's products and 3 elementwise launches (exact fp32 has no matrix unit)"

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.triton_kernels.products import add_product
-from rcu_ops.triton_kernels.recurrent_conv import Launch
+from rcu_ops.triton_kernels.device import add_product, sigmoid, tanh
+from rcu_ops.triton_kernels.launch import Launch, ceil_div
 
 #: The most keys whose weights are one tile; in fp32, whose products may be without the matrix unit, what registers
 #: hold.
@@ -420,22 +420,6 @@ def key_gradient_kernel(
 
 
 @triton.jit
-def _sigmoid(a):
-    return 1.0 / (1.0 + tl.exp(-a))
-
-
-@triton.jit
-def _tanh(a):
-    # 1 - 2 / (1 + exp(2 a)) cancels near zero, where the odd polynomial is exact to fp32.
-    size = tl.abs(a)
-    square = a * a
-    poly = (((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square) + 1.33314422036e-1
-    near = (poly * square - 3.33332819422e-1) * square * a + a
-    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
-    return tl.where(size < 0.625, near, tl.where(a < 0.0, -far, far))
-
-
-@triton.jit
 def _gate_weights(
     gate, query, key, rows, keys, p, d, query_gate, query_row, key_gate, key_row,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -475,7 +459,7 @@ def _update_cell(
     # From the gates of a tile to h and c, or dx_gates and dcell.
     before = _load(cell + batch * cell_batch, rows, p, cell_row, channel, e).to(tl.float32)
     after = f * before + i * g
-    squashed = _tanh(after)
+    squashed = tanh(after)
     mask = (rows < p)[:, None] & (channel < e)[None, :]
     to = (batch * p + rows)[:, None] * e + channel[None, :]
     if BACKWARD:
@@ -538,13 +522,13 @@ def step_kernel(
     )  # fmt: skip
     for first in tl.range(tl.program_id(0) % SPLIT * BLOCK_E, e, SPLIT * BLOCK_E):
         channel = first + tl.arange(0, BLOCK_E)
-        i = _sigmoid(_gate(0, w0, t0, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+        i = sigmoid(_gate(0, w0, t0, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
                            value_row, PRECISION))  # fmt: skip
-        f = _sigmoid(_gate(1, w1, t1, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+        f = sigmoid(_gate(1, w1, t1, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
                            value_row, PRECISION))  # fmt: skip
-        o = _sigmoid(_gate(2, w2, t2, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+        o = sigmoid(_gate(2, w2, t2, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
                            value_row, PRECISION))  # fmt: skip
-        g = _tanh(_gate(3, w3, t3, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
+        g = tanh(_gate(3, w3, t3, x_gates, value, rows, keys, channel, p, e, x_gate, x_row, value_gate,
                         value_row, PRECISION))  # fmt: skip
         _update_cell(
             i, f, o, g, cell, grad_h, grad_c, h, c, dx_gates, dcell, rows, batch, p, channel, e,
@@ -569,10 +553,10 @@ def cell_kernel(
     x_gates += batch * x_batch
     plane = tl.cast(p, tl.int64) * e
     relations += batch * 4 * plane
-    i = _sigmoid(_pre_activation(0, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
-    f = _sigmoid(_pre_activation(1, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
-    o = _sigmoid(_pre_activation(2, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
-    g = _tanh(_pre_activation(3, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    i = sigmoid(_pre_activation(0, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    f = sigmoid(_pre_activation(1, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    o = sigmoid(_pre_activation(2, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
+    g = tanh(_pre_activation(3, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane))
     _update_cell(
         i, f, o, g, cell, grad_h, grad_c, h, c, dx_gates, dcell, rows, batch, p, channel, e,
         cell_batch, cell_row, grad_h_batch, grad_h_row, grad_c_batch, grad_c_row, BACKWARD,
@@ -585,7 +569,7 @@ def cell_kernel(
 PROGRAMS = 256
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
@@ -634,14 +618,14 @@ def plan_attention(
     if out.numel() == 0:
         return out, []
     block_n, block_m, block, warps, one = _tiles(m, query.dtype)
-    blocks = triton.cdiv(n, block_n)
-    split = _split(blocks * b, triton.cdiv(e, block))
+    blocks = ceil_div(n, block_n)
+    split = _split(blocks * b, ceil_div(e, block))
     arguments = (
         query, key, value, mask, out, n, m, d, e, float(scale),
         *_strides(query, 2), *_strides(key, 2), *_strides(value, 2), *_strides(mask, 3),
     )  # fmt: skip
     constants = {
-        "COUNT": count, "ONE": one, "SPLIT": split, "PRECISION": _precision(query.dtype),
+        "COUNT": count, "ONE": one, "SPLIT": split, "PRECISION": _input_precision(query.dtype),
         "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": _depth(block, query.dtype), "BLOCK_E": block,
     }  # fmt: skip
     return out, [Launch(attend_kernel, (blocks * split, b), arguments, constants, warps, 2)]
@@ -663,14 +647,14 @@ def plan_attention_backward(
     sizes = n, m, d, e, float(scale)
     strides = (*(s for t in (grad, query, key, value) for s in _strides(t, 2)), *_strides(mask, 3))
     block_n, block_m, block, _, one = _tiles(m, query.dtype)
-    constants = {"COUNT": count, "PRECISION": _precision(query.dtype), "BLOCK_D": _depth(block, query.dtype)}
+    constants = {"COUNT": count, "PRECISION": _input_precision(query.dtype), "BLOCK_D": _depth(block, query.dtype)}
     # Found by compiling: these would spill with 32 channels, and the other fp32 ones with 16.
     full = query.dtype == torch.float32 and constants["PRECISION"] == "ieee"
     narrow = 16 if (full and block_m <= 64) or (query.dtype == torch.float32 and not one) else block
     launches = [
         Launch(
             query_gradient_kernel,
-            (triton.cdiv(n, block_n), b),
+            (ceil_div(n, block_n), b),
             (grad, query, key, value, mask, dquery, peaks, totals, deltas, *sizes, *strides),
             {**constants, "ONE": one, "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_E": narrow},
             8,
@@ -679,8 +663,8 @@ def plan_attention_backward(
     ]
     if d + e > 0:
         rows, keys = (16 if full else 32), 32
-        blocks = triton.cdiv(m, keys)
-        split = _split(blocks * b, triton.cdiv(d, block) + triton.cdiv(e, block))
+        blocks = ceil_div(m, keys)
+        split = _split(blocks * b, ceil_div(d, block) + ceil_div(e, block))
         launches.append(
             Launch(
                 key_gradient_kernel,
@@ -725,18 +709,18 @@ def plan_step(
             x_gates, relations, cell, grad_h, grad_c, *outputs, p, e, *_strides(x_gates, 3), *beside,
         )  # fmt: skip
         constants = {"BACKWARD": grads is not None, "BLOCK_N": 16, "BLOCK_E": 64}
-        grid = triton.cdiv(p, 16) * triton.cdiv(e, 64), b
+        grid = ceil_div(p, 16) * ceil_div(e, 64), b
         return results, [*launches, Launch(cell_kernel, grid, arguments, constants, 4, 1)]
     _, block_m, block, _, _ = _tiles(p, query.dtype)
     block_n, slice_e = 16, 32
-    blocks = triton.cdiv(p, block_n)
-    split = _split(blocks * b, triton.cdiv(e, slice_e))
+    blocks = ceil_div(p, block_n)
+    split = _split(blocks * b, ceil_div(e, slice_e))
     arguments = (
         x_gates, query, key, value, cell, grad_h, grad_c, *outputs, p, query.shape[3], e,
         *_strides(x_gates, 3), *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *beside,
     )  # fmt: skip
     constants = {
-        "BACKWARD": grads is not None, "SPLIT": split, "PRECISION": _precision(query.dtype),
+        "BACKWARD": grads is not None, "SPLIT": split, "PRECISION": _input_precision(query.dtype),
         "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": _depth(block, query.dtype), "BLOCK_E": slice_e,
     }  # fmt: skip
     return results, [Launch(step_kernel, (blocks * split, b), arguments, constants, 8, 2)]

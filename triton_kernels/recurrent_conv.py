@@ -25,14 +25,14 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.triton_kernels.products import add_product
+from rcu_ops.triton_kernels.device import add_product
+from rcu_ops.triton_kernels.launch import MULTIPROCESSORS, Launch, architecture, ceil_div, precision_of
 
 STRIDED, CHANNEL_CONTIGUOUS, FRAME_CONTIGUOUS = 0, 1, 2  # the unit-stride direction of a tensor: X_LAYOUT and its like
 FIRST_INPUT, GIVEN, ADDED = 0, 1, 2  # START: what the state before the first step is made of
@@ -529,9 +529,6 @@ SCAN_TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     },
 }
 
-#: Programs that fill the chip: the largest tile that leaves none of them idle is taken.
-MULTIPROCESSORS = {80: 108, 86: 84, 90: 132}
-
 
 @dataclass(frozen=True)
 class GradTile:
@@ -558,73 +555,7 @@ WEIGHT_GRAD_PROGRAMS = 264
 REDUCE_BLOCK = 256
 
 
-def architecture(device: torch.device) -> int:
-    """The architecture class of SCAN_TILES that serves ``device``; 80 for anything that is not CUDA (interpreter)."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) in ((8, 0), (8, 7)):
-        return 80
-    return 90 if major in (9, 10) else 86
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 # ---- launches -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, described: run it, compile it ahead, or ask its signature."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, Any]:
-        """Compiler options. Fused multiply-add is meant: it is more exact than two roundings."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-    def key(self) -> tuple[Any, ...]:
-        """What is compiled: equal for launches that share a compiled kernel."""
-        types, constants = self.signature()
-        return (self.kernel.__name__, *types.values(), *sorted(constants.items(), key=str), self.warps, self.stages)
-
-    def run(self) -> None:
-        """Launch on the current device and stream. Triton raises if the launch fails."""
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.options())
-
-    def compile_ahead(self) -> None:
-        """Compile for the current device without launching; the arguments may be meta tensors."""
-        self.kernel.warmup(*self.arguments, grid=self.grid, **self.constants, **self.options())
-
-    def signature(self) -> tuple[dict[str, str], dict[str, Any]]:
-        """Triton types by parameter name, and the values of the compile-time ones."""
-        types: dict[str, str] = {}
-        constants = dict(self.constants)
-        for name, value in zip(self.kernel.arg_names, self.arguments, strict=False):
-            if value is None:
-                constants[name] = None
-            elif isinstance(value, Tensor):
-                types[name] = "*" + _TYPES[value.dtype]
-            elif isinstance(value, float):
-                types[name] = "fp32"
-            else:
-                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        return {name: types.get(name, "constexpr") for name in self.kernel.arg_names}, constants
-
-
-_TYPES = {
-    **{torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"},
-    **{torch.bool: "i1", torch.int64: "i64"},
-}
 
 
 def _layout(value: Tensor) -> tuple[int, int]:
@@ -681,7 +612,7 @@ def _strides(value: Tensor | None) -> tuple[int, ...]:
 
 def _programs(shape: torch.Size, rows: int, per_sample: bool) -> int:
     n, _, _, height, width = shape
-    return n * triton.cdiv(height * width, rows) if per_sample else triton.cdiv(n * height * width, rows)
+    return n * ceil_div(height * width, rows) if per_sample else ceil_div(n * height * width, rows)
 
 
 def _stays_in_frame(layouts: list[int], vector: int, frame_size: int, rows: int) -> bool:
@@ -712,7 +643,7 @@ def _scan(
     stride_out, stride_in = reversed(weight.stride()) if transposed else weight.stride()
     weight_layout = _weight_layout(weight, stride_out, stride_in)
 
-    precision = _precision(weight.dtype)
+    precision = precision_of(weight.dtype)
     block = max(16, triton.next_power_of_2(channels))
     tiles = SCAN_TILES[arch][precision][block]
     if vector == 1 or STRIDED in layouts or weight_layout == STRIDED:
@@ -780,12 +711,12 @@ def _weight_grad(dx: Tensor, h: Tensor, h0: Tensor | None, dweight: Tensor, reve
     n, channels, frames, height, width = h.shape
     vector = _vector((dx, h))
     layouts = [_layout(dx)[0], _layout(h)[0]]
-    precision = _precision(h.dtype)
+    precision = precision_of(h.dtype)
     by_channels = WEIGHT_GRAD_TILES[precision]
     tile = by_channels[min(max(16, triton.next_power_of_2(channels)), max(by_channels))]
     per_sample = _stays_in_frame(layouts, vector, height * width, tile.rows)
     tiles = _programs(h.shape, tile.rows, per_sample)
-    blocks = triton.cdiv(channels, tile.channels) ** 2
+    blocks = ceil_div(channels, tile.channels) ** 2
     splits = min(tiles, max(1, WEIGHT_GRAD_PROGRAMS // blocks))
     partial = torch.empty(splits, channels, channels, dtype=torch.float32, device=h.device)
     size = channels * channels
@@ -815,7 +746,7 @@ def _weight_grad(dx: Tensor, h: Tensor, h0: Tensor | None, dweight: Tensor, reve
         ),
         Launch(
             reduce_kernel,
-            (triton.cdiv(size, REDUCE_BLOCK),),
+            (ceil_div(size, REDUCE_BLOCK),),
             (partial, dweight, splits, size),
             {"BLOCK": REDUCE_BLOCK},
             4,

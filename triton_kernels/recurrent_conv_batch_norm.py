@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rcu_ops.triton_kernels import recurrent_conv as scans
-from rcu_ops.triton_kernels.recurrent_conv import Launch
-from rcu_ops.triton_kernels.srtg import _at
+from rcu_ops.triton_kernels.device import clip_offsets
+from rcu_ops.triton_kernels.launch import Launch, ceil_div
 
 MOMENTS, NORMALIZE, SUMS, GRADIENT = range(4)  # PASS
 
@@ -55,7 +55,7 @@ def norm_kernel(
         for start in tl.range(0, positions, BLOCK_P):
             position = start + tl.arange(0, BLOCK_P)
             there = mine[:, None] & (position < positions)[None, :]
-            at = _at(n, c, t, position, width, h_n, h_c, h_t, h_h, h_w, FLAT)
+            at = clip_offsets(n, c, t, position, width, h_n, h_c, h_t, h_h, h_w, FLAT)
             total += tl.load(h + at, mask=there, other=0.0).to(tl.float32)
         center = tl.sum(total, 1) / positions
         rest = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
@@ -63,7 +63,7 @@ def norm_kernel(
         for start in tl.range(0, positions, BLOCK_P):
             position = start + tl.arange(0, BLOCK_P)
             there = mine[:, None] & (position < positions)[None, :]
-            at = _at(n, c, t, position, width, h_n, h_c, h_t, h_h, h_w, FLAT)
+            at = clip_offsets(n, c, t, position, width, h_n, h_c, h_t, h_h, h_w, FLAT)
             value = tl.load(h + at, mask=there, other=0.0).to(tl.float32)
             deviation = tl.where(there, value - center[:, None], 0.0)
             rest += deviation
@@ -91,24 +91,24 @@ def norm_kernel(
         for start in tl.range(0, positions, BLOCK_P):
             position = start + tl.arange(0, BLOCK_P)
             there = mine[:, None] & (position < positions)[None, :]
-            at = _at(n, c, t, position, width, h_n, h_c, h_t, h_h, h_w, FLAT)
+            at = clip_offsets(n, c, t, position, width, h_n, h_c, h_t, h_h, h_w, FLAT)
             deviation = tl.load(h + at, mask=there, other=0.0).to(tl.float32) - mean[:, None]
             z = deviation * scale[:, None] + shift[:, None]
             if other is not None:
-                at = _at(n, c, t, position, width, other_n, other_c, other_t, other_h, other_w, FLAT)
+                at = clip_offsets(n, c, t, position, width, other_n, other_c, other_t, other_h, other_w, FLAT)
                 given = tl.load(other + at, mask=there, other=0.0).to(tl.float32)
             if PASS == 1:
                 if other is not None:
                     z += given
                 if RELU:
                     z = tl.where(z < 0.0, 0.0, z)  # NaN stays
-                at = _at(n, c, t, position, width, y_n, y_c, y_t, y_h, y_w, FLAT)
+                at = clip_offsets(n, c, t, position, width, y_n, y_c, y_t, y_h, y_w, FLAT)
                 tl.store(y + at, z.to(y.dtype.element_ty), mask=there)
             else:
                 dz = given
                 if RELU:
                     if y is not None:
-                        at = _at(n, c, t, position, width, y_n, y_c, y_t, y_h, y_w, FLAT)
+                        at = clip_offsets(n, c, t, position, width, y_n, y_c, y_t, y_h, y_w, FLAT)
                         z = tl.load(y + at, mask=there, other=0.0).to(tl.float32)
                     dz = tl.where(z <= 0.0, 0.0, dz)
                 if PASS == 2:
@@ -117,7 +117,7 @@ def norm_kernel(
                 else:
                     dz = scale[:, None] * dz + (slope[:, None] * deviation + constant[:, None])
                 if out is not None:
-                    at = _at(n, c, t, position, width, out_n, out_c, out_t, out_h, out_w, FLAT)
+                    at = clip_offsets(n, c, t, position, width, out_n, out_c, out_t, out_h, out_w, FLAT)
                     tl.store(out + at, dz.to(out.dtype.element_ty), mask=there)
         if PASS == 2:
             tl.store(to, tl.sum(total, 1).to(tl.float64), mask=mine)
@@ -197,11 +197,11 @@ def plan(
         *(stride for v in sequences for stride in ((0,) * 5 if v is None else v.stride())),
     )  # fmt: skip
     constants = {"PASS": what, "RELU": relu, "FLAT": flat, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    launches = [Launch(norm_kernel, (n * t, triton.cdiv(c, block_c)), arguments, constants, 4, 2)]
+    launches = [Launch(norm_kernel, (n * t, ceil_div(c, block_c)), arguments, constants, 4, 2)]
     if result is not None:
         finish = (partial, tables[0], result, c, n * t, height * width, eps)
         constants = {"PASS": what, "BLOCK_C": 16, "BLOCK_F": 32}
-        launches.append(Launch(finish_kernel, (triton.cdiv(c, 16),), finish, constants, 4, 1))
+        launches.append(Launch(finish_kernel, (ceil_div(c, 16),), finish, constants, 4, 1))
     return launches
 
 

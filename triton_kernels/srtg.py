@@ -14,20 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.triton_kernels.recurrent_conv import Launch
+from rcu_ops.triton_kernels.device import clip_offsets
+from rcu_ops.triton_kernels.launch import Launch, ceil_div
 
 #: What a program does: means of x; x h; x + h; grad h and the sums of grad x.
 SQUEEZE, MUL, ADD, BACKWARD = range(4)
-
-
-@triton.jit
-def _at(n, c, t, position, width, s_n, s_c, s_t, s_h, s_w, FLAT: tl.constexpr):
-    # Offsets [channels, positions] of one frame. FLAT: positions are s_w apart throughout.
-    if FLAT:
-        plane = position.to(tl.int64) * s_w
-    else:
-        plane = (position // width).to(tl.int64) * s_h + (position % width).to(tl.int64) * s_w
-    return n * s_n + t * s_t + c.to(tl.int64)[:, None] * s_c + plane[None, :]
 
 
 @triton.jit(do_not_specialize=["c_count", "t_count", "positions", "width"])
@@ -53,7 +44,7 @@ def gate_kernel(
     for start in tl.range(0, positions, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)
         there = (c < c_count)[:, None] & (position < positions)[None, :]
-        raw = tl.load(x + _at(n, c, t, position, width, x_n, x_c, x_t, x_h, x_w, FLAT), mask=there, other=0.0)
+        raw = tl.load(x + clip_offsets(n, c, t, position, width, x_n, x_c, x_t, x_h, x_w, FLAT), mask=there, other=0.0)
         value = raw.to(tl.float32)
         if PASS == 0:
             total += value
@@ -65,12 +56,12 @@ def gate_kernel(
                 result = value + factor[:, None]
             else:
                 through = tl.load(
-                    grad + _at(n, c, t, position, width, g_n, g_c, g_t, g_h, g_w, FLAT), mask=there, other=0.0
+                    grad + clip_offsets(n, c, t, position, width, g_n, g_c, g_t, g_h, g_w, FLAT), mask=there, other=0.0
                 )
                 result = through.to(tl.float32) * factor[:, None]
                 total += value * through.to(tl.float32)
             result = tl.where(is_open, result, through.to(tl.float32))
-            into = y + _at(n, c, t, position, width, y_n, y_c, y_t, y_h, y_w, FLAT)
+            into = y + clip_offsets(n, c, t, position, width, y_n, y_c, y_t, y_h, y_w, FLAT)
             tl.store(into, result.to(y.dtype.element_ty), mask=there)
     if PASS == 0:
         tl.store(sums + to, tl.sum(total, 1) / positions, mask=c < c_count)
@@ -100,7 +91,7 @@ def plan(
     )  # fmt: skip
     flat = all(height == 1 or v is None or v.stride(3) == width * v.stride(4) for v in (x, grad, y))
     constants = {"PASS": what, "FLAT": flat, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    return (y, sums), [Launch(gate_kernel, (n * t, triton.cdiv(c, block_c)), arguments, constants, 4, 2)]
+    return (y, sums), [Launch(gate_kernel, (n * t, ceil_div(c, block_c)), arguments, constants, 4, 2)]
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:

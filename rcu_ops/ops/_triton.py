@@ -36,6 +36,11 @@ def source_directory() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "triton_kernels"
 
 
+def sources(*operators: str) -> tuple[Path, ...]:
+    """The files that the kernels of these operators are made of."""
+    return tuple(source_directory() / f"{name}.py" for name in (*operators, "device", "launch"))
+
+
 def _mount(directory: Path) -> None:
     """Make ``directory`` the package rcu_ops.triton_kernels, as an editable install does."""
     spec = importlib.util.spec_from_file_location(

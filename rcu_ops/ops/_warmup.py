@@ -81,7 +81,7 @@ def warmup(
     if target.type != "cuda":
         raise ValueError(f"device: expected a CUDA device, got {target}")
 
-    arch = _triton.kernels("recurrent_conv").architecture(target)
+    arch = _triton.kernels("launch").architecture(target)
     launches: dict[tuple[Any, ...], Any] = {}
     for shape, dtype, memory_format in itertools.product(sequences, dtypes, memory_formats):
         for file in FILES[len(shape)]:

@@ -787,5 +787,5 @@ def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) ->
 
 
 _selftest.register_backends(
-    "cycle_consistency", _selftest_cases, (Path(__file__), _triton.source_directory() / "cycle_consistency.py")
+    "cycle_consistency", _selftest_cases, (Path(__file__), *_triton.sources("cycle_consistency"))
 )

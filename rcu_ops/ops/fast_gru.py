@@ -625,11 +625,4 @@ def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) ->
         )
 
 
-_SOURCES = (
-    Path(__file__),
-    *(
-        _triton.source_directory() / f"{name}.py"
-        for name in ("fast_gru", "nonlocal_gates", "recurrent_conv", "products")
-    ),
-)
-_selftest.register_backends("fast_gru", _selftest_cases, _SOURCES)
+_selftest.register_backends("fast_gru", _selftest_cases, (Path(__file__), *_triton.sources("fast_gru")))

@@ -732,6 +732,6 @@ def _selftest_step(operators: Any, device: torch.device, dtype: torch.dtype) -> 
         yield _selftest_case(name, operators.relational_lstm_step, arguments, (), reference.relational_lstm_step)
 
 
-_SOURCES = (Path(__file__), *(_triton.source_directory() / f"{name}.py" for name in ("nonlocal_gates", "products")))
+_SOURCES = (Path(__file__), *_triton.sources("nonlocal_gates"))
 _selftest.register_backends("nonlocal_attention", _selftest_attention, _SOURCES)
 _selftest.register_backends("relational_lstm_step", _selftest_step, _SOURCES)

@@ -753,6 +753,6 @@ def _selftest_affine_act_cases(operators: Any, device: torch.device, dtype: torc
         yield _selftest.Case(name, got, functools.partial(want, torch.float64), functools.partial(want, dtype))
 
 
-_SOURCES = (Path(__file__), *(_triton.source_directory() / f"{name}.py" for name in ("recurrent_conv", "products")))
+_SOURCES = (Path(__file__), *_triton.sources("recurrent_conv"))
 _selftest.register_backends("recurrent_conv", _selftest_cases, _SOURCES)
 _selftest.register_backends("recurrent_conv_affine_act", _selftest_affine_act_cases, _SOURCES)

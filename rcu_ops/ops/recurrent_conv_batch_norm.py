@@ -692,11 +692,5 @@ def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) ->
 _selftest.register_backends(
     "recurrent_conv_batch_norm",
     _selftest_cases,
-    (
-        Path(__file__),
-        *(
-            _triton.source_directory() / f"{name}.py"
-            for name in ("recurrent_conv", "recurrent_conv_batch_norm", "srtg", "products")
-        ),
-    ),
+    (Path(__file__), *_triton.sources("recurrent_conv", "recurrent_conv_batch_norm")),
 )

@@ -260,4 +260,4 @@ def _selftest_cases(operators: Any, device: torch.device, dtype: torch.dtype) ->
         )
 
 
-_selftest.register_backends("srtg", _selftest_cases, (Path(__file__), _triton.source_directory() / "srtg.py"))
+_selftest.register_backends("srtg", _selftest_cases, (Path(__file__), *_triton.sources("srtg")))

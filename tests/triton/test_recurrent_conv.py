@@ -138,12 +138,12 @@ def test_warmup_names_wrong_arguments(arguments, options, error, message) -> Non
 @pytest.mark.skipif(not _triton.PRESENT, reason="triton is not installed")
 def test_warmup_compiles_each_kernel_once(monkeypatch) -> None:
     """With a stand-in for the device and the compiler: what it would compile, and that it asks for the self-tests."""
-    kernels = _triton.kernels("recurrent_conv")
+    launch = _triton.kernels("launch")
     compiled, asked = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(kernels, "architecture", lambda device: 90)
-    monkeypatch.setattr(kernels.Launch, "compile_ahead", lambda launch: compiled.append(launch.key()))
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(launch.Launch, "compile_ahead", lambda this: compiled.append(this.key()))
     monkeypatch.setattr(_selftest, "why_not", lambda *args: asked.append(args))
     options = {"device": "cuda:0", "files": ["recurrent_conv"]}
     count = _warmup.warmup([(2, 64, 8, 56, 56), (4, 64, 2, 56, 56)], training=False, **options)
