@@ -248,15 +248,38 @@ P step_of(const Tensor& x_gates, const Tensor& query, const Tensor& key, const T
   return p;
 }
 
-std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell) {
+// What a step on the CPU leaves to its backward pass (see Step in common/nonlocal_gates.h): [B,4,P,padded P], and
+// [B,kept,P,Dv] of the first 0 to 4 gates.
+struct Kept {
+  Tensor weights, gates;
+};
+
+Tensor empty_state_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()), state_dtype(like.scalar_type()));
+}
+
+int64_t padded_keys(const Tensor& x_gates) {
+  const int64_t line = x_gates.scalar_type() == ScalarType::Double ? 8 : 16;
+  return (x_gates.size(2) + line - 1) / line * line;
+}
+
+template <class P>
+void set_kept(P& p, const Kept* kept) {
+  if (!kept) return;
+  if (kept->weights.numel() > 0) p.weights = rows_of(kept->weights);
+  p.gates = rows_of(kept->gates), p.kept_gates = kept->gates.size(1);
+}
+
+std::tuple<Tensor, Tensor> run_step(Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell,
+                                    const Kept* kept) {
   x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value),
   cell = with_rows(cell);
   Step p = step_of<Step>(x_gates, query, key, value, cell);
   const Relation& r = p.relation;
   Tensor h = empty_of(x_gates, {r.B, r.N, r.E});
-  const int64_t sizes[3] = {r.B, r.N, r.E};
-  Tensor c = torch::stable::new_empty(x_gates, Sizes(sizes, 3), state_dtype(x_gates.scalar_type()));
+  Tensor c = empty_state_of(x_gates, {r.B, r.N, r.E});
   p.h = rows_of(h), p.c = rows_of(c);
+  set_kept(p, kept);
 #ifdef RCU_OPS_WITH_CUDA
   if (const std::optional<Tensor> relations = library_relations(r, query, key, value)) {
     update_cell_from(p, *relations);
@@ -267,11 +290,10 @@ std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Te
   return {h, c};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward(std::optional<Tensor> grad_h,
-                                                                                 std::optional<Tensor> grad_c,
-                                                                                 Tensor x_gates, Tensor query,
-                                                                                 Tensor key, Tensor value,
-                                                                                 Tensor cell) {
+using StepGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+StepGradients run_step_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_c, Tensor x_gates,
+                                Tensor query, Tensor key, Tensor value, Tensor cell, const Kept* kept) {
   x_gates = with_rows(x_gates), query = with_rows(query), key = with_rows(key), value = with_rows(value),
   cell = with_rows(cell);
   StepGrad p = step_of<StepGrad>(x_gates, query, key, value, cell);
@@ -295,6 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward
   Tensor dcell = empty_of(cell, {r.B, r.N, r.E});
   p.dx_gates = rows_of(dx), p.dquery = rows_of(dquery), p.dkey = rows_of(dkey), p.dvalue = rows_of(dvalue);
   p.dcell = rows_of(dcell);
+  set_kept(p, kept);
 #ifdef RCU_OPS_WITH_CUDA
   if (const std::optional<Tensor> relations = library_relations(r, query, key, value)) {
     update_cell_from(p, *relations);
@@ -304,6 +327,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward
 #endif
   launch(p, x_gates);
   return {dx, dquery, dkey, dvalue, dcell};
+}
+
+std::tuple<Tensor, Tensor> relational_lstm_step(Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell) {
+  return run_step(x_gates, query, key, value, cell, nullptr);
+}
+
+StepGradients relational_lstm_step_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_c, Tensor x_gates,
+                                            Tensor query, Tensor key, Tensor value, Tensor cell) {
+  return run_step_backward(grad_h, grad_c, x_gates, query, key, value, cell, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> relational_lstm_step_kept(Tensor x_gates, Tensor query, Tensor key,
+                                                                     Tensor value, Tensor cell, int64_t gates) {
+  check(gates >= 0 && gates <= 4, "gates: expected 0 to 4, got ", gates);
+  check(x_gates.dim() == 4, "x_gates: expected [B,4,P,Dv], got ", shape_text(x_gates.sizes()));
+  const Sizes s = x_gates.sizes();
+  const Kept kept{empty_state_of(x_gates, {s[0], s[1], s[2], padded_keys(x_gates)}),
+                  empty_state_of(x_gates, {s[0], gates, s[2], s[3]})};
+  auto [h, c] = run_step(x_gates, query, key, value, cell, &kept);
+  return {h, c, kept.weights, kept.gates};
+}
+
+StepGradients relational_lstm_step_kept_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
+                                                 Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell,
+                                                 Tensor weights, Tensor gates) {
+  check(x_gates.dim() == 4, "x_gates: expected [B,4,P,Dv], got ", shape_text(x_gates.sizes()));
+  const Sizes s = x_gates.sizes();
+  check_shape("weights", weights, {s[0], s[1], s[2], padded_keys(x_gates)}, "[B,4,P,padded P]");
+  check(gates.dim() == 4 && gates.size(1) <= 4, "gates: expected [B,0 to 4,P,Dv], got ", shape_text(gates.sizes()));
+  check_shape("gates", gates, {s[0], gates.size(1), s[2], s[3]}, "[B,0 to 4,P,Dv]");
+  for (const auto& [name, tensor] : {std::pair{"weights", weights}, std::pair{"gates", gates}}) {
+    check_dtype(name, tensor, state_dtype(x_gates.scalar_type()));
+    check_device(name, tensor, x_gates, "x_gates");
+  }
+  const Kept kept{torch::stable::contiguous(weights), torch::stable::contiguous(gates)};
+  return run_step_backward(grad_h, grad_c, x_gates, query, key, value, cell, &kept);
 }
 
 }  // namespace
@@ -317,6 +376,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relational_lstm_step_backward
     m.impl("relational_lstm_step_backward", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_backward)); \
   }
 RCU_OPS_REGISTER(CPU)
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
+  m.impl("relational_lstm_step_kept", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_kept));
+  m.impl("relational_lstm_step_kept_backward", TORCH_BOX(&rcu_ops::bindings::relational_lstm_step_kept_backward));
+}
 #ifdef RCU_OPS_WITH_CUDA
 RCU_OPS_REGISTER(CUDA)
 #endif

@@ -72,6 +72,7 @@ py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, 
   found["blocks"] = plan.blocks;
   found["shared_bytes"] = plan.shared_bytes;
   found["scratch_bytes"] = forward ? cuda::forward_scratch_bytes(r) : cuda::gradient_scratch_bytes(r);
+  found["map_bytes"] = cuda::plan_products(r, !forward).map_bytes;
   found["places"] = places;
   return found;
 }
@@ -137,7 +138,8 @@ void bind_nonlocal_gates(py::module_& m) {
       "(of a forward pass and its gradients two); said: the same with what is left to PyTorch, whose attention may be "
       "switched off; then of the plain kernel resident, chunk, slice, splits, blocks, "
       "shared_bytes, scratch_bytes (of the device's memory), and, for blocks [begin, end), what each owns: (problem, "
-      "first row, rows, split). misalignment: of the addresses, in bytes modulo 16.");
+      "first row, rows, split). map_bytes: of the maps that products by PyTorch have at once; gradients have two such. "
+      "misalignment: of the addresses, in bytes modulo 16.");
   m.def(
       "nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"),
       py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,

@@ -46,19 +46,28 @@ struct AttentionGrad {
 //     i, f, o = sigmoid(a), g = tanh(a), c = f cell + i g, h = o tanh(c)
 //
 // h has the tensors' dtype, c the state's (f64 for f64, else f32), cell either.
+//
+// What its backward pass may have of it, in the state's dtype, on the CPU: the weights, and the pre-activations of the
+// first kept_gates gates. weights is contiguous, its rows of N numbers padded with anything to whole lines of 64
+// bytes; a dead query's are zeros.
 struct Step {
   Relation relation;
   Rows x_gates, cell, h, c;
   bool cell_is_state = false;
+  Rows weights = {}, gates = {};  // written; N rows of N (padded) and E numbers
+  int64_t kept_gates = 0;
 };
 
-// Its backward pass, all from the inputs: the gates again, dx_gates = da and dcell, then AttentionGrad with g = da.
+// Its backward pass: the gates again, all from the inputs or from what was left, dx_gates = da and dcell, then
+// AttentionGrad with g = da.
 struct StepGrad {
   Relation relation;
   // grad_h in the tensors' dtype, grad_c in the state's; at most one of them absent.
   Rows x_gates, cell, grad_h, grad_c;
   Rows dx_gates, dquery, dkey, dvalue, dcell;  // dcell in cell's dtype
   bool cell_is_state = false;
+  Rows weights = {}, gates = {};  // as Step left them; gates not without weights
+  int64_t kept_gates = 0;
 };
 
 namespace cpu {

@@ -13,19 +13,20 @@
 //           (dkey, dvalue, maps recomputed). A step's goes in rounds of a few samples and a block of queries: gates by
 //           blocks, then gradients by (sample, gate) from the weights that the gates left.
 // Scratch.  Per task the weights of its block and a panel of results, per round the weights of its queries, up to 2^20
-//           numbers per thread; never a map of the batch, never the gates.
+//           numbers per thread; never a map of the batch, never the gates. What a step leaves to its backward pass, if
+//           asked to, are tensors of its caller's.
 // Aliasing. Outputs must not overlap inputs or each other.
 // Order.    A score sums over the channels in order, 128 at a time (a dot product: V::L sums, one per lane, added at
 //           the end), a result over the keys in the same way. Neither depends on the blocks, so results do not depend
 //           on the number of threads.
 // Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials,
 //           about 20 operations for a vector of numbers, are N M + 5 N E / 4 per gate. Products of N M D or N M E:
-//           forward 2, backward 5 (7 where keys have blocks of their own), a step's 6 (9).
-//           What that leaves to be won from eager PyTorch, whose step takes 2 and 4 more for its gradients, depends on the
-//           share of the machine's measured rate that its products reach (Emerald Rapids, one thread, fp32; here in
-//           brackets): 49 positions and heads of 1024 0.46 (0.55 to 0.62), 196 and 512 0.74 to 0.79 (0.80). So 1.3 times
-//           eager's speed would be all of the machine's rate for attention over 196 positions, and beyond it for a step
-//           with gradients, 8 products to 6: these recompute the weights, since nothing but inputs is kept.
+//           forward 2, backward 5 (7 where keys have blocks of their own), a step's 6 (9), and 4 to 5 where the
+//           forward pass left its weights and gates.
+//           What that leaves to be won from eager PyTorch, whose step takes 2 and 4, depends on how near its products
+//           come to a loop of multiplications (180 GFLOP/s, one thread of Emerald Rapids, fp32). GFLOP/s of its scores
+//           and sums, in brackets of those here: 196 positions and heads of 512 137 and 163 (154 and 159), 49 and 1024
+//           66 and 164 (143 and 151). So attention over 196 positions would take 0.79 of eager's time at that rate.
 //
 // The including file defines, in the namespace: Floats and Doubles (vectors_<isa>.h) and the blocks' sizes
 // score_rows x score_columns and sum_rows x sum_vectors.
@@ -321,9 +322,12 @@ static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_
                           int64_t K, const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
                           typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false) {
   using P = Arithmetic<V, T>;
-  P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : panel<V>, packed);
+  constexpr int two = sum_vectors > 2 ? 2 : 1;
+  P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : n <= two * V::L ? two * V::L : panel<V>, packed);
   if (n <= V::L)
     sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
+  else if (n <= two * V::L)
+    sums<V, T, two>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
   else
     sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
 }
@@ -634,65 +638,96 @@ static inline void store_state(const Rows& rows, bool is_state, int64_t b, int64
   }
 }
 
-// The weights of some queries of a sample's gates: query i of gate g at s + (g * gate + i) * padded M, and whether it
-// is dead.
+// The weights of some queries of a sample's gates: query i of gate g at s + (g * gate + i) * padded M.
 template <class S>
 struct Maps {
   S* s = nullptr;
-  Byte* dead = nullptr;
   int64_t gate = 0;
 };
+
+// Which queries are dead, by their weights: of a softmax no other row is all zeros. Returns whether any is.
+template <class V>
+static bool dead_of(const typename V::S* s, int64_t m, int64_t rows, Byte* dead) {
+  using S = typename V::S;
+  bool any = false;
+  for (int64_t i = 0; i < rows; ++i, s += padded<S>(m)) {
+    typename V::R total = V::set1(0);
+    for (int64_t j = 0; j < m; j += V::L) total = V::add(total, V::load(s + j));
+    any |= dead[i] = V::sum(total) == 0;
+  }
+  return any;
+}
 
 template <class V, class T>
 struct GateMemory {
   Maps<typename V::S> maps;  // the caller's, if it keeps them
-  typename V::S* tile;       // [4][rows][panel]
+  Byte* dead;                // [4][rows]
+  int64_t known;             // gates of which only the pre-activations are needed, and known: the first of the four
+  typename V::S* tile;       // [4 - known][rows][panel]
   typename Arithmetic<V, T>::Left* left;
   typename Arithmetic<V, T>::Right* right;
   size_t bytes;
-  GateMemory(Pieces m, const Relation& r, int64_t rows, const Maps<typename V::S>& kept = {}) : maps(kept) {
+  GateMemory(Pieces m, const Relation& r, int64_t rows, const Maps<typename V::S>& kept = {}, int64_t known = 0)
+      : maps(kept), known(known) {
     using S = typename V::S;
     using P = Arithmetic<V, T>;
-    if (!kept.s) maps = {m.take<S>(4 * rows * padded<S>(r.M)), m.take<Byte>(4 * rows), rows};
-    tile = m.take<S>(4 * rows * panel<V>);
-    left = m.take<typename P::Left>(4 * P::left_size(rows, r.M)),
+    if (!kept.s) maps = {m.take<S>(4 * rows * padded<S>(r.M)), rows};
+    dead = m.take<Byte>(4 * rows);
+    tile = m.take<S>((4 - known) * rows * panel<V>);
+    left = m.take<typename P::Left>((4 - known) * P::left_size(rows, r.M)),
     right = m.take<typename P::Right>(P::right_size(r.M, panel<V>));
     bytes = m.used;
   }
 };
 
 // The gates of positions [n, n + rows), panel by panel of channels: finish(row, channel, width, a[4]) gets the
-// pre-activations of V::L channels, of which `width` are there.
+// pre-activations of V::L channels, of which `width` are there. The first m.known gates' are in `before`. weighed: the
+// maps hold the weights already.
 template <class V, class T, class Finish>
 static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, int64_t rows, const GateMemory<V, T>& m,
-                  Finish finish) {
+                  bool weighed, const Rows& before, Finish finish) {
   using S = typename V::S;
   const int64_t ld = padded<S>(r.M), map = m.maps.gate * ld, area = rows * panel<V>;
-  Left<typename Arithmetic<V, T>::Left> left[4];
-  for (int64_t g = 0; g < 4; ++g) {
-    weights<V, T>(r, b, g, n, rows, m.maps.s + g * map, m.maps.dead + g * m.maps.gate, nullptr);
-    left[g] = left_of<V, T>(m.maps.s + g * map, ld, 1, rows, r.M, m.left + g * Arithmetic<V, T>::left_size(rows, r.M));
+  Left<typename Arithmetic<V, T>::Left> left[4] = {};
+  for (int64_t g = m.known; g < 4; ++g) {
+    S* const s = m.maps.s + g * map;
+    weighed ? dead_of<V>(s, r.M, rows, m.dead + g * rows)
+            : weights<V, T>(r, b, g, n, rows, s, m.dead + g * rows, nullptr);
+    left[g] = left_of<V, T>(s, ld, 1, rows, r.M, m.left + (g - m.known) * Arithmetic<V, T>::left_size(rows, r.M));
   }
   for (int64_t from = 0; from < r.E; from += panel<V>) {
     const int64_t width = min_of(panel<V>, r.E - from);
-    for (int64_t g = 0; g < 4; ++g) {
+    for (int64_t g = m.known; g < 4; ++g) {
       const T* const value = at<const T>(r.value, b, g, 0);
-      sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width, m.tile + g * area, panel<V>,
-                       m.right, panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
+      sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width, m.tile + (g - m.known) * area,
+                       panel<V>, m.right, panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
     }
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; j += V::L) {
         typename V::R a[4];
         for (int64_t g = 0; g < 4; ++g) {
+          if (g < m.known) {
+            const S* const known = at<const S>(before, b, g, n + i) + from + j;
+            soon(known + panel<V>);
+            a[g] = width - j >= V::L ? V::load(known) : part_of<V>(known, width - j);
+            continue;
+          }
           const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
           soon(x + panel<V>);
           a[g] = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
-          if (!m.maps.dead[g * m.maps.gate + i]) a[g] = V::add(a[g], V::load(m.tile + g * area + i * panel<V> + j));
+          if (!m.dead[g * rows + i]) a[g] = V::add(a[g], V::load(m.tile + (g - m.known) * area + i * panel<V> + j));
         }
         finish(n + i, from + j, width - j, a);
       }
   }
 }
+
+// The weights of a sample's queries from n on, of N in all, in a tensor that outlives the call, if there is one.
+template <class S>
+static Maps<S> kept_weights(const Rows& weights, int64_t b, int64_t n, int64_t N) {
+  return weights.data ? Maps<S>{at<S>(weights, b, 0, n), N} : Maps<S>{};
+}
+
 template <class V, class T>
 static void step_task(void* context, int64_t index) {
   using R = typename V::R;
@@ -700,8 +735,15 @@ static void step_task(void* context, int64_t index) {
   const Step& p = job.problem;
   const Relation& r = p.relation;
   const int64_t b = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
-  const GateMemory<V, T> memory({static_cast<char*>(scratch(1, GateMemory<V, T>({}, r, rows).bytes)), 0}, r, rows);
-  gates<V, T>(r, p.x_gates, b, n, rows, memory, [&](int64_t row, int64_t j, int64_t width, const R* a) {
+  using S = typename V::S;
+  const Maps<S> kept = kept_weights<S>(p.weights, b, n, r.N);
+  const size_t bytes = GateMemory<V, T>({}, r, rows, kept).bytes;
+  const GateMemory<V, T> memory({static_cast<char*>(scratch(1, bytes)), 0}, r, rows, kept);
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, false, {}, [&](int64_t row, int64_t j, int64_t width, const R* a) {
+    for (int64_t g = 0; g < p.kept_gates; ++g) {
+      S* const to = at<S>(p.gates, b, g, row) + j;
+      width >= V::L ? V::store(to, a[g]) : store_part<V>(to, a[g], width);
+    }
     const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
     const R c = V::fma(f, load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width), V::mul(i, g));
     store_state<V, T>(p.c, true, b, row, j, width, c);
@@ -775,25 +817,18 @@ static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_
   const Relation& r = q.relation;
   const int64_t ld = padded<S>(r.M);
   const GradMemory<V, T> m(memory, rows, r.M, kept.s);
-  const S* p = kept.s;
-  const Byte* dead = kept.dead;
+  const S* const p = kept.s ? kept.s : m.p;
   Query<S>* const own = queries ? queries : m.queries;
-  bool any = false;
-  if (p) {
-    for (int64_t i = 0; i < rows; ++i) any |= dead[i];
-  } else {
-    any = weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
-    p = m.p, dead = m.dead;
-  }
+  const bool any = kept.s ? dead_of<V>(p, r.M, rows, m.dead) : weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
   const T* const grad = at<const T>(q.grad, b, g, n);
   scores<V, T>(grad, q.grad.row, rows, r.N, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld);
   for (int64_t i = 0; i < rows; ++i) {
     const S count = r.count ? own[i].sum : S(0);
     const S delta = score_gradient<V>(r, p + i * ld, m.ds + i * ld, mask_of(r, b, n + i), count);
     if (queries) queries[i].delta = delta;
-    if (dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
+    if (m.dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
   }
-  if (!any) dead = nullptr;
+  const Byte* const dead = any ? m.dead : nullptr;
   product<V, T>(m.ds, ld, 1, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr, dead, r.D,
                 at<T>(q.dquery, b, g, n), q.dquery.row, m.work);
   if (!keys) return;
@@ -927,19 +962,21 @@ static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
   run(parallel, Job<AttentionGrad>{p, keys, key_blocks, shared}, samples * key_blocks, key_gradients_task<V, T>);
 }
 
-// The weights of a step's round, kept from the gates for the gradients: [samples][4][queries][padded M], then which are
-// dead.
+// The weights of a step's round, kept from the gates for the gradients: [samples][4][queries][padded M].
 template <class S>
 static size_t kept_bytes(const Relation& r, int64_t samples, int64_t queries) {
-  return static_cast<size_t>(samples * 4 * queries) * (static_cast<size_t>(padded<S>(r.M)) * sizeof(S) + 1);
+  return static_cast<size_t>(samples * 4 * queries * padded<S>(r.M)) * sizeof(S);
 }
+// Gate g's weights from query n of the round on: those of the forward pass, or the round's.
 template <class V>
 static Maps<typename V::S> kept_maps(const Job<StepGrad>& job, int64_t sample, int64_t g, int64_t n) {
   using S = typename V::S;
-  if (!job.shared) return {};
-  S* const s = static_cast<S*>(job.shared);
-  const int64_t ld = padded<S>(job.problem.relation.M), row = (sample * 4 + g) * job.queries + n;
-  return {s + row * ld, reinterpret_cast<Byte*>(s + job.samples * 4 * job.queries * ld) + row, job.queries};
+  const Relation& r = job.problem.relation;
+  const int64_t ld = padded<S>(r.M);
+  Maps<S> kept = kept_weights<S>(job.problem.weights, job.sample + sample, job.query + n, r.N);
+  if (!kept.s && job.shared) kept = {static_cast<S*>(job.shared) + (sample * 4 * job.queries + n) * ld, job.queries};
+  if (kept.s) kept.s += g * kept.gate * ld;
+  return kept;
 }
 
 // The gates' part of the step's backward pass: dx_gates and dcell.
@@ -952,9 +989,7 @@ static void gate_gradients_task(void* context, int64_t index) {
   const int64_t b = job.sample + index / job.blocks, from = index % job.blocks * job.block, n = job.query + from;
   const int64_t rows = min_of(job.block, job.queries - from);
   const Maps<typename V::S> kept = kept_maps<V>(job, index / job.blocks, 0, from);
-  const size_t bytes = GateMemory<V, T>({}, r, rows, kept).bytes;
-  const GateMemory<V, T> memory({static_cast<char*>(scratch(1, bytes)), 0}, r, rows, kept);
-  gates<V, T>(r, p.x_gates, b, n, rows, memory, [&](int64_t row, int64_t j, int64_t width, const R* a) {
+  const auto finish = [&](int64_t row, int64_t j, int64_t width, const R* a) {
     const R one = V::set1(1), zero = V::set1(0);
     const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
     const R before = load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width);
@@ -971,7 +1006,11 @@ static void gate_gradients_task(void* context, int64_t index) {
       width >= V::L ? V::store(to, da[gate]) : store_part<V>(to, da[gate], width);
     }
     store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, V::mul(dc, f));
-  });
+  };
+  const size_t bytes = GateMemory<V, T>({}, r, rows, kept, p.kept_gates).bytes;
+  const Pieces pieces{static_cast<char*>(scratch(1, bytes)), 0};
+  const GateMemory<V, T> memory(pieces, r, rows, kept, p.kept_gates);
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, p.weights.data != nullptr, p.gates, finish);
 }
 
 // The gradients of a gate from the round's queries, whose weights were kept.
@@ -994,20 +1033,20 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
   // Rounds of a sample per thread (more, if they are small) and a block of its queries: weights and dx_gates wait in
   // the cache for the gradients.
   int64_t queries = whole_block(r, 4, sizeof(T) < sizeof(S));
-  const bool kept = queries > 0 && r.M > 0 && shared_evenly(4 * r.B, threads);
-  if (!kept) queries = r.N;
+  const bool rounds = queries > 0 && r.M > 0 && shared_evenly(4 * r.B, threads);
+  if (!rounds) queries = r.N;
   const int64_t share = max_of<int64_t>(1, (1 << 18) / (4 * max_of<int64_t>(1, queries) * (r.M + r.D + r.E + 1)));
-  const int64_t samples = kept ? min_of(r.B, threads * share) : r.B;
-  void* const maps = kept ? scratch(0, kept_bytes<S>(r, samples, queries)) : nullptr;
+  const int64_t samples = rounds ? min_of(r.B, threads * share) : r.B;
+  void* const maps = rounds && !p.weights.data ? scratch(0, kept_bytes<S>(r, samples, queries)) : nullptr;
   for (int64_t b = 0; b < r.B; b += samples)
     for (int64_t n = 0; n < r.N; n += queries) {
       const int64_t some = min_of(samples, r.B - b), rows = min_of(queries, r.N - n),
                     block = block_of(rows, r.M, some, threads);
       const Job<StepGrad> job{p, block, (rows + block - 1) / block, maps, b, n, some, rows};
       run(parallel, job, some * job.blocks, gate_gradients_task<V, T>);
-      if (kept) run(parallel, job, some * 4, kept_gradients_task<V, T>);
+      if (rounds) run(parallel, job, some * 4, kept_gradients_task<V, T>);
     }
-  if (!kept) attend_grad_as<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel);
+  if (!rounds) attend_grad_as<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, Overtaken, register, settled, wants_gradients
+from rcu_ops.reference.nonlocal_gates import relational_lstm_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 NORMALIZERS = ("softmax", "count")
@@ -83,11 +85,13 @@ def relational_lstm_step(
         TypeError: not a tensor, wrong dtype. ValueError: wrong shape or device, or a backend that cannot run these
         arguments.
 
-    Nothing but inputs is kept for the backward pass. Under autocast all but cell are cast to its dtype.
+    Nothing but inputs is kept for the backward pass, except on CPUs: the weights (4 P^2 numbers per sample), and the
+    four gates before their nonlinearities, where that is at most half of what eager PyTorch takes;
+    :func:`rcu_ops.explain` says which. Under autocast all but cell are cast to its dtype.
     Differentiable to any order on the reference and cpu backends.
     """
     args = _check_step(x_gates, query, key, value, cell)
-    h, c = STEP.select(*args).run(*args)
+    h, c, *_ = STEP.select(*args).run(*args)
     return h, c
 
 
@@ -194,11 +198,35 @@ def _fake_step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell:
     return x_gates.new_empty(cell.shape), cell.new_empty(cell.shape, dtype=state_dtype_of(x_gates.dtype))
 
 
+def _fake_step_kept_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, *forward: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake_step_backward(grad_h, grad_c, *forward[:5])
+
+
 def _fake_step_backward(
     grad_h: Tensor | None, grad_c: Tensor | None, *forward: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x_gates, query, key, value, cell = forward
     return _empty(x_gates), _empty(query), _empty(key), _empty(value), _empty(cell)
+
+
+def _kept_keys(x_gates: Tensor) -> Any:
+    """The length of kept weights' rows: whole lines of 64 bytes."""
+    line = 64 // state_dtype_of(x_gates.dtype).itemsize
+    return (x_gates.shape[2] + line - 1) // line * line
+
+
+def _fake_step_kept(
+    x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor, gates: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, four, p, dv = x_gates.shape
+    state = state_dtype_of(x_gates.dtype)
+    return (
+        *_fake_step(x_gates, query, key, value, cell),
+        x_gates.new_empty((b, four, p, _kept_keys(x_gates)), dtype=state),
+        x_gates.new_empty((b, gates, p, dv), dtype=state),
+    )
 
 
 def _contiguous(results: Tensor | tuple[Tensor, ...]) -> Any:
@@ -229,6 +257,22 @@ def _reference_step(*args: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reference_step_backward(grad_h: Tensor | None, grad_c: Tensor | None, *forward: Tensor) -> tuple[Tensor, ...]:
     return _contiguous(reference.relational_lstm_step_backward(grad_h, grad_c, *forward))
+
+
+def _reference_step_kept(
+    x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor, gates: int
+) -> tuple[Tensor, ...]:
+    h, c, weights, before = _fake_step_kept(x_gates, query, key, value, cell, gates)
+    found, found_gates = relational_lstm_gates(x_gates, query, key, value)
+    weights.zero_()[..., : found.shape[-1]].copy_(found)
+    before.copy_(found_gates[:, :gates])
+    for to, result in zip((h, c), _reference_step(x_gates, query, key, value, cell), strict=True):
+        to.copy_(result)
+    return h, c, weights, before
+
+
+def _reference_step_kept_backward(grad_h: Tensor | None, grad_c: Tensor | None, *forward: Tensor) -> tuple[Tensor, ...]:
+    return _reference_step_backward(grad_h, grad_c, *forward[:5])
 
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
@@ -292,6 +336,31 @@ def _step_gradients(
     return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
+def _save_step_kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    kept = output[2:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*inputs[:5], *kept)
+
+
+def _step_kept_gradients(
+    operators: _Operators, ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    if grad_h is None and grad_c is None:
+        return (None,) * 6
+    gradients = operators.step_kept_backward(grad_h, grad_c, *ctx.saved_tensors)
+    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None
+
+
+def _save_step_kept_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7])  # weights and gates are functions of these
+
+
+def _step_kept_second_gradients(operators: _Operators, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    return *_step_second_gradients(operators, ctx, *cotangents), None, None
+
+
 def _step_second_gradients(operators: _Operators, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return tuple(_vector_jacobian(reference.relational_lstm_step_backward, ctx.saved_tensors, cotangents))
 
@@ -342,10 +411,26 @@ def _step_backward_flops(
     return 2 * b * gates * p * p * 3 * (d + value[3])
 
 
+def _step_kept_flops(
+    x_gates: Any, query: Any, key: Any, value: Any, cell: Any, gates: int, out_shape: Any = None
+) -> int:
+    return _step_flops(x_gates, query, key, value, cell)
+
+
+def _step_kept_backward_flops(
+    grad_h: Any, grad_c: Any, x_gates: Any, query: Any, key: Any, value: Any, cell: Any, weights: Any, gates: Any,
+    out_shape: Any = None,
+) -> int:  # fmt: skip
+    b, four, p, d = query
+    return 2 * b * p * p * (four * 2 * d + (four * 3 - gates[1]) * value[3])
+
+
 # ---- registration -------------------------------------------------------------------------------------------------
 
 _STEP = "Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell"
 _ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool count"
+
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 #: name: signature, fake, reference, FLOP formula, what it saves, its gradient.
 _DEFINITIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., int], Any, Any]] = {
@@ -374,7 +459,7 @@ _DEFINITIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Calla
         _step_gradients,
     ),
     "relational_lstm_step_backward": (
-        f"(Tensor? grad_h, Tensor? grad_c, {_STEP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor? grad_h, Tensor? grad_c, {_STEP}) -> {_GRADIENTS}",
         _fake_step_backward,
         _reference_step_backward,
         _step_backward_flops,
@@ -383,18 +468,42 @@ _DEFINITIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Calla
     ),
 }
 
+#: The same step, which leaves the weights [B,4,P,P padded] and the first gates before their nonlinearities
+#: [B,gates,P,Dv] to its backward pass: as the CPU's kernels have them, in the state's dtype.
+_KEPT_DEFINITIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., int], Any, Any]] = {
+    "relational_lstm_step_kept": (
+        f"({_STEP}, int gates) -> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_step_kept,
+        _reference_step_kept,
+        _step_kept_flops,
+        _save_step_kept,
+        _step_kept_gradients,
+    ),
+    "relational_lstm_step_kept_backward": (
+        f"(Tensor? grad_h, Tensor? grad_c, {_STEP}, Tensor weights, Tensor gates) -> {_GRADIENTS}",
+        _fake_step_kept_backward,
+        _reference_step_kept_backward,
+        _step_kept_backward_flops,
+        _save_step_kept_backward,
+        _step_kept_second_gradients,
+    ),
+}
+
 
 class _Operators:
-    """The four registered operators of one family: defined, differentiable, mappable, counted.
+    """The registered operators of one family: defined, differentiable, mappable, counted.
 
     Args:
         suffix: after the operators' names. "" are those whose kernels the binary brings.
+        definitions: as :data:`_DEFINITIONS`.
         cuda: per operator a Python function that is its CUDA kernel.
     """
 
-    def __init__(self, suffix: str, cuda: dict[str, Callable[..., Any]]) -> None:
+    def __init__(
+        self, suffix: str, definitions: dict[str, tuple[Any, ...]], cuda: dict[str, Callable[..., Any]]
+    ) -> None:
         calls = {}
-        for name, (signature, fake, reference_kernel, flops, save, gradient) in _DEFINITIONS.items():
+        for name, (signature, fake, reference_kernel, flops, save, gradient) in definitions.items():
             _schema.define(f"{name}{suffix}{signature}", fake=fake, reference=reference_kernel, cuda=cuda.get(name))
             _schema.flop_formula(f"{name}{suffix}", flops)
             rule, gradient = _vmap(f"{name}{suffix}"), functools.partial(gradient, self)
@@ -404,6 +513,9 @@ class _Operators:
             )
             calls[name] = _differentiable(getattr(torch.ops.rcu_ops, f"{name}{suffix}"), save, gradient, rule)
         self.attention, self.attention_backward, self.step, self.step_backward = (calls[n] for n in _DEFINITIONS)
+        self.step_kept: Any
+        self.step_kept_backward: Any
+        self.step_kept, self.step_kept_backward = (calls.get(n) for n in _KEPT_DEFINITIONS)
 
 
 def _differentiable(
@@ -500,9 +612,10 @@ def _triton_attention(
     return found
 
 
-_BINARY = _Operators("", {})
+_BINARY = _Operators("", {**_DEFINITIONS, **_KEPT_DEFINITIONS}, {})
 _TRITON = _Operators(
     "_triton",
+    _DEFINITIONS,
     dict(
         zip(
             _DEFINITIONS,
@@ -545,6 +658,7 @@ def _why_not_triton(operator: str) -> Callable[..., str | None]:
 # says anything of narrow heads, nor of maps of weights larger than the tensors, which only the kernels never hold.
 _WIDE = f"heads of more than {NARROW} channels"
 _MANY = 64
+_AT_WHAT_COST = "in eager PyTorch's memory"
 
 
 def _map_outgrows(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -565,13 +679,13 @@ def _why_pytorch_attends(
         what = f"and more than {_MANY} positions"
     else:
         return None
-    return f"PyTorch's own operations were measured faster for {_WIDE} {what}"
+    return f"PyTorch's own operations were measured faster for {_WIDE} {what}, {_AT_WHAT_COST}"
 
 
 def _why_pytorch_steps(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> str | None:
     if not settled(query.shape[-1] > NARROW) or _map_outgrows(query, key, value):
         return None
-    return f"PyTorch's own operations were measured faster for {_WIDE} in a step"
+    return f"PyTorch's own operations were measured faster for {_WIDE} in a step, {_AT_WHAT_COST}"
 
 
 def _cuda_plan(
@@ -605,6 +719,67 @@ def _cpu_plan(*_: Any) -> str:
     native = _library.native()
     isa = "" if native is None else f" ({native.cpu_isa()})"
     return f"blocks of queries{isa}: their scores, weights and results stay in the cache; no map of the batch"
+
+
+# A step's gradients cost six products where its weights and its gates (before their nonlinearities) are computed
+# again, five with the weights kept, and a quarter less for every gate kept; eager PyTorch's cost four. Kept is as much
+# as leaves all temporaries within half of eager PyTorch's. Eager's, per sample, are the weights and, at their most, ten
+# numbers per position and channel (the four nonlinearities, tanh(c), and as many gradients before they are added up):
+# tests/ops/test_nonlocal_gates_memory.py counts them. Gates are not kept where that was measured to gain nothing: of
+# few positions, and in tensors of which the C library makes a new mapping at every call.
+#
+# Milliseconds of a step with gradients, of B P D = Dv in fp32 on an Emerald Rapids processor (2 threads, torch 2.13):
+# nothing kept : weights : weights and four gates : eager PyTorch.
+#   2 49 1024   2.4 : 2.2 : 2.0 : 3.6      1 196 512   5.7 : 5.1 : 4.5 : 5.7      4 196 512  22.5 : 20.1 : 17.4 : 21.9
+#   24 49 1024  36 : 32 : 33 : 49         24 196 512   154 : 145 : 142 : 178
+_MOST_OF_GATES = 32 << 20
+_CORES = os.cpu_count() or 1
+
+
+def _scratch_of_a_step(p: int, size: int) -> int:
+    """Bytes that a thread of the CPU's kernels takes at most for a step of p positions and its gradients."""
+    rows = min(p, 256)
+    return (rows * (p + 16 + 48 + 128) + 48 * (p + 128) + 2048) * size * 11 // 8
+
+
+def _threads() -> int:
+    """How many threads the CPU's kernels run on; a tracer, which cannot ask, takes them to be all there are."""
+    return _CORES if torch.compiler.is_compiling() else torch.get_num_threads()
+
+
+def _what_a_step_keeps(x_gates: Tensor) -> tuple[int | None, int, int]:
+    """How many gates the CPU's kernels keep beside the weights (None: nothing), the bytes, and half of eager's."""
+    b, four, p, dv = x_gates.shape
+    size = state_dtype_of(x_gates.dtype).itemsize
+    half = b * (10 * p * dv + four * p * p) * x_gates.element_size() // 2
+    weights, gate = b * four * p * _kept_keys(x_gates) * size, b * p * dv * size
+    room = half - _threads() * _scratch_of_a_step(p, size) - weights
+    if not settled(room >= 0):
+        return None, 0, half
+    gates = 0
+    while gates < four and settled(p > _MANY) and settled((gates + 1) * gate <= min(room, _MOST_OF_GATES)):
+        gates += 1
+    return gates, weights + gates * gate, half
+
+
+def _cpu_step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> Any:
+    if wants_gradients(x_gates, query, key, value, cell):
+        gates, *_ = _what_a_step_keeps(x_gates)
+        if gates is not None:
+            return _BINARY.step_kept(x_gates, query, key, value, cell, gates)
+    return _BINARY.step(x_gates, query, key, value, cell)
+
+
+def _cpu_step_plan(*args: Tensor) -> str:
+    if not wants_gradients(*args):
+        return _cpu_plan()
+    gates, kept, half = _what_a_step_keeps(args[0])
+    if gates is None:
+        return (
+            f"{_cpu_plan()}; for the gradients they are computed again: kept, they would be over half of eager's memory"
+        )
+    what = f"weights and {gates} of the gates" if gates else "weights"
+    return f"{_cpu_plan()}; for the gradients {what} are kept, {kept} bytes (half of eager's memory: {half})"
 
 
 def _probe_attention(device: str) -> tuple[Any, ...]:
@@ -670,7 +845,7 @@ STEP = register(
                 lambda *a: _triton_plan(a[1], a[2]),
                 overtaken=Overtaken(f"{_WIDE}: PyTorch is faster", _why_pytorch_steps),
             ),
-            Backend("cpu", _BINARY.step, _predicates.why_not_cpu("relational_lstm_step"), _cpu_plan),
+            Backend("cpu", _cpu_step, _predicates.why_not_cpu("relational_lstm_step"), _cpu_step_plan),
             Backend("reference", reference.relational_lstm_step, _predicates.why_not_reference),
         ),
         check=_check_step,

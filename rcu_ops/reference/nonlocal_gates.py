@@ -122,6 +122,21 @@ def lstm_gates_backward(
 
 
 @without_autocast
+def relational_lstm_gates(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of a step's gates, zeros for a query that sees nothing, and the gates before their nonlinearities.
+
+    Args:
+        x_gates: [B,4,P,Dv]; query, key: [B,4,P,D]; value: [B,4,P,Dv].
+
+    Returns:
+        [B,4,P,P] and [B,4,P,Dv] in the state's dtype.
+    """
+    x, q, k, v = (t.to(state_dtype_of(x_gates.dtype)) for t in (x_gates, query, key, value))
+    weights, sees = _weights(q, k, None, 1.0, "softmax")
+    return weights.masked_fill(~sees, 0), x + nonlocal_attention(q, k, v)
+
+
+@without_autocast
 def relational_lstm_step(
     x_gates: Tensor,
     query: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rcu_ops  # noqa: F401  (defines the operators and loads the library)
-from rcu_ops import _library
+from rcu_ops import _library, reference
 from tests.cpu.test_recurrent_conv_kernels import isa, poisoned_scratch  # noqa: F401  (fixtures)
 from tests.ops import exact_nonlocal as exact
 from tests.ops.test_nonlocal_gates import eager, eager_step, gradients, inputs, random_mask, step_inputs
@@ -118,6 +118,42 @@ def test_long_samples_add_up_block_by_block(isa, count) -> None:  # noqa: F811
     rough = gradients(functools.partial(eager, **options), arguments, [grad])
     for got, want, e in zip(whole, wanted, rough, strict=True):
         assert_close_to_reference(got, want, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 49, 33, 50), (1, 150, 16, 24), (2, 290, 8, 17)], ids=str)
+def test_what_a_step_keeps_gives_the_bits_of_what_is_computed_again(isa, shape, dtype) -> None:  # noqa: F811
+    """Weights and gates kept for the backward pass, by whole samples, in rounds, and cut into queries and keys."""
+    b, p, _, dv = shape
+    step, threads = step_inputs(shape, dtype), torch.get_num_threads()
+    step[2][0, 1, :, 0] = -torch.inf  # scores that are all -inf: a gate of dead queries
+    step[1][0, 1, :, 0] = 1.0
+    grads = [torch.randn(b, p, dv) for _ in range(2)]
+
+    def run(*args: Tensor) -> list[Tensor]:
+        return [*kernels.relational_lstm_step(*args), *gradients(kernels.relational_lstm_step, args, grads)]
+
+    def run_kept(gates: int, *args: Tensor) -> list[Tensor]:
+        call = lambda *a: kernels.relational_lstm_step_kept(*a, gates)[:2]  # noqa: E731
+        return [*call(*args), *gradients(call, args, grads)]
+
+    try:
+        for count in (1, 7):
+            torch.set_num_threads(count)
+            wanted = run(*step)
+            assert all(w.isfinite().all() for w in wanted)
+            for gates in (0, 1, 4):
+                assert all(torch.equal(a, b) for a, b in zip(run_kept(gates, *step), wanted, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    if dtype != torch.float32:
+        return
+    _, _, weights, before = kernels.relational_lstm_step_kept(*step, 3)
+    exact_weights, exact_gates = reference.nonlocal_gates.relational_lstm_gates(*(t.double() for t in step[:4]))
+    rough_weights, rough_gates = reference.nonlocal_gates.relational_lstm_gates(*step[:4])
+    assert not weights[0, 1, :, :p].any()
+    assert_close_to_reference(weights[..., :p], exact_weights, rough_weights)
+    assert_close_to_reference(before, exact_gates[:, :3], rough_gates[:, :3])
 
 
 def test_steps_of_many_positions_go_in_rounds(isa) -> None:  # noqa: F811

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rcu_ops
 from rcu_ops import _library, reference
+from rcu_ops.ops import nonlocal_gates as op
 from tests.ops import exact_nonlocal as exact
 from tests.tolerance import assert_close_to_reference
 
@@ -467,6 +468,88 @@ def test_opcheck() -> None:
             (*grads, *step),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
+
+
+def test_opcheck_of_the_step_that_keeps() -> None:
+    step, grad = step_inputs((2, 3, 4, 5)), torch.randn(2, 3, 5)
+    ops = torch.ops.rcu_ops
+    for gates in (0, 3):
+        torch.library.opcheck(ops.relational_lstm_step_kept.default, (*(t.requires_grad_() for t in step), gates))
+        kept = ops.relational_lstm_step_kept(*step, gates)[2:]
+        torch.library.opcheck(
+            ops.relational_lstm_step_kept_backward.default,
+            (grad, None, *step, *kept),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
+@pytest.fixture(params=[0, 2, 4])
+def kept_gates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many gates the CPU's kernels keep, whatever there is to gain."""
+    if not _library.has_kernel("relational_lstm_step_kept", "CPU"):
+        pytest.skip("the kernel library was not built")
+    monkeypatch.setattr(op, "_what_a_step_keeps", lambda x_gates: (request.param, 1, 2))
+    return request.param
+
+
+def test_a_step_that_keeps_is_differentiable_to_any_order(kept_gates) -> None:
+    arguments = [a.requires_grad_() for a in step_inputs((1, 2, 3, 2), torch.float64)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
+        rcu_ops.relational_lstm_step(*arguments)
+    assert saved[5:] == [(1, 4, 2, 8), (1, kept_gates, 2, 2)]
+    assert torch.autograd.gradcheck(rcu_ops.relational_lstm_step, arguments)
+    assert torch.autograd.gradgradcheck(rcu_ops.relational_lstm_step, arguments)
+    only_c = lambda *a: rcu_ops.relational_lstm_step(*a)[1]  # noqa: E731
+    assert torch.autograd.gradgradcheck(only_c, arguments)
+
+
+def test_a_step_that_keeps_under_transforms_and_in_full_graph(kept_gates) -> None:
+    step = step_inputs((3, 4, 5, 6))
+
+    def loss(x_gates: Tensor, *rest: Tensor) -> Tensor:
+        return sum(
+            r.square().sum()
+            for r in rcu_ops.relational_lstm_step(x_gates.unsqueeze(0), *(t.unsqueeze(0) for t in rest))
+        )
+
+    want = torch.stack([torch.func.grad(loss)(*(t[i] for t in step)) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(*step), want)
+    whole = lambda *a: sum(r.square().sum() for r in rcu_ops.relational_lstm_step(*a))  # noqa: E731
+    leaves = [t.detach().requires_grad_() for t in step]
+    plain = torch.autograd.grad(whole(*leaves), leaves)
+    torch.testing.assert_close(plain[0], want)
+    torch._dynamo.reset()
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), plain, strict=True))
+
+
+@pytest.mark.skipif(not _library.LIBRARY.exists(), reason="the kernel library was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_keeps_what_leaves_half_of_eagers_memory(dtype) -> None:
+    threads = torch.get_num_threads()
+    kept = {}
+    try:
+        for b, p, d, torch_threads in itertools.product((1, 4, 24), (49, 196, 400), (64, 512, 1024), (1, 2, 64)):
+            torch.set_num_threads(torch_threads)
+            x_gates = torch.empty(b, 4, p, d, dtype=dtype, device="meta")
+            gates, taken, half = op._what_a_step_keeps(x_gates)
+            numbers = 0 if gates is None else 4 * p * op._kept_keys(x_gates) + gates * p * d
+            assert taken == 4 * b * numbers
+            assert not taken or taken + torch_threads * op._scratch_of_a_step(p, 4) <= half
+            assert half == x_gates.element_size() * b * (10 * p * d + 4 * p * p) // 2
+            kept[b, p, d, torch_threads] = gates
+    finally:
+        torch.set_num_threads(threads)
+    wide = dtype == torch.float32
+    assert kept[24, 49, 1024, 2] == 0 and kept[4, 196, 512, 2] == (3 if wide else 0)
+    assert kept[1, 196, 512, 2] == (1 if wide else None) and kept[1, 196, 64, 2] is None
+    x_gates = torch.empty(4, 4, 196, 512, requires_grad=True)
+    plan = rcu_ops.explain("relational_lstm_step", x_gates, x_gates, x_gates, x_gates, x_gates[:, 0]).plan
+    assert plan is not None and "weights" in plan and "half of eager's memory" in plan
+    with torch.no_grad():
+        plan = rcu_ops.explain("relational_lstm_step", x_gates, x_gates, x_gates, x_gates, x_gates[:, 0]).plan
+    assert plan is not None and "kept" not in plan
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, 0), (None, 2, None)], ids=str)
