@@ -152,7 +152,10 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, ScoreSet], list[str] | No
 
 
 def read_models(sources: Sequence[str], *, softmax: bool = False) -> dict[str, ScoreSet]:
-    """Scores of every ``[NAME=]PATH`` by name, all on the same videos and classes; UserError otherwise."""
+    """Scores of every ``[NAME=]PATH`` by name, all on the same videos and classes; UserError otherwise.
+
+    Videos have the names of the first one's, see :func:`rcu_ops.analysis.scores_io.named_as`.
+    """
     from rcu_ops.analysis import scores_io
 
     models: dict[str, ScoreSet] = {}
@@ -162,8 +165,11 @@ def read_models(sources: Sequence[str], *, softmax: bool = False) -> dict[str, S
             raise UserError(f"two models are named {name!r}: name them apart with NAME=PATH")
         models[name] = scores_io.read_scores(path, softmax=softmax)
     first = next(iter(models.values()))
-    for other in models.values():
-        scores_io.check_same_videos(first, other)
+    for name, other in models.items():
+        models[name] = renamed = scores_io.named_as(first, other)
+        if renamed is not other:
+            print(f"{other.source}: videos matched with {first.source}'s by their file names", file=sys.stderr)
+        scores_io.check_same_videos(first, renamed)
     return models
 
 

@@ -13,7 +13,11 @@ _DESCRIPTION = """\
 Fuse the scores of several streams or methods on the same videos (late fusion): the outputs of a video are averaged,
 then the streams' vectors are added, multiplied or weighed. Writes one array [classes, 1] per video to --out, ready for
 `rcu-ops analyze`, and with --labels prints the accuracy of every stream and of the fusion. Scores from elsewhere (an
-IDT pipeline's, say) take part as an .npz file with one array [classes, outputs] per video.
+IDT pipeline's, say) take part as an .npz file with one array [classes, outputs] per video. Videos are matched by their
+names or, where these differ (videos/a.mp4, flow/a.npy), by the file names without folder and suffix. A two-stream
+network's RGB and flow, weighed before any softmax:
+
+  rcu-ops fuse rgb/scores_clips.npz flow/scores_clips.npz --how weighted --weights 0.45,0.55 --out fused.npz
 
 With --features the arguments are folders of `rcu-ops features`, and the features of every video are fused (mid fusion)
 into the folder --out.

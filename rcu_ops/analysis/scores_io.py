@@ -24,7 +24,7 @@ import csv
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +313,20 @@ def check_labelled(scores: ScoreSet, labelled: Iterable[str]) -> None:
     missing = sorted(set(scores.videos) - set(labelled))
     if missing:
         raise UserError(f"{scores.source}: no label for {list_names(missing)}")
+
+
+def named_as(first: ScoreSet, other: ScoreSet) -> ScoreSet:
+    """``other`` under the names of ``first``'s videos, where file names without folder and suffix say which is which.
+
+    An RGB stream's videos are ``videos/a.mp4``, its flow stream's ``flow/a.npy``. Unchanged where the names are the
+    same, or where that does not match every video of both with one of the other.
+    """
+    if set(other.videos) == set(first.videos):
+        return other
+    names, scores = ({Path(name).stem: name for name in one.videos} for one in (first, other))
+    if len(names) < len(first.videos) or len(scores) < len(other.videos) or set(names) != set(scores):
+        return other
+    return replace(other, videos={name: other.videos[scores[stem]] for stem, name in names.items()})
 
 
 def check_same_videos(first: ScoreSet, other: ScoreSet) -> None:

@@ -134,3 +134,23 @@ def test_mid_fusion_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write_features(tmp_path / "rgb" / "w.mp4.safetensors", features["rgb"][:2])
     assert run(*folders, "--features", "--out", tmp_path / "mid") == 2
     assert "differ in clips or size" in capsys.readouterr().err
+
+
+def test_streams_are_matched_by_file_names_where_paths_differ(tmp_path: Path, capsys) -> None:
+    rgb = {"videos/b.mp4": [[3.0], [1.0]], "/far/a.mkv": [[0.0], [2.0]]}
+    flow = {"flow/a.npy": [[1.0], [4.0]], "flow/b.npy": [[-2.0], [2.0]]}
+    for name, videos in (("rgb", rgb), ("flow", flow)):
+        np.savez(tmp_path / f"{name}.npz", **{video: np.array(scores) for video, scores in videos.items()})
+    (tmp_path / "labels.csv").write_text("video,label\nvideos/b.mp4,0\n/far/a.mkv,1\n")
+    out = tmp_path / "fused.npz"
+    arguments = ["--how", "weighted", "--weights", "0.45,0.55", "--labels", f"{tmp_path}/labels.csv", "--out", f"{out}"]
+    assert main(["fuse", f"{tmp_path}/rgb.npz", f"{tmp_path}/flow.npz", *arguments]) == 0
+    with np.load(out) as fused:
+        assert set(fused.files) == set(rgb)
+        np.testing.assert_allclose(fused["videos/b.mp4"], [[0.45 * 3 - 0.55 * 2], [0.45 + 0.55 * 2]])
+        np.testing.assert_allclose(fused["/far/a.mkv"], [[0.55], [0.45 * 2 + 0.55 * 4]])
+    assert "by their file names" in capsys.readouterr().err
+    for odd in ({"flow/a.npy": [[1.0], [2.0]]}, {"x/a.npy": [[1.0], [2.0]], "y/a.npy": [[1.0], [2.0]]}):
+        np.savez(tmp_path / "flow.npz", **{video: np.array(scores) for video, scores in odd.items()})
+        assert main(["fuse", f"{tmp_path}/rgb.npz", f"{tmp_path}/flow.npz", *arguments]) == 2
+        assert "no scores for" in capsys.readouterr().err
