@@ -465,15 +465,16 @@ static void write(void* to, DType dtype, int64_t at, const S* from, int64_t coun
 }
 
 #include "cycle_consistency_products.h"
+#include "cycle_consistency_sums.h"
 
 // ---- tasks ----------------------------------------------------------------------------------------------------------
 
 // A block's scratch: distances or weights [M][pitch], products [M][pitch], centres and rests [M][Cp], interleaved
-// [C][2][M].
+// [C][2][M], squared distances of one of its frames [pitch].
 template <class V>
 struct Block {
   using S = typename V::S;
-  S *z, *r, *centre, *rest, *split;
+  S *z, *r, *centre, *rest, *split, *apart;
   int64_t* list;
 
   // The scratch of `count` blocks.
@@ -491,9 +492,11 @@ struct Block {
     list = reinterpret_cast<int64_t*>(take(s.pitch * 8 / static_cast<int64_t>(sizeof(S))));
     z = take(V::M * s.pitch), r = take(V::M * s.pitch);
     centre = take(V::M * s.C), rest = take(V::M * s.C), split = take(2 * V::M * s.C);
+    apart = take(s.pitch);
   }
   static int64_t bytes(const Sizes& s) {
-    return round_up(V::M * (2 * s.pitch + 4 * s.C) * static_cast<int64_t>(sizeof(S)) + s.pitch * 8 + 6 * 64, 64);
+    return round_up((V::M * (2 * s.pitch + 4 * s.C) + s.pitch) * static_cast<int64_t>(sizeof(S)) + s.pitch * 8 + 7 * 64,
+                    64);
   }
 };
 
@@ -592,6 +595,14 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   const bool pruned = index && sample.products();
   const auto soft_neighbors = [&](S weight) {
     const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, weight, block.list);
+    if (!index && 2 * used > b.count) {  // for what is written, one frame's numbers are as good as a centre
+      const S* const one = b.rows + likely[rows / 2] * s.C;
+      const Weights<false, V> of(block.z, s.pitch);
+      const Rows<S, M> sums(block.rest, s.C);
+      sum_around_one<V, false>(of, b.rows, sums.at, one, nullptr, of, nullptr, b.count, s.C, sums.at);
+      for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, one, static_cast<size_t>(s.C) * sizeof(S));
+      return;
+    }
     if (soft || !pruned) weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
     weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   };
@@ -725,6 +736,16 @@ static bool in_place(const FrameMask& mask, int64_t n, int64_t frames, const int
   return true;
 }
 
+// A row w that should add up to zero does so but for rounding of its own size: what it adds up to goes off in proportion
+// to z, as an error in a mean under z came in. Both are zero beyond the last frame.
+template <class V>
+static void balance(const typename V::S* z, typename V::S* w, int64_t count) {
+  typename V::R sums{};
+  for (int64_t i = 0; i < count; i += V::L) sums += V::load(w + i);
+  const typename V::S sum = V::sum(sums);
+  for (int64_t i = 0; i < count; i += V::L) V::store(w + i, V::load(w + i) - V::load(z + i) * sum);
+}
+
 // A row of w, the gradients of weights z = softmax(-sharpness d^2), becomes z (w - sum z w) 2 sharpness: what the
 // differences of frames are multiplied by. Places from `count` on become 0.
 template <class V>
@@ -741,27 +762,38 @@ static void distance_gradients(const typename V::S* z, typename V::S* w, int64_t
   }
   const S sum = V::sum(sums);
   for (int64_t i = 0; i < count; i += L) V::store(w + i, V::load(z + i) * (V::load(w + i) - sum) * (2 * sharpness));
+  balance<V>(z, w, count);
 }
 
 #include "cycle_consistency_loss.h"
 
 // Queries [t0, t0 + M): where they land, or with `weights` what their gradients are made of.
 //
-// weights z and w, both [T][pitch]: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so
+// weights z and w, both [T][pitch], and apart: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so
 //   that da_t = sum_i w_ti (b_i - u_t)        db_i = sum_t (z_ti grad_t + w_ti (a_t - b_i))
-// The rows of w add up to zero, so that any centre u_t would do; the soft neighbour is near.
+// The rows of w add up to zero, so that any centre u_t would do; the most probable frame is near.
+// apart: for every block of keys, the squared distances of its middle one to the queries.
 template <class V>
 static void landing_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
-                          int64_t t0, typename V::S* z_out, typename V::S* w_out) {
+                          int64_t t0, typename V::S* z_out, typename V::S* w_out, typename V::S* apart) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int M = V::M, L = V::L;
   const Block<V> block(s, Block<V>::memory(s, 1), 0);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
+  const int64_t mid = middle<M>(t0, a.count), end = round_up(b.count, L);
+  const size_t row_bytes = static_cast<size_t>(end) * sizeof(S);
+  const S* near[M];
   const bool back = p.kind == Align::back || p.kind == Align::back_backward;
   distances_of_blocks<V>(s, p.C, sample, a, b, t0, 1, [&](int64_t) { return block; });
   if (sample.products()) settle_block<V>(s, p.C, sample, a, b, t0, back, block.z, block.list);
+  if (p.kind != Align::back) {
+    memcpy(block.apart, block.z + (mid - t0) * s.pitch, row_bytes);
+    for (int64_t i = b.count; i < end; ++i) block.apart[i] = 0;
+    for (int64_t i0 = 0; i0 < b.count; i0 += M)
+      for (int m = 0; m < M; ++m) apart[i0 / M * (s.T + M) + t0 + m] = block.z[m * s.pitch + middle<M>(i0, b.count)];
+  }
   for (int m = 0; m < M; ++m) {
     S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
     if (back && m < rows && sample.products())  // far or near, the loss is of this one
@@ -769,6 +801,7 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
     const S own = back && m < rows ? z[t0 + m] : S(0);
     S least, sum;
     const int64_t likely = softmax<V>(z, b.count, sample.sharpness, least, sum);
+    near[m] = b.rows + likely * s.C;
     if (!back || m >= rows) continue;
     // Places relative to the most probable one's: the mean of numbers close to each other.
     const S from = b.number[likely];
@@ -806,66 +839,58 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
     const S factor = static_cast<S>(2 / sample.scale / p.temperature);
     for (int64_t i = 0; i < b.count; i += L) {
       const R to_mean = (V::load(b.number + i) - from) - mean;
-      V::store(w + i, factor * (V::load(z + i) * (g_mean * to_mean + g_variance * (to_mean * to_mean - variance) - g)));
+      const R value = factor * (V::load(z + i) * (g_mean * to_mean + g_variance * (to_mean * to_mean - variance) - g));
+      V::store(w + i, lane_numbers<V>() + static_cast<S>(i) < static_cast<S>(b.count) ? value : R{});
     }
     w[t0 + m] += factor * g;
+    balance<V>(z, w, b.count);
   }
   if (p.kind == Align::back) return;
-  int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, 0, block.list);
-  weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
-  if (!back) {
-    products<V>(OfPanel<V>(sample.grad_panels, t0, p.C), b.rows + min_of(t0 + M / 2, b.count - 1) * s.C, b.panels,
-                b.count, p.C, block.r, s.pitch);
+  if (back) {
+    memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));
+  } else {
+    products<V>(OfPanel<V>(sample.grad_panels, t0, p.C), b.rows + middle<M>(t0, b.count) * s.C, b.panels, b.count, p.C,
+                block.r, s.pitch);
     for (int m = 0; m < M; ++m)
       distance_gradients<V>(block.z + m * s.pitch, block.r + m * s.pitch, b.count, sample.sharpness);
   }
-  if (back) {  // a frame without weight in z may have one here: its own
-    memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));
-    used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, 0, block.list);
+  const int64_t used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, 0, block.list);
+  if (2 * used > b.count) {
+    const Weights<false, V> of(block.r, s.pitch);
+    sum_of_rows<V, false>(of, b.rows, near, a.rows + mid * s.C, block.apart, of, nullptr, b.count, s.C,
+                          Rows<S, M>(block.rest, s.C).at);
+  } else {
+    for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, near[m], static_cast<size_t>(s.C) * sizeof(S));
+    weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   }
-  weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   for (int m = 0; m < rows; ++m) {
     const int64_t at = (n * p.T + a.place[t0 + m]) * p.C;
     S* const sum = block.rest + m * s.C;
     if (p.add_to_da)
       for (int64_t c = 0; c < p.C; ++c) sum[c] += static_cast<S>(load_any(p.da, p.dtype, at + c));
     write(p.da, p.dtype, at, sum, p.C, 1);
-    memcpy(w_out + (t0 + m) * s.pitch, block.r + m * s.pitch, b.count * sizeof(S));
-    if (!back) memcpy(z_out + (t0 + m) * s.pitch, block.z + m * s.pitch, b.count * sizeof(S));
+    memcpy(w_out + (t0 + m) * s.pitch, block.r + m * s.pitch, row_bytes);
+    if (!back) memcpy(z_out + (t0 + m) * s.pitch, block.z + m * s.pitch, row_bytes);
   }
 }
 
 // db of keys [i0, i0 + M): sum_t (z_ti grad_t + w_ti (a_t - b_i)).
 template <class V>
 static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
-                          int64_t i0, const typename V::S* z, const typename V::S* w) {
+                          int64_t i0, const typename V::S* z, const typename V::S* w, const typename V::S* apart) {
   using S = typename V::S;
-  using R = typename V::R;
-  constexpr int M = V::M, L = V::L;
+  constexpr int M = V::M;
   const Block<V> block(s, Block<V>::memory(s, 1), 0);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, b.count - i0));
-  const int64_t step = part_of(a.count);
-  const bool with_grad = p.kind == Align::soft_backward;
-  for (int64_t c = 0; c < s.C; c += L) {
-    R key[M], total[M] = {};
-    for (int m = 0; m < M; ++m) key[m] = V::load(b.rows + (i0 + min_of(m, rows - 1)) * s.C + c);
-    for (int64_t begin = 0; begin < a.count; begin += step) {
-      const int64_t end = min_of(begin + step, a.count);
-      R acc[M] = {};
-      for (int64_t t = begin; t < end; ++t) {
-        const R query = V::load(a.rows + t * s.C + c);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += w[t * s.pitch + i0 + m] * (query - key[m]);
-        if (!with_grad) continue;
-        const R grad = V::load(sample.grad + t * s.C + c);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += z[t * s.pitch + i0 + m] * grad;
-      }
-      for (int m = 0; m < M; ++m) total[m] += acc[m];
-    }
-    for (int m = 0; m < rows; ++m) V::store(block.rest + m * s.C + c, total[m]);
-  }
+  const Weights<true, V> of(w + i0, s.pitch), of_grad(z + i0, s.pitch);
+  const Rows<const S, M> keys(b.rows, i0, b.count, s.C);
+  const Rows<S, M> sums(block.rest, s.C);
+  const S *const one = b.rows + middle<M>(i0, b.count) * s.C, *const to_one = apart + i0 / M * (s.T + M);
+  if (p.kind == Align::soft_backward)
+    sum_of_rows<V, true>(of, a.rows, keys.at, one, to_one, of_grad, sample.grad, a.count, s.C, sums.at);
+  else
+    sum_of_rows<V, false>(of, a.rows, keys.at, one, to_one, of, nullptr, a.count, s.C, sums.at);
   for (int m = 0; m < rows; ++m) write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, block.rest + m * s.C, p.C, 1);
 }
 
@@ -905,7 +930,7 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
     run(parallel, p.N, [&](int64_t n) { cycle_of_short<V>(p, s, n); });
   } else {
     const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
-    const int64_t weights = gradients ? 2 * s.T * s.pitch * sum : 0;
+    const int64_t weights = gradients ? (2 * s.T * s.pitch + (s.S / M + 1) * (s.T + M)) * sum : 0;
     const bool products = form == AlignForm::products;
     const int64_t packed = (p.T + p.S) * 8 + 17 * 64 +
                            ((s.T + s.S) * (p.C + s.C + 1) + (p.grad.data ? s.T * (p.C + s.C) : 0) +
@@ -947,15 +972,15 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
                         from_b ? p.index_ba : p.index_ab);
         } else {
           S* z = weights_at(task % samples);
-          landing_block<V>(p, s, sample, n, t, z, z + s.T * s.pitch);
+          landing_block<V>(p, s, sample, n, t, z, z + s.T * s.pitch, z + 2 * s.T * s.pitch);
         }
       });
       if (!gradients) continue;
       run(parallel, samples * key_blocks, [&](int64_t task) {
         const Sample<S>& sample = *sample_at(task % samples);
-        const S* z = weights_at(task % samples);
+        const S *z = weights_at(task % samples), *w = z + s.T * s.pitch;
         const int64_t i = task / samples * M;
-        if (i < sample.b.count) key_gradients<V>(p, s, sample, first + task % samples, i, z, z + s.T * s.pitch);
+        if (i < sample.b.count) key_gradients<V>(p, s, sample, first + task % samples, i, z, w, w + s.T * s.pitch);
       });
     }
   }

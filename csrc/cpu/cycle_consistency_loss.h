@@ -23,148 +23,6 @@ static bool no_way(const FrameMask& through, int64_t n, int64_t frames) {
   return true;
 }
 
-// Weights of M results for frames i: w[m * pitch + i], or where results are Adjacent w[i * pitch + m].
-template <bool Adjacent, class V>
-struct Weights {
-  using S = typename V::S;
-  using R = typename V::R;
-  const S* at[V::M];
-  const int64_t pitch;
-  Weights(const S* w, int64_t of_rows) : pitch(of_rows) {
-    for (int m = 0; m < V::M; ++m) at[m] = w + (Adjacent ? m : m * pitch);
-  }
-  // That of frame i and result m, on all lanes: x - 0 is x, while x + 0 would be computed.
-  R operator()(int64_t i, int m) const { return (Adjacent ? at[0][i * pitch + m] : at[m][i]) - R{}; }
-
-  // How large sums around one frame are for what they round: sum_mi w_mi^2 x_i, x_i that frame's squared distance to
-  // frame i. Of Adjacent results also `sums`, what the weights of each add up to.
-  S extent(const S* x, int64_t count, S* sums) const {
-    R all{}, of_results{};
-    if constexpr (Adjacent) {
-      for (int64_t i = 0; i < count; ++i) {
-        const R w = V::load(at[0] + i * pitch);  // rows are padded
-        of_results += w, all += w * w * x[i];
-      }
-      const R lanes = lane_numbers<V>();
-      all = lanes < static_cast<S>(V::M) ? all : R{};
-      alignas(64) S lane[V::L];
-      V::store(lane, of_results);
-      for (int m = 0; m < V::M; ++m) sums[m] = lane[m];
-    } else {
-      for (int64_t i = 0; i < count; i += V::L) {  // weights are zero beyond the last frame
-        const R distance = V::load(x + i);
-#pragma GCC unroll 8
-        for (int m = 0; m < V::M; ++m) {
-          const R w = V::load(at[m] + i);
-          all += w * w * distance;
-        }
-      }
-    }
-    return V::sum(all);
-  }
-};
-
-// out[m] = sum_i w_mi (rows_i - one) [+ sum_i w'_mi second_i], P vectors of channels from c on; where results are
-// Adjacent, - sums[m] (centre_m - one). Returns the squares.
-template <class V, int P, bool Second, bool Adjacent>
-static typename V::R sum_around_one(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                                    const typename V::S* const (&centre)[V::M], const typename V::S* one,
-                                    const typename V::S* sums, const Weights<Adjacent, V>& of_second,
-                                    const typename V::S* second, int64_t count, int64_t Cp, int64_t c,
-                                    typename V::S* const (&out)[V::M]) {
-  using R = typename V::R;
-  constexpr int L = V::L, M = V::M;
-  R from[P], acc[P][M] = {}, squares[4] = {};  // as many chains as hide an addition's latency
-#pragma GCC unroll 4
-  for (int k = 0; k < P; ++k) from[k] = V::load(one + c + k * L);
-  for (int64_t i = 0; i < count; ++i) {
-    R row[P];
-#pragma GCC unroll 4
-    for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const R weight = of(i, m);
-#pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
-    }
-    if constexpr (Second) {
-#pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) row[k] = V::load(second + i * Cp + c + k * L);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const R weight = of_second(i, m);
-#pragma GCC unroll 4
-        for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int k = 0; k < P; ++k) {
-      if constexpr (Adjacent) acc[k][m] -= sums[m] * (V::load(centre[m] + c + k * L) - from[k]);
-      squares[m % 4] += acc[k][m] * acc[k][m];
-      V::store(out[m] + c + k * L, acc[k][m]);
-    }
-  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
-}
-
-// The same for all channels: sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] over `count` frames i, since the
-// weights of result m add up to 0, or of Adjacent ones to sums[m]. Returns the sum of squares.
-template <class V, bool Second, bool Adjacent>
-static typename V::S sum_around_one(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                                    const typename V::S* const (&centre)[V::M], const typename V::S* one,
-                                    const typename V::S* sums, const Weights<Adjacent, V>& of_second,
-                                    const typename V::S* second, int64_t count, int64_t Cp,
-                                    typename V::S* const (&out)[V::M]) {
-  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
-  typename V::R squares{};
-  int64_t c = 0;
-  for (; c + P * L <= Cp; c += P * L)
-    squares += sum_around_one<V, P, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, c, out);
-  for (; c < Cp; c += L)
-    squares += sum_around_one<V, 1, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, c, out);
-  return V::sum(squares);
-}
-
-// out[m] = sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] as it stands: a subtraction more per number.
-template <class V, bool Second, bool Adjacent>
-static void sum_around_each(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                            const typename V::S* const (&centre)[V::M], const Weights<Adjacent, V>& of_second,
-                            const typename V::S* second, int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
-  using R = typename V::R;
-  constexpr int L = V::L, M = V::M;
-  for (int64_t c = 0; c < Cp; c += L) {
-    R from[M], acc[M] = {};
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) from[m] = V::load(centre[m] + c);
-    for (int64_t i = 0; i < count; ++i) {
-      const R row = V::load(rows + i * Cp + c), other = Second ? V::load(second + i * Cp + c) : R{};
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m] += of(i, m) * (row - from[m]);
-      if constexpr (Second)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += of_second(i, m) * other;
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) V::store(out[m] + c, acc[m]);
-  }
-}
-
-// Those sums around `one` where that rounds no more than a few times what centres of their own do, as measured by what
-// is added up and what comes of it; else around those. `apart`: squared distances of frames to `one`.
-template <class V, bool Second, bool Adjacent>
-static void sum_of_rows(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                        const typename V::S* const (&centre)[V::M], const typename V::S* one,
-                        const typename V::S* apart, const Weights<Adjacent, V>& of_second, const typename V::S* second,
-                        int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
-  typename V::S sums[V::M];
-  const typename V::S extent = of.extent(apart, count, sums);
-  const typename V::S squares =
-      sum_around_one<V, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, out);
-  if (!(extent <= 16 * squares)) sum_around_each<V, Second>(of, rows, centre, of_second, second, count, Cp, out);
-}
-
 namespace {  // of each file its own, as what it holds is
 // One sample of short sequences and its blocks.
 template <class V>
@@ -216,35 +74,22 @@ struct ShortLoss {
   int64_t blocks() const { return nothing ? 0 : (sample.a.count + M - 1) / M; }
   int64_t key_blocks() const { return nothing ? 0 : (sample.b.count + M - 1) / M; }
 
-  // Rows [t0, t0 + M) of `rows`, the last one in place of those beyond the end.
-  struct Rows {
-    const S* at[M];
-    Rows(const S* rows, int64_t t0, int64_t count, int64_t pitch) {
-      for (int m = 0; m < M; ++m) at[m] = rows + min_of(t0 + m, count - 1) * pitch;
-    }
-  };
-  struct Results {
-    S* at[M];
-    Results(S* rows, int64_t t0, int64_t pitch) {
-      for (int m = 0; m < M; ++m) at[m] = rows + (t0 + m) * pitch;
-    }
-  };
+  using Given = Rows<const S, M>;
+  static Rows<S, M> results(S* rows, int64_t t0, int64_t pitch) { return {rows + t0 * pitch, pitch}; }
   int rows_of(int64_t t0, const Frames<S>& of) const { return static_cast<int>(min_of<int64_t>(M, of.count - t0)); }
 
-  // The middle frame of a block, or the last one where there is none.
-  static int64_t middle(int64_t t0, int64_t count) { return min_of<int64_t>(t0 + M / 2, count - 1); }
   // The distances d of a block's queries to keys that have to do with the middle frame of blocks of either.
   void keep_middles(const S* d, int64_t t0, int64_t queries, int64_t keys, S* of_queries, S* of_keys) const {
-    memcpy(of_queries + t0 / M * s.pitch, d + (middle(t0, queries) - t0) * s.pitch,
+    memcpy(of_queries + t0 / M * s.pitch, d + (middle<M>(t0, queries) - t0) * s.pitch,
            static_cast<size_t>(s.pitch) * sizeof(S));
     for (int64_t i0 = 0; i0 < keys; i0 += M)
-      for (int m = 0; m < M; ++m) of_keys[i0 / M * (s.T + M) + t0 + m] = d[m * s.pitch + middle(i0, keys)];
+      for (int m = 0; m < M; ++m) of_keys[i0 / M * (s.T + M) + t0 + m] = d[m * s.pitch + middle<M>(i0, keys)];
   }
 
   // Weights of b's frames for queries from t0 on, in z.
   void match(int64_t t0) {
     const Frames<S>&a = sample.a, &b = sample.b;
-    const Rows queries(a.rows, t0, a.count, s.C);
+    const Given queries(a.rows, t0, a.count, s.C);
     distances<V>(OfRows<V>{queries.at}, b.panels, b.count, p.C, z + t0 * s.pitch, s.pitch);
     if (backward) keep_middles(z + t0 * s.pitch, t0, a.count, b.count, a_to_b, b_to_a);
     S least, sum;
@@ -257,7 +102,7 @@ struct ShortLoss {
   template <class Finish>
   void land(int64_t t0, const Finish& finish) {
     const Frames<S>& a = sample.a;
-    const Rows queries(soft, t0, a.count, s.C);
+    const Given queries(soft, t0, a.count, s.C);
     distances<V>(OfRows<V>{queries.at}, a.panels, a.count, p.C, back + t0 * s.pitch, s.pitch);
     if (backward) keep_middles(back + t0 * s.pitch, t0, a.count, a.count, soft_to_a, a_to_soft);
     for (int m = 0; m < rows_of(t0, a); ++m) {
@@ -285,9 +130,9 @@ struct ShortLoss {
     const Frames<S>&a = sample.a, &b = sample.b;
     match(t0);
     const Weights<false, V> of(z + t0 * s.pitch, s.pitch);
-    const Results rest(soft, t0, s.C);
+    const Rows<S, M> rest = results(soft, t0, s.C);
     // Weights add up to 1, so that what b's frames have in common need not go through the sum.
-    const S* const one = b.rows + middle(t0, b.count) * s.C;
+    const S* const one = b.rows + middle<M>(t0, b.count) * s.C;
     sum_around_one<V, false>(of, b.rows, rest.at, one, nullptr, of, nullptr, b.count, s.C, rest.at);
     for (int m = 0; m < rows_of(t0, a); ++m) {
       S* const sum = rest.at[m];
@@ -326,27 +171,27 @@ struct ShortLoss {
     });
     for (int m = rows; m < M; ++m) memset(back + (t0 + m) * s.pitch, 0, static_cast<size_t>(s.pitch) * sizeof(S));
     const Weights<false, V> of_back(back + t0 * s.pitch, s.pitch), of(w + t0 * s.pitch, s.pitch);
-    const int64_t block = t0 / M, mid = middle(t0, a.count);
+    const int64_t block = t0 / M, mid = middle<M>(t0, a.count);
     sum_of_rows<V, false>(of_back, a.rows, near, soft + mid * s.C, soft_to_a + block * s.pitch, of, nullptr, a.count,
-                          s.C, Results(d_soft, t0, s.C).at);
+                          s.C, results(d_soft, t0, s.C).at);
     // What a row's products have in common makes no difference to its gradients.
-    const Rows grads(d_soft, t0, t0 + M, s.C), around(soft, t0, a.count, s.C);
-    products<V>(OfRows<V>{grads.at}, b.rows + middle(t0, b.count) * s.C, b.panels, b.count, p.C, w + t0 * s.pitch,
+    const Given grads(d_soft, t0, t0 + M, s.C), around(soft, t0, a.count, s.C);
+    products<V>(OfRows<V>{grads.at}, b.rows + middle<M>(t0, b.count) * s.C, b.panels, b.count, p.C, w + t0 * s.pitch,
                 s.pitch);
     for (int m = 0; m < M; ++m)
       distance_gradients<V>(z + (t0 + m) * s.pitch, w + (t0 + m) * s.pitch, b.count, sample.sharpness);
     sum_of_rows<V, false>(of, b.rows, around.at, a.rows + mid * s.C, a_to_b + block * s.pitch, of, nullptr, b.count,
-                          s.C, Results(da, t0, s.C).at);
+                          s.C, results(da, t0, s.C).at);
   }
 
   // What frames of a from k0 on get as the keys of the way back.
   void frame_block(int64_t k0) {
     const Frames<S>& a = sample.a;
     const Weights<true, V> of(back + k0, s.pitch);
-    const Rows around(a.rows, k0, a.count, s.C);
+    const Given around(a.rows, k0, a.count, s.C);
     S* const landed = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
-    sum_of_rows<V, false>(of, soft, around.at, a.rows + middle(k0, a.count) * s.C, a_to_soft + k0 / M * (s.T + M), of,
-                          nullptr, a.count, s.C, Results(landed, 0, s.C).at);
+    sum_of_rows<V, false>(of, soft, around.at, a.rows + middle<M>(k0, a.count) * s.C, a_to_soft + k0 / M * (s.T + M),
+                          of, nullptr, a.count, s.C, results(landed, 0, s.C).at);
     for (int m = 0; m < rows_of(k0, a); ++m) {
       S *const sum = da + (k0 + m) * s.C, *const more = landed + m * s.C;
       for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(more + c));
@@ -359,8 +204,8 @@ struct ShortLoss {
     const Frames<S>&a = sample.a, &b = sample.b;
     const Weights<true, V> of(w + i0, s.pitch), of_soft(z + i0, s.pitch);
     S* const sums = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
-    sum_of_rows<V, true>(of, a.rows, Rows(b.rows, i0, b.count, s.C).at, b.rows + middle(i0, b.count) * s.C,
-                         b_to_a + i0 / M * (s.T + M), of_soft, d_soft, a.count, s.C, Results(sums, 0, s.C).at);
+    sum_of_rows<V, true>(of, a.rows, Given(b.rows, i0, b.count, s.C).at, b.rows + middle<M>(i0, b.count) * s.C,
+                         b_to_a + i0 / M * (s.T + M), of_soft, d_soft, a.count, s.C, results(sums, 0, s.C).at);
     for (int m = 0; m < rows_of(i0, b); ++m)
       write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, sums + m * s.C, p.C, 1);
   }
