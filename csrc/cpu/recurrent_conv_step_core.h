@@ -15,7 +15,8 @@
 //           from the second-level cache: 4 C bytes for 32 * 2 C FLOP.
 
 // sums[m][n] (+)= sum over k of a[m][k] b[k][n] for MR rows and NV vectors of columns; rows of b and of sums are Pitch
-// numbers apart.
+// numbers apart. The MR rows after these are asked for line by line between the products: in one go, more lines than a
+// core can wait for would hold it up. (Asking for what lies beyond the last row does no harm.)
 template <class V, int MR, int NV, int Pitch = NV * V::L>
 static void step_block(const typename V::S* a, int64_t lda, const typename V::S* b, int64_t count, typename V::S* sums,
                        bool resume) {
@@ -26,8 +27,12 @@ static void step_block(const typename V::S* a, int64_t lda, const typename V::S*
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(typename V::S(-0.0));
+  constexpr int line = 64 / sizeof(typename V::S);
+  const typename V::S* ahead = a + MR * lda;
 #pragma GCC unroll 2
   for (int64_t k = 0; k < count; ++k, b += Pitch) {
+    __builtin_prefetch(ahead);
+    ahead += k % line == line - 1 ? line - (line - 1) * lda : lda;
     R bv[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
@@ -126,23 +131,21 @@ struct Step {
           const int64_t present = min_of<int64_t>(MR, rows - m0);
           for (int64_t i = 0; i < share && next_row < next_rows; ++i, ++next_row)
             prefetch_piece(w, next_l + next_row, next_k, min_of(k_part, C - next_k));
-          if (m0 + MR < read_here)
-            for (int64_t m = m0 + MR; m < m0 + 2 * MR; ++m)
-              for (int64_t k = 0; k < count; k += L) __builtin_prefetch(first + first_at[m] + k0 + k);
-          if (last)
-            for (int64_t m = m0; m < m0 + present; ++m) {
-              if (p.x.data) prefetch_row(static_cast<const T*>(p.x.data) + x_at[m] + l0, width);
-              if (p.residual.data) prefetch_row(static_cast<const T*>(p.residual.data) + residual_at[m] + l0, width);
-            }
           const bool at_home = m0 < read_here;
           const S* const a = at_home ? first + first_at[m0] + k0 : copies + (m0 - read_here) * copied_row + k0;
           S* const sum = sums + (C > k_part ? m0 * NR : 0);
           block(present <= HALF, static_cast<int>(vectors), a, at_home ? spacing : copied_row, panel, count, sum,
                 k0 > 0);
           if (!last) continue;
-          for (int64_t m = m0; m < m0 + present; ++m)
+          for (int64_t m = m0; m < m0 + present; ++m) {
+            if (m + MR < rows) {  // the next block's
+              if (p.x.data) prefetch_row(static_cast<const T*>(p.x.data) + x_at[m + MR] + l0, width);
+              if (p.residual.data)
+                prefetch_row(static_cast<const T*>(p.residual.data) + residual_at[m + MR] + l0, width);
+            }
             finish(sum + (m - m0) * width, static_cast<int>(vectors), l0,
                    {x_at[m], residual_at[m], y_at[m], last_at[m]}, around, around_state);
+          }
         }
       }
     }

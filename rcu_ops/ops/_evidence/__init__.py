@@ -2,7 +2,7 @@
 
 A variant whose ``evidence`` is None is experimental: ``auto`` does not take it unless RCU_OPS_EXPERIMENTAL=1 is in the
 environment; ``use_backend("cuda")`` does. The doctor lists such variants, and ``benchmarks/results/UNVERIFIED.md`` is
-this module's output::
+this package's output::
 
     python -m rcu_ops.ops._evidence > benchmarks/results/UNVERIFIED.md
 """
@@ -173,7 +173,3 @@ def render() -> str:
     lines += ["| operator | variant | for | from |", "| --- | --- | --- | --- |"]
     lines += [f"| {v.operator} | {v.name} | {v.covers} | {v.architectures} |" for v in missing]
     return "\n".join([*lines, ""])
-
-
-if __name__ == "__main__":
-    print(render(), end="")
