@@ -399,9 +399,9 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.first = o0 ? 0 : 1;
   p.steps = p.K - p.first;
   p.innermost = x.stride(2) == 1;
-  // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features]: more than it costs to reorder the
-  // sequences, but for many columns of a type that PyTorch copies number by number.
-  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && (p.dtype == DType::f32 || p.step_columns() <= 128));
+  // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features] for few columns: more than it costs
+  // to reorder the sequences. For many columns both orders are alike.
+  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= (p.dtype == DType::f32 ? 256 : 128));
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
     p.by_blocks = columns_by_blocks(p, x, false);
@@ -577,6 +577,10 @@ void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const
   cpu::columns(all, cpu_threads());
 }
 
+bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
+  return !x.is_cuda() &&
+         fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, cpu::current_isa() == cpu::Isa::amx);
+}
 bool in_fp32(const Problem& p, const Tensor& x) {
   return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.steps, cpu::current_isa() == cpu::Isa::amx);
 }
@@ -600,7 +604,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
     copy(o_n, start);
     return {o, o_n, hidden, gates};
   }
-  if (!x.is_cuda() && fast_gru::by_columns(p.dtype, M, p.C, p.R, cpu_threads().threads)) {
+  if (in_panels(p, x, M)) {
     steps_by_columns(p, x, {ux, uo, w, vx, vo}, start, save ? saved_in(p, hidden, gates) : Saved{}, o, o_n);
     return {o, o_n, hidden, gates};
   }
@@ -845,8 +849,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     } else {  // all states are known, so all steps at once
       s = {temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar), temporaries.take(C, S, p.scalar),
            temporaries.take(C, S, p.scalar)};
-      // Of fp32: weights of other types would be widened where the temporaries are.
-      if (!x.is_cuda() && p.dtype == DType::f32 && fast_gru::by_columns(p.dtype, S, C, p.R, cpu_threads().threads)) {
+      // Few weights of fp32: others would be widened, or panels of all columns lie, where the temporaries are.
+      if (p.dtype == DType::f32 && fast_gru::few_weights(p.C, p.R) && in_panels(p, x, S)) {
         gates_by_columns(p, {ux, uo, w, vx, vo}, inputs, before, s);
       } else {
         product(s.hidden, ux, inputs);

@@ -83,7 +83,7 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
 }
 
 bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads) {
-  return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads);
+  return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads, cpu::current_isa() == cpu::Isa::amx);
 }
 
 }  // namespace
@@ -103,6 +103,8 @@ void bind_fast_gru(py::module_& m) {
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
         py::kw_only(), py::arg("threads"),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");
+  m.def("fast_gru_few_weights", &fast_gru::few_weights, py::arg("c"), py::arg("r"),
+        "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
   m.def(
       "fast_gru_in_fp32",
       [](int64_t columns, int64_t steps, const std::string& dtype) {

@@ -163,17 +163,33 @@ constexpr int64_t reorder_units(const Reorder& r) {
 inline constexpr int most_vectors = 3;  // of columns in a panel
 constexpr int64_t panel_numbers(int64_t C, int64_t R, int64_t columns) { return (5 * C + 2 * R) * columns; }
 
+// Columns beyond whole vectors that are a thin panel, at most.
+constexpr int most_thin(int lanes) { return lanes / 4; }
+
+// What is done with all columns of a step before anything of the next phase: x is read; r' and z'; r, z and r * state;
+// the candidate and the new state.
+enum class Phase : int32_t { read, hidden, gates, output };
+inline constexpr Phase phases[] = {Phase::read, Phase::hidden, Phase::gates, Phase::output};
+constexpr int64_t phase_outputs(const Columns& p, Phase phase) { return phase == Phase::hidden ? 2 * p.R : p.C; }
+
+// Outputs whose weights are read, and if need be widened, for all panels at once.
+inline constexpr int64_t panel_rows = 64;
+constexpr int64_t wide_numbers(int64_t C, int64_t R) { return panel_rows * (C > R ? C : R); }
+
+// Few enough for every task to read them all from its second-level cache, beside a panel (1 MB).
+constexpr bool few_weights(int64_t C, int64_t R) { return 6 * R * C + 2 * C * C <= 1 << 18; }
+
 // Whether columns go through all steps by themselves; else the library makes the products of all columns, step by step.
 //
-// Own products run at 0.9 of the library's rate, and save its calls, the passes through memory between them, and the
-// threads' meeting after each. But every task reads all weights once per step: they should be few enough for a
-// second-level cache (4 MB, as measured on Emerald Rapids), or the columns so few that two tasks share them. And
-// columns are all there is to share: many threads leave many weights to the library.
-constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads) {
-  const int64_t weights = 6 * R * C + 2 * C * C;
+// Own products save the library's calls, the passes through memory between them, and, of few weights, the threads'
+// meeting after each; of many weights and few columns what the library spends on laying out the weights for its own
+// loops, or multiplying 16-bit numbers at half of fp32's rate where there is no AMX. Columns in panels are all there is to
+// share where every task reads all of few weights: many threads leave them to the library.
+constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads, bool amx = false) {
   if (dtype == DType::f64) return false;
-  if (weights > 1 << 16 && threads > 2 * ((columns + 15) / 16)) return false;
-  return weights <= 1 << 20 || columns <= 64;
+  if (few_weights(C, R)) return 6 * R * C + 2 * C * C <= 1 << 16 || threads <= 2 * ((columns + 15) / 16);
+  // The panels of all columns stay near a second-level cache: 12 MB, as measured on Emerald Rapids.
+  return panel_numbers(C, R, columns) <= 3 << 20 && (dtype == DType::f32 || !amx);
 }
 
 // Whether the library's products of so many columns are made in fp32 for bf16, too. Without AMX, oneDNN multiplies bf16

@@ -12,6 +12,7 @@ struct Kernels {
   void (*widen)(float*, const void*, DType, int64_t, int64_t);
   void (*reorder)(const fast_gru::Reorder&, int64_t, int64_t);
   void (*columns)(const fast_gru::Columns&, int64_t, int64_t, float*);
+  void (*phase)(const fast_gru::Columns&, fast_gru::Phase, int64_t, int64_t, int64_t, int64_t, int64_t, float*, float*);
   int lanes;  // of a vector of fp32
 };
 
@@ -19,12 +20,16 @@ Kernels best_kernels() {
 #if defined(__x86_64__)
   const Isa isa = current_isa();
   if (isa >= Isa::avx512)
-    return {avx512::elementwise_range, avx512::widen_range, avx512::reorder_range, avx512::columns_task, 16};
-  if (isa == Isa::avx2) return {avx2::elementwise_range, avx2::widen_range, avx2::reorder_range, avx2::columns_task, 8};
+    return {avx512::elementwise_range, avx512::widen_range,   avx512::reorder_range,
+            avx512::columns_task,      avx512::columns_phase, 16};
+  if (isa == Isa::avx2)
+    return {avx2::elementwise_range, avx2::widen_range,   avx2::reorder_range,
+            avx2::columns_task,      avx2::columns_phase, 8};
 #else
   current_isa();  // an RCU_OPS_CPU_ISA that cannot run is an error here too
 #endif
-  return {portable::elementwise_range, portable::widen_range, portable::reorder_range, portable::columns_task, 4};
+  return {portable::elementwise_range, portable::widen_range,   portable::reorder_range,
+          portable::columns_task,      portable::columns_phase, 4};
 }
 
 // Smaller ranges are not worth waking a thread for: about 10 us of work.
@@ -80,6 +85,8 @@ void reorder(const fast_gru::Reorder& problem, const Parallel& parallel) {
 
 namespace {
 
+constexpr int64_t unit_rows = 16;  // outputs that tasks share by: whole blocks of every instruction set
+
 // A weight of `size` numbers as fp32: as it is, or in `to`, which moves on.
 const float* widened(const float* weight, DType dtype, int64_t size, float*& to, const Kernels& kernels,
                      const Parallel& parallel) {
@@ -104,6 +111,46 @@ const float* widened(const float* weight, DType dtype, int64_t size, float*& to,
 
 }  // namespace
 
+// Many weights: tasks share a phase's outputs, for all columns.
+static void columns_together(const fast_gru::Columns& problem, const Parallel& parallel) {
+  struct All {
+    const fast_gru::Columns& p;
+    const Kernels kernels;
+    fast_gru::Phase phase;
+    int64_t step, thin, width, count;
+    float* panels;
+  } all{problem, best_kernels(), {}, 0, 0, 0, 0, nullptr};
+  const int64_t columns = problem.samples * problem.positions;
+  const int lanes = all.kernels.lanes;
+  const int64_t rest = columns % lanes;
+  if (rest <= fast_gru::most_thin(lanes)) all.thin = rest;
+  const int64_t whole = columns - all.thin;
+  all.width = lanes * fast_gru::panel_vectors(whole, lanes, 1);
+  const int64_t padded = (whole + all.width - 1) / all.width * all.width + all.thin;
+  const int64_t numbers = fast_gru::panel_numbers(problem.C, problem.R, padded);
+  all.panels = static_cast<float*>(scratch(0, static_cast<size_t>(numbers) * sizeof(float)));
+  for (all.step = 0; all.step < problem.steps; ++all.step)
+    for (const fast_gru::Phase phase : fast_gru::phases) {
+      all.phase = phase;
+      const int64_t units = (fast_gru::phase_outputs(problem, phase) + unit_rows - 1) / unit_rows;
+      all.count = units < parallel.threads ? units : parallel.threads;
+      parallel.run(
+          parallel.pool, all.count,
+          [](void* context, int64_t i) {
+            const All& a = *static_cast<const All*>(context);
+            const int64_t outputs = fast_gru::phase_outputs(a.p, a.phase),
+                          pieces = (outputs + unit_rows - 1) / unit_rows;
+            const auto bound = [&](int64_t task) {
+              return task == a.count ? outputs : pieces * task / a.count * unit_rows;
+            };
+            const int64_t wide = a.p.narrow ? fast_gru::wide_numbers(a.p.C, a.p.R) : 0;
+            a.kernels.phase(a.p, a.phase, a.step, bound(i), bound(i + 1), a.thin, a.width, a.panels,
+                            static_cast<float*>(scratch(1, static_cast<size_t>(wide) * sizeof(float))));
+          },
+          &all);
+    }
+}
+
 void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
   struct All {
     fast_gru::Columns p;
@@ -112,6 +159,7 @@ void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
   } all{problem, best_kernels(), 0, 0};
   fast_gru::Columns& p = all.p;
   if (p.samples == 0 || p.positions == 0) return;
+  if (!fast_gru::few_weights(p.C, p.R)) return columns_together(p, parallel);
   if (p.narrow) {
     const int64_t sizes[] = {2 * p.R * p.C, 2 * p.R * p.C, 2 * p.C * p.R, p.C * p.C, p.C * p.C};
     const float** weights[] = {&p.ux, &p.uo, &p.w, &p.vx, &p.vo};
@@ -119,6 +167,7 @@ void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
     for (const int64_t size : sizes) numbers += (size + 15) / 16 * 16;
     float* to = static_cast<float*>(scratch(0, static_cast<size_t>(numbers) * sizeof(float)));
     for (int i = 0; i < 5; ++i) *weights[i] = widened(*weights[i], p.dtype, sizes[i], to, all.kernels, parallel);
+    p.narrow = false;
   }
   all.columns = p.samples * p.positions;
   all.width = all.kernels.lanes * fast_gru::panel_vectors(all.columns, all.kernels.lanes, parallel.threads);

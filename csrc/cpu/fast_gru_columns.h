@@ -1,41 +1,50 @@
-// fast_gru with a range of columns in one core's caches for all steps. Included inside the namespace of an instruction
-// set, after fast_gru_core.h.
+// fast_gru with columns in panels. Included inside the namespace of an instruction set, after fast_gru_core.h.
 //
-// Columns (positions of samples) are independent: a task takes up to 3 vectors of them through all steps, and nobody
-// waits for anybody between steps.
+// Columns (positions of samples) are independent. Where a core's caches hold all weights, a task takes a panel of them,
+// up to 3 vectors wide, through all steps, and nobody waits for anybody between steps (columns_task). More weights are
+// read once for all panels: a task has a share of a product's outputs, and all tasks meet before the next product
+// (columns_phase).
 //
-// Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in the task's scratch memory: the
-//           state, x, r' and z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller
-//           has them, or widened once per call in the caller's scratch memory.
-// Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over a
-//           panel. x is read, and o and what is saved are written, where they lie: with adjacent positions row by row,
-//           with adjacent channels through a transposition of L x L numbers in registers. Lanes beyond the last column
-//           hold zeros and are not written.
-// Order.    A product adds one input after the other in runs of 16, and the runs one after the other (a long chain of
-//           additions would round more than a library's many short ones), U_x's before U_o's and V_x's before V_o's.
-//           Neither the width of a panel, nor the threads, nor the number of steps in one call changes that: results do
-//           not depend on them.
-// Bound.    Arithmetic: 12 R C + 4 C^2 FLOP per column and step against 3 activations per channel. Panels, 4 (5 C + 2
-//           R) NR bytes, stay in the first- or second-level cache; every task reads all weights once per step, 4 (6 R C
-//           + 2 C^2) bytes, so that the weights should fit the second-level cache, or the columns so few that nobody
-//           reads them twice (see by_columns).
+// Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in scratch memory: the state, x, r' and
+//           z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller has them, or
+//           widened: once per call, or a block of outputs at a time in the task's scratch memory.
+// Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over what a
+//           block of `most_rows` outputs has left in cache. x is read, and o and what is saved are written, where they
+//           lie: with adjacent positions row by row, with adjacent channels through a transposition of L x L numbers in
+//           registers. Lanes beyond the last column hold zeros and are not written.
+// Order.    A product adds one input after the other in runs of about the root of their number (run_of), and the runs one
+//           after the other (a long chain of additions would round more than a library's many short ones), U_x's before
+//           U_o's and V_x's before V_o's. Neither the width of a panel, nor the threads, nor the number of steps in one
+//           call changes that: results do not depend on them.
+// Bound.    Arithmetic: 12 R C + 4 C^2 FLOP per column and step against 3 activations per channel. A task's panels, 4 (5
+//           C + 2 R) NR bytes, stay in the first- or second-level cache, and so do the weights, 4 (6 R C + 2 C^2) bytes,
+//           that it reads once per step. Tasks that share the weights read each once per step; `deep` inputs of a panel
+//           stay in the first-level cache for a block of outputs, and the block in the second-level cache for all panels.
 
-static constexpr int64_t run_inputs = 16;
 static constexpr int block_rows = vector_bytes == 64 ? 8 : 4;  // with 3 vectors of columns: 24 or 12 sums in registers
+static constexpr int64_t most_rows = fast_gru::panel_rows, deep = 192;  // a whole number of every run
 
-// out[rows][NR] = (or +=) weight[rows][inputs] in[inputs][NR].
+// The error of a sum of `inputs` random terms in runs grows with inputs run + inputs^2 / run under the root.
+constexpr int64_t run_of(int64_t inputs) {
+  int64_t run = 16;
+  while (4 * run * run <= 2 * inputs && run < 64) run *= 2;
+  return run;
+}
+
+// out[rows][NR] = (or +=) weight[rows][inputs] in[inputs][NR], rows of the weight `pitch` apart.
 template <int NV>
-static void panel_product(float* out, const float* weight, int64_t rows, int64_t inputs, const float* in, bool add) {
+static void panel_product(float* out, const float* weight, int64_t pitch, int64_t rows, int64_t inputs, int64_t run,
+                          const float* in, bool add) {
   constexpr int L = Vector<float>::L, NR = NV * L;
   for (int64_t first = 0; first < rows; first += block_rows) {
     const int64_t count = min_of<int64_t>(block_rows, rows - first);
     const float* a[block_rows];  // the last row again where there are no more
-    for (int m = 0; m < block_rows; ++m) a[m] = weight + (first + min_of<int64_t>(m, count - 1)) * inputs;
+    for (int m = 0; m < block_rows; ++m) a[m] = weight + (first + min_of<int64_t>(m, count - 1)) * pitch;
     float* to = out + first * NR;
-    for (int64_t k0 = 0; k0 < inputs; k0 += run_inputs) {
+    for (int64_t k0 = 0; k0 < inputs; k0 += run) {
       Floats acc[block_rows][NV] = {};
       const float* b = in + k0 * NR;
-      const int64_t end = min_of(inputs, k0 + run_inputs);
+      const int64_t end = min_of(inputs, k0 + run);
       for (int64_t k = k0; k < end; ++k, b += NR) {
         Floats bv[NV];
 #pragma GCC unroll 3
@@ -59,15 +68,6 @@ static void panel_product(float* out, const float* weight, int64_t rows, int64_t
           memcpy(to + m * NR + v * L, &acc[m][v], sizeof(Floats));
         }
     }
-  }
-}
-
-static void product_of(int vectors, float* out, const float* weight, int64_t rows, int64_t inputs, const float* in,
-                       bool add) {
-  switch (vectors) {
-    case 1: return panel_product<1>(out, weight, rows, inputs, in, add);
-    case 2: return panel_product<2>(out, weight, rows, inputs, in, add);
-    default: return panel_product<3>(out, weight, rows, inputs, in, add);
   }
 }
 
@@ -139,6 +139,41 @@ static void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_p
   });
 }
 
+// out[N columns][rows] = (or +=) weight[rows][inputs] in[N][inputs]: for few columns, lanes are inputs.
+template <int N>
+static void thin_product(float* out, int64_t out_pitch, const float* weight, int64_t rows, int64_t inputs,
+                         const float* in, int64_t in_pitch, bool add) {
+  constexpr int L = Vector<float>::L, M = L / fast_gru::most_thin(L);
+  for (int64_t first = 0; first < rows; first += M) {
+    const int64_t count = min_of<int64_t>(M, rows - first);
+    const float* a[M];
+    for (int m = 0; m < M; ++m) a[m] = weight + (first + min_of<int64_t>(m, count - 1)) * inputs;
+    Floats sums[L] = {};  // row by row
+    const auto some = [&](int64_t k, auto lanes) {
+      Floats x[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) x[n] = load_vector<float>(in + n * in_pitch + k, lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Floats w = load_vector<float>(a[m] + k, lanes);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sums[m * N + n] += w * x[n];
+      }
+    };
+    int64_t k = 0;
+    for (; k + L <= inputs; k += L) some(k, std::integral_constant<int, L>{});
+    if (k < inputs) some(k, static_cast<int>(inputs - k));
+    transpose_lanes(sums);
+    Floats total = sums[0];
+    for (int i = 1; i < L; ++i) total += sums[i];
+    for (int m = 0; m < count; ++m)
+      for (int n = 0; n < N; ++n) {
+        float& to = out[n * out_pitch + first + m];
+        to = (add ? to : 0) + total[m * N + n];
+      }
+  }
+}
+
 // Units [begin, end) of reorder_units, in the order of samples, steps and channels. Bound by memory.
 void reorder_range(const fast_gru::Reorder& all, int64_t begin, int64_t end) {
   const int64_t blocks = (all.channels + fast_gru::reorder_channels - 1) / fast_gru::reorder_channels;
@@ -177,8 +212,9 @@ static void write_panel(const float* panel, int64_t NR, T* to, const fast_gru::V
 }
 
 template <class T>
-static T* clip_of(const fast_gru::View& view, int64_t sample, int64_t step, int64_t position) {
-  return static_cast<T*>(view.data) + sample * view.sample + step * view.step + position * view.position;
+static T* clip_of(const fast_gru::View& view, int64_t sample, int64_t step, int64_t channel, int64_t position) {
+  return static_cast<T*>(view.data) + sample * view.sample + step * view.step + channel * view.channel +
+         position * view.position;
 }
 
 // Columns [begin, begin + count) of samples x positions, in runs of one sample: visit(sample, position, lane, columns).
@@ -192,29 +228,6 @@ static inline void for_samples(const fast_gru::Columns& p, int64_t begin, int64_
   }
 }
 
-static void read_any(const fast_gru::Columns& p, float* panel, int64_t NR, const fast_gru::View& view, DType dtype,
-                     int64_t step, int64_t begin, int64_t channels, int64_t count) {
-  for_samples(p, begin, count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
-    const auto from = [&](auto type) { return clip_of<decltype(type)>(view, sample, step, position); };
-    switch (dtype) {
-      case DType::bf16: return read_panel(panel + lane, NR, from(bf16_t()), view, channels, columns);
-      case DType::f16: return read_panel(panel + lane, NR, from(f16_t()), view, channels, columns);
-      default: return read_panel(panel + lane, NR, from(float()), view, channels, columns);
-    }
-  });
-}
-static void write_any(const fast_gru::Columns& p, const float* panel, int64_t NR, const fast_gru::View& view,
-                      DType dtype, int64_t step, int64_t begin, int64_t channels, int64_t count) {
-  for_samples(p, begin, count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
-    const auto to = [&](auto type) { return clip_of<decltype(type)>(view, sample, step, position); };
-    switch (dtype) {
-      case DType::bf16: return write_panel(panel + lane, NR, to(bf16_t()), view, channels, columns);
-      case DType::f16: return write_panel(panel + lane, NR, to(f16_t()), view, channels, columns);
-      default: return write_panel(panel + lane, NR, to(float()), view, channels, columns);
-    }
-  });
-}
-
 void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end) {
   const auto all = [&](const auto* numbers) {
     for_vectors(end - begin, [&](int64_t i, auto lanes) {
@@ -224,47 +237,215 @@ void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_
   dtype == DType::bf16 ? all(static_cast<const bf16_t*>(from)) : all(static_cast<const f16_t*>(from));
 }
 
-// All steps of columns [begin, begin + count) of samples x positions. `panels`: as panel_numbers of common/fast_gru.h
-// says.
-void columns_task(const fast_gru::Columns& p, int64_t begin, int64_t count, float* panels) {
+// A panel's columns and its matrices of `features` channels.
+struct Panel {
+  struct Matrix {
+    float* data;
+    int64_t features;
+  };
+  int64_t begin, count, NR;
+  int vectors;  // 0: thin
+  Matrix state, x, r, z, gated, hidden;
+
+  float* at(const Matrix& m, int64_t channel) const { return m.data + channel * (vectors ? NR : 1); }
+};
+
+static Panel panel_at(const fast_gru::Columns& p, int64_t begin, int64_t count, bool thin, float* memory) {
   constexpr int L = Vector<float>::L;
-  const int vectors = static_cast<int>((count + L - 1) / L);
-  const int64_t NR = vectors * L, C = p.C, R = p.R, size = C * NR;
-  float *state = panels, *x = state + size, *r = x + size, *z = r + size, *gated = z + size, *hidden = gated + size;
-  if (count < NR) memset(state, 0, static_cast<size_t>(2 * size) * sizeof(float));  // and x
-  read_any(p, state, NR, p.start, p.start_dtype, 0, begin, C, count);
-  for (int64_t step = 0; step < p.steps; ++step) {
-    const auto save = [&](const fast_gru::View& view, const float* panel, int64_t channels) {
-      if (view.data) write_any(p, panel, NR, view, p.dtype, step, begin, channels, count);
-    };
-    read_any(p, x, NR, p.x, p.dtype, step, begin, C, count);
-    product_of(vectors, hidden, p.ux, 2 * R, C, x, false);
-    product_of(vectors, hidden, p.uo, 2 * R, C, state, true);
-    for (int64_t i = 0; i < 2 * R * NR; i += L) {
-      const Floats v = load_vector<float>(hidden + i, L);
-      store_vector<float>(hidden + i, v < 0 ? Floats{} : v, L);  // NaN stays
-    }
-    save(p.hidden, hidden, 2 * R);
-    product_of(vectors, r, p.w, C, R, hidden, false);
-    product_of(vectors, z, p.w + C * R, C, R, hidden + R * NR, false);
-    for (int64_t i = 0; i < size; i += L) {
-      const Floats reset = sigmoid_of(load_vector<float>(r + i, L));
-      store_vector<float>(r + i, reset, L);
-      store_vector<float>(gated + i, reset * load_vector<float>(state + i, L), L);
-      store_vector<float>(z + i, sigmoid_of(load_vector<float>(z + i, L)), L);
-    }
-    save(p.r, r, C);
-    save(p.z, z, C);
-    float* candidate = r;
-    product_of(vectors, candidate, p.vx, C, C, x, false);
-    product_of(vectors, candidate, p.vo, C, C, gated, true);
-    for (int64_t i = 0; i < size; i += L) {
-      const Floats next = tanh_of(load_vector<float>(candidate + i, L)), update = load_vector<float>(z + i, L);
-      store_vector<float>(candidate + i, next, L);
-      store_vector<float>(state + i, (1 - update) * load_vector<float>(state + i, L) + update * next, L);
-    }
-    save(p.candidate, candidate, C);
-    save(p.out, state, C);
+  Panel panel{};
+  panel.begin = begin, panel.count = panel.NR = count;
+  if (!thin) panel.vectors = static_cast<int>((count + L - 1) / L), panel.NR = panel.vectors * L;
+  for (Panel::Matrix* m : {&panel.state, &panel.x, &panel.r, &panel.z, &panel.gated}) {
+    *m = {memory, p.C};
+    memory += p.C * panel.NR;
   }
-  if (p.last.data) write_any(p, state, NR, p.last, DType::f32, 0, begin, C, count);
+  panel.hidden = {memory, 2 * p.R};
+  return panel;
+}
+
+// Channels [first, first + channels) of a panel's columns, from a view's clip or to it.
+static void read_any(const fast_gru::Columns& p, const Panel& panel, const Panel::Matrix& matrix,
+                     const fast_gru::View& view, DType dtype, int64_t step, int64_t first, int64_t channels) {
+  for_samples(p, panel.begin, panel.count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
+    const auto read = [&](auto type) {
+      const auto* from = clip_of<decltype(type)>(view, sample, step, first, position);
+      if (panel.vectors) return read_panel(panel.at(matrix, first) + lane, panel.NR, from, view, channels, columns);
+      const fast_gru::View across{.channel = view.position, .position = view.channel};
+      read_panel(panel.at(matrix, first) + lane * matrix.features, matrix.features, from, across, columns, channels);
+    };
+    switch (dtype) {
+      case DType::bf16: return read(bf16_t());
+      case DType::f16: return read(f16_t());
+      default: return read(float());
+    }
+  });
+}
+static void write_any(const fast_gru::Columns& p, const Panel& panel, const Panel::Matrix& matrix,
+                      const fast_gru::View& view, DType dtype, int64_t step, int64_t first, int64_t channels) {
+  for_samples(p, panel.begin, panel.count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
+    const auto write = [&](auto type) {
+      auto* to = clip_of<decltype(type)>(view, sample, step, first, position);
+      if (panel.vectors) return write_panel(panel.at(matrix, first) + lane, panel.NR, to, view, channels, columns);
+      const fast_gru::View across{.channel = view.position, .position = view.channel};
+      write_panel(panel.at(matrix, first) + lane * matrix.features, matrix.features, to, across, columns, channels);
+    };
+    switch (dtype) {
+      case DType::bf16: return write(bf16_t());
+      case DType::f16: return write(f16_t());
+      default: return write(float());
+    }
+  });
+}
+
+// Panels side by side, the last `thin` columns in one of their own; and where a block of weights is widened.
+struct Panels {
+  const fast_gru::Columns& p;
+  int64_t begin, count, thin, width;  // columns of all, of the thin panel, and of another
+  float *memory, *wide;
+
+  template <class Visit>
+  void each(Visit visit) const {
+    const int64_t numbers = fast_gru::panel_numbers(p.C, p.R, width), whole = count - thin;
+    int64_t i = 0;
+    for (; i * width < whole; ++i)
+      visit(panel_at(p, begin + i * width, min_of(width, whole - i * width), false, memory + i * numbers));
+    if (thin) visit(panel_at(p, begin + whole, thin, true, memory + i * numbers));
+  }
+};
+
+// Channels [to, to + rows) of a matrix of all panels = (or +=) rows [first, first + rows) of a weight [][inputs] times
+// channels [from, from + inputs) of another.
+using Place = Panel::Matrix Panel::*;
+static void multiply(const Panels& panels, Place out, int64_t to, const float* weight, int64_t first, int64_t rows,
+                     int64_t inputs, Place in, int64_t from, bool add) {
+  const fast_gru::Columns& p = panels.p;
+  const float* block = weight + first * inputs;
+  if (p.narrow) {
+    const void* narrow = reinterpret_cast<const bf16_t*>(weight) + first * inputs;  // any type of 16 bits
+    widen_range(panels.wide, narrow, p.dtype, 0, rows * inputs);
+    block = panels.wide;
+  }
+  const int64_t run = run_of(inputs);
+  for (int64_t k = 0; k < inputs; k += deep)
+    panels.each([&](const Panel& panel) {
+      float* sums = panel.at(panel.*out, to);
+      const float* factors = panel.at(panel.*in, from + k);
+      const int64_t some = min_of(deep, inputs - k);
+      const bool more = add || k > 0;
+      switch (panel.vectors) {
+        case 0: return;
+        case 1: return panel_product<1>(sums, block + k, inputs, rows, some, run, factors, more);
+        case 2: return panel_product<2>(sums, block + k, inputs, rows, some, run, factors, more);
+        default: return panel_product<3>(sums, block + k, inputs, rows, some, run, factors, more);
+      }
+    });
+  if (panels.thin == 0) return;
+  panels.each([&](const Panel& panel) {
+    if (panel.vectors) return;
+    const int64_t out_pitch = (panel.*out).features, in_pitch = (panel.*in).features;
+    const auto product = [&](auto columns) {
+      thin_product<columns>(panel.at(panel.*out, to), out_pitch, block, rows, inputs, panel.at(panel.*in, from),
+                            in_pitch, add);
+    };
+    constexpr int most = fast_gru::most_thin(Vector<float>::L);
+    switch (panel.count) {
+      case 1: return product(std::integral_constant<int, 1>());
+      case 2: return product(std::integral_constant<int, (most < 2 ? most : 2)>());
+      case 3: return product(std::integral_constant<int, (most < 3 ? most : 3)>());
+      default: return product(std::integral_constant<int, most>());
+    }
+  });
+}
+
+// Channels [first, first + rows) of what a phase of one step makes, at most most_rows but for `read`.
+static void phase_rows(const Panels& panels, fast_gru::Phase phase, int64_t step, int64_t first, int64_t rows) {
+  using fast_gru::Phase;
+  constexpr int L = Vector<float>::L;
+  const fast_gru::Columns& p = panels.p;
+  const auto save = [&](const fast_gru::View& view, Place matrix) {
+    if (!view.data) return;
+    panels.each([&](const Panel& panel) { write_any(p, panel, panel.*matrix, view, p.dtype, step, first, rows); });
+  };
+  // visit(panel, offset in a matrix of `features`, numbers): all of these channels, a vector at a time.
+  const auto each = [&](int64_t features, auto visit) {
+    panels.each([&](const Panel& panel) {
+      if (panel.vectors)
+        for (int64_t i = first * panel.NR; i < (first + rows) * panel.NR; i += L)
+          visit(panel, i, std::integral_constant<int, L>{});
+      else
+        for (int64_t column = 0; column < panel.count; ++column)
+          for (int64_t i = 0; i < rows; i += L)
+            visit(panel, column * features + first + i, static_cast<int>(min_of<int64_t>(L, rows - i)));
+    });
+  };
+  const auto get = [](const Panel::Matrix& m, int64_t i, auto n) { return load_vector<float>(m.data + i, n); };
+  const auto put = [](const Panel::Matrix& m, int64_t i, auto v, auto n) { store_vector<float>(m.data + i, v, n); };
+  switch (phase) {
+    case Phase::read:
+      panels.each([&](const Panel& panel) {
+        const auto clear = [&](const Panel::Matrix& m) {
+          if (panel.count < panel.NR)
+            memset(panel.at(m, first), 0, static_cast<size_t>(rows * panel.NR) * sizeof(float));
+        };
+        if (step == 0) {
+          clear(panel.state);
+          clear(panel.x);
+          read_any(p, panel, panel.state, p.start, p.start_dtype, 0, first, rows);
+        }
+        read_any(p, panel, panel.x, p.x, p.dtype, step, first, rows);
+      });
+      return;
+    case Phase::hidden:
+      multiply(panels, &Panel::hidden, first, p.ux, first, rows, p.C, &Panel::x, 0, false);
+      multiply(panels, &Panel::hidden, first, p.uo, first, rows, p.C, &Panel::state, 0, true);
+      each(2 * p.R, [=](const Panel& panel, int64_t i, auto n) {
+        const Floats v = get(panel.hidden, i, n);
+        put(panel.hidden, i, v < 0 ? Floats{} : v, n);  // NaN stays
+      });
+      return save(p.hidden, &Panel::hidden);
+    case Phase::gates:
+      multiply(panels, &Panel::r, first, p.w, first, rows, p.R, &Panel::hidden, 0, false);
+      multiply(panels, &Panel::z, first, p.w, p.C + first, rows, p.R, &Panel::hidden, p.R, false);
+      each(p.C, [=](const Panel& panel, int64_t i, auto n) {
+        const Floats reset = sigmoid_of(get(panel.r, i, n));
+        put(panel.r, i, reset, n);
+        put(panel.gated, i, reset * get(panel.state, i, n), n);
+        put(panel.z, i, sigmoid_of(get(panel.z, i, n)), n);
+      });
+      save(p.r, &Panel::r);
+      return save(p.z, &Panel::z);
+    case Phase::output:  // r is free: the candidate's place
+      multiply(panels, &Panel::r, first, p.vx, first, rows, p.C, &Panel::x, 0, false);
+      multiply(panels, &Panel::r, first, p.vo, first, rows, p.C, &Panel::gated, 0, true);
+      each(p.C, [=](const Panel& panel, int64_t i, auto n) {
+        const Floats next = tanh_of(get(panel.r, i, n)), update = get(panel.z, i, n);
+        put(panel.r, i, next, n);
+        put(panel.state, i, (1 - update) * get(panel.state, i, n) + update * next, n);
+      });
+      save(p.candidate, &Panel::r);
+      save(p.out, &Panel::state);
+      if (p.last.data && step == p.steps - 1)
+        panels.each([&](const Panel& panel) { write_any(p, panel, panel.state, p.last, DType::f32, 0, first, rows); });
+      return;
+  }
+}
+
+// Outputs [begin, end) of a phase (phase_outputs), for all columns: the last `thin` in a thin panel, those before in
+// panels of `width`. `panels`: one after the other, as panel_numbers of common/fast_gru.h says; `wide`: wide_numbers, the
+// task's own.
+void columns_phase(const fast_gru::Columns& p, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
+                   int64_t thin, int64_t width, float* panels, float* wide) {
+  const Panels all{p, 0, p.samples * p.positions, thin, width, panels, wide};
+  for (int64_t first = begin; first < end; first += most_rows)
+    phase_rows(all, phase, step, first, min_of(most_rows, end - first));
+}
+
+// All steps of columns [begin, begin + count) of samples x positions, at most a panel. The weights are fp32.
+void columns_task(const fast_gru::Columns& p, int64_t begin, int64_t count, float* panel) {
+  using fast_gru::Phase;
+  const Panels one{p, begin, count, 0, count, panel, nullptr};
+  for (int64_t step = 0; step < p.steps; ++step)
+    for (const Phase phase : fast_gru::phases)
+      for (int64_t first = 0, all = fast_gru::phase_outputs(p, phase); first < all; first += most_rows)
+        phase_rows(one, phase, step, first, min_of(most_rows, all - first));
 }

@@ -502,10 +502,9 @@ def _cpu_plan(
         words = _plan(x, ux, uo, w, vx, vo, o0, save)
         wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, steps, dtype)
         return f"{words}; in fp32, which this processor multiplies faster" if wide else words
-    return (
-        f"{steps} steps of {columns} columns, each column through all steps in one core's caches, "
-        f"gates {'saved' if save else 'not saved'}"
-    )
+    few = native.fast_gru_few_weights(c, ux.shape[0] // 2)
+    how = "each column through all steps in one core's caches" if few else "each weight read once per step for all of them"
+    return f"{steps} steps of {columns} columns, {how}, gates {'saved' if save else 'not saved'}"
 
 
 def _gpu_plans(x: Tensor, ux: Tensor, backward: bool) -> tuple[dict[str, Any], dict[str, Any]]:
