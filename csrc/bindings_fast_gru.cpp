@@ -4,8 +4,9 @@
 // stream and graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass
 // (common/fast_gru.h) of the tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared
 // memory (common/fast_gru_gpu_plan.h) one launch makes all steps between the products of all clips, forward or
-// backward: every block with all weights, or all blocks together with a share of them each; and few weights or few columns on the CPU are left to a kernel that takes columns through all steps
-// (fast_gru::by_columns). Nothing depends on values, and nothing is read back from a device.
+// backward: every block with all weights, or all blocks together with a share of them each; and few weights or few
+// columns on the CPU are left to kernels that multiply by themselves (fast_gru::by_columns). Nothing depends on values,
+// and nothing is read back from a device.
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -399,8 +400,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.first = o0 ? 0 : 1;
   p.steps = p.K - p.first;
   p.innermost = x.stride(2) == 1;
-  // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features] for few columns: more than it costs
-  // to reorder the sequences. For many columns both orders are alike.
+  // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features] for few columns: more than it
+  // costs to reorder the sequences. For many columns both orders are alike.
   p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && p.step_columns() <= (p.dtype == DType::f32 ? 256 : 128));
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {

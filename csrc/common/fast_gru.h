@@ -27,8 +27,8 @@ enum class Pass : int32_t {
   // 0 r, 1 z (T, in and out), 2 state (S), 3 gated (T, out):  r = sigmoid(r); z = sigmoid(z); gated = r state.
   // Without `keep` gated = sigmoid(r) state alone, which may lie where r does.
   gates,
-  // 0 c (T, in and out), 1 product (may be absent), 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out, may be absent):
-  //   c = tanh(c + product); low = out = state = (1 - z) state + z c. Without 3, c alone.
+  // 0 c (T, in and out), 1 product (may be absent), 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out, may be
+  //   absent): c = tanh(c + product); low = out = state = (1 - z) state + z c. Without 3, c alone.
   // Without `keep` z is sigmoid(z) and c is not written.
   output,
   // 0 carry (S, in and out), 1 product, 2 grad (T, may be absent), 3 z, 4 c, 5 before (T), 6 dc, 7 dz (T, out):
@@ -153,8 +153,8 @@ struct Reorder {
   View from, to;
 };
 
-// What one task is made of: so many channels of one clip, so that what is written stays in a first-level cache until its
-// lines are whole.
+// What one task is made of: so many channels of one clip, so that what is written stays in a first-level cache until
+// its lines are whole.
 inline constexpr int64_t reorder_channels = 64;
 constexpr int64_t reorder_units(const Reorder& r) {
   return r.samples * r.steps * ((r.channels + reorder_channels - 1) / reorder_channels);
@@ -183,8 +183,8 @@ constexpr bool few_weights(int64_t C, int64_t R) { return 6 * R * C + 2 * C * C 
 //
 // Own products save the library's calls, the passes through memory between them, and, of few weights, the threads'
 // meeting after each; of many weights and few columns what the library spends on laying out the weights for its own
-// loops, or multiplying 16-bit numbers at half of fp32's rate where there is no AMX. Columns in panels are all there is to
-// share where every task reads all of few weights: many threads leave them to the library.
+// loops, or multiplying 16-bit numbers at half of fp32's rate where there is no AMX. Columns in panels are all there is
+// to share where every task reads all of few weights: many threads leave them to the library.
 constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads, bool amx = false) {
   if (dtype == DType::f64) return false;
   if (few_weights(C, R)) return 6 * R * C + 2 * C * C <= 1 << 16 || threads <= 2 * ((columns + 15) / 16);

@@ -5,21 +5,23 @@
 // read once for all panels: a task has a share of a product's outputs, and all tasks meet before the next product
 // (columns_phase).
 //
-// Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in scratch memory: the state, x, r' and
-//           z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller has them, or
-//           widened: once per call, or a block of outputs at a time in the task's scratch memory.
-// Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over what a
-//           block of `most_rows` outputs has left in cache. x is read, and o and what is saved are written, where they
-//           lie: with adjacent positions row by row, with adjacent channels through a transposition of L x L numbers in
-//           registers. Lanes beyond the last column hold zeros and are not written.
-// Order.    A product adds one input after the other in runs of about the root of their number (run_of), and the runs one
-//           after the other (a long chain of additions would round more than a library's many short ones), U_x's before
-//           U_o's and V_x's before V_o's. Neither the width of a panel, nor the threads, nor the number of steps in one
-//           call changes that: results do not depend on them.
-// Bound.    Arithmetic: 12 R C + 4 C^2 FLOP per column and step against 3 activations per channel. A task's panels, 4 (5
-//           C + 2 R) NR bytes, stay in the first- or second-level cache, and so do the weights, 4 (6 R C + 2 C^2) bytes,
-//           that it reads once per step. Tasks that share the weights read each once per step; `deep` inputs of a panel
-//           stay in the first-level cache for a block of outputs, and the block in the second-level cache for all panels.
+// Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in scratch memory: the state, x, r'
+//           and z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller has them, or
+//           widened: once per call, or a block of outputs at a time in the task's scratch memory. Where tasks share
+//           the weights, columns beyond whole vectors are a thin panel if they are few: [columns][channels].
+// Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over what
+//           a block of `most_rows` outputs has left in cache. x is read, and o and what is saved are written, where
+//           they lie: with adjacent positions row by row, with adjacent channels through a transposition of L x L
+//           numbers in registers. Lanes beyond the last column hold zeros and are not written.
+// Order.    A product adds one input after the other in runs of about the root of their number (run_of), and the runs
+//           one after the other (a long chain of additions would round more than a library's many short ones), U_x's
+//           before U_o's and V_x's before V_o's; a thin panel's lanes are inputs. Neither the width of a panel, nor the
+//           threads, nor the number of steps in one call changes that: results do not depend on them.
+// Bound.    Arithmetic: 12 R C + 4 C^2 FLOP per column and step against 3 activations per channel. A task's panels, 4
+//           (5 C + 2 R) NR bytes, stay in the first- or second-level cache, and so do the weights, 4 (6 R C + 2 C^2)
+//           bytes, that it reads once per step. Tasks that share the weights read each once per step; `deep` inputs of
+//           a panel stay in the first-level cache for a block of outputs, and the block in the second-level cache for
+//           all panels.
 
 static constexpr int block_rows = vector_bytes == 64 ? 8 : 4;  // with 3 vectors of columns: 24 or 12 sums in registers
 static constexpr int64_t most_rows = fast_gru::panel_rows, deep = 192;  // a whole number of every run
@@ -431,8 +433,8 @@ static void phase_rows(const Panels& panels, fast_gru::Phase phase, int64_t step
 }
 
 // Outputs [begin, end) of a phase (phase_outputs), for all columns: the last `thin` in a thin panel, those before in
-// panels of `width`. `panels`: one after the other, as panel_numbers of common/fast_gru.h says; `wide`: wide_numbers, the
-// task's own.
+// panels of `width`. `panels`: one after the other, as panel_numbers of common/fast_gru.h says; `wide`: wide_numbers,
+// the task's own.
 void columns_phase(const fast_gru::Columns& p, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
                    int64_t thin, int64_t width, float* panels, float* wide) {
   const Panels all{p, 0, p.samples * p.positions, thin, width, panels, wide};

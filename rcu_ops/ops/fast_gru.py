@@ -503,7 +503,7 @@ def _cpu_plan(
         wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, steps, dtype)
         return f"{words}; in fp32, which this processor multiplies faster" if wide else words
     few = native.fast_gru_few_weights(c, ux.shape[0] // 2)
-    how = "each column through all steps in one core's caches" if few else "each weight read once per step for all of them"
+    how = "each column through all steps in one core's caches" if few else "each weight read once per step for all"
     return f"{steps} steps of {columns} columns, {how}, gates {'saved' if save else 'not saved'}"
 
 

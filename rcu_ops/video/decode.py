@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -175,6 +176,7 @@ class VideoReader(Iterator[Frame]):
         self.name = re.sub(r"(://)[^/@]*@", r"\1", os.fspath(source))
         self._every = every
         self._av = require_av()
+        self._to_rgb = _ToRGB(self._av)
         self._address = _resolve(os.fspath(source))
         self.live = self._address.live
         self.frames_read = 0
@@ -409,24 +411,42 @@ class VideoReader(Iterator[Frame]):
             previous = self._last_time = seconds
             self.frames_read = index + 1
             if index % self._every == 0:
-                yield Frame(index, seconds, _Converter(picture, matrix if index == 0 else None))
+                yield Frame(index, seconds, _Converter(self._to_rgb, picture, matrix if index == 0 else None))
             index += 1
         if self._fault is not None:
             raise BrokenVideoError(self.name, index, self._last_time, self._fault.reason)
 
 
+class _ToRGB:
+    """Pictures as uint8 RGB arrays, by one converter for all pictures of a reader.
+
+    A converter of its own for every picture takes up to three times as long, and what FFmpeg allocates for each leaves
+    holes in the heap: a long video's memory grew.
+    """
+
+    def __init__(self, av: ModuleType) -> None:
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        self._lock = threading.Lock()  # frames may be looked at in several threads
+
+    def __call__(self, picture: Any) -> np.ndarray:
+        with self._lock:
+            array: np.ndarray = self._reformatter.reformat(picture, format="rgb24").to_ndarray()
+        return array
+
+
 class _Converter:
     """Turns a decoded picture into an upright RGB array when called."""
 
-    __slots__ = ("_matrix", "_picture")
+    __slots__ = ("_matrix", "_picture", "_to_rgb")
 
-    def __init__(self, picture: Any, matrix: np.ndarray | None) -> None:
+    def __init__(self, to_rgb: _ToRGB, picture: Any, matrix: np.ndarray | None) -> None:
+        self._to_rgb = to_rgb
         self._picture = picture
         self._matrix = matrix
 
     def __call__(self) -> np.ndarray:
         matrix = _display_matrix(self._picture) if self._matrix is None else self._matrix
-        return upright(self._picture.to_ndarray(format="rgb24"), matrix)
+        return upright(self._to_rgb(self._picture), matrix)
 
 
 def read_frames(source: str | os.PathLike[str], indices: Sequence[int]) -> np.ndarray:

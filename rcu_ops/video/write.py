@@ -41,6 +41,7 @@ class VideoWriter:
         self.path = Path(path)
         self.height, self.width = height, width
         self._av = av
+        self._reformatter = av.video.reformatter.VideoReformatter()  # one for all pictures, see decode._ToRGB
         self._last_pts = -1
         self._closed = False
         self.codec = next((name for name in _ENCODERS if name in av.codecs_available), "")
@@ -82,7 +83,7 @@ class VideoWriter:
         if self.height % 2 or self.width % 2:
             image = np.pad(image, ((0, self.height % 2), (0, self.width % 2), (0, 0)), mode="edge")
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame = self._reformatter.reformat(frame, format="yuv420p", dst_colorspace="ITU709")
         self._last_pts = max(self._last_pts + 1, round(time_seconds / _TIME_BASE))
         frame.pts, frame.time_base = self._last_pts, _TIME_BASE
         self._mux(frame)

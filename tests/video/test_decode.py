@@ -17,7 +17,7 @@ import av
 
 from rcu_ops.video import BrokenVideoError, VideoError, VideoReader, open_video, read_frames
 from rcu_ops.video.containers import declared_size, has_movie_index
-from rcu_ops.video.decode import _Converter, _webcam, upright
+from rcu_ops.video.decode import _Converter, _ToRGB, _webcam, upright
 from tests.video.clips import damage, picture, recognise, set_display_matrix, write_audio, write_clip
 
 
@@ -110,7 +110,7 @@ def test_colours_follow_the_matrix_and_range(pixel_format, matrix, color_range):
         samples = np.full(plane.buffer_size // (2 if deep else 1), value * (4 if deep else 1), "<u2" if deep else "u1")
         plane.update(samples.tobytes())
     decoded.colorspace, decoded.color_range = matrix, color_range
-    image = _Converter(decoded, None)()
+    image = _Converter(_ToRGB(av), decoded, None)()
 
     if color_range == 2 or pixel_format == "yuvj420p":
         y, b_y, r_y = luma / 255, (blue - 128) / 255, (red - 128) / 255
