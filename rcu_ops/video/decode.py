@@ -394,8 +394,9 @@ class VideoReader(Iterator[Frame]):
         origin: int | None = None
         index, previous = 0, None
         for picture, stamp in self._in_order():
-            if index == 0:
+            if index == 0 or picture.key_frame:  # asking every picture costs PyAV 20 bytes that never come back
                 matrix = _display_matrix(picture)
+            if index == 0:
                 self.rotation = _rotation_degrees(matrix)
                 self.pixel_format: str = picture.format.name
                 turned = self.rotation in (90, 270)
@@ -411,7 +412,7 @@ class VideoReader(Iterator[Frame]):
             previous = self._last_time = seconds
             self.frames_read = index + 1
             if index % self._every == 0:
-                yield Frame(index, seconds, _Converter(self._to_rgb, picture, matrix if index == 0 else None))
+                yield Frame(index, seconds, _Converter(self._to_rgb, picture, matrix))
             index += 1
         if self._fault is not None:
             raise BrokenVideoError(self.name, index, self._last_time, self._fault.reason)
@@ -445,8 +446,7 @@ class _Converter:
         self._matrix = matrix
 
     def __call__(self) -> np.ndarray:
-        matrix = _display_matrix(self._picture) if self._matrix is None else self._matrix
-        return upright(self._to_rgb(self._picture), matrix)
+        return upright(self._to_rgb(self._picture), self._matrix)
 
 
 def read_frames(source: str | os.PathLike[str], indices: Sequence[int]) -> np.ndarray:
