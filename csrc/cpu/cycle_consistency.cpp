@@ -16,7 +16,8 @@ void align(const Alignment& p, const Parallel& parallel) {
 void gate_data_path(const GateData& p, const Parallel& parallel) {
   if (p.dtype == DType::f64) return portable::gate_data_path_f64(p, parallel);
 #if defined(__x86_64__)
-  // Also where there is AVX-512: memory is the bound, and wider loads have been measured to stream no faster.
+  // fp32 also where there is AVX-512: memory is the bound, and wider loads have been measured to stream no faster.
+  if (current_isa() >= Isa::avx512 && p.dtype != DType::f32) return avx512::gate_data_path(p, parallel);
   if (current_isa() >= Isa::avx2) return avx2::gate_data_path(p, parallel);
 #endif
   portable::gate_data_path(p, parallel);

@@ -31,6 +31,7 @@ static bool any_set(Mask v) {
 
 #include "vectors.h"
 #include "cycle_consistency_core.h"
+#include "srtg_core.h"
 
 }  // namespace rcu_ops::cpu::avx512
 #endif
