@@ -102,16 +102,22 @@ def nonlocal_attention_backward(
 
 def lstm_gates(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """``c = f cell + i g``, ``h = o tanh(c)`` with i, f, o = sigmoid, g = tanh of gates [B,4,P,Dv]; cell [B,P,Dv]."""
-    i, f, o = torch.sigmoid(gates[:, :3]).unbind(1)
-    c = f * cell + i * torch.tanh(gates[:, 3])
+    i, f, o, g = _gates(gates)
+    c = f * cell + i * g
     return o * torch.tanh(c), c
+
+
+def _gates(gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # One by one: of a slice of three, Inductor (torch 2.13) makes wrong gradients for a batch of one.
+    i, f, o, g = gates.unbind(1)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o), torch.tanh(g)
 
 
 def lstm_gates_backward(
     gates: Tensor, cell: Tensor, grad_h: Tensor | None, grad_c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dgates, dcell) of :func:`lstm_gates` in gates' dtype; grad_h and grad_c [B,P,Dv] or None (zero)."""
-    i, f, o, g = *torch.sigmoid(gates[:, :3]).unbind(1), torch.tanh(gates[:, 3])
+    i, f, o, g = _gates(gates)
     tanh_c = torch.tanh(f * cell + i * g)
     dh = torch.zeros_like(tanh_c) if grad_h is None else grad_h.to(gates.dtype)
     dc = dh * o * (1 - tanh_c * tanh_c)

@@ -629,6 +629,19 @@ def test_compile_fullgraph(backend) -> None:
             torch.testing.assert_close(a.grad, b_.grad)
 
 
+@pytest.mark.slow
+def test_gradients_of_one_clip_compiled() -> None:
+    """Of an earlier form of the gates, equal in every number, Inductor made wrong gradients for a batch of one."""
+    torch._dynamo.reset()
+    arguments = [torch.randn(1, 4, 5, 8) for _ in range(4)] + [torch.randn(1, 5, 8)]
+    leaves, twins = ([a.clone().requires_grad_() for a in arguments] for _ in range(2))
+    compiled = torch.compile(reference.relational_lstm_step, fullgraph=True, dynamic=False)
+    torch.autograd.backward([t.sum() for t in compiled(*leaves)])
+    torch.autograd.backward([t.sum() for t in reference.relational_lstm_step(*twins)])
+    for a, b in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_export_with_dynamic_sizes() -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
