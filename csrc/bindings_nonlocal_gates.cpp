@@ -259,8 +259,7 @@ Tensor empty_state_of(const Tensor& like, std::initializer_list<int64_t> sizes) 
 }
 
 int64_t padded_keys(const Tensor& x_gates) {
-  const int64_t line = x_gates.scalar_type() == ScalarType::Double ? 8 : 16;
-  return (x_gates.size(2) + line - 1) / line * line;
+  return padded_row(x_gates.size(2), x_gates.scalar_type() == ScalarType::Double ? 8 : 4);
 }
 
 template <class P>

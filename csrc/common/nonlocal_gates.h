@@ -15,6 +15,12 @@ struct Rows {
   int64_t batch = 0, gate = 0, row = 0;
 };
 
+// A row of `count` numbers of `bytes` each, padded to whole lines of 64 bytes.
+constexpr int64_t padded_row(int64_t count, int64_t bytes) {
+  const int64_t line = 64 / bytes;
+  return (count + line - 1) / line * line;
+}
+
 // out = w value for each of B samples and G gates, with w_ij from s_ij = scale query_i . key_j over the keys j that
 // query i sees: softmax_j(s_ij), or s_ij / (number of those keys). A query that sees no key, or whose scores are all
 // -inf under the softmax, is dead: its row of out is zero, and it takes no part in any gradient.

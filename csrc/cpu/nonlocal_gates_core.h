@@ -463,7 +463,7 @@ struct Query {
 
 template <class S>
 static constexpr int64_t padded(int64_t m) {
-  return round_up(m, 64 / static_cast<int64_t>(sizeof(S)));
+  return padded_row(m, sizeof(S));
 }
 
 // s[m .. padded m) = value. Whole vectors, which the loops after this one load again.

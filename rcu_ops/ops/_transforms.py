@@ -37,17 +37,15 @@ def _recorded(operator: Callable[..., Any], function: type[torch.autograd.Functi
     Neither the operator's schema nor forward's signature is read for defaults: that took 30 us of a call.
     """
 
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = operator(*args)
-            function.setup_context(ctx, args, output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*args)
+        function.setup_context(ctx, args, output)
+        return output
 
-        backward = staticmethod(function.backward)
-
-    return Recorded
+    # The operator's name is what a graph of gradients and an anomaly's report show.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(operator.__name__.partition(".")[0], (torch.autograd.Function,), members)
 
 
 def pick(value: Any, dim: int | None, index: int) -> Any:

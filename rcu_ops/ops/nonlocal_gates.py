@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _evidence, _planner, _predicates, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Operator, Overtaken, register, settled, wants_gradients
-from rcu_ops.reference.nonlocal_gates import relational_lstm_gates
+from rcu_ops.reference.nonlocal_gates import lstm_gates, relational_lstm_gates
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 NORMALIZERS = ("softmax", "count")
@@ -266,7 +266,7 @@ def _reference_step_kept(
     found, found_gates = relational_lstm_gates(x_gates, query, key, value)
     weights.zero_()[..., : found.shape[-1]].copy_(found)
     before.copy_(found_gates[:, :gates])
-    for to, result in zip((h, c), _reference_step(x_gates, query, key, value, cell), strict=True):
+    for to, result in zip((h, c), lstm_gates(found_gates, cell.to(found_gates.dtype)), strict=True):
         to.copy_(result)
     return h, c, weights, before
 
