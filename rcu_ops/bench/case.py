@@ -18,6 +18,10 @@ Outputs = tuple[Tensor, ...]
 
 OURS = "rcu_ops"
 
+OWN = frozenset({OURS, "cuda", "triton", "graphed", "unfused"})
+"""Candidates that are rcu-ops: as it chooses, by each backend of a GPU, in a CUDA graph, in parts. A wrong result of
+these is a failure; the others are baselines."""
+
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 

@@ -64,11 +64,11 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the suite.  Returns 0, or 1 when a result was wrong; what was measured before an interrupt is kept (130)."""
+    """Run the suite.  Returns 0, or 1 when a result of ours was wrong; what an interrupt left is kept (130)."""
     import torch
 
     from rcu_ops.bench import machine, output
-    from rcu_ops.bench.runner import TEMPERATURES, run_case
+    from rcu_ops.bench.runner import TEMPERATURES, WRONG, run_case
     from rcu_ops.bench.timing import BRIEF, SCHEDULES, make_timers
 
     device = _device(args.device)
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     failures = [failure for result in results for failure in result.failures]
     for result in results:
         for candidate in result.candidates:
-            if candidate.left_out and not candidate.left_out.startswith("wrong"):
+            if candidate.left_out and not candidate.left_out.startswith(WRONG):
                 print(f"left out: {result.case.id}: {candidate.name}: {candidate.left_out}", file=sys.stderr)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)

@@ -14,6 +14,7 @@ from rcu_ops import reference
 from rcu_ops.bench.baselines import compiled, compiled_once, on_device, with_backend
 from rcu_ops.bench.case import OURS, Candidate, Case, Inputs, Outputs, Variant
 from rcu_ops.reference.cycle_consistency import loss_of_landing
+from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Shape:
 
 CLIPS = tuple(Shape(32, 16, c) for c in (64, 256, 512, 1024, 2048))
 LONG = (Shape(1, 512, 128), Shape(8, 2048, 128))
+LOSSES = (Shape(1, 32, 128), Shape(16, 32, 128), Shape(4, 256, 128), Shape(1, 512, 128))
 #: Divides squared distances of about 16: at 1 every query has one partner, at this one all frames have a say.
 FLAT = 100.0
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,8 +58,10 @@ def _suite(tier: str, device: torch.device) -> Iterator[Case]:
             yield Gate(shape, dtype, device)
             if shape.t > CLIPS[0].t and dtype == torch.float32:
                 yield Gate(shape, dtype, device, temperature=FLAT)
-    for shape in (Shape(16, 32, 128), Shape(4, 256, 128)):
+    for shape in LOSSES:
         yield Loss(shape, torch.float32, device)
+    yield Loss(LOSSES[-2], torch.bfloat16, device)
+    yield Loss(LOSSES[-2], torch.float32, device, of="classification")
 
 
 # ---- ways to compute the gate --------------------------------------------------------------------------------------
@@ -220,39 +224,56 @@ class Gate(_Alignment):
 
 
 class Loss(_Alignment):
-    """The regression loss and its gradients."""
+    """A loss, ``of`` regression or classification, and its gradients."""
 
     training = True
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool = True) -> None:
-        super().__init__("loss, forward+backward", shape, dtype, device, compile, str(shape))
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        compile: bool = True,
+        of: str = "regression",
+    ) -> None:
+        words = str(shape) if of == "regression" else f"{shape} {of}"
+        super().__init__("loss, forward+backward", shape, dtype, device, compile, words)
+        self.of = of
 
     def inputs(self) -> Inputs:
         """As for the gate, requiring gradients."""
         return {name: value.requires_grad_() for name, value in super().inputs().items()}
 
+    def _of_landing(self, landing: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return loss_of_landing(landing, None, None, self.of, 0.001, 1e-2)
+
     @staticmethod
-    def _plain(inputs: Inputs, state_dtype: torch.dtype | None = None) -> Outputs:
-        a, b = inputs["a"], inputs["b"]
-        to = state_dtype or a.dtype
-        soft, _ = reference.soft_nearest_neighbor(a, b, state_dtype=to)
-        landing = reference.cycle_back(soft, a, state_dtype=to)
-        loss = loss_of_landing(landing, None, None, "regression", 0.001, 1e-2).mean()
-        return (loss.detach()[None], *torch.autograd.grad(loss, (a, b)))
+    def _with_gradients(rows: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Outputs:
+        """The mean of ``rows`` of the sequences and its gradients; 16-bit sequences are taken as fp32, as ours does."""
+        state = state_dtype_of(inputs["a"].dtype)
+        loss = rows(inputs["a"].to(state), inputs["b"].to(state)).mean()
+        return (loss.detach()[None], *torch.autograd.grad(loss, (inputs["a"], inputs["b"])))
+
+    def _plain(self, inputs: Inputs) -> Outputs:
+        def rows(a: Tensor, b: Tensor) -> Tensor:
+            soft, _ = reference.soft_nearest_neighbor(a, b, state_dtype=a.dtype)
+            return self._of_landing(reference.cycle_back(soft, a, state_dtype=a.dtype))
+
+        return self._with_gradients(rows, inputs)
 
     def exact(self, inputs: Inputs) -> Outputs:
         """The reference in fp64."""
         return self._plain({name: value.detach().double().requires_grad_() for name, value in inputs.items()})
 
     def eager(self, inputs: Inputs) -> Outputs:
-        """The reference in the case's dtype."""
+        """The reference in fp32."""
         return self._plain(inputs)
 
     def candidates(self) -> Sequence[Candidate]:
         """Ours, eager PyTorch as the reference and with torch.cdist, the latter compiled, and the loop over pairs."""
 
         def ours(inputs: Inputs) -> Outputs:
-            loss = rcu_ops.temporal_cycle_loss(inputs["a"], inputs["b"], min_variance=1e-2)
+            loss = rcu_ops.temporal_cycle_loss(inputs["a"], inputs["b"], kind=self.of, min_variance=1e-2)
             return (loss.detach()[None], *torch.autograd.grad(loss, (inputs["a"], inputs["b"])))
 
         def pair(a: Tensor, b: Tensor) -> Tensor:
@@ -263,32 +284,25 @@ class Loss(_Alignment):
             mean = (p * frame).sum(-1)
             variance = (p * (frame - mean.unsqueeze(-1)).square()).sum(-1)
             landing = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1), mean, variance
-            return loss_of_landing(landing, None, None, "regression", 0.001, 1e-2)
+            return self._of_landing(landing)
 
-        def with_gradients(rows: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Outputs]:
-            def run(inputs: Inputs) -> Outputs:
-                loss = rows(inputs).mean()
-                return (loss.detach()[None], *torch.autograd.grad(loss, (inputs["a"], inputs["b"])))
+        def with_gradients(rows: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], Outputs]:
+            return lambda inputs: self._with_gradients(rows, inputs)
 
-            return run
-
-        def over_pairs(inputs: Inputs) -> Tensor:
-            pairs = zip(inputs["a"], inputs["b"], strict=True)
+        def over_pairs(first: Tensor, second: Tensor) -> Tensor:
+            pairs = zip(first, second, strict=True)
             return torch.cat([pair(a.unsqueeze(0), b.unsqueeze(0)) for a, b in pairs])
 
-        def whole(inputs: Inputs) -> Tensor:
-            return pair(inputs["a"], inputs["b"])
-
         # The forward pass: its backward pass is compiled along with it, and gradients are asked for outside.
-        run = compiled_once(whole)
+        run = compiled_once(pair)
 
         def bind_compiled(inputs: Inputs) -> Callable[[], Outputs]:
-            return lambda: with_gradients(run())(inputs)
+            return lambda: self._with_gradients(run(), inputs)
 
         found = [*self.own(ours, tuple), self.way("eager", self._plain, tuple)]
         if self.compile:
             found.append(Candidate("compile", {"torch.compile": Variant(bind_compiled)}))
-        found.append(self.way("cdist", with_gradients(whole), tuple))
+        found.append(self.way("cdist", with_gradients(pair), tuple))
         found.append(self.way("loop over pairs", with_gradients(over_pairs), tuple))
         return found
 

@@ -13,7 +13,7 @@ import numpy as np
 from rcu_ops import report
 from rcu_ops.bench.case import DTYPE_NAMES, OURS
 from rcu_ops.bench.machine import Peaks, peaks_as_data
-from rcu_ops.bench.runner import CaseResult, as_data
+from rcu_ops.bench.runner import INEXACT, CaseResult, as_data
 from rcu_ops.bench.timing import Timing
 
 FORMAT = 1
@@ -67,12 +67,15 @@ def format_seconds(seconds: float) -> str:
 def table(results: Sequence[CaseResult]) -> str:
     """One block per operator and kind: our time with quartiles, the floor, and how much slower each baseline is.
 
-    On a GPU a launch's time is written before the floor and counts as part of it.
+    On a GPU a launch's time is written before the floor and counts as part of it. A baseline that is outside the
+    tolerance rule is "inexact", which is explained below the table.
     """
     blocks: dict[tuple[str, str], list[CaseResult]] = {}
     for result in results:
         blocks.setdefault((result.case.op, result.case.kind), []).append(result)
-    return "\n\n".join(_block(f"{op}: {kind}", rows) for (op, kind), rows in blocks.items())
+    text = "\n\n".join(_block(f"{op}: {kind}", rows) for (op, kind), rows in blocks.items())
+    inexact = any(candidate.inexact for result in results for candidate in result.candidates)
+    return f"{text}\n\ninexact: a baseline that has no time, because {INEXACT}" if inexact else text
 
 
 def _block(title: str, results: Sequence[CaseResult]) -> str:
@@ -95,8 +98,11 @@ def _block(title: str, results: Sequence[CaseResult]) -> str:
                 words,
                 f"{100 * least / ours.median:.0f} %",
             ]
-        speedups = [result.speedup(name) for name in baselines]
-        ratios = ["-" if value is None else f"{value:.2f}x" for value in speedups]
+        inexact = {candidate.name for candidate in result.candidates if candidate.inexact}
+        speedups = [(name, result.speedup(name)) for name in baselines]
+        ratios = [
+            f"{value:.2f}x" if value is not None else "inexact" if name in inexact else "-" for name, value in speedups
+        ]
         if waited:
             single = next((c.latency for c in result.candidates if c.name == OURS), None)
             ratios += ["-", "-"] if single is None else [format_seconds(single.p50), format_seconds(single.p99)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rcu_ops.bench.case import DTYPE_NAMES, OURS, Case, Prepared
+from rcu_ops.bench.case import DTYPE_NAMES, OURS, OWN, Case, Prepared
 from rcu_ops.bench.correctness import WrongResultError
 from rcu_ops.bench.machine import Peaks
 from rcu_ops.bench.timing import Latency, Schedule, Thunk, Timer, Timing, interleaved, latency
@@ -18,6 +18,10 @@ LAUNCH_SECONDS = 2e-6
 TEMPERATURES = ("cold", "warm")
 """Of a GPU's L2 cache: a call finds none of its inputs there, or all that fit."""
 
+WRONG = "wrong"
+INEXACT = "its own error breaks the tolerance rule"
+"""How the reason begins for which a candidate of ours, or a baseline, outside the tolerance rule has no time."""
+
 
 @dataclass(frozen=True)
 class CandidateResult:
@@ -27,7 +31,8 @@ class CandidateResult:
         name, variant: which.
         timing: None when it was left out.
         error_used: share of the error allowed by the tolerance rule.
-        left_out: why it has no time: "wrong: ..." when outside the tolerance rule, else what it raised.
+        left_out: why it has no time: :data:`WRONG` or :data:`INEXACT` and how when outside the tolerance rule, else
+            what it raised.
         latency: of single calls, where the case asks for it.
     """
 
@@ -37,6 +42,11 @@ class CandidateResult:
     error_used: float | None = None
     left_out: str | None = None
     latency: Latency | None = None
+
+    @property
+    def inexact(self) -> bool:
+        """Whether this is a baseline that was left out because it is outside the tolerance rule."""
+        return self.left_out is not None and self.left_out.startswith(INEXACT)
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,11 @@ class CaseResult:
 
     @property
     def failures(self) -> list[str]:
-        """Wrong results of any candidate, and anything that kept ours from running."""
+        """Wrong results of ours, and anything that kept it from running. A baseline's are its own affair."""
         return [
             f"{self.case.id}: {c.name}: {c.left_out}"
             for c in self.candidates
-            if c.left_out is not None and (c.name == OURS or c.left_out.startswith("wrong"))
+            if c.left_out is not None and (c.name == OURS or c.left_out.startswith(WRONG))
         ]
 
 
@@ -90,7 +100,7 @@ def run_case(case: Case, timers: Mapping[str, Timer], peaks: Peaks, schedule: Sc
         try:
             thunks[candidate.name] = prepared.thunk(candidate, trial)
         except WrongResultError as error:
-            left_out[candidate.name] = f"wrong: {error}"
+            left_out[candidate.name] = f"{WRONG if candidate.name in OWN else INEXACT}: {error}"
         except Exception as error:  # a baseline may need a compiler, or memory, that is not there
             left_out[candidate.name] = f"{type(error).__name__}: {_first_line(error)}"
     waited = (
