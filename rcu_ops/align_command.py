@@ -13,6 +13,7 @@ from rcu_ops.inspection import SampledClip, calibrate, check_out, report_faults,
 from rcu_ops.model_arguments import load_model_weights, make_model, model_error, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
+from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,8 +211,8 @@ def _align(args: argparse.Namespace, a: SampledClip, b: SampledClip) -> int:
         "index_ba": alignment.index_ba,
     }
     pictures = [seen_pictures(clip.images, args.size) for clip in clips]
+    make_folder(args.out)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         plot_alignment(
             args.out / "alignment.png",
             pictures[0],

@@ -384,6 +384,7 @@ def run(args: argparse.Namespace) -> int:
     from rcu_ops.nn.relational_fold import fold_relations_of
     from rcu_ops.progress import Progress
     from rcu_ops.report import replacing
+    from rcu_ops.run_folder import make_folder
 
     for option in ("batch", "frames", "size", "channels", "classes"):
         if (value := getattr(args, option)) is not None and value < 1:
@@ -392,10 +393,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--seconds: expected a positive number, got {args.seconds}")
     if args.fused and not args.time:
         raise UserError("--fused: fusing changes the time only, so it goes with --time")
-    for option in ("json", "plot"):
-        path = getattr(args, option)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise UserError(f"--{option}: there is no directory {Path(path).absolute().parent}")
     try:
         device = torch.device(args.device)
         # Without --time nothing is ever computed, so the weights need not exist.
@@ -412,6 +409,9 @@ def run(args: argparse.Namespace) -> int:
     frames = args.frames or (model.frames if isinstance(model, Faster) else 16)
     size = args.size or (model.size if isinstance(model, Faster) else 112)
     shape = (args.batch, args.channels, frames, size, size)
+    for option in ("json", "plot"):
+        if path := getattr(args, option):
+            make_folder(Path(path).absolute().parent, f"--{option}")
     try:
         cost = measure_cost(model, shape, name=name)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from rcu_ops.inspection import SampledClip, calibrate, check_out, report_faults,
 from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing, write_csv
+from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,8 +214,8 @@ def _write(args: argparse.Namespace, clip: SampledClip, weights: np.ndarray, cel
     )
     words = f"from row {cell[0]}, column {cell[1]} of {rows} x {columns}"
     note = f" ({UNTRAINED}: what it looks at means nothing)" if args.weights is None else ""
+    make_folder(args.out)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         plot_relations(
             args.out / "relations.png",
             seen_pictures(clip.images, args.size),

@@ -1,4 +1,4 @@
-"""A folder that belongs to one run of a command: the same command goes on with it, and no other overwrites it."""
+"""Folders for results: made if need be, and one that belongs to a run, which no other command overwrites."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.report import replacing
 
 SETTINGS = "settings.json"
+
+
+def make_folder(path: Path, option: str = "--out") -> None:
+    """Make a folder for results, and those around it, unless it is there.
+
+    Args:
+        path: the folder.
+        option: what the user gave it as, for the message.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be made: {error.strerror or error}") from error
 
 
 def claim_folder(out: Path, identity: Mapping[str, Any], what: str) -> bool:
@@ -37,8 +53,8 @@ def claim_folder(out: Path, identity: Mapping[str, Any], what: str) -> bool:
                 "--overwrite to replace it"
             )
         return True
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with replacing(settings) as temporary:
             temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

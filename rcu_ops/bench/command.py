@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcu_ops.bench.suite import OPERATORS, collect, spread
 from rcu_ops.cli_errors import UserError
+from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
     from rcu_ops.bench.runner import CaseResult
@@ -84,10 +85,7 @@ def run(args: argparse.Namespace) -> int:
     deadline = None
     if args.budget is not None:
         cases, deadline = spread(cases), time.monotonic() + args.budget
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror or error}") from error
+    make_folder(args.out)
 
     about = machine.describe(device)
     _warn_if_busy()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcu_ops.cli_errors import UserError
 from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
+from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
     from rcu_ops.models.faster import Faster
@@ -155,11 +156,9 @@ def run_train(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     try:
         aggregator = make_aggregator(args.aggregator, cache.channels, cache.classes, **options)
-        args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError) as error:
         raise UserError(f"--aggregator: {error}") from error
-    except OSError as error:
-        raise UserError(f"--out: {args.out} cannot be made: {error.strerror or error}") from error
+    make_folder(args.out)
     pattern = cache.pattern if args.pattern is None else args.pattern
     training = AggregatorTraining(
         aggregator.to(pick_device(args.device)),
@@ -209,8 +208,8 @@ def run_curve(args: argparse.Namespace) -> int:
     what = "agreement with all expensive clips" if args.agreement else "accuracy"
     for point in points:
         print(f"{point.method:<20} {point.clips:>3} clips {point.gmac:>9.4g} GMAC {100 * point.value:>6.1f} %")
+    make_folder(args.out)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         write_csv(
             args.out / "curve.csv",
             ("method", "clips", "gmac", what.replace(" ", "_")),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
     from rcu_ops.features.training import FeatureVideos, Windows
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     classes = args.classes if names is None else len(names)
     lists = [None if path is None else read_list(path, classes, names) for path in (args.list, args.test)]
     data = _networks(args, sweep, lists)
+    make_folder(args.out)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         results = []
         for name, each, hidden, depth, residual in data:
             out = args.out if sweep is None else args.out / name
@@ -228,7 +229,7 @@ def _train(
         model, data.train, out, settings, steps=args.steps, time_steps=args.time_steps, windows=windows,
         batch=args.batch, lr=args.lr, seed=args.seed, label=label,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if (out / CHECKPOINT).is_file():
         training.resume()
         print(f"{label}: resumed at step {training.step}")

@@ -21,6 +21,7 @@ from rcu_ops.recipes.config import (
     assumptions,
     get_recipe,
 )
+from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ def _train(args: argparse.Namespace, processes: Any) -> int:
         save_every=args.save_every,
         validate_every=args.val_every or args.save_every,
     )
-    _make_folder(args.out)
+    make_folder(args.out)
     training = Training(model.to(processes.device), settings, videos, options, processes, validation)
     if checkpoint is not None:
         training.resume(checkpoint)
@@ -422,13 +423,6 @@ def _autocast(name: str | None) -> torch.dtype | None:
     import torch
 
     return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {path} cannot be made: {error.strerror or error}") from error
 
 
 def _at_least(args: argparse.Namespace, name: str, least: int) -> None:

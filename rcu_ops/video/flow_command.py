@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Compute flow. Returns the exit code; bad input raises UserError."""
     from rcu_ops.progress import Progress
     from rcu_ops.report import replacing
+    from rcu_ops.run_folder import make_folder
     from rcu_ops.video import BrokenVideoError, VideoError, open_video
     from rcu_ops.video.flow import FlowPart, compute_flow, require_cv2
 
@@ -52,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--scale: expected at least 16, got {args.scale}")
     if not 0 < args.bound < float("inf"):
         raise UserError(f"--bound: expected a number above 0, got {args.bound:g}")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out: there is no directory {args.out.absolute().parent}")
     if args.out.exists() and not args.overwrite:
         raise UserError(f"--out: {args.out} is there already; --overwrite replaces it")
     # The settings are in the part's name: another scale or bound does not go on with its fields.
@@ -62,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         require_cv2()
         with open_video(args.video) as reader:
             frames = reader.frame_count
+        make_folder(args.out.absolute().parent)
         with contextlib.closing(FlowPart(path, args.video)) as part:
             if part.count:
                 print(f"{part.count} fields were done already")

@@ -71,7 +71,7 @@ def run(*arguments: object) -> int:
 
 
 def test_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = files / "fused.npz"
+    out = files / "new" / "folder" / "fused.npz"
     streams = (files / "rgb.npz", files / "flow.npz")
     assert run(*streams, "--how", "product", "--softmax", "--labels", files / "labels.csv", "--out", out) == 0
     table = capsys.readouterr().out.splitlines()

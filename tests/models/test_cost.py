@@ -73,11 +73,11 @@ def test_any_module() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["cost", "rcn_resnet18", "--json", str(tmp_path / "c.json")]) == 0
+    assert main(["cost", "rcn_resnet18", "--json", str(tmp_path / "new" / "folder" / "c.json")]) == 0
     out = capsys.readouterr().out
     assert "12,778,448" in out
     assert "time per frame" not in out
-    written = json.loads((tmp_path / "c.json").read_text())
+    written = json.loads((tmp_path / "new" / "folder" / "c.json").read_text())
     assert written["parameters"] == 12_778_448
     assert written["milliseconds_per_frame"] is None
     assert written["causal"] is True
@@ -116,7 +116,7 @@ def test_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--model-option", "stem=1"], "MODEL rcn_resnet18: it has no argument 'stem'"),
         (["--time", "--seconds", "0"], "--seconds"),
         (["--time", "--device", "nonsense"], "--device nonsense"),
-        (["--json", "/nonexistent/directory/c.json"], "--json: there is no directory"),
+        (["--json", "/dev/null/c.json"], "--json: /dev/null cannot be made: "),
     ],
 )
 def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
