@@ -1,7 +1,7 @@
 // fast_gru: the elementwise passes between its matrix products, as the bindings describe them to the CPU and CUDA
 // kernels.
 //
-// The products are the library's (bindings_fast_gru.cpp); everything between two of them is one pass over memory. A
+// The products are the library's (bindings_fast_gru_step.cpp); everything between two of them is one pass over memory. A
 // pass knows neither features nor positions: without a bias all elements are alike, so an operand is rows x segments x
 // length elements, of which `length` are adjacent. [features][columns] has features as rows and samples as segments;
 // [columns][features] has samples as segments alone; and what is contiguous in all operands is merged before a kernel
