@@ -11,9 +11,11 @@
 
 namespace rcu_ops::bindings::gru {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
-                                                   std::optional<Tensor> o0, bool save) {
-  const Problem p = checked(x, ux, uo, w, vx, vo, o0);
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> steps(const Problem& p, const Tensor& x, const Tensor& ux, const Tensor& uo,
+                                                 const Tensor& w, const Tensor& vx, const Tensor& vo,
+                                                 const std::optional<Tensor>& o0, bool save) {
   const Weights weight = split(ux, uo, w, vx, vo);
   Tensor o = empty_sequence(p, x, p.innermost), o_n = empty_state(p, x, p.state, p.innermost);
   Tensor hidden = empty_of(x, {0}), gates = empty_of(x, {0});
@@ -33,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   if (in_fp32(p, x)) {
     const auto wide = [](const auto& tensor) { return in_type(tensor, ScalarType::Float); };
     const auto narrow = [&](const Tensor& tensor) { return in_type(tensor, p.scalar); };
-    const auto found = forward(wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo), wide(o0), save);
+    const auto found = steps(as_fp32(p), wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo), wide(o0), save);
     return {narrow(std::get<0>(found)), std::get<1>(found), narrow(std::get<2>(found)), narrow(std::get<3>(found))};
   }
 
@@ -106,6 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor u
   }
   if (!in_place) copy_sequence(as_sequence(o_n), state.sequence(p));
   return {o, o_n, hidden, gates};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx, Tensor vo,
+                                                   std::optional<Tensor> o0, bool save) {
+  return steps(checked(x, ux, uo, w, vx, vo, o0), x, ux, uo, w, vx, vo, o0, save);
 }
 
 }  // namespace rcu_ops::bindings::gru

@@ -138,6 +138,8 @@ Weights split(const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor&
 // Whether the CPU's own kernels make all steps of so many columns; whether the library's products are made in fp32.
 bool in_panels(const Problem& p, const Tensor& x, int64_t columns);
 bool in_fp32(const Problem& p, const Tensor& x);
+// The same problem in fp32: its matrices, those that are saved among them, lie as they would.
+Problem as_fp32(const Problem& p);
 #ifdef RCU_OPS_WITH_CUDA
 // How one launch would make all steps; nothing where none can.
 std::optional<fast_gru::PersistentPlan> one_launch(const Problem& p, const Tensor& x, bool backward);

@@ -4,48 +4,23 @@
 
 namespace rcu_ops::bindings::gru {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> grad_o, std::optional<Tensor> grad_o_n, Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx,
-    Tensor vo, std::optional<Tensor> o0, Tensor o, Tensor hidden, Tensor gates, bool need_x, bool need_weights) {
-  const Problem p = checked(x, ux, uo, w, vx, vo, o0);
+namespace {
+
+// Of arguments that are checked.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
+    const Problem& p, std::optional<Tensor> grad_o, const std::optional<Tensor>& grad_o_n, const Tensor& x,
+    const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo,
+    const std::optional<Tensor>& o0, const Tensor& o, const Tensor& hidden, const Tensor& gates, bool need_x,
+    bool need_weights) {
   const Weights weight = split(ux, uo, w, vx, vo);
-  const auto [N, K, C, L, H, W] = std::array{p.N, p.K, p.C, p.sizes[0], p.sizes[1], p.sizes[2]};
-  check_shape("o", o, {N, K, C, L, H, W}, "of x");
-  check_dtype("o", o, p.scalar);
-  check_device("o", o, x, "x");
-  check(grad_o || grad_o_n, "grad_o, grad_o_n: expected at least one of them, got none");
-  if (grad_o) {
-    check_shape("grad_o", *grad_o, {N, K, C, L, H, W}, "of x");
-    check_dtype("grad_o", *grad_o, p.scalar);
-    check_device("grad_o", *grad_o, x, "x");
-    if (!adjacent(p, *grad_o)) {
-      Tensor laid_out = empty_sequence(p, x, p.by_column);
-      copy_sequence(laid_out, *grad_o);
-      grad_o = laid_out;
-    }
-  }
-  if (grad_o_n) {
-    check_shape("grad_o_n", *grad_o_n, {N, C, L, H, W}, "[N,C,L,H,W]");
-    check_dtype("grad_o_n", *grad_o_n, p.state);
-    check_device("grad_o_n", *grad_o_n, x, "x");
-  }
+  const int64_t C = p.C;
   const bool saved = hidden.numel() > 0;
-  if (saved) {
-    check_shape("hidden", hidden, {2 * p.R * p.columns()}, "as the forward pass returns it");
-    check_shape("gates", gates, {3 * C * p.columns()}, "as the forward pass returns it");
-    for (const Tensor* tensor : {&hidden, &gates}) {
-      check_dtype("hidden, gates", *tensor, p.scalar);
-      check_device("hidden, gates", *tensor, x, "x");
-    }
-    hidden = torch::stable::contiguous(hidden);
-    gates = torch::stable::contiguous(gates);
-  }
   if (in_fp32(p, x)) {
     const auto wide = [](const auto& tensor) { return in_type(tensor, ScalarType::Float); };
     const auto narrow = [&](const Tensor& tensor) { return in_type(tensor, p.scalar); };
     const auto [dx, dux, duo, dw, dvx, dvo, do0] =
-        backward(wide(grad_o), grad_o_n, wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo), wide(o0), wide(o),
-                 wide(hidden), wide(gates), need_x, need_weights);
+        gradients(as_fp32(p), wide(grad_o), grad_o_n, wide(x), wide(ux), wide(uo), wide(w), wide(vx), wide(vo),
+                  wide(o0), wide(o), wide(hidden), wide(gates), need_x, need_weights);
     return {narrow(dx),
             narrow(dux),
             narrow(duo),
@@ -55,6 +30,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
             in_type(do0, o0 ? o0->scalar_type() : p.scalar)};
   }
 
+  if (grad_o && !adjacent(p, *grad_o)) {
+    const Tensor laid_out = empty_sequence(p, x, p.by_column);
+    copy_sequence(laid_out, *grad_o);
+    grad_o = laid_out;
+  }
   // As matrices lie; copied at the end where the caller's lie differently.
   Tensor dx = need_x ? empty_sequence(p, x, p.by_column) : empty_of(x, {0});
   Tensor do0 = o0 ? empty_state(p, x, o0->scalar_type(), p.by_column) : empty_of(x, {0});
@@ -209,6 +189,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     run(over(p, Pass::sum, C, M, {plane_of(clip(dx, 0)), carry.plane(p), last_product, grad_plane(0)}), x);
   }
   return result();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    std::optional<Tensor> grad_o, std::optional<Tensor> grad_o_n, Tensor x, Tensor ux, Tensor uo, Tensor w, Tensor vx,
+    Tensor vo, std::optional<Tensor> o0, Tensor o, Tensor hidden, Tensor gates, bool need_x, bool need_weights) {
+  const Problem p = checked(x, ux, uo, w, vx, vo, o0);
+  const auto [N, K, C, L, H, W] = std::array{p.N, p.K, p.C, p.sizes[0], p.sizes[1], p.sizes[2]};
+  check_shape("o", o, {N, K, C, L, H, W}, "of x");
+  check_dtype("o", o, p.scalar);
+  check_device("o", o, x, "x");
+  check(grad_o || grad_o_n, "grad_o, grad_o_n: expected at least one of them, got none");
+  if (grad_o) {
+    check_shape("grad_o", *grad_o, {N, K, C, L, H, W}, "of x");
+    check_dtype("grad_o", *grad_o, p.scalar);
+    check_device("grad_o", *grad_o, x, "x");
+  }
+  if (grad_o_n) {
+    check_shape("grad_o_n", *grad_o_n, {N, C, L, H, W}, "[N,C,L,H,W]");
+    check_dtype("grad_o_n", *grad_o_n, p.state);
+    check_device("grad_o_n", *grad_o_n, x, "x");
+  }
+  if (hidden.numel() > 0) {
+    check_shape("hidden", hidden, {2 * p.R * p.columns()}, "as the forward pass returns it");
+    check_shape("gates", gates, {3 * C * p.columns()}, "as the forward pass returns it");
+    for (const Tensor* tensor : {&hidden, &gates}) {
+      check_dtype("hidden, gates", *tensor, p.scalar);
+      check_device("hidden, gates", *tensor, x, "x");
+    }
+    hidden = torch::stable::contiguous(hidden);
+    gates = torch::stable::contiguous(gates);
+  }
+  return gradients(p, grad_o, grad_o_n, x, ux, uo, w, vx, vo, o0, o, hidden, gates, need_x, need_weights);
 }
 
 }  // namespace rcu_ops::bindings::gru

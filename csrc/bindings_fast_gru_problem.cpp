@@ -22,6 +22,14 @@ std::optional<fast_gru::ColumnsPlan> columns_by_blocks(const Problem& p, const T
 }
 #endif
 
+bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
+  return !x.is_cuda() &&
+         fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, cpu::current_isa() == cpu::Isa::amx);
+}
+bool in_fp32(const Problem& p, const Tensor& x) {
+  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.steps, cpu::current_isa() == cpu::Isa::amx);
+}
+
 Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx,
                 const Tensor& vo, const std::optional<Tensor>& o0) {
   check(x.dim() == 6, "x: expected [N,K,C,L,H,W], got ", x.dim(), " dimensions");
@@ -57,8 +65,10 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.innermost = x.stride(2) == 1;
   // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features] for few columns: more than it
   // costs to reorder the sequences. For more columns both orders are alike; for very many, fp32 is 2 % faster that way.
+  // Whoever makes a forward pass saves its gates in the order of the backward pass's products.
   const int64_t m = p.step_columns();
-  const bool few = m <= (p.dtype == DType::f32 ? 256 : 128), very_many = p.dtype == DType::f32 && m >= 1000;
+  const bool as_fp32 = p.dtype == DType::f32 || in_fp32(p, x);
+  const bool few = m <= (as_fp32 ? 256 : 128), very_many = as_fp32 && m >= 1000;
   p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && (few || very_many));
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
@@ -70,16 +80,14 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   return p;
 }
 
-Weights split(const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo) {
-  return {ux, uo, torch::stable::select(w, 0, 0), torch::stable::select(w, 0, 1), vx, vo};
+Problem as_fp32(const Problem& p) {
+  Problem wide = p;
+  wide.dtype = DType::f32, wide.scalar = ScalarType::Float;
+  return wide;
 }
 
-bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
-  return !x.is_cuda() &&
-         fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, cpu::current_isa() == cpu::Isa::amx);
-}
-bool in_fp32(const Problem& p, const Tensor& x) {
-  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.steps, cpu::current_isa() == cpu::Isa::amx);
+Weights split(const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx, const Tensor& vo) {
+  return {ux, uo, torch::stable::select(w, 0, 0), torch::stable::select(w, 0, 1), vx, vo};
 }
 
 }  // namespace rcu_ops::bindings::gru

@@ -215,6 +215,18 @@ def test_many_channels_are_multiplied_alike_in_every_order(isa, layout, saved) -
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("positions", [130, 1000])
+def test_gates_of_many_channels_are_read_as_they_were_saved(positions) -> None:
+    """Panels make bf16's forward pass and the library, in fp32, its gradients, whose matrices may lie in another order
+    for so many columns."""
+    shape = (1, 1, 512, 1, 1, positions)
+    tensors, errors = inputs(shape, 3, torch.bfloat16), Errors()
+    with rcu_ops.use_backend("cpu"):
+        assert "each weight read once" in rcu_ops.explain("fast_gru", *tensors).plan
+        compare(tensors, tensors, [torch.randn(shape).bfloat16(), None], errors)
+    errors.check()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_recomputed_gates_are_the_saved_ones(isa, layout) -> None:
     """Where columns go through all steps by themselves, the backward pass finds the forward pass's gates again."""
