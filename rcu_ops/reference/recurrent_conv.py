@@ -22,7 +22,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        kind = next(a.device.type for a in args if isinstance(a, Tensor))
+        kind = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):

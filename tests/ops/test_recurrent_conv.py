@@ -341,6 +341,13 @@ def test_autocast(backend) -> None:
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
+def test_the_reference_takes_every_argument_by_name() -> None:
+    x, weight, h0 = inputs((1, 3, 2, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):  # which it switches off, whatever it finds
+        h, _ = reference.recurrent_conv(x=x, weight=weight, h0=h0)
+    assert torch.equal(h, reference.recurrent_conv(x, weight, h0)[0])
+
+
 @pytest.mark.parametrize("in_dims", [(0, None, 0), (2, None, None), (0, 0, None), (None, 0, 1)], ids=str)
 def test_vmap(backend, in_dims) -> None:
     size = 3
