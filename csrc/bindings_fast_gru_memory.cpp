@@ -44,16 +44,16 @@ Tensor as_sequence(const Tensor& state) { return torch::stable::unsqueeze(state,
 
 std::optional<fast_gru::View> view_in_place(const Tensor& sequence) {
   const int64_t channels = sequence.size(2), channel = sequence.stride(2);
-  // Strides of the first dimension with more than one position, and of the one around it.
-  int64_t position = 0, next = 0;
+  // Strides of the last dimension with more than one position (0 where it is expanded), and of the one around it.
+  int64_t position = -1, next = 0;
   bool adjacent = true;
   for (int i = 5; i > 2; --i) {
     if (sequence.size(i) == 1) continue;
-    if (position == 0) position = next = sequence.stride(i);
+    if (position < 0) position = next = sequence.stride(i);
     adjacent &= sequence.stride(i) == next;
     next *= sequence.size(i);
   }
-  if (position == 0) position = channel == 1 ? channels : 1;
+  if (position < 0) position = channel == 1 ? channels : 1;
   if (channels > 1 && channel != 1) adjacent &= position == 1;
   if (!adjacent) return std::nullopt;
   return fast_gru::View{pointer(sequence), sequence.stride(0), sequence.stride(1), channel, position};

@@ -153,11 +153,26 @@ def test_layouts_are_read_in_place(backend, layout, dtype, outputs) -> None:
     errors.check()
 
 
-def test_expanded_inputs(backend) -> None:
-    tensors = inputs((1, 3, 8, 1, 1, 5), 3)
-    wide = [tensors[0].expand(4, 3, 8, 2, 6, 5), *tensors[1:6], tensors[6].expand(4, 8, 2, 6, 5)]
+@pytest.mark.parametrize("channels", [8, 520])
+@pytest.mark.parametrize("width", [1, 5])
+def test_expanded_inputs(backend, width, channels) -> None:
+    """Of samples and positions, of all positions too, and the gradient of a sum: one number for all places."""
+    tensors = inputs((1, 3, channels, 1, 1, width), 3)
+    wide = [tensors[0].expand(4, 3, channels, 2, 6, 5), *tensors[1:6], tensors[6].expand(4, channels, 2, 6, 5)]
     exact, _ = extended_precision.fast_gru([v.contiguous() for v in wide])
     assert_close_to_reference(rcu_ops.fast_gru(*wide)[0], exact[0], eager(wide)[0])
+    if backend == "cpu":  # in the same order of memory the same numbers
+        dense = [LAYOUTS["channels_last" if wide[0].stride(2) == 1 else "contiguous"](wide[0]), *wide[1:]]
+        grad = torch.randn(()).expand(wide[0].shape)
+        for outputs in zip(*(gradients_of(leaves, grad) for leaves in (wide, dense)), strict=True):
+            assert torch.equal(*outputs)
+
+
+def gradients_of(tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """o and the gradients of everything."""
+    leaves = [v.detach().requires_grad_() for v in tensors]
+    o, _ = rcu_ops.fast_gru(*leaves)
+    return [o, *torch.autograd.grad(o, leaves, grad)]
 
 
 @pytest.mark.parametrize("empty", [(0, 3, 4, 1, 2, 2), (2, 3, 4, 0, 2, 2), (2, 3, 4, 1, 2, 0)], ids=str)
