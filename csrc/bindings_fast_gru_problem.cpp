@@ -23,8 +23,9 @@ std::optional<fast_gru::ColumnsPlan> columns_by_blocks(const Problem& p, const T
 #endif
 
 bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
-  return !x.is_cuda() &&
-         fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, cpu::current_isa() == cpu::Isa::amx);
+  const cpu::Isa isa = cpu::current_isa();
+  return !x.is_cuda() && fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, isa == cpu::Isa::amx,
+                                              isa >= cpu::Isa::avx512);
 }
 bool in_fp32(const Problem& p, const Tensor& x) {
   return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.steps, cpu::current_isa() == cpu::Isa::amx);
@@ -65,11 +66,15 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.innermost = x.stride(2) == 1;
   // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features] for few columns: more than it
   // costs to reorder the sequences. For more columns both orders are alike; for very many, fp32 is 2 % faster that way.
-  // Whoever makes a forward pass saves its gates in the order of the backward pass's products.
+  // Of very few weights only the gradients are made of the library's products: as matrices of [columns][features] they
+  // and what is saved for them are 5 to 15 % faster. Whoever makes a forward pass saves its gates in the order of the
+  // backward pass's products, whatever the number of threads.
   const int64_t m = p.step_columns();
   const bool as_fp32 = p.dtype == DType::f32 || in_fp32(p, x);
   const bool few = m <= (as_fp32 ? 256 : 128), very_many = as_fp32 && m >= 1000;
-  p.by_column = p.innermost || (!x.is_cuda() && p.C >= 512 && (few || very_many));
+  const bool many_channels = p.C >= 512 && (few || very_many);
+  const bool by_themselves = as_fp32 && fast_gru::very_few_weights(p.C, p.R);
+  p.by_column = p.innermost || (!x.is_cuda() && (many_channels || by_themselves));
 #ifdef RCU_OPS_WITH_CUDA
   if (x.is_cuda() && p.columns() > 0) {
     p.by_blocks = columns_by_blocks(p, x, false);

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "common/cpu_isa.h"
@@ -82,8 +83,11 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
   return d;
 }
 
-bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads) {
-  return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads, cpu::current_isa() == cpu::Isa::amx);
+bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads,
+                std::optional<bool> avx512) {
+  const cpu::Isa isa = cpu::current_isa();
+  return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads, isa == cpu::Isa::amx,
+                              avx512.value_or(isa >= cpu::Isa::avx512));
 }
 
 }  // namespace
@@ -101,8 +105,9 @@ void bind_fast_gru(py::module_& m) {
         "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
         "weights, why not, and its cut: the products, and numbers of 4 bytes in shared memory.");
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
-        py::kw_only(), py::arg("threads"),
-        "Whether the CPU takes so many columns through all steps by themselves, without a library's products.");
+        py::kw_only(), py::arg("threads"), py::arg("avx512") = py::none(),
+        "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "
+        "whether it has these vectors; None: as this one.");
   m.def("fast_gru_few_weights", &fast_gru::few_weights, py::arg("c"), py::arg("r"),
         "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
   m.def(

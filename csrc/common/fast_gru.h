@@ -179,17 +179,28 @@ constexpr int64_t wide_numbers(int64_t C, int64_t R) { return panel_rows * (C > 
 // Few enough for every task to read them all from its second-level cache, beside a panel (1 MB).
 constexpr bool few_weights(int64_t C, int64_t R) { return 6 * R * C + 2 * C * C <= 1 << 18; }
 
+// So few that columns go through all steps by themselves however many threads there are.
+constexpr bool very_few_weights(int64_t C, int64_t R) { return 6 * R * C + 2 * C * C <= 1 << 16; }
+
 // Whether columns go through all steps by themselves; else the library makes the products of all columns, step by step.
 //
 // Own products save the library's calls, the passes through memory between them, and, of few weights, the threads'
 // meeting after each; of many weights and few columns what the library spends on laying out the weights for its own
 // loops, or multiplying 16-bit numbers at half of fp32's rate where there is no AMX. Columns in panels are all there is
 // to share where every task reads all of few weights: many threads leave them to the library.
-constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads, bool amx = false) {
+constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads, bool amx = false,
+                          bool avx512 = true) {
   if (dtype == DType::f64) return false;
-  if (few_weights(C, R)) return 6 * R * C + 2 * C * C <= 1 << 16 || threads <= 2 * ((columns + 15) / 16);
-  // The panels of all columns stay near a second-level cache: 12 MB, as measured on Emerald Rapids.
-  return panel_numbers(C, R, columns) <= 3 << 20 && (dtype == DType::f32 || !amx);
+  if (few_weights(C, R)) return very_few_weights(C, R) || threads <= 2 * ((columns + 15) / 16);
+  // The panels of all columns stay near a second-level cache: 12 MB.
+  if (panel_numbers(C, R, columns) > 3 << 20) return false;
+  // Time of the library's products over that of panels, as measured on Emerald Rapids with C = 4 R = 512 to 2048 (AVX2:
+  // with a library that is held to it, too). AVX-512: 1.25 for 49 columns, 1.0 for 196, 0.93 for 448 and more. AVX2: 0.86
+  // for up to 5 columns, 1.05 to 1.3 for 16 to 49, 0.97 for 98 and more. bf16 is what the library does slowly: 1.1 to 5,
+  // until it is made in fp32 (in_fp32).
+  if (dtype == DType::f32) return avx512 ? columns <= 256 : columns >= 8 && columns <= 64;
+  if (dtype == DType::bf16) return !amx && columns <= (avx512 ? 256 : 127);
+  return !amx;
 }
 
 // Whether the library's products of so many columns are made in fp32 for bf16, too. Without AMX, oneDNN multiplies bf16
