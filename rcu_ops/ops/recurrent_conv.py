@@ -47,7 +47,8 @@ def recurrent_conv(
         reverse: run time backwards; ``h_n`` is then the state at t = 0.
 
     Returns:
-        ``(h, h_n)``: h like x (dtype, and strides as ``torch.empty_like``); h_n [N,C,H,W] in the state's dtype.
+        ``(h, h_n)``: h like x (dtype, and strides as ``torch.empty_like``); h_n [N,C,H,W] in the state's dtype, which
+        shares no memory with h, of a single frame neither: what follows may change h in place.
 
     Raises:
         TypeError: not a tensor, wrong dtype. ValueError: wrong shape, device, ``update``, or a backend chosen by

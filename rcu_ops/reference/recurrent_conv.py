@@ -67,20 +67,24 @@ def recurrent_conv(
     state_dtype = state_dtype or state_dtype_of(x.dtype)
     weight = weight.to(state_dtype)
     order = range(x.shape[2] - 1, -1, -1) if reverse else range(x.shape[2])
+    channels_last = x.stride(1) == 1  # then frames lie as [N,H,W,C]: neither they nor their gradients are transposed
+    inputs = [frame.movedim(-1, 1) for frame in x.movedim(1, -1).unbind(1)] if channels_last else x.unbind(2)
+    by_rows = weight.T.contiguous() if channels_last and len(inputs) > 1 else None  # one frame does not pay for it
     h = None if h0 is None else h0.to(state_dtype)
     states: dict[int, Tensor] = {}
     for t in order:
-        x_t = x[:, :, t].to(state_dtype)
+        x_t = inputs[t].to(state_dtype)
         if h is None:
             h = x_t
         else:
-            h = mix_channels(weight, h) + x_t
+            mixed = mix_channels(weight, h) if by_rows is None else (h.movedim(1, -1) @ by_rows).movedim(-1, 1)
+            h = mixed + x_t
             if update == "mean":
                 h = h / 2
         states[t] = h
     assert h is not None, "x has no frames"
     frames = [states[t].to(x.dtype) for t in range(x.shape[2])]
-    if x.stride(1) == 1:  # channels_last_3d in, channels_last_3d out
+    if channels_last:
         out = torch.stack([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
     elif x.stride(2) > x.stride(1):  # frames [C,H,W] one after the other, in and out
         out = torch.stack(frames, dim=1).transpose(1, 2)

@@ -395,6 +395,33 @@ def test_compile_fullgraph(backend, update) -> None:
             torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_the_state_outlives_changes_of_h(backend, frames, with_h0) -> None:
+    x, weight, h0 = inputs((2, 16, frames, 3, 4), torch.float32)
+    h, h_n = rcu_ops.recurrent_conv(x, weight, h0 if with_h0 else None)
+    kept = h[:, :, -1].clone()
+    h.zero_(), x.zero_()
+    assert torch.equal(h_n, kept)
+
+
+def test_the_reference_compiled_in_16_bits() -> None:
+    """Inductor's AVX-512 kernels with two transposes of bf16 write garbage: channels-last clips are not transposed."""
+    torch._dynamo.reset()
+    weight = (torch.eye(64) / 2 + torch.randn(64, 64) / 20).bfloat16()
+    x, grad = (torch.randn(2, 64, 4, 16, 16).bfloat16().to(memory_format=torch.channels_last_3d) for _ in "xg")
+
+    def results(scan: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [value.to(dtype).requires_grad_() for value in (x.detach(), weight.detach())]
+        h, _ = scan(*leaves, state_dtype=dtype)
+        return [h, *torch.autograd.grad(h, leaves, grad.to(dtype))]
+
+    compiled = torch.compile(reference.recurrent_conv, fullgraph=True, dynamic=False)
+    got, rough = (results(scan, torch.bfloat16) for scan in (compiled, reference.recurrent_conv))
+    for name, *of in zip(("h", "dx", "dW"), got, results(reference.recurrent_conv, torch.float64), rough, strict=True):
+        assert_close_to_reference(*of, name)
+
+
 def test_export_with_dynamic_batch_and_time() -> None:
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
