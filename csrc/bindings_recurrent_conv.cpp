@@ -103,7 +103,7 @@ bool powers_are_kept(const Scan& p) {
 // Frames of the library form's chunks, 0 where it is not taken. Kernels of the CPU have chunks of their own; there it
 // is for proofs.
 int64_t library_chunk(const Scan& p, const Tensor& like) {
-  if (!can_be_chunked(p)) return 0;
+  if (!can_be_chunked(p) || (p.x.data && p.x.data == p.y.data)) return 0;  // it reads x again after it wrote y
   const auto forced = forced_chunk();
   if (!like.is_cuda() && !(forced && std::getenv("RCU_OPS_CHUNK_LIBRARY"))) return 0;
   if (forced) return *forced < p.T ? *forced : 0;
@@ -248,12 +248,12 @@ std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Te
 namespace {
 
 // norm: of batch normalisation after the scan, whose h is `h` and whose gradient is grad_h; nothing where the kernel
-// does not take it.
+// does not take it. in_place: dx is written over grad_h, which is as empty_like(h); on the CPU.
 std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<Tensor>& grad_h,
                                                            const std::optional<Tensor>& grad_h_n, const Tensor& h,
                                                            const Tensor& weight, const std::optional<Tensor>& h0,
                                                            bool mean, bool reverse, bool need_weight_grad,
-                                                           const ScanNorm* norm) {
+                                                           const ScanNorm* norm, bool in_place = false) {
   Scan p = forward_problem(h, weight, h0, mean);
   check(grad_h || grad_h_n, "grad_h, grad_h_n: expected at least one of them, got none");
   p.x = {};
@@ -278,7 +278,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<T
   p.alpha_final = h0 ? p.alpha : 1;
   p.alpha_first = p.T > 1 ? p.alpha : p.alpha_final;
 
-  Tensor dx = torch::stable::empty_like(h);
+  Tensor dx = in_place ? *grad_h : torch::stable::empty_like(h);
   Tensor dh0 = h0 ? torch::stable::empty_like(*h0) : empty_of(h, {0});
   Tensor dweight = need_weight_grad ? empty_of(weight, {p.C, p.C}) : empty_of(weight, {0});
   p.y = sequence_view(dx);
@@ -313,6 +313,13 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward(std::optional<Tensor>
                                                            Tensor h, Tensor weight, std::optional<Tensor> h0, bool mean,
                                                            bool reverse, bool need_weight_grad) {
   return *backward(grad_h, grad_h_n, h, weight, h0, mean, reverse, need_weight_grad, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> recurrent_conv_backward_over(const Tensor& grad_h,
+                                                                const std::optional<Tensor>& grad_h_n, const Tensor& h,
+                                                                const Tensor& weight, const std::optional<Tensor>& h0,
+                                                                bool mean, bool need_weight_grad) {
+  return *backward(grad_h, grad_h_n, h, weight, h0, mean, false, need_weight_grad, nullptr, !h.is_cuda());
 }
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> recurrent_conv_backward_of_norm(

@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(Tensor dz, std::optional<T
   Tensor grad_h = torch::stable::empty_like(h);
   p.out = sequence_view(grad_h);
   launch(p, h);
-  return recurrent_conv_backward(grad_h, grad_h_n, h, weight, h0, mean, false, need_weight_grad);
+  return recurrent_conv_backward_over(grad_h, grad_h_n, h, weight, h0, mean, need_weight_grad);
 }
 
 }  // namespace

@@ -12,7 +12,8 @@
 //           so both read their operands with unit stride and write the next state where the next frame reads it. x, y
 //           and the residual are read and written where they lie if their lanes are adjacent there; else, and at the
 //           edges, they pass through stages of [MR rows][a group of panels], see recurrent_conv_transport.h.
-// Aliasing. y must not overlap any input. The caller owns every tensor; scratch belongs to the thread.
+// Aliasing. y may be x itself, whose every element is read before it is written, by the task that writes it; it must not
+//           overlap any other input. The caller owns every tensor; scratch belongs to the thread.
 // Scratch.  2 * C * columns of state per task, and W once per call in the form above (none for fp32 rows as they are).
 // Order.    For every 128 k: acc = -0, acc = fma(W[o][k], v[k], acc) one k after the other; then the sum of these
 //           parts, in order; v' = alpha * (sum + x). Neither the blocking nor a tail nor the orientation changes that,
@@ -596,8 +597,36 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 
 static constexpr int64_t grad_rows = 128;
 
+// The lines that the next rows hold of a tensor, asked for one by one between the products: in one go, more than a core
+// can wait for would hold it up.
+struct GradLines {
+  const char* base = nullptr;
+  const int64_t* at = nullptr;  // where each piece begins; absent: `stride` apart
+  int64_t element = 0, stride = 0, pieces = 0, bytes = 0;
+  int64_t piece = 0, byte = 0;
+
+  int64_t count() const { return pieces * ((bytes + 63) / 64); }
+  bool next() {
+    if (piece >= pieces) return false;
+    __builtin_prefetch(base + (at ? at[piece] : piece * stride) * element + byte, 0, 2);
+    byte += 64;
+    if (byte >= bytes) byte = 0, ++piece;
+    return true;
+  }
+};
+
+struct GradAhead {
+  GradLines u, h;
+  int64_t share = 0;  // lines per call
+  void next() {
+    for (int64_t i = 0; i < share; ++i)
+      if (!u.next() && !h.next()) return;
+  }
+};
+
 template <class V, bool Rows>  // Rows: a[k][A], else a[m][grad_rows]
-static void grad_block(const typename V::S* a, const typename V::S* b, int64_t count, typename V::S* sum) {
+static void grad_block(const typename V::S* a, const typename V::S* b, int64_t count, typename V::S* sum,
+                       GradAhead& ahead) {
   using R = typename V::R;
   constexpr int L = V::L, MR = V::planar_rows, NV = 2;
   constexpr int64_t a_m = Rows ? 1 : grad_rows, a_k = !Rows ? 1 : L > MR ? L : MR;
@@ -606,8 +635,7 @@ static void grad_block(const typename V::S* a, const typename V::S* b, int64_t c
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(0);
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k, a += a_k, b += NV * L) {
+  const auto multiply = [&]() __attribute__((always_inline)) {
     R bv[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
@@ -617,7 +645,14 @@ static void grad_block(const typename V::S* a, const typename V::S* b, int64_t c
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
     }
+    a += a_k, b += NV * L;
+  };
+  for (; count >= 4; count -= 4) {
+    ahead.next();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) multiply();
   }
+  for (; count > 0; --count) multiply();
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 2
@@ -672,29 +707,20 @@ struct WeightGradTasks {
     }
   }
 
-  // What a chunk's rows hold of a tensor, rows of channels or channels of rows, asked for in `parts` calls of next().
-  struct Prefetch {
-    const View& v;
-    const int64_t* at;
-    int64_t c0, units, share, bytes, done = 0;
-    Prefetch(const View& view, const int64_t* offsets, int64_t count, int64_t begin, int64_t end, int64_t parts)
-        : v(view),
-          at(offsets),
-          c0(begin),
-          units(view.c == 1 ? count : end - begin),
-          share((units + parts - 1) / parts),
-          bytes((view.c == 1 ? end - begin : count) * static_cast<int64_t>(sizeof(T))) {
-      if (count == 0) units = 0;
-    }
-    void next() {
-      const bool by_row = v.c == 1;
-      for (const int64_t stop = min_of(done + share, units); done < stop; ++done) {
-        const int64_t offset = by_row ? at[done] + c0 : at[0] + (c0 + done) * v.c;
-        const char* from = reinterpret_cast<const char*>(static_cast<const T*>(v.data) + offset);
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
-      }
-    }
-  };
+  // Of channels [begin, end) of `count` rows: rows of channels, or channels of rows that follow the first one.
+  static GradLines lines(const View& v, const int64_t* rows_at, int64_t count, int64_t begin, int64_t end) {
+    GradLines found;
+    if (count == 0) return found;
+    const T* const from = static_cast<const T*>(v.data) + begin * v.c;
+    const bool by_row = v.c == 1;
+    found.base = reinterpret_cast<const char*>(by_row ? from : from + rows_at[0]);
+    found.at = by_row ? rows_at : nullptr;
+    found.element = sizeof(T);
+    found.stride = v.c;
+    found.pieces = by_row ? count : end - begin;
+    found.bytes = (by_row ? end - begin : count) * found.element;
+    return found;
+  }
 
   static void task(void* self, int64_t index) {
     const auto& t = *static_cast<const WeightGradTasks*>(self);
@@ -728,17 +754,17 @@ struct WeightGradTasks {
       this->template pack_u<Rows>(u, o0, outputs, now->u, now->count);
       pack_h(h, now->h, now->from_first, now->count);
       locate(r + K, end, *next);
-      Prefetch next_u(p.dx, next->u, next->count, o0, o0 + outputs, blocks);
-      Prefetch next_h(p.h, next->h, next->from_first[0] ? 0 : next->count, 0, p.C, blocks);
+      GradAhead ahead;
+      ahead.u = lines(p.dx, next->u, next->count, o0, o0 + outputs);
+      ahead.h = lines(p.h, next->h, next->from_first[0] ? 0 : next->count, 0, p.C);
+      ahead.share = (ahead.u.count() + ahead.h.count() + blocks * K / 4 - 1) / (blocks * K / 4);
       for (int64_t panel = 0; panel < panels; ++panel)
         for (int64_t m = 0; m < padded; m += MR) {
-          next_u.next();
-          next_h.next();
           const S* const a = Rows ? u + m / A * A * K + m % A : u + m * K;
           const S* const b = h + panel * K * NR;
           for (int64_t k = 0; k < now->count; k += chain)
             grad_block<V, Rows>(a + k * (Rows ? A : 1), b + k * NR, min_of(chain, now->count - k),
-                                block + panel * c_panel + m * NR);
+                                block + panel * c_panel + m * NR, ahead);
         }
       Chunk* const swap = now;
       now = next;

@@ -218,6 +218,27 @@ def test_backward(isa: str, dtype: torch.dtype, layout: str) -> None:
             assert only_x[1].shape == only_x[2].shape == (0,)
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "width_major"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_norm_is_scanned_where_it_lies(
+    isa: str, dtype: torch.dtype, layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dx over the normalisation's gradient: bit by bit what a scan to another tensor gives."""
+    for shape in ((2, 33, 7, 3, 5), (2, 64, 7, 5, 8)):
+        h, weight, state = inputs(shape, dtype)
+        h, dz = (LAYOUTS[layout](value) for value in (h, torch.randn_like(h)))
+        moments, sums, gamma, beta = torch.rand(8, shape[1], dtype=state.dtype).add(0.5).split((3, 2, 1, 2))
+        tables = (moments, sums, gamma[0], beta[0], 1e-5, True, False, True)
+        backward = kernels.recurrent_conv_normalize_backward
+        monkeypatch.setenv("RCU_OPS_CHUNK", "0")
+        grad_h = backward(dz, None, h, torch.zeros_like(weight), None, *tables)[0]  # dx_t = grad_h_t
+        monkeypatch.setenv("RCU_OPS_CHUNK", str(chunk))
+        want = kernels.recurrent_conv_backward(grad_h, state, h, weight, state, False, False, True)
+        for a, b in zip(backward(dz, state, h, weight, state, *tables), want, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_grad_of_many_rows(isa: str, dtype: torch.dtype, layout: str) -> None:
