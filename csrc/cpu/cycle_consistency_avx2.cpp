@@ -24,9 +24,10 @@ static void store_half(f16_t* p, R v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-template <class Mask>
-static bool any_set(Mask v) {
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v));
+template <int L, class Mask>
+static uint32_t lanes_set(Mask v) {
+  return static_cast<uint32_t>(L == 8 ? _mm256_movemask_ps(reinterpret_cast<__m256>(v))
+                                      : _mm256_movemask_pd(reinterpret_cast<__m256d>(v)));
 }
 
 #include "vectors.h"

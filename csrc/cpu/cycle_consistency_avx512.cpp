@@ -24,9 +24,10 @@ static void store_half(f16_t* p, R v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-template <class Mask>
-static bool any_set(Mask v) {
-  return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(v)) != 0;
+template <int L, class Mask>
+static uint32_t lanes_set(Mask v) {
+  const auto bits = reinterpret_cast<__m512i>(v);
+  return L == 16 ? _mm512_movepi32_mask(bits) : _mm512_movepi64_mask(bits);
 }
 
 #include "vectors.h"

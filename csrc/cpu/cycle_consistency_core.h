@@ -33,15 +33,16 @@ struct Frames {
   S *panels = nullptr, *rows = nullptr;
   S *centred = nullptr, *sizes = nullptr;  // for products: panels minus the mean, and the squared norms of what remains
   S largest_size = 0;
+  S largest = 0, zero = 0;  // the largest magnitude; NaN if any number is not finite
 };
 
 // What a sample is packed to, and how its numbers are to be read.
 template <class S>
 struct Sample {
   Frames<S> a, b;
-  S *grad = nullptr, *grad_panels = nullptr;  // grad's rows, where the problem has them; panels as those of a
-  S* mean = nullptr;                          // of all frames, where there are products
-  double scale = 1;                           // what was packed is scale times what was given
+  Frames<S> grad;     // rows and panels as those of a, where the problem has them
+  S* mean = nullptr;  // of all frames, where there are products
+  double scale = 1;   // what was packed is scale times what was given
   S sharpness = 1;
   bool finite = true;
   bool products() const { return mean && finite; }  // infinity minus infinity would be no distance
@@ -57,11 +58,9 @@ static Sizes sizes_of(const Alignment& p) {
   return {round_up(p.T, L), round_up(p.S, L), round_up(p.C, L), round_up(max_of(p.T, p.S), L) + L};
 }
 
-// Packs the frames of one sequence; adds its largest magnitude to `largest` and 0 (NaN if any number is not finite) to
-// `zero`.
+// Packs the frames of one sequence, and finds `largest` and `zero`.
 template <class V, class T>
-static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitch, const Frames<typename V::S>& to,
-                    typename V::S& largest, typename V::S& zero) {
+static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitch, Frames<typename V::S>& to) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L;
@@ -112,20 +111,20 @@ static void pack_as(const Sequence& from, int64_t n, int64_t C, int64_t row_pitc
       for (int64_t i = 0; i < channels; ++i) V::store(panel + (c0 + i) * L, block[i]);
     }
   }
-  for (int l = 0; l < L; ++l) largest = max_of(largest, static_cast<S>(most[l])), zero += zeros[l];
+  for (int l = 0; l < L; ++l) to.largest = max_of(to.largest, static_cast<S>(most[l])), to.zero += zeros[l];
 }
 
 template <class V>
 static void pack(DType dtype, const Sequence& from, int64_t n, int64_t C, int64_t row_pitch,
-                 const Frames<typename V::S>& to, typename V::S& largest, typename V::S& zero) {
+                 Frames<typename V::S>& to) {
   if constexpr (sizeof(typename V::S) == 8)
-    return pack_as<V, double>(from, n, C, row_pitch, to, largest, zero);
+    return pack_as<V, double>(from, n, C, row_pitch, to);
   else if (dtype == DType::f32)
-    return pack_as<V, float>(from, n, C, row_pitch, to, largest, zero);
+    return pack_as<V, float>(from, n, C, row_pitch, to);
   else if (dtype == DType::bf16)
-    return pack_as<V, bf16_t>(from, n, C, row_pitch, to, largest, zero);
+    return pack_as<V, bf16_t>(from, n, C, row_pitch, to);
   else
-    return pack_as<V, f16_t>(from, n, C, row_pitch, to, largest, zero);
+    return pack_as<V, f16_t>(from, n, C, row_pitch, to);
 }
 
 static int64_t find_frames(const FrameMask& mask, int64_t n, int64_t frames, int64_t* place) {
@@ -158,7 +157,7 @@ static Sample<typename V::S> lay_out(const Alignment& p, const Sizes& z, bool ro
   sample.a.panels = floats(z.T * p.C);
   sample.b.panels = floats(z.S * p.C);
   if (rows) sample.a.rows = floats(z.T * z.C), sample.b.rows = floats(z.S * z.C);
-  if (p.grad.data) sample.grad = floats(z.T * z.C), sample.grad_panels = floats(z.T * p.C);
+  if (p.grad.data) sample.grad.rows = floats(z.T * z.C), sample.grad.panels = floats(z.T * p.C);
   if (products) {
     sample.mean = floats(z.C);
     sample.a.centred = floats(z.T * p.C), sample.a.sizes = floats(z.T);
@@ -167,17 +166,34 @@ static Sample<typename V::S> lay_out(const Alignment& p, const Sizes& z, bool ro
   return sample;
 }
 
+// Packing, in steps whose parts may run side by side: frames of a sample are found; those of a, b and grad, `side` 0, 1
+// and 2, are packed; then how their numbers are to be read is known.
 template <class V>
-static void fill_sample(const Alignment& p, const Sizes& z, int64_t n, Sample<typename V::S>& sample) {
+static void find_sample(const Alignment& p, int64_t n, Sample<typename V::S>& sample) {
   using S = typename V::S;
   sample.a.count = find_frames(p.mask_a, n, p.T, sample.a.place);
   sample.b.count = find_frames(p.mask_b, n, p.S, sample.b.place);
   for (Frames<S>* f : {&sample.a, &sample.b})
     for (int64_t t = 0; t < f->count; ++t) f->number[t] = static_cast<S>(f->place[t]);
-  S largest = 0, zero = 0;
-  pack<V>(p.dtype, p.a, n, p.C, z.C, sample.a, largest, zero);
-  pack<V>(p.dtype, p.b, n, p.C, z.C, sample.b, largest, zero);
-  sample.finite = zero == 0;
+  sample.grad.count = sample.a.count, sample.grad.place = sample.a.place;
+}
+static inline int sides_of(const Alignment& p) { return p.grad.data ? 3 : 2; }
+template <class V>
+static void pack_side(const Alignment& p, const Sizes& z, int64_t n, int64_t side, Sample<typename V::S>& sample) {
+  pack<V>(p.dtype,
+          side == 0   ? p.a
+          : side == 1 ? p.b
+                      : p.grad,
+          n, p.C, z.C,
+          side == 0   ? sample.a
+          : side == 1 ? sample.b
+                      : sample.grad);
+}
+template <class V>
+static void finish_sample(const Alignment& p, const Sizes& z, Sample<typename V::S>& sample) {
+  using S = typename V::S;
+  const S largest = max_of(sample.a.largest, sample.b.largest);
+  sample.finite = sample.a.zero + sample.b.zero == 0;
   const double low = sizeof(S) == 8 ? 0x1p-400 : 0x1p-30, high = sizeof(S) == 8 ? 0x1p400 : 0x1p50;
   if (sample.finite && largest > 0 && (largest < low || largest > high)) {
     sample.scale = 1;
@@ -196,12 +212,15 @@ static void fill_sample(const Alignment& p, const Sizes& z, int64_t n, Sample<ty
   }
   const double sharpness = 1 / sample.scale / sample.scale / p.temperature, most = sizeof(S) == 8 ? 1.7e308 : 3.4e38;
   sample.sharpness = static_cast<S>(min_of(sharpness, most));
-  if (sample.grad) {
-    Frames<S> grad = sample.a;
-    grad.rows = sample.grad, grad.panels = sample.grad_panels;
-    pack<V>(p.dtype, p.grad, n, p.C, z.C, grad, largest, zero);
-    sample.finite = zero == 0;
-  }
+  sample.finite &= sample.grad.zero == 0;
+}
+
+// All of it, one after the other.
+template <class V>
+static void fill_sample(const Alignment& p, const Sizes& z, int64_t n, Sample<typename V::S>& sample) {
+  find_sample<V>(p, n, sample);
+  for (int side = 0; side < sides_of(p); ++side) pack_side<V>(p, z, n, side, sample);
+  finish_sample<V>(p, z, sample);
 }
 
 // ---- blocks of V::M queries -----------------------------------------------------------------------------------------
@@ -278,29 +297,49 @@ static void distances_to_soft(const typename V::S* split, const typename V::S* k
   }
 }
 
-// r[m * pitch + i] = grad_m . (key_i - centre), a number per row away from those with any other centre.
-template <class V, class Queries>
-static void products(const Queries& grad, const typename V::S* centre, const typename V::S* keys, int64_t key_count,
-                     int64_t C, typename V::S* r, int64_t pitch) {
+// r[m * pitch + i] = grad_m . (key_i - centre) for P panels of keys, a number per row away from those with any other
+// centre.
+template <class V, int P, class Queries>
+static void products_of_panels(const Queries& grad, const typename V::S* centre, const typename V::S* keys, int64_t C,
+                               typename V::S* r, int64_t pitch) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
   const int64_t step = part_of(C);
-  for (int64_t i0 = 0; i0 < key_count; i0 += L) {
-    const typename V::S* k = keys + i0 * C;
-    R total[M] = {};
-    for (int64_t c0 = 0; c0 < C; c0 += step) {
-      const int64_t end = min_of(c0 + step, C);
-      R acc[M] = {};
-      for (int64_t c = c0; c < end; ++c) {
-        const R key = V::load(k + c * L) - centre[c];
+  R total[P][M] = {};
+  for (int64_t c0 = 0; c0 < C; c0 += step) {
+    const int64_t end = min_of(c0 + step, C);
+    R acc[P][M] = {};
+    for (int64_t c = c0; c < end; ++c) {
+      R key[P];
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) key[k] = V::load(keys + (k * C + c) * L) - centre[c];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += key * grad(m, c);
+      for (int m = 0; m < M; ++m) {
+        const R query = grad(m, c) - R{};  // as in multiply_panels
+#pragma GCC unroll 4
+        for (int k = 0; k < P; ++k) acc[k][m] += key[k] * query;
       }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[m] += acc[m];
     }
-    for (int m = 0; m < M; ++m) V::store(r + m * pitch + i0, total[m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) total[k][m] += acc[k][m];
   }
+  for (int k = 0; k < P; ++k)
+    for (int m = 0; m < M; ++m) V::store(r + m * pitch + k * L, total[k][m]);
+}
+
+// The same for all keys and `count` blocks of queries, a few panels of keys at a time: `grad(k)`, `centre(k)` and where
+// their products go, `r(k)`.
+template <class V, class Grad, class Centre, class Place>
+static void products(int64_t count, const Grad& grad, const Centre& centre, const typename V::S* keys,
+                     int64_t key_count, int64_t C, const Place& r, int64_t pitch) {
+  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
+  int64_t i = 0;
+  for (; i + P * L <= round_up(key_count, L); i += P * L)
+    for (int64_t k = 0; k < count; ++k) products_of_panels<V, P>(grad(k), centre(k), keys + i * C, C, r(k) + i, pitch);
+  for (; i < key_count; i += L)
+    for (int64_t k = 0; k < count; ++k) products_of_panels<V, 1>(grad(k), centre(k), keys + i * C, C, r(k) + i, pitch);
 }
 
 template <class V>
@@ -364,29 +403,35 @@ static int64_t softmax(typename V::S* d, int64_t count, typename V::S sharpness,
     V::store(d + i, value);
   }
   sum = V::sum(sums);
-  for (int64_t i = 0; i < count; i += L) V::store(d + i, V::load(d + i) / sum);
+  // Quotients in a few operations, where a division would take as long as all that went before: what an inverse leaves
+  // over is divided by it once more.
+  const S inverse = 1 / sum;
+  for (int64_t i = 0; i < count; i += L) {
+    const R value = V::load(d + i), share = value * inverse;
+    V::store(d + i, share + (value - share * sum) * inverse);
+  }
   return anchor;
 }
 
-// The frames to which any of M rows of weights gives more than `least` in magnitude. All, unless all numbers are
-// finite: 0 * inf has to be seen.
+// The frames to which any of M rows of weights gives more than `least` in magnitude, in `list`. All, where those are
+// more than half, and where not all numbers are finite: 0 * inf has to be seen.
 template <class V>
 static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t count, bool finite,
                                   typename V::S least, int64_t* list) {
-  int64_t used = 0;
-  for (int64_t i = 0; i < count; i += V::L) {
-    auto any = V::load(w + i) != V::load(w + i);  // false: there is no NaN if this is looked at
+  using R = typename V::R;
+  int64_t used = 0, most = finite ? count / 2 : -1;
+  for (int64_t i = 0; i < count && used <= most; i += V::L) {
+    R largest{};  // there is no NaN, and no weight beyond the last frame
+#pragma GCC unroll 8
     for (int m = 0; m < V::M; ++m) {
-      const typename V::R weight = V::load(w + m * pitch + i);
-      any |= (weight > least) | (weight < -least);
+      const R weight = V::load(w + m * pitch + i), size = weight < 0 ? -weight : weight;
+      largest = size > largest ? size : largest;
     }
-    if (finite && !V::any(any)) continue;
-    for (int64_t l = 0; l < min_of<int64_t>(V::L, count - i); ++l) {
-      list[used] = i + l;
-      used += !finite || any[l];
-    }
+    for (uint32_t lanes = V::lanes(largest > least); lanes; lanes &= lanes - 1) list[used++] = i + __builtin_ctz(lanes);
   }
-  return used;
+  if (used <= most) return used;
+  for (int64_t i = 0; i < count; ++i) list[i] = i;
+  return count;
 }
 
 // out[m][c] = sum_i w[m * pitch + i] (rows_i[c] - centre[m][c]) over the `used` frames i in `list`; Centred false:
@@ -416,35 +461,6 @@ static void weighted_sum(const typename V::S* w, int64_t pitch, const typename V
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) V::store(out + m * Cp + c, total[m]);
   }
-}
-
-// out[m][c] += sum_i w[m * pitch + i] (rows_i[c] - centre[c]) over frames [begin, end), P vectors of channels from c.
-template <class V, int P>
-static void dense_sum_part(const typename V::S* w, int64_t pitch, const typename V::S* rows, int64_t begin, int64_t end,
-                           int64_t Cp, int64_t c, const typename V::S* centre, typename V::S* out) {
-  using R = typename V::R;
-  constexpr int L = V::L, M = V::M;
-  R from[P], acc[P][M] = {};
-#pragma GCC unroll 4
-  for (int k = 0; k < P; ++k) from[k] = V::load(centre + c + k * L);
-  for (int64_t i = begin; i < end; ++i) {
-    R row[P];
-#pragma GCC unroll 4
-    for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const R weight = w[m * pitch + i] - R{};  // as in multiply_panels
-#pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int k = 0; k < P; ++k) {
-      typename V::S* to = out + m * Cp + c + k * L;
-      V::store(to, V::load(to) + acc[k][m]);
-    }
 }
 
 // Rows m of `first` and `second`, of M queries, side by side: out[c][2][M].
@@ -515,27 +531,6 @@ static void distances_of_blocks(const Sizes& s, int64_t C, const Sample<typename
     distances<V>(OfPanel<V>(a.panels, t0 + k * M, C), b.panels, b.count, C, block(k).z, s.pitch);
 }
 
-// Weighted sums of all keys around the mean, of the blocks that are `chosen`, as their rest. A few keys at a time, all
-// of their channels, for every block: rows as they lie, and once.
-template <class V, class Of>
-static void dense_sums(const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& b,
-                       int64_t count, const bool* chosen, const Of& block) {
-  constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
-  const int64_t step = part_of(b.count);
-  for (int64_t k = 0; k < count; ++k)
-    if (chosen[k]) memset(block(k).rest, 0, static_cast<size_t>(V::M * s.C) * sizeof(typename V::S));
-  for (int64_t begin = 0; begin < b.count; begin += step)
-    for (int64_t k = 0; k < count; ++k) {
-      if (!chosen[k]) continue;
-      const int64_t end = min_of(begin + step, b.count);
-      const Block<V> to = block(k);
-      int64_t c = 0;
-      for (; c + P * L <= s.C; c += P * L)
-        dense_sum_part<V, P>(to.z, s.pitch, b.rows, begin, end, s.C, c, sample.mean, to.rest);
-      for (; c < s.C; c += L) dense_sum_part<V, 1>(to.z, s.pitch, b.rows, begin, end, s.C, c, sample.mean, to.rest);
-    }
-}
-
 // How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a
 // - b_likely|), from the upper ends of the distances' bounds. `size`, `sizes`: of the query and the keys, centred.
 template <class V>
@@ -563,8 +558,6 @@ template <class V>
 static bool dense_soft_neighbors(const Sizes& s, const Sample<typename V::S>& sample, const Frames<typename V::S>& b,
                                  int rows, const Block<V>& block) {
   using R = typename V::R;
-  const size_t row_bytes = static_cast<size_t>(s.C) * sizeof(typename V::S);
-  for (int m = 0; m < V::M; ++m) memcpy(block.centre + m * s.C, sample.mean, row_bytes);
   for (int m = 0; m < rows; ++m) {
     R whole{}, squares{};
     for (int64_t i = 0; i < b.count; i += V::L) whole += V::load(block.z + m * s.pitch + i) * V::load(b.sizes + i);
@@ -584,25 +577,19 @@ static S small_weight(int64_t keys) {
 }
 
 // One block of queries of a against b, from the weights z and, where nearest frames are asked for and distances were
-// products or would have been, the distances r. `summed`: rest has the dense sums. See map_blocks.
+// products or would have been, the distances r. `around`: unless null, rest has the sums of all keys around it. See
+// map_blocks.
 template <class V>
 static void map_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample,
                       const Frames<typename V::S>& a, const Frames<typename V::S>& b, const Block<V>& block, int64_t t0,
-                      bool products, bool summed, const int64_t* likely, void* soft, int64_t row0, int64_t* index) {
+                      bool products, const typename V::S* around, const int64_t* likely, void* soft, int64_t row0,
+                      int64_t* index) {
   using S = typename V::S;
   constexpr int M = V::M;
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
   const bool pruned = index && sample.products();
   const auto soft_neighbors = [&](S weight) {
     const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, weight, block.list);
-    if (!index && 2 * used > b.count) {  // for what is written, one frame's numbers are as good as a centre
-      const S* const one = b.rows + likely[rows / 2] * s.C;
-      const Weights<false, V> of(block.z, s.pitch);
-      const Rows<S, M> sums(block.rest, s.C);
-      sum_around_one<V, false>(of, b.rows, sums.at, one, nullptr, of, nullptr, b.count, s.C, sums.at);
-      for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, one, static_cast<size_t>(s.C) * sizeof(S));
-      return;
-    }
     if (soft || !pruned) weighted_sum<V, false>(block.z, s.pitch, b.rows, block.list, used, s.C, nullptr, block.centre);
     weighted_sum<V, true>(block.z, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
   };
@@ -611,7 +598,10 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
                           block.r, likely, block.centre, block.rest, block.list, nearest};
   for (int64_t& found : nearest) found = -2;
   bool done = false;
-  const bool flat = summed && dense_soft_neighbors<V>(s, sample, b, rows, block);
+  if (around)
+    for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, around, static_cast<size_t>(s.C) * sizeof(S));
+  // Where only what is written is asked for, one frame's numbers are as good as a centre.
+  const bool flat = around && (!index || dense_soft_neighbors<V>(s, sample, b, rows, block));
   if (pruned && !soft && !flat) {
     const S small = small_weight<S>(b.count);
     for (int m = 0; m < M; ++m)
@@ -646,9 +636,6 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
   }
 }
 
-// Blocks of queries of a against b that are taken at once, so that keys come from far away once for all of them.
-static constexpr int most_blocks = 4;
-
 // Queries of `count` blocks from t0 on against b: soft neighbours and nearest frames. `index` null: soft alone; `soft`
 // null: index alone.
 template <class V>
@@ -662,8 +649,11 @@ static void map_blocks(const Alignment& p, const Sizes& s, const Sample<typename
   distances_of_blocks<V>(s, p.C, sample, a, b, t0, count, block_at);
   const bool pruned = index && sample.products();
   const S small = small_weight<S>(b.count);
-  bool products[most_blocks], flat[most_blocks];
+  bool products[most_blocks];
   int64_t likely[most_blocks][M];
+  const S* around[most_blocks] = {};
+  Sum<V, false> sums[most_blocks];
+  int64_t dense = 0;
   for (int64_t k = 0; k < count; ++k) {
     const Block<V> block = block_at(k);
     products[k] = sample.products() && settle_block<V>(s, p.C, sample, a, b, t0 + k * M, false, block.z, block.list);
@@ -671,13 +661,16 @@ static void map_blocks(const Alignment& p, const Sizes& s, const Sample<typename
     S least, sum_of_exp;
     for (int m = 0; m < M; ++m)
       likely[k][m] = softmax<V>(block.z + m * s.pitch, b.count, sample.sharpness, least, sum_of_exp);
-    // Most weights matter: they are added up at once, without a list.
-    flat[k] =
-        sample.products() && 2 * frames_with_weight<V>(block.z, s.pitch, b.count, true, small, block.list) > b.count;
+    if (index && !pruned) continue;
+    // Most weights matter: they are added up at once, around the mean, or a probable frame.
+    const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, index ? small : 0, block.list);
+    if (2 * used <= b.count) continue;
+    around[k] = index ? sample.mean : b.rows + likely[k][min_of<int64_t>(M, a.count - t0 - k * M) / 2] * s.C;
+    sums[dense++] = {Weights<false, V>(block.z, s.pitch), around[k], block.rest, s.C};
   }
-  dense_sums<V>(s, sample, b, count, flat, block_at);
+  sums_around_one<V, false>(sums, dense, b.rows, nullptr, b.count, s.C);
   for (int64_t k = 0; k < count; ++k)
-    map_block<V>(p, s, sample, a, b, block_at(k), t0 + k * M, products[k], flat[k], likely[k], soft, row0, index);
+    map_block<V>(p, s, sample, a, b, block_at(k), t0 + k * M, products[k], around[k], likely[k], soft, row0, index);
 }
 
 // index[t] of a in b through the distances `between` the frames of b: argmin_i sum_j z_tj between[j][i].
@@ -767,32 +760,35 @@ static void distance_gradients(const typename V::S* z, typename V::S* w, int64_t
 
 #include "cycle_consistency_loss.h"
 
-// Queries [t0, t0 + M): where they land, or with `weights` what their gradients are made of.
-//
-// weights z and w, both [T][pitch], and apart: of z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so
-//   that da_t = sum_i w_ti (b_i - u_t)        db_i = sum_t (z_ti grad_t + w_ti (a_t - b_i))
+// What gradients are made of, both [T][pitch], and `apart`:
+//   z the softmax (soft_backward only), and w_ti = factor * dL / d(logit_ti), so that
+//   da_t = sum_i w_ti (b_i - u_t)        db_i = sum_t (z_ti grad_t + w_ti (a_t - b_i))
 // The rows of w add up to zero, so that any centre u_t would do; the most probable frame is near.
 // apart: for every block of keys, the squared distances of its middle one to the queries.
+template <class S>
+struct GradientWeights {
+  S *z, *w, *apart;
+};
+
+// Queries [t0, t0 + M), whose distances are in block.z: where they land, or with gradients what those of their logits
+// are made of, in block.z and block.r, and the frames near[m].
 template <class V>
-static void landing_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
-                          int64_t t0, typename V::S* z_out, typename V::S* w_out, typename V::S* apart) {
+static void land_block(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n, int64_t t0,
+                       const Block<V>& block, const GradientWeights<typename V::S>& to,
+                       const typename V::S* (&near)[V::M]) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int M = V::M, L = V::L;
-  const Block<V> block(s, Block<V>::memory(s, 1), 0);
   const Frames<S>&a = sample.a, &b = sample.b;
   const int rows = static_cast<int>(min_of<int64_t>(M, a.count - t0));
   const int64_t mid = middle<M>(t0, a.count), end = round_up(b.count, L);
-  const size_t row_bytes = static_cast<size_t>(end) * sizeof(S);
-  const S* near[M];
   const bool back = p.kind == Align::back || p.kind == Align::back_backward;
-  distances_of_blocks<V>(s, p.C, sample, a, b, t0, 1, [&](int64_t) { return block; });
   if (sample.products()) settle_block<V>(s, p.C, sample, a, b, t0, back, block.z, block.list);
   if (p.kind != Align::back) {
-    memcpy(block.apart, block.z + (mid - t0) * s.pitch, row_bytes);
+    memcpy(block.apart, block.z + (mid - t0) * s.pitch, static_cast<size_t>(end) * sizeof(S));
     for (int64_t i = b.count; i < end; ++i) block.apart[i] = 0;
     for (int64_t i0 = 0; i0 < b.count; i0 += M)
-      for (int m = 0; m < M; ++m) apart[i0 / M * (s.T + M) + t0 + m] = block.z[m * s.pitch + middle<M>(i0, b.count)];
+      for (int m = 0; m < M; ++m) to.apart[i0 / M * (s.T + M) + t0 + m] = block.z[m * s.pitch + middle<M>(i0, b.count)];
   }
   for (int m = 0; m < M; ++m) {
     S *z = block.z + m * s.pitch, *w = block.r + m * s.pitch;
@@ -845,53 +841,85 @@ static void landing_block(const Alignment& p, const Sizes& s, const Sample<typen
     w[t0 + m] += factor * g;
     balance<V>(z, w, b.count);
   }
+  if (back) memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));
+}
+
+// `count` blocks of queries from t0 on: where they land, or their gradients, and in `to` what those of keys are made
+// of.
+template <class V>
+static void landing_blocks(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
+                           int64_t t0, int64_t count, const GradientWeights<typename V::S>& to) {
+  using S = typename V::S;
+  constexpr int M = V::M;
+  char* const memory = Block<V>::memory(s, count);
+  const auto block_at = [&](int64_t k) {
+    Block<V> block(s, memory, k);
+    if (p.kind == Align::soft_backward) block.z = to.z + (t0 + k * M) * s.pitch;
+    if (p.kind != Align::back) block.r = to.w + (t0 + k * M) * s.pitch;
+    return block;
+  };
+  const Frames<S>&a = sample.a, &b = sample.b;
+  const S* near[most_blocks][M];
+  distances_of_blocks<V>(s, p.C, sample, a, b, t0, count, block_at);
+  for (int64_t k = 0; k < count; ++k) land_block<V>(p, s, sample, n, t0 + k * M, block_at(k), to, near[k]);
   if (p.kind == Align::back) return;
-  if (back) {
-    memset(block.r + rows * s.pitch, 0, static_cast<size_t>((M - rows) * s.pitch) * sizeof(S));
-  } else {
-    products<V>(OfPanel<V>(sample.grad_panels, t0, p.C), b.rows + middle<M>(t0, b.count) * s.C, b.panels, b.count, p.C,
-                block.r, s.pitch);
-    for (int m = 0; m < M; ++m)
-      distance_gradients<V>(block.z + m * s.pitch, block.r + m * s.pitch, b.count, sample.sharpness);
+  if (p.kind == Align::soft_backward) {
+    products<V>(
+        count, [&](int64_t k) { return OfPanel<V>(sample.grad.panels, t0 + k * M, p.C); },
+        [&](int64_t k) { return b.rows + middle<M>(t0 + k * M, b.count) * s.C; }, b.panels, b.count, p.C,
+        [&](int64_t k) { return block_at(k).r; }, s.pitch);
+    for (int64_t k = 0; k < count; ++k)
+      for (int m = 0; m < M; ++m)
+        distance_gradients<V>(block_at(k).z + m * s.pitch, block_at(k).r + m * s.pitch, b.count, sample.sharpness);
   }
-  const int64_t used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, 0, block.list);
-  if (2 * used > b.count) {
-    const Weights<false, V> of(block.r, s.pitch);
-    sum_of_rows<V, false>(of, b.rows, near, a.rows + mid * s.C, block.apart, of, nullptr, b.count, s.C,
-                          Rows<S, M>(block.rest, s.C).at);
-  } else {
-    for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, near[m], static_cast<size_t>(s.C) * sizeof(S));
-    weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
+  Sum<V, false> sums[most_blocks];
+  int64_t dense = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const Block<V> block = block_at(k);
+    const int64_t used = frames_with_weight<V>(block.r, s.pitch, b.count, sample.finite, 0, block.list);
+    if (2 * used > b.count) {
+      const S* const one = a.rows + middle<M>(t0 + k * M, a.count) * s.C;
+      sums[dense] = {Weights<false, V>(block.r, s.pitch), one, block.rest, s.C};
+      sums[dense++].around(near[k], block.apart);
+    } else {
+      for (int m = 0; m < M; ++m) memcpy(block.centre + m * s.C, near[k][m], static_cast<size_t>(s.C) * sizeof(S));
+      weighted_sum<V, true>(block.r, s.pitch, b.rows, block.list, used, s.C, block.centre, block.rest);
+    }
   }
-  for (int m = 0; m < rows; ++m) {
-    const int64_t at = (n * p.T + a.place[t0 + m]) * p.C;
-    S* const sum = block.rest + m * s.C;
-    if (p.add_to_da)
-      for (int64_t c = 0; c < p.C; ++c) sum[c] += static_cast<S>(load_any(p.da, p.dtype, at + c));
+  sums_of_rows<V, false>(sums, dense, b.rows, nullptr, b.count, s.C);
+  for (int64_t t = t0; t < min_of(t0 + count * M, a.count); ++t) {
+    const int64_t at = (n * p.T + a.place[t]) * p.C;
+    S* const sum = block_at((t - t0) / M).rest + (t - t0) % M * s.C;
+    if (p.add_to_da) {  // a loss, in the precision of sums
+      const S* const there = static_cast<const S*>(p.da) + at;
+      for (int64_t c = 0; c < p.C; ++c) sum[c] += there[c];
+    }
     write(p.da, p.dtype, at, sum, p.C, 1);
-    memcpy(w_out + (t0 + m) * s.pitch, block.r + m * s.pitch, row_bytes);
-    if (!back) memcpy(z_out + (t0 + m) * s.pitch, block.z + m * s.pitch, row_bytes);
   }
 }
 
-// db of keys [i0, i0 + M): sum_t (z_ti grad_t + w_ti (a_t - b_i)).
+// db of `count` blocks of keys from i0 on: sum_t (z_ti grad_t + w_ti (a_t - b_i)).
 template <class V>
 static void key_gradients(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample, int64_t n,
-                          int64_t i0, const typename V::S* z, const typename V::S* w, const typename V::S* apart) {
+                          int64_t i0, int64_t count, const GradientWeights<typename V::S>& from) {
   using S = typename V::S;
   constexpr int M = V::M;
-  const Block<V> block(s, Block<V>::memory(s, 1), 0);
+  char* const memory = Block<V>::memory(s, count);
   const Frames<S>&a = sample.a, &b = sample.b;
-  const int rows = static_cast<int>(min_of<int64_t>(M, b.count - i0));
-  const Weights<true, V> of(w + i0, s.pitch), of_grad(z + i0, s.pitch);
-  const Rows<const S, M> keys(b.rows, i0, b.count, s.C);
-  const Rows<S, M> sums(block.rest, s.C);
-  const S *const one = b.rows + middle<M>(i0, b.count) * s.C, *const to_one = apart + i0 / M * (s.T + M);
+  Sum<V, true> sums[most_blocks];
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t i = i0 + k * M;
+    sums[k] = {Weights<true, V>(from.w + i, s.pitch), b.rows + middle<M>(i, b.count) * s.C, Block<V>(s, memory, k).rest,
+               s.C};
+    sums[k].of_second = Weights<true, V>(from.z + i, s.pitch);
+    sums[k].around(Rows<const S, M>(b.rows, i, b.count, s.C).at, from.apart + i / M * (s.T + M));
+  }
   if (p.kind == Align::soft_backward)
-    sum_of_rows<V, true>(of, a.rows, keys.at, one, to_one, of_grad, sample.grad, a.count, s.C, sums.at);
+    sums_of_rows<V, true>(sums, count, a.rows, sample.grad.rows, a.count, s.C);
   else
-    sum_of_rows<V, false>(of, a.rows, keys.at, one, to_one, of, nullptr, a.count, s.C, sums.at);
-  for (int m = 0; m < rows; ++m) write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, block.rest + m * s.C, p.C, 1);
+    sums_of_rows<V, false>(sums, count, a.rows, nullptr, a.count, s.C);
+  for (int64_t i = i0; i < min_of(i0 + count * M, b.count); ++i)
+    write(p.db, p.dtype, (n * p.S + b.place[i]) * p.C, sums[(i - i0) / M].out[(i - i0) % M], p.C, 1);
 }
 
 // ---- the whole problem ----------------------------------------------------------------------------------------------
@@ -937,50 +965,76 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
                             (products ? (s.T + s.S) * (p.C + 1) + s.C : 0)) *
                                sum;
     const int64_t per_sample = round_up(packed + weights + static_cast<int64_t>(sizeof(Sample<S>)), 64);
-    // As many samples at once as fit 64 MB, and at least one.
-    const int64_t group = max_of<int64_t>(1, min_of(p.N, (int64_t(64) << 20) / per_sample));
+    // As many samples at once as every thread has in its caches, about, and at least one per thread.
+    const int64_t threads = max_of(parallel.threads, 1);
+    const int64_t group = min_of(p.N, max_of(threads, (threads << 20) / per_sample));
     char* const memory = static_cast<char*>(scratch(0, static_cast<size_t>(group * per_sample)));
     for (int64_t first = 0; first < p.N; first += group) {
       const int64_t samples = min_of(group, p.N - first);
       const auto sample_at = [&](int64_t i) { return reinterpret_cast<Sample<S>*>(memory + i * per_sample); };
-      const auto weights_at = [&](int64_t i) { return reinterpret_cast<S*>(memory + (i + 1) * per_sample - weights); };
-      run(parallel, samples, [&](int64_t i) {
-        char* at = memory + i * per_sample + round_up(sizeof(Sample<S>), 64);
-        Sample<S> sample = lay_out<V>(p, s, true, products, at);
-        fill_sample<V>(p, s, first + i, sample);
+      const auto weights_at = [&](int64_t i) {
+        S* const z = reinterpret_cast<S*>(memory + (i + 1) * per_sample - weights);
+        return GradientWeights<S>{z, z + s.T * s.pitch, z + 2 * s.T * s.pitch};
+      };
+      // A task packs a sample or, where they are few, a part of one.
+      const int64_t sides = sides_of(p), parts = samples < threads ? sides : 1;
+      const auto centre = [&](Sample<S>& sample, int64_t side) {
+        if (side < 2 && sample.products()) centre_frames<V>(p.C, side == 0 ? sample.a : sample.b, sample.mean);
+      };
+      const auto finish = [&](int64_t i) {
+        Sample<S>& sample = *sample_at(i);
+        finish_sample<V>(p, s, sample);
         if (no_way(p.mask_through, first + i, p.frames_through)) sample.b.count = 0;
-        if (sample.products()) centre_frames<V>(s, p.C, sample.a, sample.b, sample.mean);
+        if (sample.products()) mean_of_frames<V>(s, sample.a, sample.b, sample.mean);
+      };
+      for (int64_t i = 0; i < samples; ++i) {
+        char* at = memory + i * per_sample + round_up(sizeof(Sample<S>), 64);
+        const Sample<S> sample = lay_out<V>(p, s, true, products, at);
         memcpy(static_cast<void*>(sample_at(i)), &sample, sizeof sample);
+        if (parts > 1) find_sample<V>(p, first + i, *sample_at(i));
+      }
+      run(parallel, samples * parts, [&](int64_t task) {
+        const int64_t i = task / parts;
+        if (parts > 1) return pack_side<V>(p, s, first + i, task % parts, *sample_at(i));
+        find_sample<V>(p, first + i, *sample_at(i));
+        for (int64_t side = 0; side < sides; ++side) pack_side<V>(p, s, first + i, side, *sample_at(i));
+        finish(i);
+        for (int64_t side = 0; side < sides; ++side) centre(*sample_at(i), side);
       });
+      if (parts > 1) {
+        for (int64_t i = 0; i < samples; ++i) finish(i);
+        run(parallel, samples * 2, [&](int64_t task) { centre(*sample_at(task / 2), task % 2); });
+      }
       const int64_t blocks = (p.T + M - 1) / M, key_blocks = (p.S + M - 1) / M;
       const int64_t backward_blocks = p.kind == Align::cycle ? key_blocks : 0;
       const bool maps = p.kind == Align::soft || p.kind == Align::cycle;
       // Several blocks at once where every thread still has four tasks.
       const int64_t enough = samples * (blocks + backward_blocks) / (4 * max_of(parallel.threads, 1));
-      const int64_t together = maps && products ? max_of<int64_t>(1, min_of<int64_t>(most_blocks, enough)) : 1;
+      const int64_t together = products || gradients ? max_of<int64_t>(1, min_of<int64_t>(most_blocks, enough)) : 1;
       const int64_t tasks = (blocks + together - 1) / together, backward = (backward_blocks + together - 1) / together;
+      // Sample by sample: a thread's share has the keys of one, or a few, in its caches.
       run(parallel, samples * (tasks + backward), [&](int64_t task) {
-        const Sample<S>& sample = *sample_at(task % samples);
-        const int64_t n = first + task % samples, number = task / samples;
+        const int64_t at = task / (tasks + backward), number = task % (tasks + backward), n = first + at;
+        const Sample<S>& sample = *sample_at(at);
         const bool from_b = number >= tasks;
         const Frames<S>&a = from_b ? sample.b : sample.a, &b = from_b ? sample.a : sample.b;
         const int64_t t = (from_b ? number - tasks : number) * together * M;
         if (t >= a.count || b.count == 0) return;
-        if (maps) {
-          const int64_t count = min_of(together, (a.count - t + M - 1) / M);
+        const int64_t count = min_of(together, (a.count - t + M - 1) / M);
+        if (maps)
           map_blocks<V>(p, s, sample, a, b, t, count, p.soft, n * (from_b ? p.S : p.T),
                         from_b ? p.index_ba : p.index_ab);
-        } else {
-          S* z = weights_at(task % samples);
-          landing_block<V>(p, s, sample, n, t, z, z + s.T * s.pitch, z + 2 * s.T * s.pitch);
-        }
+        else
+          landing_blocks<V>(p, s, sample, n, t, count, weights_at(at));
       });
       if (!gradients) continue;
-      run(parallel, samples * key_blocks, [&](int64_t task) {
-        const Sample<S>& sample = *sample_at(task % samples);
-        const S *z = weights_at(task % samples), *w = z + s.T * s.pitch;
-        const int64_t i = task / samples * M;
-        if (i < sample.b.count) key_gradients<V>(p, s, sample, first + task % samples, i, z, w, w + s.T * s.pitch);
+      const int64_t key_tasks = (key_blocks + together - 1) / together;
+      run(parallel, samples * key_tasks, [&](int64_t task) {
+        const int64_t at = task / key_tasks, i = task % key_tasks * together * M;
+        const Sample<S>& sample = *sample_at(at);
+        if (i >= sample.b.count) return;
+        const int64_t count = min_of(together, (sample.b.count - i + M - 1) / M);
+        key_gradients<V>(p, s, sample, first + at, i, count, weights_at(at));
       });
     }
   }

@@ -75,7 +75,6 @@ struct ShortLoss {
   int64_t key_blocks() const { return nothing ? 0 : (sample.b.count + M - 1) / M; }
 
   using Given = Rows<const S, M>;
-  static Rows<S, M> results(S* rows, int64_t t0, int64_t pitch) { return {rows + t0 * pitch, pitch}; }
   int rows_of(int64_t t0, const Frames<S>& of) const { return static_cast<int>(min_of<int64_t>(M, of.count - t0)); }
 
   // The distances d of a block's queries to keys that have to do with the middle frame of blocks of either.
@@ -130,12 +129,12 @@ struct ShortLoss {
     const Frames<S>&a = sample.a, &b = sample.b;
     match(t0);
     const Weights<false, V> of(z + t0 * s.pitch, s.pitch);
-    const Rows<S, M> rest = results(soft, t0, s.C);
     // Weights add up to 1, so that what b's frames have in common need not go through the sum.
     const S* const one = b.rows + middle<M>(t0, b.count) * s.C;
-    sum_around_one<V, false>(of, b.rows, rest.at, one, nullptr, of, nullptr, b.count, s.C, rest.at);
+    const Sum<V, false> rest(of, one, soft + t0 * s.C, s.C);
+    sums_around_one<V, false>(&rest, 1, b.rows, nullptr, b.count, s.C);
     for (int m = 0; m < rows_of(t0, a); ++m) {
-      S* const sum = rest.at[m];
+      S* const sum = rest.out[m];
       for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(one + c));
       write(p.soft, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
     }
@@ -172,16 +171,19 @@ struct ShortLoss {
     for (int m = rows; m < M; ++m) memset(back + (t0 + m) * s.pitch, 0, static_cast<size_t>(s.pitch) * sizeof(S));
     const Weights<false, V> of_back(back + t0 * s.pitch, s.pitch), of(w + t0 * s.pitch, s.pitch);
     const int64_t block = t0 / M, mid = middle<M>(t0, a.count);
-    sum_of_rows<V, false>(of_back, a.rows, near, soft + mid * s.C, soft_to_a + block * s.pitch, of, nullptr, a.count,
-                          s.C, results(d_soft, t0, s.C).at);
+    Sum<V, false> landed(of_back, soft + mid * s.C, d_soft + t0 * s.C, s.C);
+    landed.around(near, soft_to_a + block * s.pitch);
+    sums_of_rows<V, false>(&landed, 1, a.rows, nullptr, a.count, s.C);
     // What a row's products have in common makes no difference to its gradients.
     const Given grads(d_soft, t0, t0 + M, s.C), around(soft, t0, a.count, s.C);
-    products<V>(OfRows<V>{grads.at}, b.rows + middle<M>(t0, b.count) * s.C, b.panels, b.count, p.C, w + t0 * s.pitch,
-                s.pitch);
+    products<V>(
+        1, [&](int64_t) { return OfRows<V>{grads.at}; }, [&](int64_t) { return b.rows + middle<M>(t0, b.count) * s.C; },
+        b.panels, b.count, p.C, [&](int64_t) { return w + t0 * s.pitch; }, s.pitch);
     for (int m = 0; m < M; ++m)
       distance_gradients<V>(z + (t0 + m) * s.pitch, w + (t0 + m) * s.pitch, b.count, sample.sharpness);
-    sum_of_rows<V, false>(of, b.rows, around.at, a.rows + mid * s.C, a_to_b + block * s.pitch, of, nullptr, b.count,
-                          s.C, results(da, t0, s.C).at);
+    Sum<V, false> matched(of, a.rows + mid * s.C, da + t0 * s.C, s.C);
+    matched.around(around.at, a_to_b + block * s.pitch);
+    sums_of_rows<V, false>(&matched, 1, b.rows, nullptr, b.count, s.C);
   }
 
   // What frames of a from k0 on get as the keys of the way back.
@@ -190,8 +192,9 @@ struct ShortLoss {
     const Weights<true, V> of(back + k0, s.pitch);
     const Given around(a.rows, k0, a.count, s.C);
     S* const landed = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
-    sum_of_rows<V, false>(of, soft, around.at, a.rows + middle<M>(k0, a.count) * s.C, a_to_soft + k0 / M * (s.T + M),
-                          of, nullptr, a.count, s.C, results(landed, 0, s.C).at);
+    Sum<V, true> sums(of, a.rows + middle<M>(k0, a.count) * s.C, landed, s.C);
+    sums.around(around.at, a_to_soft + k0 / M * (s.T + M));
+    sums_of_rows<V, false>(&sums, 1, soft, nullptr, a.count, s.C);
     for (int m = 0; m < rows_of(k0, a); ++m) {
       S *const sum = da + (k0 + m) * s.C, *const more = landed + m * s.C;
       for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(more + c));
@@ -202,12 +205,13 @@ struct ShortLoss {
   // Gradients of frames of b from i0 on.
   void key_block(int64_t i0) {
     const Frames<S>&a = sample.a, &b = sample.b;
-    const Weights<true, V> of(w + i0, s.pitch), of_soft(z + i0, s.pitch);
-    S* const sums = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
-    sum_of_rows<V, true>(of, a.rows, Given(b.rows, i0, b.count, s.C).at, b.rows + middle<M>(i0, b.count) * s.C,
-                         b_to_a + i0 / M * (s.T + M), of_soft, d_soft, a.count, s.C, results(sums, 0, s.C).at);
+    S* const gradients = static_cast<S*>(scratch(2, static_cast<size_t>(M * s.C) * sizeof(S)));
+    Sum<V, true> sums(Weights<true, V>(w + i0, s.pitch), b.rows + middle<M>(i0, b.count) * s.C, gradients, s.C);
+    sums.of_second = Weights<true, V>(z + i0, s.pitch);
+    sums.around(Given(b.rows, i0, b.count, s.C).at, b_to_a + i0 / M * (s.T + M));
+    sums_of_rows<V, true>(&sums, 1, a.rows, d_soft, a.count, s.C);
     for (int m = 0; m < rows_of(i0, b); ++m)
-      write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, sums + m * s.C, p.C, 1);
+      write(p.db, p.dtype, (n * p.S + b.place[i0 + m]) * p.C, gradients + m * s.C, p.C, 1);
   }
 
   // All blocks, by `each(count, function)`, which returns when all are done.

@@ -19,11 +19,11 @@ template <class R>
 static void store_half(f16_t* p, R v) {
   for (int l = 0; l < 4; ++l) from_double(v[l], p[l]);
 }
-template <class Mask>
-static bool any_set(Mask v) {
-  uint64_t words[2];
-  memcpy(words, &v, sizeof words);
-  return (words[0] | words[1]) != 0;
+template <int L, class Mask>
+static uint32_t lanes_set(Mask v) {
+  uint32_t bits = 0;
+  for (int l = 0; l < L; ++l) bits |= static_cast<uint32_t>(v[l] != 0) << l;
+  return bits;
 }
 
 #include "vectors.h"

@@ -100,34 +100,44 @@ static void distances_by_products(const Frames<typename V::S>& keys, int64_t C, 
     for (int m = 0; m < M; ++m) mark_end<V>(queries(k).d + m * pitch, keys.count);
 }
 
-// Panels minus the mean of all frames, and the squared norms of what remains, added up in fp64.
 template <class V>
-static void centre_frames(const Sizes& s, int64_t C, Frames<typename V::S>& a, Frames<typename V::S>& b,
-                          typename V::S* mean) {
+static void mean_of_frames(const Sizes& s, const Frames<typename V::S>& a, const Frames<typename V::S>& b,
+                           typename V::S* mean) {
   using S = typename V::S;
   using R = typename V::R;
-  constexpr int L = V::L;
   const S share = S(1) / static_cast<S>(max_of<int64_t>(a.count + b.count, 1));
-  for (int64_t c = 0; c < s.C; c += L) {
-    R sum{};
-    for (const Frames<S>* f : {&a, &b})
-      for (int64_t t = 0; t < f->count; ++t) sum += V::load(f->rows + t * s.C + c) * share;
-    V::store(mean + c, sum);
-  }
-  for (Frames<S>* f : {&a, &b})
-    for (int64_t t0 = 0; t0 < f->count; t0 += L) {
-      double sizes[L] = {};
-      for (int64_t c = 0; c < C; ++c) {
-        const S* from = f->panels + t0 * C + c * L;
-        S* to = f->centred + t0 * C + c * L;
-        for (int l = 0; l < L; ++l) to[l] = from[l] - mean[c];
-        for (int l = 0; l < L; ++l) sizes[l] += static_cast<double>(to[l]) * static_cast<double>(to[l]);
-      }
-      for (int l = 0; l < L; ++l) {
-        f->sizes[t0 + l] = static_cast<S>(sizes[l]);
-        if (t0 + l < f->count) f->largest_size = max_of(f->largest_size, f->sizes[t0 + l]);
-      }
+  for (int64_t c = 0; c < s.C; c += V::L) {
+    R sums[4] = {};  // as many chains as hide an addition's latency
+    for (const Frames<S>* f : {&a, &b}) {
+      const S* const row = f->rows + c;
+      int64_t t = 0;
+      for (; t + 4 <= f->count; t += 4)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sums[k] += V::load(row + (t + k) * s.C) * share;
+      for (; t < f->count; ++t) sums[0] += V::load(row + t * s.C) * share;
     }
+    V::store(mean + c, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
+// Panels minus the mean of all frames, and the squared norms of what remains, added up in fp64.
+template <class V>
+static void centre_frames(int64_t C, Frames<typename V::S>& f, const typename V::S* mean) {
+  using S = typename V::S;
+  constexpr int L = V::L;
+  for (int64_t t0 = 0; t0 < f.count; t0 += L) {
+    double sizes[L] = {};
+    for (int64_t c = 0; c < C; ++c) {
+      const S* from = f.panels + t0 * C + c * L;
+      S* to = f.centred + t0 * C + c * L;
+      for (int l = 0; l < L; ++l) to[l] = from[l] - mean[c];
+      for (int l = 0; l < L; ++l) sizes[l] += static_cast<double>(to[l]) * static_cast<double>(to[l]);
+    }
+    for (int l = 0; l < L; ++l) {
+      f.sizes[t0 + l] = static_cast<S>(sizes[l]);
+      if (t0 + l < f.count) f.largest_size = max_of(f.largest_size, f.sizes[t0 + l]);
+    }
+  }
 }
 
 // |a - b|^2 of two rows, and |(b - centre) - rest|^2.
@@ -162,13 +172,12 @@ static int64_t places_where(const typename V::S* d, typename V::S size, const ty
   int64_t found = 0;
   for (int64_t i = 0; i < count; i += V::L) {
     const typename V::R value = V::load(d + i);
-    const auto holds = condition(value, (size + V::load(sizes + i)) * bound + least);
-    if (!V::any(holds)) continue;
-    for (int64_t l = 0; l < min_of<int64_t>(V::L, count - i); ++l)
-      if (holds[l]) {
-        if (found == most) return -1;
-        list[found++] = i + l;
-      }
+    uint32_t lanes = V::lanes(condition(value, (size + V::load(sizes + i)) * bound + least));
+    if (count - i < V::L) lanes &= (uint32_t(1) << (count - i)) - 1;
+    for (; lanes; lanes &= lanes - 1) {
+      if (found == most) return -1;
+      list[found++] = i + __builtin_ctz(lanes);
+    }
   }
   return found;
 }

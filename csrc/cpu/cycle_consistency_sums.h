@@ -5,7 +5,7 @@
 //          known where they do not. One centre for all results costs a multiply-add per number, a centre for each a
 //          subtraction as well. Rounding is measured by sum_i w_mi^2 |x_i - c|^2, and that of one centre may be sixteen
 //          times the square of what comes out: frames next to each other in time are usually close enough.
-// Order.   In parts (part_of), which are then added.
+// Order.   In parts (part_of), which are then added. Which blocks are taken together makes no difference to any.
 
 // The middle one of a block of M frames, or the last one where there is none.
 template <int M>
@@ -13,14 +13,13 @@ static int64_t middle(int64_t first, int64_t count) {
   return min_of<int64_t>(first + M / 2, count - 1);
 }
 
-// M rows of numbers from the first on; given a count, the last one in place of those beyond it.
+// M rows of numbers from the first on, the last of `count` in place of those beyond it.
 template <class S, int M>
 struct Rows {
   S* at[M];
   Rows(S* rows, int64_t first, int64_t count, int64_t pitch) {
     for (int m = 0; m < M; ++m) at[m] = rows + min_of(first + m, count - 1) * pitch;
   }
-  Rows(S* rows, int64_t pitch) : Rows(rows, 0, M, pitch) {}
 };
 
 // Weights of M results for frames i: w[m * pitch + i], or where results are Adjacent w[i * pitch + m].
@@ -28,8 +27,9 @@ template <bool Adjacent, class V>
 struct Weights {
   using S = typename V::S;
   using R = typename V::R;
-  const S* at[V::M];
-  const int64_t pitch;
+  const S* at[V::M] = {};
+  int64_t pitch = 0;
+  Weights() = default;
   Weights(const S* w, int64_t of_rows) : pitch(of_rows) {
     for (int m = 0; m < V::M; ++m) at[m] = w + (Adjacent ? m : m * pitch);
   }
@@ -39,12 +39,22 @@ struct Weights {
   // How large sums around one frame are for what they round: sum_mi w_mi^2 x_i, x_i that frame's squared distance to
   // frame i. Of Adjacent results also `sums`, what the weights of each add up to.
   S extent(const S* x, int64_t count, S* sums) const {
-    R all{}, of_results{};
+    R all{};
+    constexpr int chains = 4;  // that hide an addition's latency
+    R parts[chains] = {};
     if constexpr (Adjacent) {
-      for (int64_t i = 0; i < count; ++i) {
+      R results[chains] = {};
+      const auto add = [&](int64_t i, int chain) {
         const R w = V::load(at[0] + i * pitch);  // rows are padded
-        of_results += w, all += w * w * x[i];
-      }
+        results[chain] += w, parts[chain] += w * w * x[i];
+      };
+      int64_t i = 0;
+      for (; i + chains <= count; i += chains)
+#pragma GCC unroll 4
+        for (int k = 0; k < chains; ++k) add(i + k, k);
+      for (; i < count; ++i) add(i, 0);
+      all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+      const R of_results = (results[0] + results[1]) + (results[2] + results[3]);
       const R lanes = lane_numbers<V>();
       all = lanes < static_cast<S>(V::M) ? all : R{};
       alignas(64) S lane[V::L];
@@ -56,136 +66,153 @@ struct Weights {
 #pragma GCC unroll 8
         for (int m = 0; m < V::M; ++m) {
           const R w = V::load(at[m] + i);
-          all += w * w * distance;
+          parts[m % chains] += w * w * distance;
         }
       }
+      all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
     }
     return V::sum(all);
   }
 };
 
-// out[m] = sum_i w_mi (rows_i - one) [+ sum_i w'_mi second_i], P vectors of channels from c on; where results are
-// Adjacent, - sums[m] (centre_m - one). Returns the squares.
+// What sums of one block of results are made of: weights of frames and, with Second, of second frames; a centre of each
+// result; one for all, `one`, and the squared distances of frames to it, `apart`; where they go.
+template <class V, bool Adjacent>
+struct Sum {
+  using S = typename V::S;
+  Weights<Adjacent, V> of, of_second;
+  const S* centre[V::M] = {};
+  const S *one = nullptr, *apart = nullptr;
+  S* out[V::M] = {};
+  Sum() = default;
+  Sum(const Weights<Adjacent, V>& weights, const S* centre_of_all, S* to, int64_t pitch)
+      : of(weights), one(centre_of_all) {
+    for (int m = 0; m < V::M; ++m) out[m] = to + m * pitch;
+  }
+  void around(const S* const (&centres)[V::M], const S* distances_to_one) {
+    for (int m = 0; m < V::M; ++m) centre[m] = centres[m];
+    apart = distances_to_one;
+  }
+};
+
+// out[m] += sum_i w_mi (rows_i - one) [+ sum_i w'_mi second_i] over frames [begin, end), P vectors of channels from c
+// on.
 template <class V, int P, bool Second, bool Adjacent>
-static typename V::R sum_around_one(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                                    const typename V::S* const (&centre)[V::M], const typename V::S* one,
-                                    const typename V::S* sums, const Weights<Adjacent, V>& of_second,
-                                    const typename V::S* second, int64_t count, int64_t Cp, int64_t c,
-                                    typename V::S* const (&out)[V::M]) {
+static inline void add_frames(const Sum<V, Adjacent>& to, const typename V::S* rows, const typename V::S* second,
+                              int64_t begin, int64_t end, int64_t Cp, int64_t c) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
-  R from[P], acc[P][M], squares[4] = {};  // as many chains as hide an addition's latency
+  R from[P], acc[P][M] = {};
 #pragma GCC unroll 4
-  for (int k = 0; k < P; ++k) from[k] = V::load(one + c + k * L);
-  const int64_t step = part_of(count);
-  for (int64_t begin = 0; begin < count; begin += step) {
-    const int64_t end = min_of(begin + step, count);
+  for (int k = 0; k < P; ++k) from[k] = V::load(to.one + c + k * L);
+  for (int64_t i = begin; i < end; ++i) {
+    R row[P];
 #pragma GCC unroll 4
-    for (int k = 0; k < P; ++k)
+    for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[k][m] = R{};
-    for (int64_t i = begin; i < end; ++i) {
-      R row[P];
+    for (int m = 0; m < M; ++m) {
+      const R weight = to.of(i, m);
 #pragma GCC unroll 4
-      for (int k = 0; k < P; ++k) row[k] = V::load(rows + i * Cp + c + k * L) - from[k];
+      for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
+    }
+    if constexpr (Second) {
+#pragma GCC unroll 4
+      for (int k = 0; k < P; ++k) row[k] = V::load(second + i * Cp + c + k * L);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const R weight = of(i, m);
+        const R weight = to.of_second(i, m);
 #pragma GCC unroll 4
         for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
       }
-      if constexpr (Second) {
-#pragma GCC unroll 4
-        for (int k = 0; k < P; ++k) row[k] = V::load(second + i * Cp + c + k * L);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const R weight = of_second(i, m);
-#pragma GCC unroll 4
-          for (int k = 0; k < P; ++k) acc[k][m] += weight * row[k];
-        }
-      }
     }
-    if (begin > 0)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int k = 0; k < P; ++k) acc[k][m] += V::load(out[m] + c + k * L);
-    if (end < count)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int k = 0; k < P; ++k) V::store(out[m] + c + k * L, acc[k][m]);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int k = 0; k < P; ++k) {
-      if constexpr (Adjacent) acc[k][m] -= sums[m] * (V::load(centre[m] + c + k * L) - from[k]);
-      squares[m % 4] += acc[k][m] * acc[k][m];
-      V::store(out[m] + c + k * L, acc[k][m]);
-    }
-  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    for (int k = 0; k < P; ++k) V::store(to.out[m] + c + k * L, V::load(to.out[m] + c + k * L) + acc[k][m]);
 }
 
-// The same for all channels: sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] over `count` frames i, since the
-// weights of result m add up to 0, or of Adjacent ones to sums[m]. Returns the sum of squares.
+// out[m] = sum_i w_mi (rows_i - one) [+ sum_i w'_mi second_i] of several blocks of results: a part of the frames at a
+// time, for every block, so that it comes from far away once.
 template <class V, bool Second, bool Adjacent>
-static typename V::S sum_around_one(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                                    const typename V::S* const (&centre)[V::M], const typename V::S* one,
-                                    const typename V::S* sums, const Weights<Adjacent, V>& of_second,
-                                    const typename V::S* second, int64_t count, int64_t Cp,
-                                    typename V::S* const (&out)[V::M]) {
+static void sums_around_one(const Sum<V, Adjacent>* sums, int64_t blocks, const typename V::S* rows,
+                            const typename V::S* second, int64_t count, int64_t Cp) {
   constexpr int L = V::L, P = vector_bytes == 64 ? 2 : 1;
-  typename V::R squares{};
-  int64_t c = 0;
-  for (; c + P * L <= Cp; c += P * L)
-    squares += sum_around_one<V, P, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, c, out);
-  for (; c < Cp; c += L)
-    squares += sum_around_one<V, 1, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, c, out);
-  return V::sum(squares);
+  const int64_t step = part_of(count);
+  for (int64_t k = 0; k < blocks; ++k)
+    for (int m = 0; m < V::M; ++m) memset(sums[k].out[m], 0, static_cast<size_t>(Cp) * sizeof(typename V::S));
+  for (int64_t begin = 0; begin < count; begin += step)
+    for (int64_t k = 0; k < blocks; ++k) {
+      const int64_t end = min_of(begin + step, count);
+      int64_t c = 0;
+      for (; c + P * L <= Cp; c += P * L) add_frames<V, P, Second>(sums[k], rows, second, begin, end, Cp, c);
+      for (; c < Cp; c += L) add_frames<V, 1, Second>(sums[k], rows, second, begin, end, Cp, c);
+    }
+}
+
+// The squares of what comes out; of Adjacent results after out[m] -= sums[m] (centre_m - one), since the weights of
+// result m add up to sums[m], not to 0.
+template <class V, bool Adjacent>
+static typename V::S finish_sum(const Sum<V, Adjacent>& of, const typename V::S* sums, int64_t Cp) {
+  using R = typename V::R;
+  R squares[4] = {};  // as many chains as hide an addition's latency
+  for (int64_t c = 0; c < Cp; c += V::L)
+#pragma GCC unroll 8
+    for (int m = 0; m < V::M; ++m) {
+      R value = V::load(of.out[m] + c);
+      if constexpr (Adjacent) {
+        value -= sums[m] * (V::load(of.centre[m] + c) - V::load(of.one + c));
+        V::store(of.out[m] + c, value);
+      }
+      squares[m % 4] += value * value;
+    }
+  return V::sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
 // out[m] = sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] as it stands: a subtraction more per number.
 template <class V, bool Second, bool Adjacent>
-static void sum_around_each(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                            const typename V::S* const (&centre)[V::M], const Weights<Adjacent, V>& of_second,
-                            const typename V::S* second, int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
+static void sum_around_each(const Sum<V, Adjacent>& to, const typename V::S* rows, const typename V::S* second,
+                            int64_t count, int64_t Cp) {
   using R = typename V::R;
   constexpr int L = V::L, M = V::M;
   const int64_t step = part_of(count);
   for (int64_t c = 0; c < Cp; c += L) {
     R from[M], total[M] = {};
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) from[m] = V::load(centre[m] + c);
+    for (int m = 0; m < M; ++m) from[m] = V::load(to.centre[m] + c);
     for (int64_t begin = 0; begin < count; begin += step) {
       const int64_t end = min_of(begin + step, count);
       R acc[M] = {};
       for (int64_t i = begin; i < end; ++i) {
         const R row = V::load(rows + i * Cp + c), other = Second ? V::load(second + i * Cp + c) : R{};
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] += of(i, m) * (row - from[m]);
+        for (int m = 0; m < M; ++m) acc[m] += to.of(i, m) * (row - from[m]);
         if constexpr (Second)
 #pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) acc[m] += of_second(i, m) * other;
+          for (int m = 0; m < M; ++m) acc[m] += to.of_second(i, m) * other;
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) total[m] += acc[m];
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) V::store(out[m] + c, total[m]);
+    for (int m = 0; m < M; ++m) V::store(to.out[m] + c, total[m]);
   }
 }
 
-// Those sums around `one` where that rounds no more than a few times what centres of their own do, as measured by what
-// is added up and what comes of it; else around those. `apart`: squared distances of frames to `one`.
+// Blocks of results whose sums are made at once.
+static constexpr int most_blocks = 4;
+
+// out[m] = sum_i w_mi (rows_i - centre_m) [+ sum_i w'_mi second_i] of several blocks, over `count` frames i. Around
+// `one` where that rounds no more than a few times what centres of their own do, as measured by what is added up and
+// what comes of it; else around those.
 template <class V, bool Second, bool Adjacent>
-static void sum_of_rows(const Weights<Adjacent, V>& of, const typename V::S* rows,
-                        const typename V::S* const (&centre)[V::M], const typename V::S* one,
-                        const typename V::S* apart, const Weights<Adjacent, V>& of_second, const typename V::S* second,
-                        int64_t count, int64_t Cp, typename V::S* const (&out)[V::M]) {
-  typename V::S sums[V::M];
-  const typename V::S extent = of.extent(apart, count, sums);
-  const typename V::S squares =
-      sum_around_one<V, Second>(of, rows, centre, one, sums, of_second, second, count, Cp, out);
-  if (!(extent <= 16 * squares)) sum_around_each<V, Second>(of, rows, centre, of_second, second, count, Cp, out);
+static void sums_of_rows(const Sum<V, Adjacent>* sums, int64_t blocks, const typename V::S* rows,
+                         const typename V::S* second, int64_t count, int64_t Cp) {
+  sums_around_one<V, Second>(sums, blocks, rows, second, count, Cp);
+  for (int64_t k = 0; k < blocks; ++k) {
+    typename V::S of_weights[V::M];
+    const typename V::S extent = sums[k].of.extent(sums[k].apart, count, of_weights);
+    const typename V::S squares = finish_sum<V>(sums[k], of_weights, Cp);
+    if (!(extent <= 16 * squares)) sum_around_each<V, Second>(sums[k], rows, second, count, Cp);
+  }
 }

@@ -1,6 +1,6 @@
 // Vectors F32 and F64 in the compiler's own types, for kernels whose inner loops it turns into good code by itself.
 // Included inside the namespace of the instruction set that uses them, after scalar.h; that file defines
-// `vector_bytes`, load_half, store_half and any_set: whether any bit of a vector is.
+// `vector_bytes`, load_half, store_half and lanes_set<L>: a bit per lane of a comparison's result.
 
 template <int... I>
 struct Lanes {};
@@ -29,10 +29,14 @@ struct Vectors {
   }
   static void store(S* p, R v) { memcpy(p, &v, sizeof v); }
 
-  // Whether a comparison holds on any lane.
+  // The lanes on which a comparison holds, a bit each.
+  template <class Mask>
+  static uint32_t lanes(Mask mask) {
+    return lanes_set<L>(mask);
+  }
   template <class Mask>
   static bool any(Mask mask) {
-    return any_set(mask);
+    return lanes(mask) != 0;
   }
 
   // Lane l of the result: lane l ^ H.
@@ -46,6 +50,9 @@ struct Vectors {
 
   // Row i becomes column i. Step by step, bit h of the row's and of the lane's number change places.
   static void transpose(R (&row)[L]) { swap_bits<L / 2>(row); }
+
+  // Lane i: the sum of row i's lanes. Rows that would be added up once they are columns are, at every step.
+  static R sums(R (&row)[L]) { return add_bits<L / 2>(row); }
 
  private:
   template <int H, int... I>
@@ -65,6 +72,18 @@ struct Vectors {
         if (!(i & H)) swap_pair<H>(row[i], row[i + H], typename CountLanes<L>::type());
       swap_bits<H / 2>(row);
     }
+  }
+  template <int H>
+  static R add_bits(R (&row)[L]) {
+    if constexpr (H > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < H; ++i) {
+        swap_pair<H>(row[i], row[i + H], typename CountLanes<L>::type());
+        row[i] += row[i + H];
+      }
+      return add_bits<H / 2>(row);
+    }
+    return row[0];
   }
   template <int H, int... I>
   static void swap_pair(R& a, R& b, Lanes<I...>) {
@@ -87,12 +106,22 @@ struct F32 : Vectors<float, float_vector> {
   static R load(const f16_t* p) { return load_half<R>(p); }
   using Vectors::store;
   static void store(bf16_t* p, R v) {
-    const U bits = reinterpret_cast<U>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const U result = v == v ? rounded : (bits >> 16 | 0x40);
-    const H half = __builtin_convertvector(result, H);
+    const H half = __builtin_convertvector(rounded_to_high(v) >> 16, H);
     memcpy(p, &half, sizeof half);
   }
   static void store(f16_t* p, R v) { store_half(p, v); }
+
+  // 2 L numbers in a row as vectors of those at even and of those at odd places, and back: half of what it takes one
+  // vector at a time.
+  static void load_turns(const bf16_t* p, R& even, R& odd) {
+    U both;
+    memcpy(&both, p, sizeof both);
+    even = reinterpret_cast<R>(both << 16), odd = reinterpret_cast<R>(both & 0xffff0000u);
+  }
+  static void store_turns(bf16_t* p, R even, R odd) {
+    const U both = rounded_to_high(even) >> 16 | (rounded_to_high(odd) & 0xffff0000u);
+    memcpy(p, &both, sizeof both);
+  }
 
   // e^x for x <= 0, to 1 ulp; 0 below the least normal number; NaN for NaN.
   static R exp(R x) {
@@ -109,6 +138,13 @@ struct F32 : Vectors<float, float_vector> {
     return x < -87.0f ? R{} : p * reinterpret_cast<R>(exponent);
   }
   static bool exp_is_zero(R x) { return !any(!(x < -87.0f)); }
+
+ private:
+  // v in bf16, to nearest even, in the high halves; what the low ones hold is of no meaning.
+  static U rounded_to_high(R v) {
+    const U bits = reinterpret_cast<U>(v), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return v == v ? rounded : (bits | 0x400000);
+  }
 };
 
 struct F64 : Vectors<double, double_vector> {
