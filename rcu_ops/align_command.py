@@ -32,7 +32,8 @@ it began.
 Features are the last feature map's mean per frame; temporal strides are set to 1 where the network can. Distances are
 measured in units of the mean distance between frames of A and B; --temperature is in that unit. With two files the
 features' mean over each video is taken out first, since what two scenes look like says nothing about time. Untrained
-networks align a video with copies of itself (an untrained rcn_ network with recurrence in its last four layers only).
+rcn_ networks align a video with copies of itself (with recurrence in their last four layers only, their default here);
+networks that see a clip's ends, as r3d_ and srtg_ ones do, need training: untrained they match end with end.
 
 Exit codes: 0 done; 2 bad arguments or a video that cannot be read; 3 done, but a video broke before its end.
 """
