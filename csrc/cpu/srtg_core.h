@@ -6,14 +6,53 @@
 // Owner.    Of sums: the task of (sample, channel, frame), or of (sample, frame, channels). Of y: the same task.
 // Order.    Sums over positions are vectors' worth of partial sums, in parts (part_of) along channels, in an order that
 //           depends on the sizes and the layout alone.
+// Pairs.    Numbers are taken 2 L at a time, as two vectors: of bf16 ones, those at even and those at odd places
+//           (`in_turns`), so that they are widened and narrowed in place; of others, one after the other.
 // Tails.    The last vector overlaps the one before it: it writes the same numbers again, and adds only what is new.
 // Bound.    Bytes: x read once (and grad), y written once.
+
+template <class T>
+static constexpr bool in_turns = false;
+template <>
+constexpr bool in_turns<bf16_t> = true;
 
 template <class V, class T>
 struct GateTask {
   using S = typename V::S;
   using R = typename V::R;
   static constexpr int L = V::L;
+
+  static void load_pair(const T* p, R (&v)[2]) {
+    if constexpr (in_turns<T>)
+      V::load_turns(p, v[0], v[1]);
+    else
+      v[0] = V::load(p), v[1] = V::load(p + L);
+  }
+  static void store_pair(T* p, const R (&v)[2]) {
+    if constexpr (in_turns<T>)
+      V::store_turns(p, v[0], v[1]);
+    else
+      V::store(p, v[0]), V::store(p + L, v[1]);
+  }
+  // The first of `count` channels are pairs of vectors, whose numbers h and sums are kept one vector after the other.
+  static int64_t in_pairs(int64_t count) { return in_turns<T> ? count / (2 * L) * (2 * L) : 0; }
+
+  // Numbers h of `count` channels, then those of the last L in order.
+  static void take_factors(const S* h, int64_t count, S* to) {
+    const int64_t whole = in_pairs(count);
+    for (int64_t c = 0; c < whole; c += 2 * L)
+      for (int l = 0; l < L; ++l) to[c + l] = h[c + 2 * l], to[c + L + l] = h[c + 2 * l + 1];
+    memcpy(to + whole, h + whole, static_cast<size_t>(count - whole) * sizeof(S));
+    V::store(to + count, V::load(h + count - L));
+  }
+  template <GatePass Pass>
+  static void write_sums(const GateData& p, const S* sum, int64_t n, int64_t count, S* to) {
+    const int64_t whole = in_pairs(count);
+    for (int64_t c = 0; c < whole; c += 2 * L)
+      for (int l = 0; l < L; ++l) to[c + 2 * l] = sum[c + l], to[c + 2 * l + 1] = sum[c + L + l];
+    memcpy(to + whole, sum + whole, static_cast<size_t>(count - whole) * sizeof(S));
+    for (int64_t c = 0; c < count; ++c) to[c] = finished<Pass>(p, to[c], n);
+  }
 
   template <GatePass Pass>
   static R result(R x, R grad, R h) {
@@ -33,6 +72,15 @@ struct GateTask {
     const R factor = R{} + h;
     R acc[4] = {};
     int64_t i = 0;
+    const auto pair = [&](int64_t at, R& first, R& second) {
+      R value[2], of_grad[2] = {};
+      load_pair(x + at, value);
+      if constexpr (Pass == GatePass::backward) load_pair(grad + at, of_grad);
+      if constexpr (Pass != GatePass::squeeze)
+        store_pair(y + at, {result<Pass>(value[0], of_grad[0], factor), result<Pass>(value[1], of_grad[1], factor)});
+      if constexpr (sums(Pass))
+        first += summand<Pass>(value[0], of_grad[0]), second += summand<Pass>(value[1], of_grad[1]);
+    };
     const auto step = [&](int64_t at, R& sum, bool all, int64_t from) {
       const R value = V::load(x + at), of_grad = Pass == GatePass::backward ? V::load(grad + at) : R{};
       if constexpr (Pass != GatePass::squeeze) V::store(y + at, result<Pass>(value, of_grad, factor));
@@ -41,10 +89,14 @@ struct GateTask {
         sum += all ? term : (lane_numbers<V>() < static_cast<S>(from) ? R{} : term);
       }
     };
+    if constexpr (in_turns<T>) {
+      for (; i + 4 * L <= count; i += 4 * L) pair(i, acc[0], acc[1]), pair(i + 2 * L, acc[2], acc[3]);
+      if (i + 2 * L <= count) pair(i, acc[0], acc[1]), i += 2 * L;
+    }
     for (; i + 4 * L <= count; i += 4 * L)
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) step(i + k * L, acc[k], true, 0);
-    for (; i + L <= count; i += L) step(i, acc[0], true, 0);
+    for (; i + L <= count; i += L) step(i, acc[2], true, 0);
     if (i < count) step(count - L, acc[1], false, i - (count - L));
     return (acc[0] + acc[1]) + (acc[2] + acc[3]);
   }
@@ -52,14 +104,16 @@ struct GateTask {
   // Sums of K planes of `count` >= L adjacent positions each, side by side: reads of several pages at once are on their
   // way, where one stream would wait at every page's end.
   template <int K>
-  static void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
+  [[gnu::always_inline]] static inline void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
     R acc[K][2] = {};
     int64_t i = 0;
     for (; i + 2 * L <= count; i += 2 * L)
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) acc[k][j] += V::load(x[k] + i + j * L);
+      for (int k = 0; k < K; ++k) {
+        R value[2];
+        load_pair(x[k] + i, value);
+        acc[k][0] += value[0], acc[k][1] += value[1];
+      }
     for (int k = 0; k < K; ++k) {
       if (i + L <= count) acc[k][0] += V::load(x[k] + i);
       if (const int64_t from = i + (i + L <= count ? L : 0); from < count) {
@@ -72,6 +126,7 @@ struct GateTask {
 
   // Channels [c0, c1), at least L of them, of the positions in rows [i0, i1) of one frame: along memory, position by
   // position. Sums are kept in `sum`, 2 (c1 - c0) numbers: the part that is being added up, and the parts before it.
+  // They and h are of c0 on, as take_factors lays them out.
   template <GatePass Pass>
   static void channels(const GateData& p, int64_t n, int64_t t, int64_t c0, int64_t c1, int64_t i0, int64_t i1,
                        const S* h, S* sum) {
@@ -87,18 +142,30 @@ struct GateTask {
         const T* from = x + i * p.x.h + j * p.x.w;
         const T* from_grad = Pass == GatePass::backward ? grad + i * p.grad.h + j * p.grad.w : nullptr;
         T* to = Pass == GatePass::squeeze ? nullptr : y + i * p.y.h + j * p.y.w;
-        const auto step = [&](int64_t c, bool all, int64_t done) {
+        const auto step = [&](int64_t c, const S* factors, int64_t done) {
           const R value = V::load(from + c), of_grad = Pass == GatePass::backward ? V::load(from_grad + c) : R{};
-          if constexpr (Pass != GatePass::squeeze) V::store(to + c, result<Pass>(value, of_grad, V::load(h + c)));
+          if constexpr (Pass != GatePass::squeeze) V::store(to + c, result<Pass>(value, of_grad, V::load(factors)));
           if constexpr (sums(Pass)) {
             const R term = summand<Pass>(value, of_grad);
             V::store(sum + c,
-                     V::load(sum + c) + (all ? term : (lane_numbers<V>() < static_cast<S>(done) ? R{} : term)));
+                     V::load(sum + c) + (done == 0 ? term : (lane_numbers<V>() < static_cast<S>(done) ? R{} : term)));
           }
         };
         int64_t c = 0;
-        for (; c + L <= count; c += L) step(c, true, 0);
-        if (c < count) step(last, false, c - last);
+        for (; c + 2 * L <= count; c += 2 * L) {
+          R value[2], of_grad[2] = {};
+          load_pair(from + c, value);
+          if constexpr (Pass == GatePass::backward) load_pair(from_grad + c, of_grad);
+          if constexpr (Pass != GatePass::squeeze)
+            store_pair(to + c, {result<Pass>(value[0], of_grad[0], V::load(h + c)),
+                                result<Pass>(value[1], of_grad[1], V::load(h + c + L))});
+          if constexpr (sums(Pass)) {
+            V::store(sum + c, V::load(sum + c) + summand<Pass>(value[0], of_grad[0]));
+            V::store(sum + c + L, V::load(sum + c + L) + summand<Pass>(value[1], of_grad[1]));
+          }
+        }
+        if (c + L <= count) step(c, h + c, 0), c += L;
+        if (c < count) step(last, h + count, c - last);
         if (sums(Pass) && ++since == part) {
           since = 0;
           for (c = 0; c < count; ++c) total[c] += sum[c], sum[c] = 0;
@@ -143,16 +210,6 @@ struct GateTask {
     return Pass == GatePass::squeeze ? sum / static_cast<S>(p.H * p.W) : open(p, n) ? sum : S(0);
   }
 
-  // Lane k: the sum over the lanes of sums[k]. Turned around, they are added up side by side.
-  static R sums_of_lanes(R (&sums)[L]) {
-    V::transpose(sums);
-#pragma GCC unroll 4
-    for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
-    return sums[0];
-  }
-
   // Means of planes [begin, end), in `streams` ranges side by side.
   static void means(const GateData& p, int64_t begin, int64_t end) {
     constexpr int streams = L < 4 ? L : 4;
@@ -171,7 +228,7 @@ struct GateTask {
     const auto flush = [&] {
       for (int l = count; l < L; ++l) sums[l] = R{};
       alignas(64) S ready[L];
-      V::store(ready, sums_of_lanes(sums) / static_cast<S>(positions));
+      V::store(ready, V::sums(sums) / static_cast<S>(positions));
       for (int l = 0; l < count; ++l) out[to[l]] = ready[l];
       count = 0;
     };
@@ -194,6 +251,12 @@ struct GateTask {
     if (count) flush();
   }
 
+  // Of x's `bytes`, a task's share: about 64 KB, and up to 256 KB where every thread has eight such (measured: squeeze
+  // takes 0.955 of the time, since every task's streams have to start).
+  static int64_t task_bytes(int64_t bytes, const Parallel& parallel) {
+    return max_of<int64_t>(65536, min_of<int64_t>(262144, bytes / (8 * max_of(parallel.threads, 1))));
+  }
+
   template <GatePass Pass>
   static void run_pass(const GateData& p, const Parallel& parallel) {
     const int64_t positions = p.H * p.W;
@@ -205,30 +268,33 @@ struct GateTask {
       // A task: a frame, or a few rows of it; with sums a frame, or a range of its channels that has a few pages' worth
       // of sums.
       const bool by_rows = !sums(Pass);
-      const int64_t rows_per_task = max_of<int64_t>(1, 65536 / (p.W * p.C * static_cast<int64_t>(sizeof(T))));
-      const int64_t chunks = by_rows ? (p.H + rows_per_task - 1) / rows_per_task : max_of<int64_t>(1, p.C / 512);
+      const int64_t row_bytes = max_of<int64_t>(1, p.W * p.C * static_cast<int64_t>(sizeof(T)));
+      const int64_t at_most = max_of<int64_t>(1, task_bytes(p.N * p.T * p.H * row_bytes, parallel) / row_bytes);
+      const int64_t chunks = max_of<int64_t>(1, by_rows ? (p.H + at_most - 1) / at_most : p.C / 512);
+      const int64_t rows_per_task = (p.H + chunks - 1) / chunks;
       run(parallel, p.N * p.T * chunks, [&](int64_t task) {
         const int64_t n = task / chunks / p.T, t = task / chunks % p.T, chunk = task % chunks, at = (n * p.T + t) * p.C;
         const int64_t c0 = by_rows ? 0 : chunk * 512, c1 = by_rows || chunk + 1 == chunks ? p.C : c0 + 512;
         const int64_t i0 = by_rows ? chunk * rows_per_task : 0, i1 = by_rows ? min_of(i0 + rows_per_task, p.H) : p.H;
-        S* const factors = static_cast<S*>(scratch(1, static_cast<size_t>(3 * (c1 - c0)) * sizeof(S)));
-        S* const sum = factors + (c1 - c0);
-        if constexpr (Pass != GatePass::squeeze)
-          for (int64_t c = c0; c < c1; ++c) factors[c - c0] = open(p, n) ? h[at + c] : neutral<Pass>();
+        const int64_t count = c1 - c0;
+        S* const factors = static_cast<S*>(scratch(1, static_cast<size_t>(3 * count + L) * sizeof(S)));
+        S* const sum = factors + count + L;
+        if constexpr (Pass != GatePass::squeeze) {
+          if (open(p, n))
+            take_factors(h + at + c0, count, factors);
+          else
+            for (int64_t c = 0; c < count + L; ++c) factors[c] = neutral<Pass>();
+        }
         channels<Pass>(p, n, t, c0, c1, i0, i1, factors, sum);
-        if constexpr (sums(Pass))
-          for (int64_t c = c0; c < c1; ++c) out[at + c] = finished<Pass>(p, sum[c - c0], n);
+        if constexpr (sums(Pass)) write_sums<Pass>(p, sum, n, count, out + at + c0);
       });
       return;
     }
-    // A few planes per task, about 64 KB, and up to 256 KB where every thread has eight such (measured: squeeze takes
-    // 0.955 of the time, since every task's streams have to start); all of them where they are fewer numbers than
-    // waking a thread is worth.
+    // A few planes per task; all of them where they are fewer numbers than waking a thread is worth.
     const int64_t planes = p.N * p.C * p.T, plane_bytes = positions * static_cast<int64_t>(sizeof(T)) + 1;
-    const int64_t share = planes * plane_bytes / (8 * max_of(parallel.threads, 1));
-    const int64_t task_bytes = max_of<int64_t>(65536, min_of<int64_t>(262144, share));
-    const int64_t per_task =
-        planes * positions <= 32768 ? max_of<int64_t>(1, planes) : max_of<int64_t>(1, task_bytes / plane_bytes);
+    const int64_t per_task = planes * positions <= 32768
+                                 ? max_of<int64_t>(1, planes)
+                                 : max_of<int64_t>(1, task_bytes(planes * plane_bytes, parallel) / plane_bytes);
     if constexpr (Pass == GatePass::squeeze) {
       if (rows && positions >= 128) {  // smaller planes than that: several are in a page
         run(parallel, (planes + per_task - 1) / per_task,
@@ -261,13 +327,16 @@ struct GateTask {
           if constexpr (sums(Pass)) out[at] = finished<Pass>(p, sum, n);
           continue;
         }
-        const R sum = plane<Pass>(base(p.x), base(p.grad), base(p.y), factor, positions);
+        R sum;
+        if constexpr (Pass == GatePass::squeeze)
+          sums_of_planes<1>({base(p.x)}, positions, &sum);
+        else
+          sum = plane<Pass>(base(p.x), base(p.grad), base(p.y), factor, positions);
         if constexpr (!sums(Pass)) continue;
         waiting[count] = sum, to[count] = at, of[count] = n;
         if (++count < L && i + 1 < end) continue;
         for (int l = count; l < L; ++l) waiting[l] = R{};
-        V::store(ready, Pass == GatePass::squeeze ? sums_of_lanes(waiting) / static_cast<S>(positions)
-                                                  : sums_of_lanes(waiting));
+        V::store(ready, Pass == GatePass::squeeze ? V::sums(waiting) / static_cast<S>(positions) : V::sums(waiting));
         for (int l = 0; l < count; ++l) out[to[l]] = Pass == GatePass::squeeze || open(p, of[l]) ? ready[l] : S(0);
         count = 0;
       }
