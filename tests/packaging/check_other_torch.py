@@ -3,12 +3,15 @@
 Takes the rcu_ops of the Python that runs this script: its Python files and ``librcu_ops.so``, without the native
 module, which belongs to one Python version. Loads that under the other torch and runs the operators' tests there, all
 of them on the compiled CPU kernels too. Before that, compiles the sources against the other torch's headers: whoever
-has that torch builds with it. Run it whenever the bindings change:
+has that torch builds with it. Run it whenever the bindings change, and for every new torch:
 
     python tests/packaging/check_other_torch.py                          # torch 2.11 on a python3.12 found here
     python tests/packaging/check_other_torch.py --python python3.13 --torch 'torch==2.12.*' --venv ~/venvs/torch-2.12
+    python tests/packaging/check_other_torch.py --venv ~/venvs/mine      # the torch that this environment has
+    python tests/packaging/check_other_torch.py --venv ~/venvs/mine tests/nn tests/test_stream_export.py
 
-The environment is made on the first run (it may download gigabytes) and used again afterwards.
+The environment is made on the first run (it may download gigabytes) and used again afterwards; what it has is left as
+it is, and what the tests need besides is installed into it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NEEDED = ("numpy", "safetensors", "pytest", "pytest-timeout", "pytest-benchmark", "hypothesis")
+NEEDED = ("numpy", "safetensors", "pytest", "pytest-timeout", "pytest-benchmark", "pytest-xdist", "hypothesis")
+OLDEST_TORCH = "torch==2.11.*"
 
 # Runs under the other torch, and checks that the library's kernels are what the tests will test: an operator without
 # one would be tested on the reference alone.
@@ -70,12 +74,16 @@ def find_python(name: str) -> str:
     raise SystemExit(f"error: no interpreter {name} was found; name one by --python")
 
 
-def make_environment(directory: Path, python: str, torch: str) -> str:
-    """Return the interpreter of an environment with ``torch`` and what the tests need, made or used again."""
+def make_environment(directory: Path, python: str, torch: str | None) -> str:
+    """Return the interpreter of an environment with ``torch`` (None: any) and what the tests need, made or used."""
     interpreter = directory / "bin" / "python"
     if not interpreter.exists():
         subprocess.run([find_python(python), "-m", "venv", str(directory)], check=True)
-    subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", torch, *NEEDED], check=True)
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    if torch is None and subprocess.run([str(interpreter), "-c", find]).returncode != 0:
+        torch = OLDEST_TORCH
+    wanted = [torch, *NEEDED] if torch else NEEDED
+    subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *wanted], check=True)
     return str(interpreter)
 
 
@@ -97,8 +105,9 @@ def main() -> int:
     """Run the check; exit code 0 if the library serves the other torch."""
     parser = argparse.ArgumentParser(description="Prove that the installed op library serves another torch and Python.")
     parser.add_argument("--python", default="python3.12", help="the other Python, name or path (default: %(default)s)")
-    parser.add_argument("--torch", default="torch==2.11.*", help="the other torch, for pip (default: %(default)s)")
+    parser.add_argument("--torch", help=f"the other torch, for pip (default: what is there, else {OLDEST_TORCH})")
     parser.add_argument("--venv", type=Path, default=ROOT / "build" / "other-torch", help="where its environment is")
+    parser.add_argument("tests", nargs="*", default=["tests/ops"], help="what to run there (default: %(default)s)")
     arguments = parser.parse_args()
 
     interpreter = make_environment(arguments.venv, arguments.python, arguments.torch)
@@ -114,7 +123,8 @@ def main() -> int:
         probe = subprocess.run([interpreter, "-c", PROBE], cwd=scratch, env=environment)
         if compiled.returncode != 0 or probe.returncode != 0:
             return 1
-        tests = [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops"]
+        parallel = ["-n", "2", "--dist", "loadfile"]
+        tests = [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *arguments.tests]
         return subprocess.run(tests, cwd=scratch, env=environment).returncode
 
 
