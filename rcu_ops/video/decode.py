@@ -115,6 +115,16 @@ def require_av() -> ModuleType:
     return av
 
 
+def _open_any_metadata(av: ModuleType, url: str, **arguments: Any) -> Any:
+    """``av.open``, told to accept metadata that is no UTF-8 where PyAV takes that argument: 19 refuses it."""
+    try:
+        return av.open(url, metadata_errors="replace", **arguments)
+    except TypeError as error:
+        if "metadata_errors" not in str(error):
+            raise
+    return av.open(url, **arguments)
+
+
 def open_video(
     source: str | os.PathLike[str],
     *,
@@ -226,11 +236,11 @@ class VideoReader(Iterator[Frame]):
         address = self._address
         remote = address.path is None
         try:
-            container = self._av.open(
+            container = _open_any_metadata(
+                self._av,
                 address.url,
                 format=address.format,
                 options={**address.options, **options},
-                metadata_errors="replace",
                 timeout=timeout if remote else None,
             )
         except self._av.error.ExitError as error:
