@@ -7,7 +7,7 @@ spatial convolution. Every position is independent, so ``w_hh`` is a C x C matri
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -41,6 +41,35 @@ def mix_channels(weight: Tensor, h: Tensor) -> Tensor:
     return torch.einsum("oc,nc...->no...", weight, h)
 
 
+def _channels_last(clip: Tensor) -> bool:
+    """Whether frames lie as [N,H,W,C]: then neither they nor their gradients are transposed."""
+    return clip.stride(1) == 1
+
+
+def _frames(clip: Tensor) -> Sequence[Tensor]:
+    """[N,C,T,H,W] -> T times [N,C,H,W], whose gradients are gathered at once."""
+    if _channels_last(clip):
+        return [frame.movedim(-1, 1) for frame in clip.movedim(1, -1).unbind(1)]
+    return clip.unbind(2)
+
+
+def _clip(frames: list[Tensor], like: Tensor) -> Tensor:
+    """T times [N,C,H,W] -> [N,C,T,H,W], in memory as ``like`` lies."""
+    if _channels_last(like):
+        return torch.stack([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
+    if like.stride(2) > like.stride(1):  # frames [C,H,W] one after the other
+        return torch.stack(frames, dim=1).transpose(1, 2)
+    return torch.stack(frames, dim=2)
+
+
+def _mixer(weight: Tensor, clip: Tensor) -> Callable[[Tensor], Tensor]:
+    """:func:`mix_channels` with ``weight`` for the clip's states as they lie."""
+    if not _channels_last(clip) or clip.shape[2] == 1:  # one frame does not pay for a transposed weight
+        return functools.partial(mix_channels, weight)
+    by_rows = weight.T.contiguous()
+    return lambda h: (h.movedim(1, -1) @ by_rows).movedim(-1, 1)
+
+
 @without_autocast
 def recurrent_conv(
     x: Tensor,
@@ -67,29 +96,20 @@ def recurrent_conv(
     state_dtype = state_dtype or state_dtype_of(x.dtype)
     weight = weight.to(state_dtype)
     order = range(x.shape[2] - 1, -1, -1) if reverse else range(x.shape[2])
-    channels_last = x.stride(1) == 1  # then frames lie as [N,H,W,C]: neither they nor their gradients are transposed
-    inputs = [frame.movedim(-1, 1) for frame in x.movedim(1, -1).unbind(1)] if channels_last else x.unbind(2)
-    by_rows = weight.T.contiguous() if channels_last and len(inputs) > 1 else None  # one frame does not pay for it
+    x_at, mix = _frames(x), _mixer(weight, x)
     h = None if h0 is None else h0.to(state_dtype)
     states: dict[int, Tensor] = {}
     for t in order:
-        x_t = inputs[t].to(state_dtype)
+        x_t = x_at[t].to(state_dtype)
         if h is None:
             h = x_t
         else:
-            mixed = mix_channels(weight, h) if by_rows is None else (h.movedim(1, -1) @ by_rows).movedim(-1, 1)
-            h = mixed + x_t
+            h = mix(h) + x_t
             if update == "mean":
                 h = h / 2
         states[t] = h
     assert h is not None, "x has no frames"
-    frames = [states[t].to(x.dtype) for t in range(x.shape[2])]
-    if channels_last:
-        out = torch.stack([frame.movedim(1, -1) for frame in frames], dim=1).movedim(-1, 1)
-    elif x.stride(2) > x.stride(1):  # frames [C,H,W] one after the other, in and out
-        out = torch.stack(frames, dim=1).transpose(1, 2)
-    else:
-        out = torch.stack(frames, dim=2)
+    out = _clip([states[t].to(x.dtype) for t in range(x.shape[2])], like=x)
     return out, h.clone() if x.shape[2] == 1 and h0 is None else h
 
 
