@@ -39,7 +39,7 @@ from rcu_ops import _library
 from rcu_ops.ops import _schema
 
 assert _library.load_error() is None, _library.load_error()
-assert _library.native() is None, "the native module of another Python was loaded"
+assert _library.native() is None, "a native module was loaded: is rcu-ops installed in that environment? It must not be"
 made_of_others = {"recurrent_conv_batch_norm", "recurrent_conv_batch_norm_backward"}  # statistics may cross processes
 names = [name for name in _schema.names() if not name.endswith("_triton") and name not in made_of_others]
 missing = [name for name in names if not _library.has_kernel(name, "CPU")]
