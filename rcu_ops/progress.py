@@ -92,8 +92,14 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second over the last few seconds; 0.0 before the first unit."""
+        """Units per second over the last few seconds; 0.0 before the first unit.
+
+        Where one update took longer than that, as the last frame of a clip does, it says nothing about the others,
+        and the average since the start is given.
+        """
         (then, before), now = self._recent[0], self._clock()
+        if len(self._recent) == 2 and now - then > _RATE_WINDOW_SECONDS:
+            then, before = self._start, 0
         return (self.count - before) / (now - then) if now > then else 0.0
 
     def update(self, steps: int = 1, note: str | None = None) -> None:

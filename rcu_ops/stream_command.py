@@ -422,7 +422,10 @@ class _Session:
         self._latencies.append(time.perf_counter() - start)
         if scores is None:
             self.frames += 1
-            bar.update(note=f"first clip: {self.frames} of {self._network.clip_length} frames")
+            progress = f"first clip: {self.frames} of {self._network.clip_length} frames"
+            if self._files is not None:
+                self._files.write_unscored(frame, image, progress)
+            bar.update(note=progress)
             return
         if not np.isfinite(scores).all():
             raise _NotFiniteError(
@@ -575,6 +578,11 @@ class _OutputFiles:
         except BaseException as error:
             self._drop_scores(error)
             raise
+
+    def write_unscored(self, frame: Frame, image: np.ndarray, note: str) -> None:
+        """Add a frame that has no scores yet to the video alone; ``note`` says why there are none."""
+        picture = self._panel.draw(image, time_seconds=frame.time_seconds, index=frame.index, scores=(), note=note)
+        self._video.write(picture, frame.time_seconds)
 
     def write(self, result: _Result, image: np.ndarray) -> None:
         """Add one frame to all of them."""

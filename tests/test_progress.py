@@ -75,6 +75,21 @@ def test_a_log_gets_a_few_plain_lines():
     assert sum("3600/3600" in line for line in lines) == 1
 
 
+def test_one_slow_unit_does_not_speak_for_the_others():
+    clock, stream = Clock(), io.StringIO()
+    with Progress(100, "clip.mp4", "frames", stream=stream, clock=clock) as bar:
+        for seconds in [0.01] * 31 + [9.69]:  # a network of clips works when the clip is whole
+            clock.now += seconds
+            bar.update()
+        assert bar.rate == pytest.approx(3.2)
+        clock.now += 0.01
+        bar.update()
+        clock.now += 4.99
+        bar.update()
+        assert bar.rate == pytest.approx(2 / 5)  # over the last seconds again
+    assert "32/100 frames  3.2 frames/s  0:10" in stream.getvalue()
+
+
 def test_short_work_leaves_a_log_alone():
     assert run(io.StringIO(), 10, 0.1, total=10) == ""
 

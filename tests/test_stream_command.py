@@ -525,6 +525,8 @@ def test_networks_of_clips(tmp_path, labels, capsys):
     assert [line["index"] for line in lines] == list(range(7, 27))  # from the first clip's last frame on
     assert [line["clips"] for line in lines] == [1] * 8 + [2] * 8 + [3] * 4
     assert (summary["clips"], summary["frames"]) == (3, 27)
+    with open_video(out / "annotated.mp4") as annotated:
+        assert sum(1 for _ in annotated) == 27  # those before the first prediction, too
     assert lines[0]["gmac"] < lines[8]["gmac"] < lines[-1]["gmac"] == summary["gmac"]
     assert all("frame_top" not in line for line in lines)  # nothing is said of a frame alone
     assert "3 clips" in capsys.readouterr().out

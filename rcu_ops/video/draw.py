@@ -155,7 +155,7 @@ class ScorePanel:
         self.height = (self._picture_height + panel + 1) // 2 * 2
 
     def draw(
-        self, image: np.ndarray, *, time_seconds: float, index: int, scores: Sequence[tuple[str, float]]
+        self, image: np.ndarray, *, time_seconds: float, index: int, scores: Sequence[tuple[str, float]], note: str = ""
     ) -> np.ndarray:
         """The annotated frame, uint8 RGB [height, width, 3].
 
@@ -163,6 +163,7 @@ class ScorePanel:
             image: uint8 RGB [H, W, 3].
             time_seconds, index: of the frame.
             scores: label and probability of the leading classes, best first; as many as there are rows are shown.
+            note: said where the first class would stand, for frames that have no scores.
         """
         canvas = np.empty((self.height, self.width, 3), dtype=np.uint8)
         canvas[...] = BACKGROUND
@@ -180,6 +181,10 @@ class ScorePanel:
             baseline += self._line
             warning = _shortened(self._warning, right - left, size, bold=True)
             draw_text(canvas, warning, left, baseline, size, WARNING, bold=True)
+
+        if note and not scores:
+            baseline += self._line
+            draw_text(canvas, _shortened(note, right - left, size), left, baseline, size, FAINT)
 
         number_width = text_width("100.0 %", size)
         bar_left = left + round((right - left) * 0.42)

@@ -94,6 +94,21 @@ def test_the_warning_is_in_the_picture():
     assert warning_pixels("untrained network") > 200
 
 
+def test_a_frame_without_scores_says_why():
+    panel = ScorePanel(120, 400, rows=3, title="net")
+    options = {"time_seconds": 0.5, "index": 12, "scores": ()}
+    bare = panel.draw(picture(0, 120, 400), **options)
+    said = panel.draw(picture(0, 120, 400), **options, note="first clip: 13 of 32 frames")
+    assert bare.shape == said.shape
+    rows, columns = np.nonzero((bare != said).any(axis=-1))
+    assert rows.min() > 120 and columns.max() < 400
+    with_scores = {**options, "scores": [("juggling", 0.4)]}
+    assert np.array_equal(
+        panel.draw(picture(0, 120, 400), **with_scores, note="first clip: 13 of 32 frames"),
+        panel.draw(picture(0, 120, 400), **with_scores),
+    )
+
+
 def test_history_is_bounded_and_evenly_spread():
     history = ScoreHistory(limit=64)
     for index in range(1000):
