@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import math
 import os
 import sys
@@ -65,7 +66,10 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the suite.  Returns 0, or 1 when a result of ours was wrong; what an interrupt left is kept (130)."""
+    """Run the suite.  Returns 0, or 1 when a result of ours was wrong; what an interrupt left is kept (130).
+
+    An operator's table is printed when the last of its cases is done, and ``bench.json`` is written after every case.
+    """
     import torch
 
     from rcu_ops.bench import machine, output
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     peaks = machine.measure_peaks(device, warm, dtypes)
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.flops_per_second.items())
     print(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}")
-    print(f"measured peaks: copy {peaks.bytes_per_second / 1e9:.1f} GB/s, {rates}\n")
+    print(f"measured peaks: copy {peaks.bytes_per_second / 1e9:.1f} GB/s, {rates}", flush=True)
 
     not_run: list[str] = []
 
@@ -111,11 +115,15 @@ def run(args: argparse.Namespace) -> int:
     def measure(case: Any) -> Iterator[CaseResult]:
         return run_case(case, timers, peaks, schedule)
 
-    results, end = _measure(cases, measure, keep, device, deadline)
-    print(output.table(results))
+    tables = _Tables(cases)
+    results, end = _measure(cases, measure, keep, tables, device, deadline)
+    tables.print_others(results)
     if not_run:
         why = end or "no time was left"
-        print(f"{len(not_run)} of {len(cases)} cases were not run, bench.json names them: {why}", file=sys.stderr)
+        print(
+            f"incomplete: {len(not_run)} of {len(cases)} cases were not run, bench.json names them: {why}",
+            file=sys.stderr,
+        )
     print(f"\nwrote {args.out / 'bench.json'}", file=sys.stderr)
     _draw(args.out, results, about)
     failures = [failure for result in results for failure in result.failures]
@@ -159,34 +167,67 @@ def _warn_if_busy() -> None:
 INTERRUPTED = "interrupted"
 
 
+class _Tables:
+    """The operators' tables, each printed once: when its cases are done, or at the end of a run that stopped before."""
+
+    def __init__(self, cases: list[Any]) -> None:
+        self._cases = collections.Counter(case.op for case in cases)
+        self._printed: set[str] = set()
+
+    def print_finished(self, op: str, results: list[CaseResult], write: Callable[[str], None]) -> None:
+        """Print the operator's table, if all of its cases were run."""
+        if self._count(op, results) == self._cases[op]:
+            self._printed.add(op)
+            write("\n" + self._table(op, results))
+
+    def print_others(self, results: list[CaseResult]) -> None:
+        """Print what there is of every operator whose table was not printed, and say how much is missing."""
+        for op in dict.fromkeys(result.case.op for result in results):
+            if op not in self._printed:
+                print(f"\n{op}: incomplete, {self._count(op, results)} of {self._cases[op]} cases were run")
+                print(self._table(op, results))
+
+    def _count(self, op: str, results: list[CaseResult]) -> int:
+        return len({result.case.id for result in results if result.case.op == op})
+
+    def _table(self, op: str, results: list[CaseResult]) -> str:
+        from rcu_ops.bench import output
+
+        return output.table([result for result in results if result.case.op == op])
+
+
 def _measure(
     cases: list[Any],
     measure: Callable[[Any], Iterable[CaseResult]],
     keep: Callable[[list[CaseResult]], None],
+    tables: _Tables,
     device: Any,
     deadline: float | None = None,
 ) -> tuple[list[CaseResult], str | None]:
     """Results, and what ended the run before its time, if anything did.
 
-    ``keep`` is called with what there is before the first case and after every one: a crash later loses none.
+    ``keep`` is called with what there is before the first case and after every one: a crash later loses none. A case
+    that was interrupted half-way has no result.
     """
     from rcu_ops.progress import Progress
 
     results: list[CaseResult] = []
     keep(results)
     with Progress(len(cases), "bench", "cases") as bar:
-        for case in cases:
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            bar.update(0, note=case.id)
-            try:
-                results += measure(case)
-            except KeyboardInterrupt:
-                return results, INTERRUPTED
+        try:
+            for case in cases:
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+                bar.update(0, note=case.id)
+                results += list(measure(case))
+                keep(results)
+                bar.update()
+                tables.print_finished(case.op, results, bar.write)
+                if (fault := _fault(device)) is not None:
+                    return results, f"{case.id}: {fault}"
+        except KeyboardInterrupt:
             keep(results)
-            if (fault := _fault(device)) is not None:
-                return results, f"{case.id}: {fault}"
-            bar.update()
+            return results, INTERRUPTED
     return results, None
 
 

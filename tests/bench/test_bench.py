@@ -491,10 +491,61 @@ def test_a_budget_leaves_cases_out_and_names_them(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(SCHEDULES, "quick", FAST)
     assert main(["bench", "--quick", "--budget", "0.04", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "bench.json").read_text())["not_run"] == [cases[1].id]
-    assert "1 of 2 cases were not run, bench.json names them: no time was left" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "incomplete: 1 of 2 cases were not run, bench.json names them: no time was left" in shown.err
+    assert shown.out.count("doubling: incomplete, 1 of 2 cases were run\ndoubling: forward") == 1
     for wrong_budget in ("-1", "soon"):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", "--budget", wrong_budget])
+
+
+def _operators(monkeypatch, last) -> list[Case]:
+    """Three cases of two operators; ours in the last one is ``last``."""
+    cases = [_Doubling(**{OURS: right}), _Doubling(**{OURS: right}), _Doubling(**{OURS: last})]
+    cases[0].op, cases[1].shape, cases[2].shape = "tripling", "N4", "N5"
+    monkeypatch.setattr(command, "collect", lambda *_: cases)
+    monkeypatch.setattr("rcu_ops.bench.machine.measure_peaks", lambda *_: PEAKS)
+    monkeypatch.setitem(SCHEDULES, "quick", FAST)
+    return cases
+
+
+def test_a_table_is_printed_when_its_operator_is_done(tmp_path, monkeypatch, capsys) -> None:
+    before: list[str] = []
+    written: list[dict] = []
+
+    def last(inputs):
+        if not before:
+            before.append(capsys.readouterr().out)
+            written.append(json.loads((tmp_path / "bench.json").read_text()))
+        return right(inputs)
+
+    cases = _operators(monkeypatch, last)
+    assert main(["bench", "--quick", "--out", str(tmp_path)]) == 0
+    assert "tripling: forward" in before[0]
+    assert "doubling: forward" not in before[0]
+    assert [result["id"] for result in written[0]["results"]] == [case.id for case in cases[:2]]
+    assert written[0]["not_run"] == [cases[2].id]
+    after = capsys.readouterr().out
+    assert "tripling" not in after
+    assert after.count("doubling: forward") == 1
+    assert [row.split()[0] for row in after.splitlines() if row.startswith("N")] == ["N4", "N5"]
+
+
+def test_an_interrupt_leaves_what_there_is(tmp_path, monkeypatch, capsys) -> None:
+    def last(inputs):
+        raise KeyboardInterrupt
+
+    cases = _operators(monkeypatch, last)
+    assert main(["bench", "--quick", "--out", str(tmp_path)]) == 130
+    shown = capsys.readouterr()
+    assert "incomplete: 1 of 3 cases were not run, bench.json names them: interrupted" in shown.err
+    assert shown.out.count("tripling: forward") == shown.out.count("doubling: forward") == 1
+    assert "tripling: incomplete" not in shown.out
+    assert "doubling: incomplete, 1 of 2 cases were run\ndoubling: forward" in shown.out
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert [result["id"] for result in data["results"]] == [case.id for case in cases[:2]]
+    assert data["not_run"] == [cases[2].id]
+    assert not list(tmp_path.glob(".bench*"))
 
 
 def test_the_floor_of_16_bit_products_is_the_faster_of_two_ways() -> None:
