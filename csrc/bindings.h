@@ -94,7 +94,10 @@ inline ScalarType state_dtype(ScalarType dtype) {
 
 // ---- allocation ------------------------------------------------------------------------------------------------
 
-inline void* pointer(const Tensor& tensor) { return tensor.data_ptr(); }
+// Whatever the kernel does with it. Asking for the mutable pointer makes the copy of a tensor that is copied on write
+// (torch._lazy_clone), also where it is only read; what bindings write to they have made themselves, and it is no such
+// tensor.
+inline void* pointer(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
 
 inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()));
