@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 import time
+import types
 
 import pytest
 import torch
@@ -480,16 +481,19 @@ def test_a_baseline_outside_the_tolerance_rule_is_left_out_and_fails_nothing(tmp
 
 
 def test_a_budget_leaves_cases_out_and_names_them(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+
     def slow(inputs):
-        time.sleep(0.05)
+        clock[0] += 1
         return right(inputs)
 
     cases = [_Doubling(**{OURS: slow}), _Doubling(**{OURS: slow})]
     cases[1].shape = "N4"
     monkeypatch.setattr(command, "collect", lambda *_: cases)
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("rcu_ops.bench.machine.measure_peaks", lambda *_: PEAKS)
     monkeypatch.setitem(SCHEDULES, "quick", FAST)
-    assert main(["bench", "--quick", "--budget", "0.04", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "--quick", "--budget", "0.5", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "bench.json").read_text())["not_run"] == [cases[1].id]
     shown = capsys.readouterr()
     assert "incomplete: 1 of 2 cases were not run, bench.json names them: no time was left" in shown.err
