@@ -70,6 +70,7 @@ def missing_requirements(*, compile_kernels: bool) -> list[str]:
 
 
 def _requirements_to_compile() -> list[str]:
+    rcu_ops_build.require_writable()
     expose_target_environment()
     plan = rcu_ops_build.make_plan()
     return missing_requirements(compile_kernels=plan.kind != "none")
@@ -113,11 +114,13 @@ def prepare_metadata_for_build_editable(metadata_directory: str, config_settings
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     """PEP 517 hook."""
+    rcu_ops_build.require_writable()  # pip may not have asked for requirements
     return str(_setuptools().build_wheel(wheel_directory, config_settings, metadata_directory))
 
 
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     """PEP 660 hook."""
+    rcu_ops_build.require_writable()  # pip may not have asked for requirements
     return str(_setuptools().build_editable(wheel_directory, config_settings, metadata_directory))
 
 

@@ -444,6 +444,19 @@ class Target:
         return [*self.link, "-o", str(output), *(str(job.output) for job in self.jobs), *self.link_tail]
 
 
+def require_writable(root: Path = ROOT) -> None:
+    """Check that the source tree takes what a build leaves there: objects, and setuptools' copies.
+
+    Raises:
+        BuildError: it does not.
+    """
+    place = root / "build" if (root / "build").is_dir() else root
+    if not os.access(place, os.W_OK):
+        raise BuildError(
+            f"{place} cannot be written to, and a build keeps its objects there; copy the source tree first"
+        )
+
+
 def require_torch() -> Torch:
     """Return the torch to compile against.
 

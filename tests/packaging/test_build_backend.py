@@ -297,6 +297,20 @@ def test_forced_choice_fails_before_anything_is_fetched(monkeypatch: pytest.Monk
         rcu_ops_backend.get_requires_for_build_wheel()
 
 
+@pytest.mark.parametrize("hook", ["get_requires_for_build_wheel", "build_wheel", "build_editable"])
+@pytest.mark.parametrize("built", [False, True])
+def test_a_read_only_source_tree_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hook: str, built: bool
+) -> None:
+    place = tmp_path / "build" if built else tmp_path
+    place.mkdir(exist_ok=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (place, os.W_OK))
+    monkeypatch.setattr(build.require_writable, "__defaults__", (tmp_path,))
+    arguments = [] if hook.startswith("get") else ["unused"]
+    with pytest.raises(build.BuildError, match=f"{place} cannot be written to, .*copy the source tree first"):
+        getattr(rcu_ops_backend, hook)(*arguments)
+
+
 def test_old_setuptools_without_isolation_is_an_error(installed: Callable[..., None]) -> None:
     installed(setuptools="65.5.0", torch="2.13.0")
     with pytest.raises(SystemExit, match=r"building rcu-ops needs setuptools>=77\.0\.3"):
