@@ -193,6 +193,15 @@ def _empty_state(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(n, c, length, height, width, dtype=dtype)
 
 
+def _laid_out_anew(x: Tensor, innermost: bool) -> Tensor:
+    """x with channels innermost, or not: also where strides of a size of one would say otherwise."""
+    n, k, c, *positions = x.shape
+    if innermost:
+        return x.new_empty(n, k, *positions, c).movedim(-1, 2).copy_(x)
+    apart = 2 if math.prod(positions) == 1 else 1
+    return x.new_empty(n, k, c, apart, *positions)[:, :, :, 0].copy_(x)
+
+
 def _empty_saved(x: Tensor, features: int, o0: Tensor | None) -> Tensor:
     n, k, _, length, height, width = x.shape
     return x.new_empty((k if o0 is not None else k - 1) * n * length * height * width * features)
@@ -286,6 +295,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     o, _, hidden, gates = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(hidden, gates)
+    ctx.channels_innermost = _channels_innermost(tensors[0])
     ctx.save_for_backward(*tensors, o, hidden, gates)
 
 
@@ -295,7 +305,11 @@ def _backward(
     needed = ctx.needs_input_grad[:7]
     if grad_o is None and grad_o_n is None:
         return (None,) * 8
-    gradients = operators.backward(grad_o, grad_o_n, *ctx.saved_tensors, needed[0], any(needed[1:6]))
+    x, *saved = ctx.saved_tensors
+    # Gates lie in the order that x had. Hooks on saved tensors, of save_on_cpu for one, may return it in another.
+    if _channels_innermost(x) != ctx.channels_innermost:
+        x = _laid_out_anew(x, ctx.channels_innermost)
+    gradients = operators.backward(grad_o, grad_o_n, x, *saved, needed[0], any(needed[1:6]))
     return *(g if n else None for g, n in zip(gradients, needed, strict=True)), None
 
 

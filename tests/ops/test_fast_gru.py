@@ -471,6 +471,27 @@ def test_recompute_keeps_no_gates(backend) -> None:
         assert kept[False] - kept[True] == 4 * 2 * 9 * (2 * 2 + 3 * 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("forward", "backward", "size"),
+    [("innermost", "contiguous", 8), ("contiguous", "innermost", 8), ("apart", "contiguous", 1)],
+)
+def test_saved_tensors_may_come_back_in_another_order_of_memory(backend, forward, backward, size, dtype) -> None:
+    """As from save_on_cpu(pin_memory=True), which keeps no strides: the gates lie in the order that x had."""
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "contiguous": lambda x: torch.empty(x.shape, dtype=x.dtype).copy_(x),
+        "innermost": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2) if x.dim() == 6 else x,
+        "apart": lambda x: torch.stack([x, x], 3)[:, :, :, 0],
+    }
+    x, *rest = inputs((1, 3, 200, 1, size, size), 50, dtype)
+    tensors = [layouts[forward](x), *rest]
+    grad = torch.randn(x.shape).to(dtype)
+    want = gradients_of(tensors, grad)
+    with torch.autograd.graph.saved_tensors_hooks(layouts[backward], lambda t: t):
+        got = gradients_of(tensors, grad)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 GOOD = {
