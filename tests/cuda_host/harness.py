@@ -404,6 +404,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def one_number_further(x: Tensor) -> Tensor:
+    """A copy of a dense tensor, in its strides, that begins one number after an aligned address."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+    return memory.as_strided(x.shape, x.stride()).copy_(x)
+
+
 def poisoned_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``torch.empty_like`` in which an element that nobody writes stays NaN."""
     return torch.full_like(x, torch.nan, dtype=dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rcu_ops import reference
 from rcu_ops.reference.cycle_consistency import loss_of_landing, present
-from tests.cuda_host.harness import DTYPES, Machine, poisoned_like, state_dtype
+from tests.cuda_host.harness import DTYPES, Machine, one_number_further, poisoned_like, state_dtype
 from tests.ops import alignment
 from tests.ops.test_srtg import LAYOUTS
 from tests.tolerance import assert_close_to_reference
@@ -436,6 +436,9 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     machine.device = {"multiprocessors": 4}
     long = [torch.randn(1, frames, 16) for frames in (34, 36)]
     run("cycle", *long, mask_b=masks(1, 36))
+    for further in (a[..., :64].contiguous(), long[0]):  # no copies of 16 bytes
+        run("cycle", further, one_number_further(further))
+        run("soft", one_number_further(further), further)
     run("soft", *long, temperature=1e4)
     run("soft", a, b, mask_b=mask_b)
     run("soft_backward", a, b, grad=torch.randn_like(a))
@@ -453,3 +456,4 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
         gate_data(machine, "squeeze", laid_out)
         gate_data(machine, "mul", laid_out, h, torch.ones(1).bool())
         gate_data(machine, "backward", laid_out, h, None, laid_out)
+        gate_data(machine, "backward", laid_out, h, None, one_number_further(laid_out))

@@ -99,10 +99,12 @@ CASES += [(1, (), False), (2, (), False), (2, (1,), False)]
 
 
 def plane(shape: tuple[int, int, int], dtype: torch.dtype, layout: int) -> Tensor:
-    """Memory for an operand: contiguous, with gaps between rows and segments, or segments outermost."""
+    """Memory for an operand: dense, with gaps between rows and segments, with segments outermost, beginning anywhere."""
     rows, segments, length = shape
     if layout == 0:
         return torch.empty(shape, dtype=dtype)
+    if layout == 3:  # aligned to nothing but its numbers
+        return torch.empty(rows * segments * length + 1, dtype=dtype)[1:].view(shape)
     if layout == 1:
         return torch.empty(rows + 1, segments + 2, length + 16, dtype=dtype)[1:, 1:-1, 8:-8]
     return torch.empty(segments, rows, length, dtype=dtype).transpose(0, 1)
@@ -122,7 +124,7 @@ def check(
     tensors: dict[str, Tensor | None] = {}
     for i in sorted({*inputs, *exact}):
         kind = state if i in in_state or (wide and i == 0) else dtype
-        memory = plane(shape, kind, (layout + i) % 3 if layout else 0)
+        memory = plane(shape, kind, (layout + i) % 3 if layout in (1, 2) else layout)
         tensors[f"p{i}"] = memory.copy_(inputs[i]) if i in inputs else memory.fill_(torch.nan)
     rows, segments, length = shape
     machine.call(
@@ -172,6 +174,7 @@ def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, seed) -> Non
     for index in range(len(PASSES)):
         check(machine, index, (), (2, 2, 16), torch.bfloat16, 0)
         check(machine, index, (), (3, 2, 5), torch.float32, 2)
+        check(machine, index, (), (2, 2, 16), torch.bfloat16, 3)
 
 
 def test_too_many_elements_are_refused(machine) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda_host.harness import DTYPES, LaunchError, Machine, state_dtype
+from tests.cuda_host.harness import DTYPES, LaunchError, Machine, one_number_further, state_dtype
 from tests.ops import exact_nonlocal as exact
 from tests.ops.test_nonlocal_gates import LAYOUTS, eager, eager_step, gradients, inputs, random_mask, step_inputs
 from tests.tolerance import assert_close_to_reference
@@ -217,6 +217,21 @@ def test_dead_and_infinite_on_the_matrix_unit(machine, kernel) -> None:
 @pytest.mark.parametrize("layout", ["channel_slice", "every_other_row"])  # of unit stride: others are copied before
 def test_layouts(machine, layout) -> None:
     check_attention(machine, (2, 11, 18, 35, 37), torch.bfloat16, layout)
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_rows_that_begin_anywhere_are_not_for_the_matrix_unit(machine, moved) -> None:
+    """A query, key, value or gradient one number after an aligned address: whichever it is, the plan says so."""
+    arguments = [*inputs((1, 20, 30, 16, 24), torch.bfloat16), torch.randn(1, 20, 24).bfloat16()]
+    placed = [one_number_further(a) if i == moved else a for i, a in enumerate(arguments)]
+    got = attention(machine, *placed[:3])
+    assert ("rows are not aligned to 16 bytes" in machine.plan) == (moved < 3)
+    assert_close_to_reference(got, exact.attention(*arguments[:3]), eager(*arguments[:3]))
+    results = attention_gradients(machine, placed[3], *placed[:3])
+    assert "rows are not aligned to 16 bytes" in machine.plan
+    precise = exact.attention_gradients(arguments[3], *arguments[:3])
+    for values in zip(results, precise, gradients(eager, arguments[:3], [arguments[3]]), strict=True):
+        assert_close_to_reference(*values)
 
 
 def test_weights_that_do_not_fit_are_made_again(machine, seed) -> None:

@@ -211,6 +211,13 @@ def short_cycle(machine: Machine) -> None:
             assert alignment.check_indices(index, x, y, 10 * magnitude**2)[1] == 0
 
 
+def short_cycle_anywhere(machine: Machine) -> None:
+    a = torch.randn(1, 12, 512)
+    _, *found = cycles.align(machine, "cycle", a, harness.one_number_further(a + 0.1), temperature=100.0)
+    for index in found:
+        assert alignment.check_indices(index, a, a, 100.0)[1] == 0
+
+
 def short_cycle_in_clusters(machine: Machine) -> None:
     machine.device = cycles.CLUSTERS
     a = torch.randn(1, 6, 512) * torch.linspace(0.1, 1, 512)
@@ -580,6 +587,13 @@ FAULTS = [
         file=SHORT,
     ),
     Fault(
+        "rows are copied by words for which they do not lie",
+        "reinterpret_cast<uintptr_t>(v->data) % word == 0 && ",
+        "",
+        short_cycle_anywhere,
+        file=SHORT,
+    ),
+    Fault(
         "sums are written where others read a stage",
         "  block_barrier();  // the stages have been read\n",
         "",
@@ -828,6 +842,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         dead_queries,
         relate_clusters,
         short_cycle,
+        short_cycle_anywhere,
         short_cycle_in_clusters,
         losses,
         long_cycle,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import reference
-from tests.cuda_host.harness import DTYPES, Machine, state_dtype
+from tests.cuda_host.harness import DTYPES, Machine, one_number_further, state_dtype
 from tests.tolerance import assert_close_to_reference
 
 contiguous = functools.partial(torch.clone, memory_format=torch.contiguous_format)
@@ -444,6 +444,35 @@ def test_weights_of_any_alignment_and_pitch(machine) -> None:
             for way in ways:
                 got = machine.forward(x, way.copy_(weight), h0)
                 assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "hopper", "kernel", "words"),
+    [
+        ((2, 16, 3, 4, 6), torch.bfloat16, False, "tile", "by 2 bytes"),
+        ((1, 136, 2, 4, 4), torch.float16, False, "wide", "by 2 bytes"),
+        ((1, 136, 2, 4, 4), torch.bfloat16, True, "hopper", "by 2 bytes"),
+        ((2, 16, 3, 4, 6), torch.float32, False, "fp32", "x by single numbers"),
+    ],
+    ids=lambda v: str(v).replace(" ", ""),
+)
+def test_tensors_that_begin_anywhere(machine_with, shape, dtype, hopper, kernel, words, layout) -> None:
+    """One number after an aligned address words are as short as can be, and no bit is another."""
+    machine = machine_with("address", device=HOPPER if hopper else {"multiprocessors": 1}, hopper=hopper)
+    x, weight, h0 = inputs(shape, dtype)
+    x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(shape).to(dtype))
+    channels = torch.randn(shape[1])
+    found = []
+    for place in (lambda v: v, one_number_further):
+        state, residual = place(h0), place(grad_h)
+        found.append([*machine.forward(place(x), place(weight), state)])
+        assert machine.plan.startswith(kernel) and (words in machine.plan) == (len(found) == 2)
+        found[-1] += machine.forward(place(x), weight, scale=channels, shift=channels, residual=residual, relu=True)
+        assert (words in machine.plan) == (len(found) == 2)
+        found[-1] += machine.backward(place(grad_h), place(h0.float()), place(x), weight, state, mean=True)
+        assert ("by 2 bytes" in machine.plan) == (len(found) == 2 and dtype != torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -13,7 +13,7 @@ from rcu_ops.reference.recurrent_conv_batch_norm import (
     normalize_backward,
     normalize_sums,
 )
-from tests.cuda_host.harness import DTYPES, LaunchError, Machine, poisoned_like, state_dtype
+from tests.cuda_host.harness import DTYPES, LaunchError, Machine, one_number_further, poisoned_like, state_dtype
 from tests.cuda_host.test_recurrent_conv import exact_backward, inputs
 from tests.ops.test_recurrent_conv import LAYOUTS
 from tests.tolerance import assert_close_to_reference
@@ -204,5 +204,6 @@ def test_sanitizers(machine_with, sanitizer, seed) -> None:
     check_fused(machine, (1, 130, 2, 5, 5), torch.bfloat16, "channels_last_3d", "wide", 24)
     check_fused(machine, (1, 11, 2, 5, 7), torch.float32, "channels_last_3d", "fp32", 32)
     for layout in ("contiguous", "channels_last_3d"):
-        h, grad, residual = (LAYOUTS[layout](torch.randn(1, 36, 2, 3, 6).bfloat16()) for _ in range(3))
+        h, grad, residual = (LAYOUTS[layout](torch.randn(1, 36, 2, 3, 4).bfloat16()) for _ in range(3))
         check_all_passes(machine, h, grad, residual, relu=True)
+        check_all_passes(machine, h, one_number_further(grad), residual, relu=True)  # no packs of four
