@@ -99,7 +99,7 @@ CASES += [(1, (), False), (2, (), False), (2, (1,), False)]
 
 
 def plane(shape: tuple[int, int, int], dtype: torch.dtype, layout: int) -> Tensor:
-    """Memory for an operand: dense, with gaps between rows and segments, with segments outermost, beginning anywhere."""
+    """Memory for an operand: dense, with gaps between rows and segments, segments outermost, or beginning anywhere."""
     rows, segments, length = shape
     if layout == 0:
         return torch.empty(shape, dtype=dtype)
