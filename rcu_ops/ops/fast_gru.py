@@ -176,7 +176,7 @@ def _check_arguments(
 
 
 def _channels_innermost(x: Tensor) -> bool:
-    return x.stride(2) == 1
+    return bool(x.stride(2) == 1)
 
 
 def _empty_sequence(x: Tensor) -> Tensor:
