@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/cpu_isa.h"
 #include "common/recurrent_conv_frame.h"
 
 namespace rcu_ops::bindings {
@@ -62,12 +63,20 @@ std::tuple<Tensor, Tensor> recurrent_conv_frame(Tensor frame, Tensor panels, std
     check_dtype("residual", *residual, frame.scalar_type());
     p.residual = frame_view("residual", *residual);
   }
-  check_shape("panels", panels, {(p.O + frame_panel - 1) / frame_panel, p.depth(), frame_panel}, "[ceil(O/32),K,32]");
-  check_dtype("panels", panels, ScalarType::Float);
-  const Sizes at = panels.strides();
-  check(at[2] == 1 && at[1] == frame_panel && (panels.size(0) == 1 || at[0] == p.depth() * frame_panel),
-        "panels: expected a contiguous tensor, got strides ", shape_text(at));
-  p.panels = static_cast<const float*>(pointer(panels));
+  p.pairs = panels.dim() == 4;
+  const int64_t panel_count = (p.O + frame_panel - 1) / frame_panel;
+  if (p.pairs) {
+    check_shape("panels", panels, {panel_count, p.panel_rows() / 2, frame_panel, 2}, "[ceil(O/32),K/2,32,2]");
+    check_dtype("panels", panels, ScalarType::BFloat16);
+    check_dtype("frame", frame, ScalarType::BFloat16);
+    check(cpu::current_isa() >= cpu::Isa::avx512_bf16, "panels: expected fp32 for instruction set ",
+          cpu::isa_name(cpu::current_isa()), ", got pairs of bf16, which it does not multiply");
+  } else {
+    check_shape("panels", panels, {panel_count, p.panel_rows(), frame_panel}, "[ceil(O/32),K,32]");
+    check_dtype("panels", panels, ScalarType::Float);
+  }
+  check(panels.is_contiguous(), "panels: expected a contiguous tensor, got strides ", shape_text(panels.strides()));
+  p.panels = pointer(panels);
   p.alpha = mean ? 0.5f : 1.0f;
   p.relu = relu;
   Tensor y = empty_frame(p, frame.scalar_type());

@@ -24,15 +24,20 @@ struct ConvFrame {
   int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
   View frame, residual, state;  // a residual may be absent
   bool recurrent = false;       // there are W, state and last
-  // [ceil(O / 32)][kernel_h * kernel_w * C (+ O)][32]: rows by kernel_h, kernel_w and C; then those of W.
-  const float* panels = nullptr;
+  // [ceil(O / 32)][kernel_h * kernel_w * C (+ O)][32] fp32: rows by kernel_h, kernel_w and C; then those of W.
+  // Pairs: bf16, C rounded up to even, two rows interleaved, [rows / 2][32][2]; W without the ones of its diagonal s,
+  // which are the first halves of one more pair of rows (as in cpu/recurrent_conv_bf16_core.h).
+  const void* panels = nullptr;
+  bool pairs = false;
   const float *bias = nullptr, *scale = nullptr, *shift = nullptr;  // [O], or absent
   void* y = nullptr;
   float* last = nullptr;
   float alpha = 1;
   bool relu = false;
 
-  int64_t depth() const { return kernel_h * kernel_w * C + (recurrent ? O : 0); }
+  int64_t channels() const { return pairs ? (C + 1) / 2 * 2 : C; }  // of the frame as it is multiplied
+  int64_t depth() const { return kernel_h * kernel_w * channels() + (recurrent ? O : 0); }
+  int64_t panel_rows() const { return depth() + (pairs && recurrent ? 2 : 0); }
 };
 
 inline constexpr int64_t frame_panel = 32;     // output channels of a panel
@@ -50,9 +55,10 @@ struct FramePlan {
 inline FramePlan plan_frame(const ConvFrame& p, int threads) {
   constexpr int64_t resident = int64_t(1) << 20, band_bytes = int64_t(5) << 17;
   const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  const int64_t panels = parts(p.O, frame_panel), row = ((p.OW - 1) * p.stride_w + p.kernel_w) * p.C * 4 * p.stride_h;
+  const int64_t element = p.pairs ? 2 : 4, panels = parts(p.O, frame_panel);
+  const int64_t row = ((p.OW - 1) * p.stride_w + p.kernel_w) * p.channels() * element * p.stride_h;
   FramePlan plan;
-  const bool split = panels * frame_panel * p.depth() * 4 > resident && panels >= threads && p.N < threads;
+  const bool split = panels * frame_panel * p.depth() * element > resident && panels >= threads && p.N < threads;
   plan.ranges = split ? threads : 1;
   plan.panels = parts(panels, plan.ranges);
   plan.ranges = parts(panels, plan.panels);

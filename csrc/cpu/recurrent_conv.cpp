@@ -215,6 +215,7 @@ void conv_frame(const ConvFrame& p, const Parallel& parallel) {
   const FramePlan plan = plan_frame(p, parallel.threads);
   const Isa isa = current_isa();
 #if defined(__x86_64__)
+  if (p.pairs) return avx512_bf16::conv_frame(p, plan, parallel);
   if (isa >= Isa::avx512) return avx512::conv_frame(p, plan, parallel);
   if (isa == Isa::avx2) return avx2::conv_frame(p, plan, parallel);
 #endif

@@ -879,4 +879,26 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
   }
 }
 
+struct FrameArithmetic {
+  using E = float;
+  static constexpr bool pairs = false;
+  static constexpr int64_t piece = 192;
+
+  template <int MR>
+  static void multiply(const float* a, int64_t lda, const float* b, int64_t count, float* sums, bool resume) {
+    constexpr int width = 2 * F32::L;
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < frame_panel; v += width)
+      step_block<F32, MR, 2, frame_panel>(a, lda, b + v, count, sums + v, resume);
+  }
+};
+
 #include "recurrent_conv_frame_core.h"
+
+void conv_frame(const ConvFrame& p, const FramePlan& plan, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::f32: return FrameTask<float, FrameArithmetic>::run_all(p, plan, parallel);
+    case DType::bf16: return FrameTask<bf16_t, FrameArithmetic>::run_all(p, plan, parallel);
+    default: return FrameTask<f16_t, FrameArithmetic>::run_all(p, plan, parallel);
+  }
+}

@@ -2,7 +2,8 @@
 
 A stream of single frames pays for every call of a layer in time that is no arithmetic: two calls per recurrent layer,
 each with its checks, and a matrix library that looks its plan up anew. ``recurrent_conv_frame`` is one call on weights
-in its own layout (:class:`Panels`). :func:`why_not` is the rule; the doctor prints it.
+in its own layout (:class:`Panels`): fp32, or pairs of bf16 where vector units multiply these at twice the rate.
+:func:`why_not` is the rule; the doctor prints it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rcu_ops.nn.packed_conv import arithmetic, runs_by_itself
 from rcu_ops.ops import current_backend
 from rcu_ops.ops._kept import Kept
 from rcu_ops.ops.recurrent_conv_frame import CHANNELS, LEAST_ROW, OPERATOR
-from rcu_ops.reference.recurrent_conv_frame import pack_panels
+from rcu_ops.reference.recurrent_conv_frame import pack_pairs, pack_panels
 
 
 class Panels(Kept):
@@ -26,12 +27,14 @@ class Panels(Kept):
 
     def panels(self, weight: Tensor, weight_hh: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The panels of ``weight`` [O,C,1,kh,kw] and ``weight_hh`` ([O,O] or None), and the bias in fp32."""
+        pairs = _in_pairs(weight.dtype, _isa())
 
         def make() -> tuple[Tensor, Tensor | None]:
-            panels = pack_panels(weight.detach().squeeze(2), None if weight_hh is None else weight_hh.detach())
+            pack = pack_pairs if pairs else pack_panels
+            panels = pack(weight.detach().squeeze(2), None if weight_hh is None else weight_hh.detach())
             return panels, None if bias is None else bias.detach().float().contiguous()
 
-        kept: tuple[Tensor, Tensor | None] = self.get((weight, weight_hh, bias), None, make)
+        kept: tuple[Tensor, Tensor | None] = self.get((weight, weight_hh, bias), pairs, make)
         return kept
 
 
@@ -102,19 +105,33 @@ def why_not(
     return None
 
 
-@cache
 def why_not_here(dtype: torch.dtype) -> str | None:
     """The same as far as the processor and the dtype decide it."""
+    return _why_not_on(dtype, _isa())
+
+
+@cache
+def _why_not_on(dtype: torch.dtype, isa: str | None) -> str | None:
     if dtype == torch.float64:
         return "float64 is left to the matrix library"
     if not _library.has_kernel("recurrent_conv_frame", "CPU"):
         return _library.load_error() or "the library was built without this CPU kernel"
-    native = _library.native()
-    if native is None or native.cpu_isas()[-1] in ("portable", "avx2"):
+    if isa in (None, "portable", "avx2"):
         return "measured to be faster on processors with AVX-512 only"
-    if (wide := arithmetic(dtype)[0]) != torch.float32:
+    if (wide := arithmetic(dtype)[0]) != torch.float32 and not _in_pairs(dtype, isa):
         return f"the matrix library multiplies {wide} faster than this kernel fp32"
     return None
+
+
+@cache
+def _in_pairs(dtype: torch.dtype, isa: str | None) -> bool:
+    """Whether the kernel multiplies pairs of bf16; the matrix unit is left to the matrix library."""
+    return dtype == torch.bfloat16 and isa == "avx512_bf16" and arithmetic(dtype)[0] == dtype
+
+
+def _isa() -> str | None:
+    native = _library.native()
+    return None if native is None else native.cpu_isa()
 
 
 def output_size(layer: Any, frame: Tensor) -> tuple[int, int]:

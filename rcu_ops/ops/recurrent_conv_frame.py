@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops.ops import _schema
-from rcu_ops.reference.recurrent_conv_frame import recurrent_conv_frame
+from rcu_ops.reference.recurrent_conv_frame import compute_dtype, recurrent_conv_frame
 
 LEAST_ROW = 7
 """Positions that a row of the output has at least."""
@@ -38,7 +38,8 @@ def _fake(
         shape = (frame.shape[0], channels, *size)
         return torch.empty(shape, dtype=dtype, device=frame.device, memory_format=torch.channels_last)
 
-    last = frame.new_empty(0, dtype=panels.dtype) if state is None else empty(panels.dtype)
+    dtype = compute_dtype(panels)
+    last = frame.new_empty(0, dtype=dtype) if state is None else empty(dtype)
     return empty(frame.dtype), last
 
 
@@ -51,10 +52,17 @@ _schema.define(
 
 
 def _flops(
-    frame: tuple[int, ...], panels: tuple[int, ...], *args: object, out_shape: tuple[tuple[int, ...], ...], **_: object
+    frame: tuple[int, ...],
+    panels: tuple[int, ...],
+    bias: object,
+    state: object,
+    *args: object,
+    out_shape: tuple[tuple[int, ...], ...],
+    **_: object,
 ) -> int:
     n, o, h, w = out_shape[0]
-    return 2 * n * o * h * w * panels[1]
+    rows = panels[1] if len(panels) == 3 else 2 * panels[1] - (0 if state is None else 2)
+    return 2 * n * o * h * w * rows
 
 
 _schema.flop_formula("recurrent_conv_frame", _flops)

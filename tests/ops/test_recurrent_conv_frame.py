@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rcu_ops
 from rcu_ops import _library
 from rcu_ops.models import VideoResNet
 from rcu_ops.nn import FrameConv3d, RecurrentConv3d, frame_kernel, fuse_for_inference
-from rcu_ops.reference.recurrent_conv_frame import pack_panels, recurrent_conv_frame
+from rcu_ops.reference.recurrent_conv_frame import _rows as unpacked
+from rcu_ops.reference.recurrent_conv_frame import pack_pairs, pack_panels, recurrent_conv_frame
 from tests.tolerance import assert_close_to_reference
 
 OPERATOR = torch.ops.rcu_ops.recurrent_conv_frame
@@ -23,6 +25,9 @@ built = pytest.mark.skipif(
 ISAS = [
     isa for isa in ("portable", "avx2", "avx512") if isa in (_library.native().cpu_isas() if _library.native() else [])
 ]
+
+PAIRS = [isa for isa in ("avx512_bf16",) if _library.native() and isa in _library.native().cpu_isas()]
+on_pairs = pytest.mark.skipif(not PAIRS, reason="this processor does not multiply pairs of bf16")
 
 # n, c, h, w, o, kernel, stride, padding: rows of 7 to 30 positions (whole blocks, halves, overlaps), panels half full,
 # runs of one to several pieces, kernels that are not square, strides that skip rows.
@@ -44,11 +49,15 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def arguments(shape: tuple[Any, ...], dtype: torch.dtype, recurrent: bool, sliced: bool = False) -> dict[str, Any]:
+def arguments(
+    shape: tuple[Any, ...], dtype: torch.dtype, recurrent: bool, sliced: bool = False, pairs: bool = False
+) -> dict[str, Any]:
     n, c, h, w, o, kernel, stride, padding = shape
     size = [(x + 2 * p - k) // s + 1 for x, k, s, p in zip((h, w), kernel, stride, padding, strict=True)]
     weight = (torch.randn(o, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5).to(dtype)
     weight_hh = (torch.randn(o, o) / o**0.5).to(dtype) if recurrent else None
+    if weight_hh is not None:
+        weight_hh.diagonal()[::2] += 0.75  # some within [1/2, 2], some not
 
     def frames(channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
         x = torch.randn(n, channels, height, width).to(dtype)
@@ -60,7 +69,7 @@ def arguments(shape: tuple[Any, ...], dtype: torch.dtype, recurrent: bool, slice
 
     return {
         "frame": frames(c, h, w, dtype),
-        "panels": pack_panels(weight, weight_hh),
+        "panels": (pack_pairs if pairs else pack_panels)(weight, weight_hh),
         "bias": torch.randn(o),
         "state": frames(o, *size, torch.float32) if recurrent else None,
         "scale": torch.randn(o) if recurrent else None,
@@ -81,10 +90,13 @@ def rounded(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Eager PyTorch: a convolution and a recurrence at the frame's dtype, the latter from an fp32 state."""
     dtype = given["frame"].dtype
     alone: dict[str, Any] = dict.fromkeys(("state", "scale", "shift", "residual"))
+    rows = unpacked(given["panels"], given["state"] is not None, given["channels"])
+    w = rows[-given["channels"] :]
+    if given["state"] is not None:
+        alone["panels"] = F.pad(rows[: -given["channels"]], (0, -given["channels"] % 32))
+        alone["panels"] = alone["panels"].unflatten(1, (-1, 32)).transpose(0, 1).contiguous()
     y = recurrent_conv_frame(**{**given, **alone, "relu": False})[0]
     if given["state"] is not None:
-        c, (kh, kw) = given["frame"].shape[1], given["geometry"][:2]
-        w = given["panels"].transpose(0, 1).flatten(1)[kh * kw * c :, : given["channels"]]
         y = y.float() + torch.einsum("io,nihw->nohw", w, given["state"])
         y = y * 0.5 if given["mean"] else y
     h = y.float()
@@ -102,9 +114,25 @@ def test_equals_the_definition(
 ) -> None:
     """Outputs and states, from dense and sliced tensors, bit for bit the same from both and on one thread."""
     monkeypatch.setenv("RCU_OPS_CPU_ISA", isa)
+    _equals_the_definition(shape, dtype, False, monkeypatch)
+
+
+@built
+@on_pairs
+@pytest.mark.parametrize("isa", PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pairs_equal_the_definition(shape: tuple[Any, ...], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for products of bf16 pairs."""
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", isa)
+    _equals_the_definition(shape, torch.bfloat16, True, monkeypatch)
+
+
+def _equals_the_definition(
+    shape: tuple[Any, ...], dtype: torch.dtype, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RCU_OPS_POISON_SCRATCH", "1")
     for recurrent in (False, True):
-        given = arguments(shape, dtype, recurrent, sliced=recurrent)
+        given = arguments(shape, dtype, recurrent, sliced=recurrent, pairs=pairs)
         got = OPERATOR(**given)
         exact, eager = recurrent_conv_frame(**wide(given)), rounded(given)
         assert got[0].dtype == dtype and got[0].is_contiguous(memory_format=torch.channels_last)
@@ -113,7 +141,7 @@ def test_equals_the_definition(
             assert got[1].numel() == 0
             continue
         assert_close_to_reference(got[1], exact[1], eager[1], "state")
-        dense = {k: last(v) if isinstance(v, Tensor) and v.dim() == 4 else v for k, v in given.items()}
+        dense = given | {k: last(given[k]) for k in ("frame", "state", "residual") if given[k] is not None}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -133,6 +161,59 @@ def test_nan_and_infinity_stay_where_they_are_seen() -> None:
     bad = torch.zeros(9, 9, dtype=torch.bool)
     bad[3:6, 7:] = True
     assert torch.equal(y[0].isnan().all(0), bad) and torch.equal(y[0].isnan().any(0), bad)
+
+
+@pytest.mark.parametrize("channels", [5, 8])
+def test_pairs_hold_what_panels_hold(channels: int) -> None:
+    """Both layouts give back the same rows; of a diagonal in [1/2, 2] pairs hold what lies beyond 1."""
+    weight, weight_hh = torch.randn(48, channels, 2, 3).bfloat16(), torch.randn(48, 48).bfloat16()
+    weight_hh.diagonal().copy_(torch.linspace(-1, 3, 48))
+    pairs, panels = pack_pairs(weight, weight_hh), pack_panels(weight, weight_hh)
+    even = channels + channels % 2
+    assert pairs.shape == (2, (6 * even + 48) // 2 + 1, 32, 2)
+    rows = unpacked(pairs, True, 48)
+    assert torch.equal(rows[-48:], weight_hh.t().float())
+    assert torch.equal(rows[:-48].unflatten(0, (6, even))[:, :channels].flatten(0, 1), unpacked(panels, True, 48)[:-48])
+    ones = pairs[:, -1, :, 0].flatten()[:48].bool()
+    assert torch.equal(ones, (weight_hh.diagonal() >= 0.5) & (weight_hh.diagonal() <= 2)) and 0 < ones.sum() < 48
+
+
+@built
+@on_pairs
+@pytest.mark.parametrize("isa", PAIRS)
+def test_pairs_add_up_a_state_that_is_not_finite(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W v where v holds an infinity, as fp32 has it, NaN where it holds NaN, and nothing of either elsewhere."""
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", isa)
+    o = 48
+    weight, weight_hh = torch.randn(o, 8, 3, 3).bfloat16() / 8, torch.randn(o, o).bfloat16() / 8
+    weight_hh.diagonal().copy_(torch.linspace(0.5, 2, o))
+    weight_hh[5, 5] = 1  # stored as zero
+    given = arguments((1, 8, 9, 9, o, (3, 3), (1, 1), (1, 1)), torch.bfloat16, True)
+    given |= {"relu": False, "mean": False, "panels": pack_pairs(weight, weight_hh)}
+    given["state"][0, 5, 2, 3] = torch.inf
+    given["state"][0, 7, 8, 8] = torch.nan
+    (y, v), (exact_y, exact_v) = OPERATOR(**given), recurrent_conv_frame(**given)
+    assert torch.equal(v.isnan(), exact_v.isnan()) and torch.equal(v.isinf(), exact_v.isinf())
+    assert torch.equal(v[v.isinf()], exact_v[v.isinf()]) and v[0, :, 2, 3].isinf().all()
+    assert v.isfinite().sum() == o * 79 and torch.equal(y.isfinite(), exact_y.isfinite())
+
+
+@built
+@on_pairs
+@pytest.mark.parametrize("isa", PAIRS)
+def test_pairs_ask_for_their_processor_and_dtype(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", isa)
+    given = arguments((1, 8, 9, 9, 16, (3, 3), (1, 1), (1, 1)), torch.bfloat16, True, pairs=True)
+    torch.library.opcheck(OPERATOR.default, tuple(given.values()))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        OPERATOR(**given)
+    assert counter.get_total_flops() == 2 * 81 * 16 * (9 * 8 + 16)
+    for name, value in {"panels": given["panels"][:, :-1], "frame": given["frame"].float()}.items():
+        with pytest.raises(RuntimeError, match=name):
+            OPERATOR(**{**given, name: value, "residual": None})
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", "avx512")
+    with pytest.raises(RuntimeError, match="pairs of bf16, which it does not multiply"):
+        OPERATOR(**given)
 
 
 @built
@@ -238,15 +319,22 @@ def test_streams_that_do_not_take_it_say_why(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_rule_of_processor_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = frame_kernel.why_not_here.__wrapped__
-    assert "float64" in rule(torch.float64)
+    rule, pairs = frame_kernel._why_not_on.__wrapped__, frame_kernel._in_pairs.__wrapped__
+    monkeypatch.setattr(frame_kernel, "_in_pairs", pairs)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert "float64" in rule(torch.float64, "avx512")
     monkeypatch.setattr(frame_kernel, "arithmetic", lambda dtype: (dtype, ""))
     monkeypatch.setattr(frame_kernel._library, "has_kernel", lambda *_: True)
-    monkeypatch.setattr(frame_kernel._library, "native", lambda: type("Native", (), {"cpu_isas": lambda: ["avx512"]}))
-    assert rule(torch.float32) is None
-    assert "bfloat16" in rule(torch.bfloat16)
-    monkeypatch.setattr(frame_kernel._library, "native", lambda: type("Native", (), {"cpu_isas": lambda: ["avx2"]}))
-    assert "AVX-512" in rule(torch.float32)
+    for isa in ("avx512", "avx512_bf16", "amx"):
+        assert rule(fp32, isa) is None and not pairs(fp32, isa)
+    assert rule(bf16, "avx512_bf16") is None and pairs(bf16, "avx512_bf16")
+    for isa in ("avx512", "amx"):
+        assert "bfloat16" in rule(bf16, isa) and not pairs(bf16, isa)
+    for isa in (None, "portable", "avx2"):
+        assert "AVX-512" in rule(fp32, isa)
+    monkeypatch.setattr(frame_kernel, "arithmetic", lambda dtype: (fp32, ""))
+    for isa in ("avx512", "avx512_bf16"):  # bf16 is slow: widened to fp32
+        assert rule(bf16, isa) is None and not pairs(bf16, isa)
 
 
 @built
