@@ -1,5 +1,5 @@
 // nonlocal_gates for bf16 on AVX512-BF16: both products by the instruction that adds pairs of bf16 products in fp32.
-// Scores take rows as they lie; for the sums the weights (and their gradients) are rounded to bf16, as eager PyTorch
+// Scores take pairs of neighbouring channels; for the sums the weights (and their gradients) are rounded to bf16, as eager PyTorch
 // does, and packed in pairs of neighbouring keys, like the rows of values.
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -80,6 +80,26 @@ struct Arithmetic<Floats, bf16_t> {
   }
   static Operand broadcast(Left two) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(two)); }
   static Operand right(const Right* b) { return load(b); }
+
+  static constexpr int64_t numbers = 2;
+  static void take(const bf16_t* a, int64_t n, Left* out) {
+    if (n % 2) out[n / 2] = a[n - 1].bits;
+    memcpy(out, a, static_cast<size_t>(n / 2) * sizeof(Left));
+  }
+  static void turn(const bf16_t* b, const int64_t* at, int64_t n, int64_t width, Right* out) {
+    int64_t k = 0;
+    for (; k + step <= n; k += step) {
+      __m512 row[16];
+#pragma GCC unroll 16
+      for (int l = 0; l < 16; ++l) row[l] = _mm512_castsi512_ps(_mm512_loadu_si512(b + at[l] + k));
+      Floats::transpose(row, reinterpret_cast<float*>(out + k * width), width);
+    }
+    for (; k < n; k += 2)
+      for (int l = 0; l < 16; ++l) {
+        Right* const pair = out + k * width + 2 * l;
+        pair[0] = b[at[l] + k], pair[1] = k + 1 < n ? b[at[l] + k + 1] : bf16_t{0};
+      }
+  }
 };
 }  // namespace
 

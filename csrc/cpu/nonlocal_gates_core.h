@@ -5,7 +5,7 @@
 // instantiates a template of the standard library.
 //
 // Layout.   Operands are read where they lie, rows of unit stride. Scores: panels of keys are transposed, 128 channels
-//           at a time, and the queries' numbers broadcast; few rows, and pairs of bf16, are dot products. Products with
+//           (or pairs of them) at a time, and the queries' numbers broadcast; few rows are dot products. Products with
 //           the weights: sums of rows by panels of channels, the weights broadcast.
 // Tasks.    Forward: (sample, gate, block of queries), a step takes all four gates of its block so that the cell update
 //           follows while the gates are in the cache. Backward: (sample, gate) where they keep all threads busy, block
@@ -16,9 +16,9 @@
 //           numbers per thread; never a map of the batch, never the gates. What a step leaves to its backward pass, if
 //           asked to, are tensors of its caller's.
 // Aliasing. Outputs must not overlap inputs or each other.
-// Order.    A score sums over the channels in order, 128 at a time (a dot product: V::L sums, one per lane, added at
-//           the end), a result over the keys in the same way. Neither depends on the blocks, so results do not depend
-//           on the number of threads.
+// Order.    A score sums over the channels in order, 128 (pairs) at a time (a dot product: V::L sums, one per lane,
+//           added at the end), a result over the keys in the same way. Neither depends on the blocks, so results do not
+//           depend on the number of threads.
 // Bound.    Arithmetic: 2 N M (D + E) FLOP per sample and gate against (N + 2 M) D.. numbers read; the exponentials,
 //           about 20 operations for a vector of numbers, are N M + 5 N E / 4 per gate. Products of N M D or N M E:
 //           forward 2, backward 5 (7 where keys have blocks of their own), a step's 6 (9), and 4 to 5 where the
@@ -107,6 +107,19 @@ struct Arithmetic {
   }
   static typename V::R broadcast(Left a) { return V::set1(a); }
   static typename V::R right(const Right* b) { return V::load(b); }
+
+  // Of scores: n numbers of a row as a left factor, and n of each of V::L rows (`at` says where they are) as a right
+  // one, its k in order.
+  static constexpr int64_t numbers = 1;  // in a step of the sums
+  static void take(const T* a, int64_t n, Left* out) {
+    for (int64_t k = 0; k < n; k += V::L) V::store(out + k, n - k >= V::L ? V::load(a + k) : part_of<V>(a + k, n - k));
+  }
+  static void turn(const T* b, const int64_t* at, int64_t n, int64_t width, Right* out) {
+    int64_t k = 0;
+    for (; k + V::L <= n; k += V::L) V::transpose(b + k, at, out + k * width, width);
+    for (; k < n; ++k)
+      for (int64_t l = 0; l < V::L; ++l) out[k * width + l] = V::scalar(b[at[l] + k]);
+  }
 };
 
 // out[i][j] = a_i . b_j, rows of d numbers, NC columns at a time.
@@ -157,7 +170,11 @@ template <class V, class T, int NC = score_columns>
         const typename V::R* const last = acc[i] + NC - 1;
         V::sums(acc[i][0], NC > 1 ? acc[i][1] : *last, NC > 2 ? acc[i][2] : *last, NC > 3 ? acc[i][3] : *last, sum);
         if constexpr (NC > 4) V::sums(*last, *last, *last, *last, sum + 4);
-        if (i < mr) memcpy(out + (i0 + i) * out_row + j0, sum, static_cast<size_t>(nc) * sizeof(typename V::S));
+        typename V::S* const to = out + (i0 + i) * out_row + j0;
+        if (i < mr && nc == NC)
+          memcpy(to, sum, NC * sizeof(typename V::S));
+        else if (i < mr)
+          memcpy(to, sum, static_cast<size_t>(nc) * sizeof(typename V::S));
       }
     }
 }
@@ -219,23 +236,21 @@ constexpr int64_t panel = sum_vectors * V::L;
 
 // The same from panels of b^T, for `columns` of b's b_rows rows, rounded up to whole vectors (what lies beyond the last
 // row is garbage): no sums of lanes, and b comes from the second cache once per block of rows instead of once per
-// score_rows. Memory: sum_terms x (panel + rows) numbers.
+// score_rows. Memory: sum_terms steps of a panel and of the rows.
 template <class V, class T>
 [[gnu::noinline]] static void scores_by_panels(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row,
                                                int64_t columns, int64_t b_rows, int64_t d, typename V::S* out,
-                                               int64_t out_row, typename V::S* memory) {
-  using S = typename V::S;
-  S *const right = memory, *const left = right + sum_terms * panel<V>;
+                                               int64_t out_row, typename Arithmetic<V, T>::Right* right,
+                                               typename Arithmetic<V, T>::Left* left) {
+  using P = Arithmetic<V, T>;
+  constexpr int64_t most = sum_terms * P::numbers;
   int64_t k0 = 0;
   do {
-    const int64_t terms = min_of(sum_terms, d - k0);
-    for (int64_t i = 0; i < rows; ++i)  // fp32 too: rows a page apart would fall into one set of the first cache
-      for (int64_t k = 0; k < terms; k += V::L) {
-        const T* const from = a + i * a_row + k0 + k;
-        V::store(left + i * sum_terms + k, terms - k >= V::L ? V::load(from) : part_of<V>(from, terms - k));
-      }
+    const int64_t terms = min_of(most, d - k0), steps = P::steps(terms);
+    // Numbers of their own type, too: rows a page apart would fall into one set of the first cache.
+    for (int64_t i = 0; i < rows; ++i) P::take(a + i * a_row + k0, terms, left + i * sum_terms);
     // The next terms: of all of a, and of every panel of b when it was used.
-    const int64_t following = min_of(sum_terms, d - k0 - terms) * int64_t{sizeof(T)};
+    const int64_t following = min_of(most, d - k0 - terms) * int64_t{sizeof(T)};
     Ahead next_a(a + k0 + terms, a_row * int64_t{sizeof(T)}, following, rows);
     for (int64_t j0 = 0; j0 < columns;) {
       const bool whole = columns - j0 >= panel<V>;
@@ -243,20 +258,17 @@ template <class V, class T>
       for (int64_t v = 0; v < width; v += V::L) {
         int64_t at[V::L];
         for (int64_t l = 0; l < V::L; ++l) at[l] = min_of(j0 + v + l, b_rows - 1) * b_row;
-        int64_t k = 0;
-        for (; k + V::L <= terms; k += V::L) V::transpose(b + k0 + k, at, right + k * width + v, width);
-        for (; k < terms; ++k)
-          for (int64_t l = 0; l < V::L; ++l) right[k * width + v + l] = V::scalar(b[at[l] + k0 + k]);
+        P::turn(b + k0, at, terms, width, right + v / V::L * P::vector);
       }
       Ahead next_b(b + j0 * b_row + k0 + terms, b_row * int64_t{sizeof(T)}, following, min_of(width, b_rows - j0));
       for (int64_t i0 = 0; i0 < rows;) {  // half of the rows for each
         const int64_t some = i0 == 0 ? max_of<int64_t>(min_of(rows, round_up(rows / 2, sum_rows)), 1) : rows - i0;
         Ahead& next = i0 == 0 ? next_b : next_a;
         if (whole)
-          sums<V, S, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, terms, out + i0 * out_row + j0,
+          sums<V, T, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, out + i0 * out_row + j0,
                                   out_row, k0 > 0, next);
         else
-          sums<V, S, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, terms, out + i0 * out_row + j0, out_row,
+          sums<V, T, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, out + i0 * out_row + j0, out_row,
                         k0 > 0, next);
         i0 += some;
       }
@@ -279,22 +291,25 @@ template <class V, class T>
 static void scores(const T* a, int64_t a_row, int64_t rows, int64_t a_rows, const T* b, int64_t b_row, int64_t b_rows,
                    int64_t d, typename V::S* out, int64_t out_row, bool turned = false, int64_t first = 0) {
   using S = typename V::S;
+  using P = Arithmetic<V, T>;
   int64_t single_rows = rows, single_columns = b_rows;
-  if constexpr (Arithmetic<V, T>::step == V::L) {  // no instruction takes pairs of T
-    // Transposing a key costs as much as a fifth of its products with 49 queries. Dot products read it from the second
-    // cache instead, once per score_rows: more is lost to that with more rows, or where the numbers are converted.
-    if (min_of(a_rows, b_rows) >= (sizeof(T) < sizeof(S) ? 1 : 2) * panel<V>) {
-      single_rows = turned ? max_of<int64_t>(0, first + rows - max_of(first, a_rows - single_keys<V>(a_rows))) : 0;
-      single_columns = turned ? 0 : single_keys<V>(b_rows);
-    }
+  // Transposing a key costs as much as a fifth of its products with 49 queries. Dot products read it from the second
+  // cache instead, once per score_rows: more is lost to that with more rows, or where the numbers are converted or (as
+  // pairs) multiplied in half of the time, of which adding up lanes takes more.
+  if (min_of(a_rows, b_rows) >= (sizeof(T) < sizeof(S) ? 1 : 2) * panel<V>) {
+    single_rows = turned ? max_of<int64_t>(0, first + rows - max_of(first, a_rows - single_keys<V>(a_rows))) : 0;
+    single_columns = turned ? 0 : single_keys<V>(b_rows);
   }
   const int64_t by_panels = rows - single_rows, columns = b_rows - single_columns;
-  if constexpr (Arithmetic<V, T>::step == V::L)
-    if (by_panels > 0 && columns > 0) {
-      const size_t bytes = static_cast<size_t>(sum_terms * (panel<V> + by_panels)) * sizeof(S);
-      scores_by_panels<V>(a, a_row, by_panels, b, b_row, columns, b_rows, d, out, out_row,
-                          static_cast<S*>(scratch(2, bytes)));
-    }
+  if (by_panels > 0 && columns > 0) {
+    const size_t of_panel =
+        static_cast<size_t>(P::right_size(sum_terms * P::numbers, panel<V>)) * sizeof(typename P::Right);
+    const size_t of_rows = static_cast<size_t>(sum_terms * by_panels) * sizeof(typename P::Left);
+    char* const memory = static_cast<char*>(scratch(2, of_panel + of_rows));
+    scores_by_panels<V>(a, a_row, by_panels, b, b_row, columns, b_rows, d, out, out_row,
+                        reinterpret_cast<typename P::Right*>(memory),
+                        reinterpret_cast<typename P::Left*>(memory + of_panel));
+  }
   const auto singly = single_columns == 1 ? dots<V, T, 1> : dots<V, T>;
   if (single_rows > 0)
     dots<V, T>(a + by_panels * a_row, a_row, single_rows, b, b_row, b_rows, d, out + by_panels * out_row, out_row);

@@ -38,9 +38,13 @@ struct Floats {
   // out[i * step + l] = src[at[l] + i] for L x L values.
   template <class T>
   static void transpose(const T* src, const int64_t* at, S* out, int64_t step) {
-    R a[16], b[16];
+    R a[16];
 #pragma GCC unroll 16
     for (int l = 0; l < 16; ++l) a[l] = load(src + at[l]);
+    transpose(a, out, step);
+  }
+  static void transpose(R (&a)[16], S* out, int64_t step) {
+    R b[16];
     // Pairs of rows, then fours, within 128-bit quarters; then the quarters, twice.
 #pragma GCC unroll 8
     for (int l = 0; l < 16; l += 2) {
