@@ -3,6 +3,7 @@
 //
 // Layout.   Vectors along positions where a frame's positions are adjacent, along channels where those are, in one pass
 //           over x (and grad) either way; any other strides number by number.
+//           Small planes of which y alone is written, and which follow each other, are one run of numbers.
 // Owner.    Of sums: the task of (sample, channel, frame), or of (sample, frame, channels). Of y: the same task.
 // Order.    Sums over positions are vectors' worth of partial sums, in parts (part_of) along channels, in an order that
 //           depends on the sizes and the layout alone.
@@ -61,6 +62,10 @@ struct GateTask {
     return grad * h;
   }
   template <GatePass Pass>
+  static S number(S x, S grad, S h) {
+    return Pass == GatePass::mul ? x * h : Pass == GatePass::add ? x + h : grad * h;
+  }
+  template <GatePass Pass>
   static R summand(R x, R grad) {
     return Pass == GatePass::backward ? x * grad : x;
   }
@@ -76,14 +81,13 @@ struct GateTask {
       R value[2], of_grad[2] = {};
       load_pair(x + at, value);
       if constexpr (Pass == GatePass::backward) load_pair(grad + at, of_grad);
-      if constexpr (Pass != GatePass::squeeze)
-        store_pair(y + at, {result<Pass>(value[0], of_grad[0], factor), result<Pass>(value[1], of_grad[1], factor)});
+      store_pair(y + at, {result<Pass>(value[0], of_grad[0], factor), result<Pass>(value[1], of_grad[1], factor)});
       if constexpr (sums(Pass))
         first += summand<Pass>(value[0], of_grad[0]), second += summand<Pass>(value[1], of_grad[1]);
     };
     const auto step = [&](int64_t at, R& sum, bool all, int64_t from) {
       const R value = V::load(x + at), of_grad = Pass == GatePass::backward ? V::load(grad + at) : R{};
-      if constexpr (Pass != GatePass::squeeze) V::store(y + at, result<Pass>(value, of_grad, factor));
+      V::store(y + at, result<Pass>(value, of_grad, factor));
       if constexpr (sums(Pass)) {
         const R term = summand<Pass>(value, of_grad);
         sum += all ? term : (lane_numbers<V>() < static_cast<S>(from) ? R{} : term);
@@ -101,8 +105,31 @@ struct GateTask {
     return (acc[0] + acc[1]) + (acc[2] + acc[3]);
   }
 
-  // Sums of K planes of `count` >= L adjacent positions each, side by side: reads of several pages at once are on their
-  // way, where one stream would wait at every page's end.
+  // The sum of one plane of `count` >= L adjacent positions, spread over the lanes.
+  [[gnu::always_inline]] static inline R sum_of_plane(const T* x, int64_t count) {
+    R first{}, second{};
+    int64_t i = 0;
+    const auto pair = [&](R& one, R& two) {
+      R value[2];
+      load_pair(x + i, value);
+      one += value[0], two += value[1];
+      i += 2 * L;
+    };
+    if (count >= 4 * L) {
+      R third{}, fourth{};
+      while (i + 4 * L <= count) pair(first, second), pair(third, fourth);
+      first += third, second += fourth;
+    }
+    if (i + 2 * L <= count) pair(first, second);
+    if (i + L <= count) first += V::load(x + i), i += L;
+    if (i < count) {
+      const R value = V::load(x + count - L);
+      second += lane_numbers<V>() < static_cast<S>(i - (count - L)) ? R{} : value;
+    }
+    return first + second;
+  }
+
+  // Sums of K planes of `count` >= L adjacent positions each, side by side.
   template <int K>
   [[gnu::always_inline]] static inline void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
     R acc[K][2] = {};
@@ -122,6 +149,29 @@ struct GateTask {
       }
       sums[k] = acc[k][0] + acc[k][1];
     }
+  }
+
+  // Planes [0, planes) of `positions` >= 2 L numbers each that follow each other without gaps, all as one run: so short
+  // ones take as many vectors as they have numbers for. factors[planes + 1].
+  template <GatePass Pass>
+  static void planes_in_a_run(const T* x, T* y, const S* factors, int64_t planes, int64_t positions) {
+    const R lane = lane_numbers<V>(), first = in_turns<T> ? lane + lane : lane,
+            second = in_turns<T> ? first + S(1) : lane + S(L);
+    R now = R{} + factors[0], next = R{} + factors[1];
+    int64_t i = 0, left = positions;  // of the plane
+    for (const int64_t all = planes * positions; i + 2 * L <= all; i += 2 * L) {
+      const R end = R{} + static_cast<S>(left);
+      R value[2];
+      load_pair(x + i, value);
+      store_pair(y + i, {result<Pass>(value[0], R{}, first < end ? now : next),
+                         result<Pass>(value[1], R{}, second < end ? now : next)});
+      left -= 2 * L;
+      if (left > 0) continue;
+      left += positions, ++factors;
+      now = next, next = R{} + factors[1];
+    }
+    for (const int64_t from = i; i < planes * positions; ++i)
+      from_double(number<Pass>(static_cast<S>(to_double(x[i])), 0, factors[i - from < left ? 0 : 1]), y[i]);
   }
 
   // Channels [c0, c1), at least L of them, of the positions in rows [i0, i1) of one frame: along memory, position by
@@ -189,10 +239,8 @@ struct GateTask {
         S g = 0;
         if constexpr (Pass == GatePass::backward)
           g = static_cast<S>(to_double(static_cast<const T*>(p.grad.data)[at(p.grad, i, j)]));
-        if constexpr (Pass != GatePass::squeeze) {
-          const S y = Pass == GatePass::mul ? x * h : Pass == GatePass::add ? x + h : g * h;
-          from_double(y, static_cast<T*>(p.y.data)[at(p.y, i, j)]);
-        }
+        if constexpr (Pass != GatePass::squeeze)
+          from_double(number<Pass>(x, g, h), static_cast<T*>(p.y.data)[at(p.y, i, j)]);
         if constexpr (sums(Pass)) row += Pass == GatePass::backward ? x * g : x;
       }
       total += row;
@@ -210,45 +258,62 @@ struct GateTask {
     return Pass == GatePass::squeeze ? sum / static_cast<S>(p.H * p.W) : open(p, n) ? sum : S(0);
   }
 
-  // Means of planes [begin, end), in `streams` ranges side by side.
+  // Calls f(plane - begin, n, t, c) for planes [begin, end), frame by frame: what has a number for each of them,
+  // [N,T,C], has neighbouring channels in a line, and frames mostly a multiple of 4 KB apart, in one set of the cache.
+  template <class F>
+  static void for_planes(const GateData& p, int64_t begin, int64_t end, F f) {
+    for (int64_t first = begin; first < min_of(begin + p.T, end); ++first) {
+      const int64_t t = first % p.T;
+      int64_t c = first / p.T % p.C, n = first / p.T / p.C;
+      for (int64_t i = first; i < end; i += p.T) {
+        f(i - begin, n, t, c);
+        if (++c == p.C) c = 0, ++n;
+      }
+    }
+  }
+
+  // Means of planes [begin, end), in K ranges side by side.
+  template <int K>
   static void means(const GateData& p, int64_t begin, int64_t end) {
-    constexpr int streams = L < 4 ? L : 4;
-    const int64_t positions = p.H * p.W, each = (end - begin + streams - 1) / streams;
+    static_assert(L % K == 0);
+    const int64_t positions = p.H * p.W, each = (end - begin + K - 1) / K;
     struct Place {
       int64_t plane, t, c, n;
-    } at[streams];
-    for (int k = 0; k < streams; ++k) {
+    } at[K];
+    for (int k = 0; k < K; ++k) {
       const int64_t plane = min_of(begin + k * each, end - 1);
       at[k] = {plane, plane % p.T, plane / p.T % p.C, plane / p.T / p.C};
     }
-    S* const out = static_cast<S*>(p.sums);
-    R sums[L];
+    S* const found = static_cast<S*>(scratch(1, static_cast<size_t>(end - begin) * sizeof(S)));
+    R sums[L] = {};
     int64_t to[L];
     int count = 0;
-    const auto flush = [&] {
-      for (int l = count; l < L; ++l) sums[l] = R{};
-      alignas(64) S ready[L];
-      V::store(ready, V::sums(sums) / static_cast<S>(positions));
-      for (int l = 0; l < count; ++l) out[to[l]] = ready[l];
-      count = 0;
-    };
     for (int64_t i = 0; i < each; ++i) {
-      const T* x[streams];
-      for (int k = 0; k < streams; ++k) {
+      const T* x[K];
+      for (int k = 0; k < K; ++k) {
         Place& place = at[k];
         x[k] = static_cast<const T*>(p.x.data) + place.n * p.x.n + place.c * p.x.c + place.t * p.x.t;
-        to[count + k] = (place.n * p.T + place.t) * p.C + place.c;
+        to[count + k] = place.plane - begin;
         if (place.plane + 1 == end) continue;  // ranges may be a plane too long: the last is written again, the same
         ++place.plane;
         if (++place.t < p.T) continue;
         place.t = 0;
         if (++place.c == p.C) place.c = 0, ++place.n;
       }
-      sums_of_planes<streams>(x, positions, sums + count);
-      count += streams;
-      if (count == L) flush();
+      if constexpr (K == 1)
+        sums[count] = sum_of_plane(x[0], positions);
+      else
+        sums_of_planes<K>(x, positions, sums + count);
+      count += K;
+      if (count < L && i + 1 < each) continue;
+      alignas(64) S ready[L];
+      V::store(ready, V::sums(sums) / static_cast<S>(positions));
+      for (int l = 0; l < count; ++l) found[to[l]] = ready[l];
+      count = 0;
     }
-    if (count) flush();
+    S* const out = static_cast<S*>(p.sums);
+    for_planes(p, begin, end,
+               [&](int64_t i, int64_t n, int64_t t, int64_t c) { out[(n * p.T + t) * p.C + c] = found[i]; });
   }
 
   // Of x's `bytes`, a task's share: about 64 KB, and up to 256 KB where every thread has eight such (measured: squeeze
@@ -296,9 +361,32 @@ struct GateTask {
                                  ? max_of<int64_t>(1, planes)
                                  : max_of<int64_t>(1, task_bytes(planes * plane_bytes, parallel) / plane_bytes);
     if constexpr (Pass == GatePass::squeeze) {
-      if (rows && positions >= 128) {  // smaller planes than that: several are in a page
+      if (rows) {
+        // What comes from memory comes from several pages at once, where one stream would wait at every page's end; but
+        // a clip that the caches may hold is read 1.15 to 1.3 times as fast in one stream (Zen 4), and of small planes
+        // several are in a page.
+        const bool far = positions >= 128 && planes * plane_bytes > 8 << 20;
+        const auto range = far ? means<(L < 4 ? L : 4)> : means<1>;
         run(parallel, (planes + per_task - 1) / per_task,
-            [&](int64_t task) { means(p, task * per_task, min_of((task + 1) * per_task, planes)); });
+            [&](int64_t task) { range(p, task * per_task, min_of((task + 1) * per_task, planes)); });
+        return;
+      }
+    }
+    if constexpr (!sums(Pass)) {
+      const auto follow = [&](const View& v) {
+        return v.t == positions && v.c == p.T * positions && (p.N == 1 || v.n == p.C * v.c);
+      };
+      if (rows && positions >= 2 * L && positions < 128 && follow(p.x) && follow(p.y)) {
+        run(parallel, (planes + per_task - 1) / per_task, [&](int64_t task) {
+          const int64_t begin = task * per_task, end = min_of(begin + per_task, planes), at = begin * positions;
+          S* const factors = static_cast<S*>(scratch(1, static_cast<size_t>(end - begin + 1) * sizeof(S)));
+          for_planes(p, begin, end, [&](int64_t i, int64_t n, int64_t t, int64_t c) {
+            factors[i] = open(p, n) ? h[(n * p.T + t) * p.C + c] : neutral<Pass>();
+          });
+          factors[end - begin] = 0;
+          planes_in_a_run<Pass>(static_cast<const T*>(p.x.data) + at, static_cast<T*>(p.y.data) + at, factors,
+                                end - begin, positions);
+        });
         return;
       }
     }
@@ -327,18 +415,16 @@ struct GateTask {
           if constexpr (sums(Pass)) out[at] = finished<Pass>(p, sum, n);
           continue;
         }
-        R sum;
-        if constexpr (Pass == GatePass::squeeze)
-          sums_of_planes<1>({base(p.x)}, positions, &sum);
-        else
-          sum = plane<Pass>(base(p.x), base(p.grad), base(p.y), factor, positions);
-        if constexpr (!sums(Pass)) continue;
-        waiting[count] = sum, to[count] = at, of[count] = n;
-        if (++count < L && i + 1 < end) continue;
-        for (int l = count; l < L; ++l) waiting[l] = R{};
-        V::store(ready, Pass == GatePass::squeeze ? V::sums(waiting) / static_cast<S>(positions) : V::sums(waiting));
-        for (int l = 0; l < count; ++l) out[to[l]] = Pass == GatePass::squeeze || open(p, of[l]) ? ready[l] : S(0);
-        count = 0;
+        if constexpr (Pass != GatePass::squeeze) {  // whose planes are taken above
+          const R sum = plane<Pass>(base(p.x), base(p.grad), base(p.y), factor, positions);
+          if constexpr (!sums(Pass)) continue;
+          waiting[count] = sum, to[count] = at, of[count] = n;
+          if (++count < L && i + 1 < end) continue;
+          for (int l = count; l < L; ++l) waiting[l] = R{};
+          V::store(ready, V::sums(waiting));
+          for (int l = 0; l < count; ++l) out[to[l]] = open(p, of[l]) ? ready[l] : S(0);
+          count = 0;
+        }
       }
     });
   }
