@@ -25,10 +25,12 @@ std::optional<fast_gru::ColumnsPlan> columns_by_blocks(const Problem& p, const T
 bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
   const cpu::Isa isa = cpu::current_isa();
   return !x.is_cuda() && fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, isa == cpu::Isa::amx,
-                                              isa >= cpu::Isa::avx512);
+                                              isa >= cpu::Isa::avx512, isa == cpu::Isa::avx512_bf16);
 }
 bool in_fp32(const Problem& p, const Tensor& x) {
-  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.steps, cpu::current_isa() == cpu::Isa::amx);
+  const cpu::Isa isa = cpu::current_isa();
+  return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.C, p.R, p.steps, isa == cpu::Isa::amx,
+                                           isa == cpu::Isa::avx512_bf16);
 }
 
 Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor& vx,

@@ -84,10 +84,10 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
 }
 
 bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads,
-                std::optional<bool> avx512) {
+                std::optional<bool> avx512, std::optional<bool> pairs) {
   const cpu::Isa isa = cpu::current_isa();
   return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads, isa == cpu::Isa::amx,
-                              avx512.value_or(isa >= cpu::Isa::avx512));
+                              avx512.value_or(isa >= cpu::Isa::avx512), pairs.value_or(isa == cpu::Isa::avx512_bf16));
 }
 
 }  // namespace
@@ -105,17 +105,19 @@ void bind_fast_gru(py::module_& m) {
         "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
         "weights, why not, and its cut: the products, and numbers of 4 bytes in shared memory.");
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
-        py::kw_only(), py::arg("threads"), py::arg("avx512") = py::none(),
+        py::kw_only(), py::arg("threads"), py::arg("avx512") = py::none(), py::arg("pairs") = py::none(),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "
-        "whether it has these vectors; None: as this one.");
+        "whether it has these vectors; pairs: whether it multiplies pairs of bf16 fast; None: as this one.");
   m.def("fast_gru_few_weights", &fast_gru::few_weights, py::arg("c"), py::arg("r"),
         "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
   m.def(
       "fast_gru_in_fp32",
-      [](int64_t columns, int64_t steps, const std::string& dtype) {
-        return fast_gru::in_fp32(parse_dtype(dtype), columns, steps, cpu::current_isa() == cpu::Isa::amx);
+      [](int64_t columns, int64_t c, int64_t r, int64_t steps, const std::string& dtype) {
+        const cpu::Isa isa = cpu::current_isa();
+        return fast_gru::in_fp32(parse_dtype(dtype), columns, c, r, steps, isa == cpu::Isa::amx,
+                                 isa == cpu::Isa::avx512_bf16);
       },
-      py::arg("columns"), py::arg("steps"), py::arg("dtype"),
+      py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("steps"), py::arg("dtype"),
       "Whether this CPU makes the library's products of so many columns in fp32.");
   m.def("fast_gru_panel_vectors", &fast_gru::panel_vectors, py::arg("columns"), py::arg("lanes"), py::arg("threads"),
         "The width of the panels that tasks take through all steps, in vectors of so many lanes.");

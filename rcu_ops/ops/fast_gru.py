@@ -512,11 +512,12 @@ def _cpu_plan(
     n, k, c, *positions = x.shape
     columns, steps, threads = n * math.prod(positions), k - int(o0 is None), torch.get_num_threads()
     dtype = str(x.dtype).removeprefix("torch.")
-    if not native.fast_gru_by_columns(columns, c, ux.shape[0] // 2, dtype, threads=threads):
+    r = ux.shape[0] // 2
+    if not native.fast_gru_by_columns(columns, c, r, dtype, threads=threads):
         words = _plan(x, ux, uo, w, vx, vo, o0, save)
-        wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, steps, dtype)
+        wide = x.numel() > 0 and x.dtype != torch.float32 and native.fast_gru_in_fp32(columns, c, r, steps, dtype)
         return f"{words}; in fp32, which this processor multiplies faster" if wide else words
-    few = native.fast_gru_few_weights(c, ux.shape[0] // 2)
+    few = native.fast_gru_few_weights(c, r)
     how = "each column through all steps in one core's caches" if few else "each weight read once per step for all"
     return f"{steps} steps of {columns} columns, {how}, gates {'saved' if save else 'not saved'}"
 
