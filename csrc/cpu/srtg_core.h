@@ -71,6 +71,9 @@ struct GateTask {
   }
   static constexpr bool sums(GatePass pass) { return pass == GatePass::squeeze || pass == GatePass::backward; }
 
+  // Of `count` >= L positions as many as one chain of additions takes.
+  static int64_t first_part(int64_t count) { return count < 2048 ? count : 1024; }
+
   // `count` >= L adjacent positions of one channel. Returns the sum, spread over the lanes.
   template <GatePass Pass>
   static R plane(const T* x, const T* grad, T* y, S h, int64_t count) {
@@ -131,7 +134,8 @@ struct GateTask {
 
   // Sums of K planes of `count` >= L adjacent positions each, side by side.
   template <int K>
-  [[gnu::always_inline]] static inline void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
+  [[gnu::always_inline]] static inline void sums_of_parts(const T* const (&x)[K], int64_t count, R* sums) {
+    if constexpr (K == 1) return static_cast<void>(*sums = sum_of_plane(*x, count));
     R acc[K][2] = {};
     int64_t i = 0;
     for (; i + 2 * L <= count; i += 2 * L)
@@ -148,6 +152,22 @@ struct GateTask {
         acc[k][1] += lane_numbers<V>() < static_cast<S>(from - (count - L)) ? R{} : value;
       }
       sums[k] = acc[k][0] + acc[k][1];
+    }
+  }
+
+  // The same in parts: one chain of additions would round more than a library's sum does.
+  template <int K>
+  [[gnu::always_inline]] static inline void sums_of_planes(const T* const (&x)[K], int64_t count, R* sums) {
+    int64_t some = first_part(count);
+    sums_of_parts<K>(x, some, sums);
+    if (some == count) return;
+    const T* rest[K];
+    for (int64_t from = some; from < count; from += some) {
+      for (int k = 0; k < K; ++k) rest[k] = x[k] + from;
+      R more[K];
+      some = first_part(count - from);
+      sums_of_parts<K>(rest, some, more);
+      for (int k = 0; k < K; ++k) sums[k] += more[k];
     }
   }
 
@@ -300,10 +320,7 @@ struct GateTask {
         place.t = 0;
         if (++place.c == p.C) place.c = 0, ++place.n;
       }
-      if constexpr (K == 1)
-        sums[count] = sum_of_plane(x[0], positions);
-      else
-        sums_of_planes<K>(x, positions, sums + count);
+      sums_of_planes<K>(x, positions, sums + count);
       count += K;
       if (count < L && i + 1 < each) continue;
       alignas(64) S ready[L];
@@ -416,8 +433,15 @@ struct GateTask {
           continue;
         }
         if constexpr (Pass != GatePass::squeeze) {  // whose planes are taken above
-          const R sum = plane<Pass>(base(p.x), base(p.grad), base(p.y), factor, positions);
-          if constexpr (!sums(Pass)) continue;
+          const T *const x = base(p.x), *const grad = base(p.grad);
+          T* const y = base(p.y);
+          if constexpr (!sums(Pass)) {
+            plane<Pass>(x, grad, y, factor, positions);
+            continue;
+          }
+          R sum{};
+          for (int64_t from = 0, some; from < positions; from += some)
+            sum += plane<Pass>(x + from, grad + from, y + from, factor, some = first_part(positions - from));
           waiting[count] = sum, to[count] = at, of[count] = n;
           if (++count < L && i + 1 < end) continue;
           for (int l = count; l < L; ++l) waiting[l] = R{};

@@ -229,6 +229,17 @@ def test_gates_of_many_channels_are_read_as_they_were_saved(positions) -> None:
     errors.check()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "middle_channels"])
+def test_bf16_of_many_weights_keeps_the_tolerance_rule_as_this_processor_takes_it(layout) -> None:
+    """In panels, or by the library where it multiplies bf16 faster: 70 columns, forward and backward."""
+    shape, errors = (2, 2, 520, 1, 5, 7), Errors()
+    tensors = inputs(shape, 130, torch.bfloat16)
+    grads = [torch.randn(shape).bfloat16(), torch.randn(shape[:1] + shape[2:])]
+    with rcu_ops.use_backend("cpu"):
+        compare(tensors, [LAYOUTS[layout](tensors[0]), *tensors[1:]], grads, errors)
+    errors.check()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_recomputed_gates_are_the_saved_ones(isa, layout) -> None:
     """Where columns go through all steps by themselves, the backward pass finds the forward pass's gates again."""

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     ],
 }
 SHAPES = [(2, 3, 4, 2, 3), (1, 64, 2, 7, 7), (3, 17, 3, 5, 9), (2, 1, 1, 1, 1), (1, 33, 2, 14, 14), (2, 130, 1, 3, 1)]
+SHAPES.append((2, 96, 5, 7, 7))  # several tasks, which begin and end within a channel's frames
 
 
 @pytest.fixture(params=BACKENDS)
@@ -68,6 +69,18 @@ def test_squeeze_keeps_the_tolerance_rule(backend, shape, dtype, layout) -> None
     assert got.dtype == torch.float32 and got.is_contiguous()
     eager = x.mean((3, 4)).transpose(1, 2)
     assert_close_to_reference(got, exact(x).mean((3, 4)).transpose(1, 2), eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_large_planes_keep_the_tolerance_rule(backend, dtype) -> None:
+    """Clips beyond what caches may hold, and more positions than may be added up one after the other."""
+    x, grad = (torch.randn(2, 23, 3, 180, 180).to(dtype) for _ in range(2))
+    means = x.float().mean((3, 4)).transpose(1, 2)
+    assert_close_to_reference(rcu_ops.srtg_squeeze(x), exact(x).mean((3, 4)).transpose(1, 2), means)
+    h = torch.randn(2, 3, 23, requires_grad=True)
+    (dh,) = torch.autograd.grad(rcu_ops.srtg_fuse(x, h), h, grad)
+    products = (x.float() * grad.float()).sum((3, 4)).transpose(1, 2)
+    assert_close_to_reference(dh, (exact(x) * exact(grad)).sum((3, 4)).transpose(1, 2), products)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
