@@ -120,14 +120,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
                  {carry.plane(p), state_product.data ? state_product.plane(p) : none, grad_plane(p.first + k), at(s.z),
                   at(s.candidate), at(before), at(dc), at(dz)}),
             x);
-        product(q, vo_t, dc.step(p, k));
+        exact_product(q, vo_t, dc.step(p, k));
         run(over(p, Pass::d_gates, C, M, {carry.plane(p), q.plane(p), at(s.r), at(before), at(dr), at(gated)}), x);
         const Matrix now = du.step(p, k);
-        product(now.part(false, 0, p.R), wr_t, dr.step(p, k));
-        product(now.part(false, p.R, p.R), wz_t, dz.step(p, k));
+        exact_product(now.part(false, 0, p.R), wr_t, dr.step(p, k));
+        exact_product(now.part(false, p.R, p.R), wz_t, dz.step(p, k));
         run(over(p, Pass::d_hidden, 2 * p.R, M, {now.plane(p), at(s.hidden)}), x);
         if (at_once) {
-          add_product(carry, uo_t, now);
+          exact_product(carry, uo_t, now, true);
         } else {
           product(from_later, uo_t, now);
           state_product = from_later;
@@ -155,8 +155,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
     }
     if (need_x) {  // dr and dz are free now
       const Matrix beside = x.is_cuda() ? dz : Matrix{};
-      product(dr, transposed(ux), du);
-      add(p, beside, dr, transposed(vx), dc);
+      exact_product(dr, transposed(ux), du);
+      if (beside.data)
+        add(p, beside, dr, transposed(vx), dc);
+      else
+        exact_product(dr, transposed(vx), dc, true);
       if (p.N < p.steps) {  // all steps of a sample, or all samples of a step
         for (int64_t n = 0; n < p.N; ++n) {
           const Tensor some = torch::stable::select(dx, 0, n);

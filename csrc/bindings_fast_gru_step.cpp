@@ -30,6 +30,41 @@ void add_product(const Matrix& out, const Tensor& weight, const Matrix& in) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
+void exact_product(const Matrix& out, const Tensor& weight, const Matrix& in, bool add) {
+  constexpr int64_t piece = 128, least = 256, few = 12;
+  if (out.scalar != ScalarType::Float || out.memory.is_cuda() || in.features < least || in.columns >= few)
+    return add ? add_product(out, weight, in) : product(out, weight, in);
+  const int64_t count = in.features / piece, rest = in.features % piece, terms = count + (rest > 0) + add;
+  const Tensor to = out.tensor(), sums = empty_of(to, {terms, to.size(0), to.size(1)});
+  const auto pieces = [&](const Tensor& like, char* data, std::array<int64_t, 3> shape,
+                          std::array<int64_t, 3> strides) {
+    return torch::stable::from_blob(data, Sizes(shape.data(), 3), Sizes(strides.data(), 3), like.device(), out.scalar);
+  };
+  const int64_t of_out = weight.stride(0), of_in = weight.stride(1);
+  char *const numbers = static_cast<char*>(pointer(weight)), *const first = in.data;
+  Tensor whole = sums;
+  whole = torch::stable::narrow(whole, 0, 0, count);
+  if (in.by_column)
+    multiply("aten::bmm", pieces(in.memory, first, {count, in.columns, piece}, {piece, in.pitch, 1}),
+             pieces(weight, numbers, {count, piece, out.features}, {piece * of_in, of_in, of_out}), whole);
+  else
+    multiply("aten::bmm", pieces(weight, numbers, {count, out.features, piece}, {piece * of_in, of_out, of_in}),
+             pieces(in.memory, first, {count, piece, in.columns}, {piece * in.pitch, in.pitch, 1}), whole);
+  if (rest > 0) {
+    Tensor columns = weight;
+    columns = torch::stable::narrow(columns, 1, count * piece, rest);
+    const Tensor end = in.part(false, count * piece, rest).tensor(), sum = torch::stable::select(sums, 0, count);
+    in.by_column ? multiply("aten::mm", end, transposed(columns), sum) : multiply("aten::mm", columns, end, sum);
+  }
+  if (add) {
+    Tensor before = torch::stable::select(sums, 0, terms - 1);
+    torch::stable::copy_(before, to);
+  }
+  const int64_t over_terms[] = {0};
+  Tensor result = to;
+  torch::stable::sum_out(result, sums, Sizes(over_terms, 1));
+}
+
 Plane add(const Problem& p, const Matrix& beside, const Matrix& to, const Tensor& weight, const Matrix& in) {
   if (!beside.data) {
     add_product(to, weight, in);
