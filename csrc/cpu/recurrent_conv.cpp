@@ -204,6 +204,8 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
   }
 #if defined(__x86_64__)
   const Isa isa = current_isa();
+  // Not with the matrix unit: its processors multiply pairs at half the rate of fp32 (see cpu_isa.h).
+  if (isa == Isa::avx512_bf16 && p.dtype == DType::bf16) return avx512_bf16::weight_grad(p, parallel);
   if (isa >= Isa::avx512) return avx512::weight_grad(p, parallel);
   if (isa == Isa::avx2) return avx2::weight_grad(p, parallel);
 #endif

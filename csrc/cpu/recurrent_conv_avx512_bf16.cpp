@@ -1,4 +1,4 @@
-// recurrent_conv and recurrent_conv_frame for bf16 on the vector unit (AVX512-BF16).
+// recurrent_conv, the gradient of its weight and recurrent_conv_frame for bf16 on the vector unit (AVX512-BF16).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -121,6 +121,141 @@ struct FrameArithmetic {
     return _mm512_mask_add_ps(value, lanes, value, added);
   }
 };
+
+#include "recurrent_conv_weight_grad_core.h"
+
+// Pairs of rows: products of bf16 as they lie in memory, added in fp32. A state before the first frame in fp32 is
+// rounded, as all other states have been. The instruction takes denormal numbers for zeros.
+struct PairedGrad {
+  using V = F32;
+  using T = bf16_t;
+  using E = bf16_t;
+  static constexpr int MR = 8, NR = 2 * tile, A = tile, pair = 2;
+  static constexpr int64_t K = grad_rows;
+
+  template <bool Rows>
+  static void multiply(const bf16_t* a, const bf16_t* b, int64_t count, float* sum, GradAhead& ahead) {
+    constexpr int64_t a_m = Rows ? 2 : K, a_k = Rows ? 2 * A : 2;
+    __m512 acc[MR][2];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+    const auto add_pair = [&]() __attribute__((always_inline)) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + block);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        int32_t two;
+        memcpy(&two, a + m * a_m, 4);
+        const __m512bh values = (__m512bh)_mm512_set1_epi32(two);
+        acc[m][0] = _mm512_dpbf16_ps(acc[m][0], values, b0);
+        acc[m][1] = _mm512_dpbf16_ps(acc[m][1], values, b1);
+      }
+      a += a_k, b += 2 * NR;
+    };
+    for (; count >= 4; count -= 4) {
+      ahead.next();
+      add_pair();
+      add_pair();
+    }
+    for (; count > 0; count -= 2) add_pair();
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* const at = sum + m * NR + v * tile;
+        _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), acc[m][v]));
+      }
+  }
+
+  static __mmask32 first_lanes(int64_t count) { return count >= block ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
+
+  // `channels` of two rows, side by side, to lanes of panels [K / 2][Lanes][2]; zeros to the end of the last 16 lanes.
+  template <int Lanes>
+  static void pack_pair(const bf16_t* even, const bf16_t* odd, int64_t channels, bf16_t* out) {
+    alignas(64) static constexpr uint16_t interleave[block] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                               37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                               11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(interleave), high = _mm512_add_epi16(low, _mm512_set1_epi16(tile));
+    const auto at = [&](int64_t c) { return out + c / Lanes * K * Lanes + c % Lanes * 2; };
+    for (int64_t c = 0; c < channels; c += block) {
+      const __mmask32 lanes = first_lanes(channels - c);
+      const __m512i a = _mm512_maskz_loadu_epi16(lanes, even + c), b = _mm512_maskz_loadu_epi16(lanes, odd + c);
+      _mm512_storeu_si512(at(c), _mm512_permutex2var_epi16(a, low, b));
+      if (Lanes > tile || c + tile < channels) _mm512_storeu_si512(at(c + tile), _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+
+  template <bool Rows>
+  static void pack_u(const WeightGrad& p, bf16_t* u, int64_t o0, int64_t outputs, const int64_t* rows_at,
+                     int64_t count) {
+    const bf16_t* src = static_cast<const bf16_t*>(p.dx.data) + o0 * p.dx.c;
+    if constexpr (Rows) {
+      static constexpr bf16_t none[grad_slab] = {};
+      for (int64_t k = 0; k < count; k += 2)
+        pack_pair<A>(src + rows_at[k], k + 1 < count ? src + rows_at[k + 1] : none, outputs, u + k * A);
+    } else {
+      for (int64_t k = 0; k < count;) {
+        const int64_t end = run_end(rows_at, k, count), length = end - k;
+        for (int64_t o = 0; o < outputs; ++o) {
+          const bf16_t* from = src + rows_at[k] + o * p.dx.c;
+          if (length == 1)
+            u[o * K + k] = *from;
+          else
+            copy_row(u + o * K + k, from, length * sizeof(bf16_t));
+        }
+        k = end;
+      }
+      if (count % 2)
+        for (int64_t o = 0; o < outputs; ++o) u[o * K + count] = {0};
+    }
+  }
+
+  static void pack_h(const WeightGrad& p, bf16_t* h, const int64_t* rows_at, const bool* from_first, int64_t count,
+                     int64_t panels) {
+    const bf16_t* src = static_cast<const bf16_t*>(p.h.data);
+    const auto value = [&](int64_t k, int64_t c) {
+      bf16_t v = {0};
+      if (k < count && c < p.C) {
+        if (from_first[k])
+          from_double(load_any(p.first.data, p.first.dtype, rows_at[k] + c * p.first.c), v);
+        else
+          v = src[rows_at[k] + c * p.h.c];
+      }
+      return v;
+    };
+    const bool by_row = p.h.c == 1 && p.C > 1;
+    for (int64_t k = 0; k < count;) {
+      int64_t end = k;
+      if (!by_row && !from_first[k]) {
+        end = run_end(rows_at, k, min_of<int64_t>(count, k + block));
+        end -= (end - k) % 2;
+      }
+      if (end == k) {
+        if (p.h.c == 1 && !from_first[k] && k + 1 < count) {
+          pack_pair<NR>(src + rows_at[k], src + rows_at[k + 1], p.C, h + k * NR);
+        } else {
+          for (int64_t c = 0; c < panels * NR; ++c)
+            for (int64_t i = 0; i < 2; ++i) h[c / NR * K * NR + k * NR + c % NR * 2 + i] = value(k + i, c);
+        }
+        k += 2;
+        continue;
+      }
+      // Up to 16 pairs of adjacent positions of 16 channels, turned to 16 channels of each pair.
+      const __mmask32 positions = first_lanes(end - k);
+      for (int64_t c = 0; c < panels * NR; c += tile) {
+        __m512i pairs[tile];
+        for (int64_t l = 0; l < tile; ++l)
+          pairs[l] = c + l < p.C ? _mm512_maskz_loadu_epi16(positions, src + rows_at[k] + (c + l) * p.h.c)
+                                 : _mm512_setzero_si512();
+        transpose(pairs);
+        bf16_t* const to = h + c / NR * K * NR + k * NR + c % NR * 2;
+        for (int64_t l = 0; l < (end - k) / 2; ++l) _mm512_storeu_si512(to + l * 2 * NR, pairs[l]);
+      }
+      k = end;
+    }
+  }
+};
+
+void weight_grad(const WeightGrad& p, const Parallel& parallel) { WeightGradTasks<PairedGrad>::run(p, parallel); }
 
 #include "recurrent_conv_frame_core.h"
 

@@ -580,213 +580,55 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 }
 
 // ---- gradient of the weight --------------------------------------------------------------------------------------
-//
-// dW = U H^T over rows r = (frame, column), U = dx at that frame and H = the state before it.
-//
-// Layout.   Rows are cut into `parts` ranges and the output channels into slabs, both by shape alone. A task packs K
-//           rows of H to panels [K][NR] and of its slab of U to [o / A][K][A], or, where positions are adjacent, to
-//           [o][K]: either way both are read in the order in which they lie, and widened to fp32 (fp64) once for all
-//           blocks that multiply them.
-// Order.    Chains of K rows (of a quarter where a frame has few columns: sums frame by frame would be as exact as
-//           that), one fma after the other, are added up to sums of `flush` rows, those within a range with their
-//           rounding errors kept beside them, and the ranges in fp64: independent of the number of threads, and as
-//           exact as short sums however many rows.
-// Scratch.  2 * parts * C * C shared; per task K * (slab + C) and slab * C.
-// Bound.    2 C^2 FLOP per row, one load for 1.6 multiply-adds; packing moves 2 * C (1 + C / slab) elements per row,
-//           which the blocks before have asked for.
 
-static constexpr int64_t grad_rows = 128;
+#include "recurrent_conv_weight_grad_core.h"
 
-// The lines that the next rows hold of a tensor, asked for one by one between the products: in one go, more than a core
-// can wait for would hold it up.
-struct GradLines {
-  const char* base = nullptr;
-  const int64_t* at = nullptr;  // where each piece begins; absent: `stride` apart
-  int64_t element = 0, stride = 0, pieces = 0, bytes = 0;
-  int64_t piece = 0, byte = 0;
-
-  int64_t count() const { return pieces * ((bytes + 63) / 64); }
-  bool next() {
-    if (piece >= pieces) return false;
-    __builtin_prefetch(base + (at ? at[piece] : piece * stride) * element + byte, 0, 2);
-    byte += 64;
-    if (byte >= bytes) byte = 0, ++piece;
-    return true;
-  }
-};
-
-struct GradAhead {
-  GradLines u, h;
-  int64_t share = 0;  // lines per call
-  void next() {
-    for (int64_t i = 0; i < share; ++i)
-      if (!u.next() && !h.next()) return;
-  }
-};
-
-template <class V, bool Rows>  // Rows: a[k][A], else a[m][grad_rows]
-static void grad_block(const typename V::S* a, const typename V::S* b, int64_t count, typename V::S* sum,
-                       GradAhead& ahead) {
-  using R = typename V::R;
-  constexpr int L = V::L, MR = V::planar_rows, NV = 2;
-  constexpr int64_t a_m = Rows ? 1 : grad_rows, a_k = !Rows ? 1 : L > MR ? L : MR;
-  R acc[MR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(0);
-  const auto multiply = [&]() __attribute__((always_inline)) {
-    R bv[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const R av = V::set1(a[m * a_m]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
-    }
-    a += a_k, b += NV * L;
-  };
-  for (; count >= 4; count -= 4) {
-    ahead.next();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) multiply();
-  }
-  for (; count > 0; --count) multiply();
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) V::store(sum + (m * NV + v) * L, V::add(V::load(sum + (m * NV + v) * L), acc[m][v]));
-}
-
-template <class V, class T>
-struct WeightGradTasks {
+// Numbers widened to fp32 (or fp64), one multiply-add after the other.
+template <class Vectors, class Number>
+struct WidenedGrad {
+  using V = Vectors;
+  using T = Number;
   using S = typename V::S;
-  static constexpr int L = V::L, MR = V::planar_rows, NR = 2 * L, A = L > MR ? L : MR;
-  static constexpr int64_t K = grad_rows, slab = 128, flush = 4 * K;
+  using E = S;
+  static constexpr int L = V::L, MR = V::planar_rows, NR = 2 * L, A = L > MR ? L : MR, pair = 1;
+  static constexpr int64_t K = grad_rows;
 
-  const WeightGrad& p;
-  int64_t columns, first_frame, rows, chain, parts, panels, slabs, slab_size;
-  S* partial;  // [part][slab of outputs][sum, its rounding errors][panel of inputs][padded slab][NR]
-
-  explicit WeightGradTasks(const WeightGrad& problem) : p(problem) {
-    columns = p.N * p.H * p.W;
-    first_frame = p.first.data ? 0 : 1;
-    rows = (p.T - first_frame) * columns;
-    chain = columns < 4 * K ? K / 4 : K;
-    panels = (p.C + NR - 1) / NR;
-    slabs = (p.C + slab - 1) / slab;
-    slab_size = panels * padded_slab() * NR;
-    const int64_t most = max_of<int64_t>((int64_t(32) << 20) / int64_t(slabs * slab_size * sizeof(S)), 1);
-    parts = max_of<int64_t>(min_of(min_of<int64_t>(rows / 2048, 16), most), 1);
-    partial = nullptr;
-  }
-  int64_t padded_slab() const { return round_up(min_of(slab, p.C), A); }
-
-  // Up to K rows and where they lie: U's frame, and H's frame before it (rows of the first frame: `first`).
-  struct Chunk {
-    int64_t count = 0;
-    int64_t u[K], h[K];
-    bool from_first[K];
-  };
-  void locate(int64_t r0, int64_t end, Chunk& chunk) const {
-    Scan shape;  // for column_offsets
-    shape.N = p.N, shape.H = p.H, shape.W = p.W;
-    const int64_t count = chunk.count = max_of<int64_t>(min_of(K, end - r0), 0);
-    for (int64_t k = 0; k < count;) {
-      const int64_t i = (r0 + k) / columns + first_frame, q = (r0 + k) % columns,
-                    piece = min_of(count - k, columns - q);
-      const int64_t t = p.reverse ? p.T - 1 - i : i, before = i == 0 ? 0 : p.reverse ? t + 1 : t - 1;
-      column_offsets(shape, p.dx, q, piece, chunk.u + k);
-      column_offsets(shape, i == 0 ? p.first : p.h, q, piece, chunk.h + k);
-      for (int64_t end = k + piece; k < end; ++k) {
-        chunk.u[k] += t * p.dx.t;
-        chunk.h[k] += i == 0 ? 0 : before * p.h.t;
-        chunk.from_first[k] = i == 0;
+  template <bool Rows>
+  static void multiply(const S* a, const S* b, int64_t count, S* sum, GradAhead& ahead) {
+    using R = typename V::R;
+    constexpr int NV = 2;
+    constexpr int64_t a_m = Rows ? 1 : K, a_k = Rows ? A : 1;
+    R acc[MR][NV];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(0);
+    const auto add_row = [&]() __attribute__((always_inline)) {
+      R bv[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const R av = V::set1(a[m * a_m]);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
       }
+      a += a_k, b += NV * L;
+    };
+    for (; count >= 4; count -= 4) {
+      ahead.next();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) add_row();
     }
-  }
-
-  // Of channels [begin, end) of `count` rows: rows of channels, or channels of rows that follow the first one.
-  static GradLines lines(const View& v, const int64_t* rows_at, int64_t count, int64_t begin, int64_t end) {
-    GradLines found;
-    if (count == 0) return found;
-    const T* const from = static_cast<const T*>(v.data) + begin * v.c;
-    const bool by_row = v.c == 1;
-    found.base = reinterpret_cast<const char*>(by_row ? from : from + rows_at[0]);
-    found.at = by_row ? rows_at : nullptr;
-    found.element = sizeof(T);
-    found.stride = v.c;
-    found.pieces = by_row ? count : end - begin;
-    found.bytes = (by_row ? end - begin : count) * found.element;
-    return found;
-  }
-
-  static void task(void* self, int64_t index) {
-    const auto& t = *static_cast<const WeightGradTasks*>(self);
-    if (t.p.dx.c == 1)
-      t.template run_task<true>(index);
-    else
-      t.template run_task<false>(index);
+    for (; count > 0; --count) add_row();
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) V::store(sum + (m * NV + v) * L, V::add(V::load(sum + (m * NV + v) * L), acc[m][v]));
   }
 
   template <bool Rows>
-  void run_task(int64_t index) const {
-    const int64_t part = index / slabs, o0 = index % slabs * slab, outputs = min_of(slab, p.C - o0);
-    const int64_t padded = round_up(outputs, A), c_panel = padded_slab() * NR;
-    S* const sum = partial + 2 * index * slab_size;
-    S* const lost = sum + slab_size;
-    memset(static_cast<void*>(sum), 0, 2 * slab_size * sizeof(S));
-
-    char* memory =
-        static_cast<char*>(scratch(1, ((padded + panels * NR) * K + slab_size) * sizeof(S) + 2 * sizeof(Chunk)));
-    S* const u = reinterpret_cast<S*>(memory);
-    S* const h = u + padded * K;
-    S* const block = h + panels * NR * K;
-    Chunk* now = reinterpret_cast<Chunk*>(block + slab_size);
-    Chunk* next = now + 1;
-    memset(static_cast<void*>(u), 0, padded * K * sizeof(S));
-    memset(static_cast<void*>(block), 0, slab_size * sizeof(S));
-
-    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, blocks = panels * (padded / MR);
-    locate(begin, end, *now);
-    for (int64_t r = begin; r < end; r += K) {
-      this->template pack_u<Rows>(u, o0, outputs, now->u, now->count);
-      pack_h(h, now->h, now->from_first, now->count);
-      locate(r + K, end, *next);
-      GradAhead ahead;
-      ahead.u = lines(p.dx, next->u, next->count, o0, o0 + outputs);
-      ahead.h = lines(p.h, next->h, next->from_first[0] ? 0 : next->count, 0, p.C);
-      ahead.share = (ahead.u.count() + ahead.h.count() + blocks * K / 4 - 1) / (blocks * K / 4);
-      for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t m = 0; m < padded; m += MR) {
-          const S* const a = Rows ? u + m / A * A * K + m % A : u + m * K;
-          const S* const b = h + panel * K * NR;
-          for (int64_t k = 0; k < now->count; k += chain)
-            grad_block<V, Rows>(a + k * (Rows ? A : 1), b + k * NR, min_of(chain, now->count - k),
-                                block + panel * c_panel + m * NR, ahead);
-        }
-      Chunk* const swap = now;
-      now = next;
-      next = swap;
-      if ((r - begin) % flush == flush - K || r + K >= end) {
-        for (int64_t panel = 0; panel < panels; ++panel) add_exactly(panel * c_panel, padded * NR, block, sum, lost);
-      }
-    }
-  }
-
-  // sum += block, and what the addition rounds away to `lost`; the block starts anew.
-  static void add_exactly(int64_t from, int64_t count, S* block, S* sum, S* lost) {
-    for (int64_t i = from; i < from + count; i += L) {
-      const auto a = V::load(sum + i), b = V::load(block + i), s = V::add(a, b), part = V::sub(s, a);
-      V::store(lost + i, V::add(V::load(lost + i), V::add(V::sub(a, V::sub(s, part)), V::sub(b, part))));
-      V::store(sum + i, s);
-      V::store(block + i, V::set1(0));
-    }
-  }
-
-  template <bool Rows>
-  void pack_u(S* u, int64_t o0, int64_t outputs, const int64_t* rows_at, int64_t count) const {
+  static void pack_u(const WeightGrad& p, S* u, int64_t o0, int64_t outputs, const int64_t* rows_at, int64_t count) {
     const T* src = static_cast<const T*>(p.dx.data) + o0 * p.dx.c;
     if constexpr (Rows) {
       const int64_t wide = outputs / A * A;
@@ -811,7 +653,8 @@ struct WeightGradTasks {
     }
   }
 
-  void pack_h(S* h, const int64_t* rows_at, const bool* from_first, int64_t count) const {
+  static void pack_h(const WeightGrad& p, S* h, const int64_t* rows_at, const bool* from_first, int64_t count,
+                     int64_t panels) {
     const T* src = static_cast<const T*>(p.h.data);
     const int64_t wide = p.C / L * L;
     const bool by_row = p.h.c == 1 && p.C > 1;
@@ -848,34 +691,14 @@ struct WeightGradTasks {
       if (at[l] != at[0] + l) return false;
     return true;
   }
-
-  static void reduce(void* self, int64_t o) {
-    const auto& t = *static_cast<const WeightGradTasks*>(self);
-    const int64_t C = t.p.C, c_panel = t.padded_slab() * NR;
-    T* out = static_cast<T*>(t.p.dweight) + o * C;
-    for (int64_t panel = 0; panel < t.panels; ++panel) {
-      const S* at = t.partial + 2 * (o / slab) * t.slab_size + panel * c_panel + o % slab * NR;
-      double sum[NR] = {};
-      for (int64_t part = 0; part < t.parts; ++part, at += 2 * t.slabs * t.slab_size)
-        for (int i = 0; i < NR; ++i) sum[i] += static_cast<double>(at[i]) + static_cast<double>(at[t.slab_size + i]);
-      for (int i = 0; i < min_of<int64_t>(NR, C - panel * NR); ++i) from_double(sum[i], out[panel * NR + i]);
-    }
-  }
-
-  static void run(const WeightGrad& p, const Parallel& parallel) {
-    WeightGradTasks t(p);
-    t.partial = static_cast<S*>(scratch(0, 2 * t.parts * t.slabs * t.slab_size * sizeof(S)));
-    parallel.run(parallel.pool, t.parts * t.slabs, task, &t);
-    parallel.run(parallel.pool, p.C, reduce, &t);
-  }
 };
 
 void weight_grad(const WeightGrad& p, const Parallel& parallel) {
   switch (p.dtype) {
-    case DType::f64: return WeightGradTasks<F64, double>::run(p, parallel);
-    case DType::f32: return WeightGradTasks<F32, float>::run(p, parallel);
-    case DType::bf16: return WeightGradTasks<F32, bf16_t>::run(p, parallel);
-    default: return WeightGradTasks<F32, f16_t>::run(p, parallel);
+    case DType::f64: return WeightGradTasks<WidenedGrad<F64, double>>::run(p, parallel);
+    case DType::f32: return WeightGradTasks<WidenedGrad<F32, float>>::run(p, parallel);
+    case DType::bf16: return WeightGradTasks<WidenedGrad<F32, bf16_t>>::run(p, parallel);
+    default: return WeightGradTasks<WidenedGrad<F32, f16_t>>::run(p, parallel);
   }
 }
 

@@ -28,6 +28,7 @@ void conv_frame(const ConvFrame&, const FramePlan&, const Parallel&);
 }  // namespace avx512
 namespace avx512_bf16 {
 void scan(const Scan&, const Plan&, const Parallel&);
+void weight_grad(const WeightGrad&, const Parallel&);
 void conv_frame(const ConvFrame&, const FramePlan&, const Parallel&);  // on pairs
 }  // namespace avx512_bf16
 namespace amx {
