@@ -9,7 +9,7 @@ in its own layout (:class:`Panels`): fp32, or pairs of bf16 where vector units m
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,45 @@ from rcu_ops.ops.recurrent_conv_frame import CHANNELS, LEAST_ROW, OPERATOR
 from rcu_ops.reference.recurrent_conv_frame import pack_pairs, pack_panels
 
 
-class Panels(Kept):
-    """A layer's weights in the kernel's layout."""
+class Plan(NamedTuple):
+    """What a layer's sizes, and those of the frames, decide.
 
-    def panels(self, weight: Tensor, weight_hh: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    Attributes:
+        refusal: None if the kernel runs the layer for such frames, else the reason as a sentence.
+        pairs: on pairs of bf16.
+        geometry: sizes of the kernel, strides, padding.
+        shape: of the output, (1, O, H', W').
+    """
+
+    refusal: str | None
+    pairs: bool
+    geometry: list[int]
+    shape: tuple[int, int, int, int]
+
+
+class Panels(Kept):
+    """A layer's weights in the kernel's layout, and its plan for the frames that came last."""
+
+    def __init__(self, most: int = 1) -> None:
+        super().__init__(most)
+        self._planned: tuple[tuple[Any, ...], Plan] | None = None
+
+    def plan(self, layer: Any, x: Tensor, weight: Tensor) -> Plan | None:
+        """How the kernel runs ``layer``, which these panels belong to, for x [N,C,T,H,W]; None where it does not."""
+        shape = x.shape
+        if shape[0] != 1 or shape[2] != 1 or _why_not_now(x, weight) is not None:
+            return None
+        key = shape, x.dtype, _isa()
+        # Between two kernels Python runs from cold caches, at a third of its speed: the rule is gone through once.
+        if self._planned is None or self._planned[0] != key:
+            self._planned = key, _make_plan(layer, shape[3], shape[4], x.dtype)
+        plan = self._planned[1]
+        return plan if plan.refusal is None else None
+
+    def panels(
+        self, weight: Tensor, weight_hh: Tensor | None, bias: Tensor | None, pairs: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The panels of ``weight`` [O,C,1,kh,kw] and ``weight_hh`` ([O,O] or None), and the bias in fp32."""
-        pairs = _in_pairs(weight.dtype, _isa())
 
         def make() -> tuple[Tensor, Tensor | None]:
             pack = pack_pairs if pairs else pack_panels
@@ -39,10 +72,11 @@ class Panels(Kept):
 
 
 def run_frame(
-    layer: Any,
+    plan: Plan,
     panels: Panels,
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
     *,
@@ -52,23 +86,24 @@ def run_frame(
     shift: Tensor | None = None,
     mean: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """``(y [1,O,1,H',W'], state)`` of ``layer`` after the frame x [1,C,1,H,W], or None where the kernel is not taken.
+    """``(y [1,O,1,H',W'], state)`` of a layer after the frame x [1,C,1,H,W], or None where the kernel is not taken.
 
     Args:
-        layer: has a convolution's arguments. weight: [O,C,1,kh,kw]. weight_hh: [O,O]; with it go ``state``
-            [1,O,H',W'], ``scale`` and ``shift`` [O]. mean: halve every sum.
+        plan: what ``panels.plan`` returned for x.
+        weight: [O,C,1,kh,kw]. bias: [O] or None. weight_hh: [O,O]; with it go ``state`` [1,O,H',W'], ``scale`` and
+            ``shift`` [O]. mean: halve every sum.
         residual: expands to the output, or None. relu: end with a ReLU.
     """
     frame = x.squeeze(2)
     if residual is not None:
         residual = residual.squeeze(2)
-    if why_not(layer, frame, weight, state, residual) is not None:
+    if _why_not_laid(plan.shape, frame, state, residual) is not None:
         return None
-    kept, bias = panels.panels(weight, weight_hh, layer.bias)
+    kept, kept_bias = panels.panels(weight, weight_hh, bias, plan.pairs)
     # Nothing here has a gradient, so the call goes past the dispatcher's stop for one.
     with torch._C._AutoDispatchBelowAutograd():
         y, last = OPERATOR(
-            frame, kept, bias, state, scale, shift, residual, layer.out_channels, _geometry(layer), mean, relu
+            frame, kept, kept_bias, state, scale, shift, residual, plan.shape[1], plan.geometry, mean, relu
         )
     return y.unsqueeze(2), last
 
@@ -79,30 +114,51 @@ def why_not(
     """None if the kernel runs ``layer`` for ``frame`` [N,C,H,W], else the reason as a sentence."""
     if frame.shape[0] != 1:
         return "several frames at once: the matrix library's calls are worth their time"
-    if current_backend() not in ("auto", "cpu"):
-        return f"backend {current_backend()!r} was asked for"
+    if (reason := _why_not_now(frame, weight)) is not None:
+        return reason
+    plan = _make_plan(layer, frame.shape[2], frame.shape[3], frame.dtype)
+    return plan.refusal or _why_not_laid(plan.shape, frame, state, residual)
+
+
+def _why_not_now(frame: Tensor, weight: Tensor) -> str | None:
+    if (backend := current_backend()) not in ("auto", "cpu"):
+        return f"backend {backend!r} was asked for"
     if not runs_by_itself(frame, weight):
         return "traced, compiled, under autocast, with gradients or not on a CPU"
-    if (reason := why_not_here(frame.dtype)) is not None:
-        return reason
+    return None
+
+
+def _make_plan(layer: Any, height: int, width: int, dtype: torch.dtype) -> Plan:
+    def refused(reason: str) -> Plan:
+        return Plan(reason, False, [], (1, 0, 0, 0))
+
+    if (reason := why_not_here(dtype)) is not None:
+        return refused(reason)
     if layer.groups != 1 or layer._arguments["dilation"] != (1, 1):
-        return "groups or dilation"
+        return refused("groups or dilation")
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return f"padding {layer.padding!r} of {layer.padding_mode}"
+        return refused(f"padding {layer.padding!r} of {layer.padding_mode}")
     if layer.out_channels % CHANNELS:
-        return f"{layer.out_channels} channels are no multiple of {CHANNELS}"
-    size = output_size(layer, frame)
-    if size[0] < 1 or size[1] < LEAST_ROW:
-        return f"output rows of {size[1]} positions are shorter than {LEAST_ROW}"
-    shape = (1, layer.out_channels, *size)
-    for tensor, dtype in ((frame, frame.dtype), (state, torch.float32), (residual, frame.dtype)):
+        return refused(f"{layer.out_channels} channels are no multiple of {CHANNELS}")
+    geometry = [*layer.kernel_size[1:], *layer._arguments["stride"], *layer._arguments["padding"]]
+    kh, kw, sh, sw, ph, pw = geometry
+    rows, columns = (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
+    if rows < 1 or columns < LEAST_ROW:
+        return refused(f"output rows of {columns} positions are shorter than {LEAST_ROW}")
+    return Plan(None, _in_pairs(dtype, _isa()), geometry, (1, layer.out_channels, rows, columns))
+
+
+def _why_not_laid(shape: tuple[int, ...], frame: Tensor, state: Tensor | None, residual: Tensor | None) -> str | None:
+    adjacent = frame.stride(1) == 1
+    for tensor, dtype in ((state, torch.float32), (residual, frame.dtype)):
         if tensor is None:
             continue
-        if tensor.stride(1) != 1 or tensor.dtype != dtype or (tensor is not frame and tensor.shape != shape):
-            return "channels are not adjacent in every tensor, or a tensor is broadcast or in another dtype"
-        if tensor.requires_grad and torch.is_grad_enabled():
+        adjacent = adjacent and tensor.stride(1) == 1 and tensor.dtype == dtype and tensor.shape == shape
+        if torch.is_grad_enabled() and tensor.requires_grad:
             return "gradients are asked for"
-    return None
+    return (
+        None if adjacent else "channels are not adjacent in every tensor, or a tensor is broadcast or in another dtype"
+    )
 
 
 def why_not_here(dtype: torch.dtype) -> str | None:
@@ -132,13 +188,3 @@ def _in_pairs(dtype: torch.dtype, isa: str | None) -> bool:
 def _isa() -> str | None:
     native = _library.native()
     return None if native is None else native.cpu_isa()
-
-
-def output_size(layer: Any, frame: Tensor) -> tuple[int, int]:
-    """Rows and columns of a convolution's output for ``frame`` [N,C,H,W]."""
-    kh, kw, sh, sw, ph, pw = _geometry(layer)
-    return (frame.shape[2] + 2 * ph - kh) // sh + 1, (frame.shape[3] + 2 * pw - kw) // sw + 1
-
-
-def _geometry(layer: Any) -> list[int]:
-    return [*layer.kernel_size[1:], *layer._arguments["stride"], *layer._arguments["padding"]]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rcu_ops.nn.causality import register_per_frame
-from rcu_ops.nn.frame_kernel import Panels, output_size, run_frame
+from rcu_ops.nn.frame_kernel import Panels, run_frame
 from rcu_ops.nn.frames import batch_to_frames, check_clip, frames_to_batch
 from rcu_ops.nn.packed_conv import PackedWeights, conv2d_act
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_arguments, frame_conv2d
@@ -155,18 +155,21 @@ class FusedRecurrentConv3d(nn.Module):
 
     def _one_frame(self, x: Tensor, residual: Tensor | None, slot: StreamSlot) -> Tensor | None:
         """One frame of a stream that has a state, by one kernel; None where that is not taken."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or slot.fresh is not None:
             return None
-        if x.shape[0] != 1 or x.shape[2] != 1 or slot.fresh is not None or isinstance(self.padding, str):
+        weight = self.weight_xh
+        plan = self._panels.plan(self, x, weight)
+        if plan is None:
             return None
-        state = slot.read(x, (1, self.out_channels, *output_size(self, x.squeeze(2))))
+        state = slot.read(x, plan.shape)
         if state is None:
             return None
         found = run_frame(
-            self,
+            plan,
             self._panels,
             x,
-            self.weight_xh,
+            weight,
+            self.bias,
             residual,
             self.activation == "relu",
             weight_hh=self.weight_hh,
@@ -230,10 +233,12 @@ class FusedFrameConv3d(nn.Module):
         """[N,C,T,H,W] (and a residual that expands to the output) -> [N,O,T,H',W']."""
         check_clip(self, x, self.in_channels)
         n, t = x.shape[0], x.shape[2]
-        if not torch.compiler.is_compiling() and n == t == 1:  # asked while tracing, it would bind N and T
-            found = run_frame(self, self._panels, x, self.weight, residual, self.relu)
-            if found is not None:
-                return found[0]
+        if not torch.compiler.is_compiling():  # asked while tracing, it would bind N and T
+            plan = self._panels.plan(self, x, self.weight)
+            if plan is not None:
+                found = run_frame(plan, self._panels, x, self.weight, self.bias, residual, self.relu)
+                if found is not None:
+                    return found[0]
         frames = frames_to_batch(x)
         if residual is None or residual.shape == self._output_shape(x):
             added = None if residual is None else frames_to_batch(residual)
