@@ -169,25 +169,40 @@ struct FrameTask {
 
   void finish(const Block& at, const S* sums, int64_t n, int64_t r0, int64_t o0, const E* weights,
               const uint8_t* unusual) const {
-    const int64_t present = min_of(frame_panel, p.O - o0);
+    const int64_t present = min_of(frame_panel, p.O - o0), count = at.half ? HALF : MR, next = count * p.O;
     const R alpha = V::set1(p.alpha);
-    for (int64_t m = 0; m < (at.half ? HALF : MR); ++m, sums += frame_panel) {
+    // Copies, which the stores below cannot change.
+    const bool recurrent = p.recurrent, relu = p.relu;
+    const float* const bias = p.bias ? p.bias + o0 : nullptr;
+    const float *const scale = p.scale ? p.scale + o0 : nullptr, *const shift = p.scale ? p.shift + o0 : nullptr;
+    for (int64_t m = 0; m < count; ++m, sums += frame_panel) {
       const int64_t i = r0 + at.row, j = at.column + m, place = ((n * p.OH + i) * p.OW + j) * p.O + o0;
       const T* const residual = p.residual.data ? from<T>(p.residual, n, i, j) + o0 : nullptr;
+      const S* const state = recurrent ? from<S>(p.state, n, i, j) : nullptr;
+      S* const last = recurrent ? p.last + place : nullptr;
+      T* const y = static_cast<T*>(p.y) + place;
       for (int64_t v = 0; v < present; v += L) {
         R value = V::load(sums + v);
+        // The same of the next block, so that it comes by while that one is multiplied.
         if constexpr (A::pairs)
-          if (p.recurrent)
-            value = add_state(value, from<S>(p.state, n, i, j), o0, v, weights, unusual[at.row * p.OW + j]);
-        if (p.bias) value = V::add(value, V::load(p.bias + o0 + v));
-        if (p.recurrent) {
+          if (recurrent) {
+            value = add_state(value, state, o0, v, weights, unusual[at.row * p.OW + j]);
+            __builtin_prefetch(state + count * p.state.w + o0 + v);
+          }
+        if (bias) value = V::add(value, V::load(bias + v));
+        if (recurrent) {
           value = V::mul(value, alpha);
-          V::store(p.last + place + v, value);
+          V::store(last + v, value);
+          __builtin_prefetch(last + next + v, 1);
         }
-        if (p.scale) value = V::fma(V::load(p.scale + o0 + v), value, V::load(p.shift + o0 + v));
-        if (residual) value = V::add(value, V::load(residual + v));
-        if (p.relu) value = V::relu(value);
-        V::store(static_cast<T*>(p.y) + place + v, value);
+        if (scale) value = V::fma(V::load(scale + v), value, V::load(shift + v));
+        if (residual) {
+          value = V::add(value, V::load(residual + v));
+          __builtin_prefetch(residual + count * p.residual.w + v);
+        }
+        if (relu) value = V::relu(value);
+        V::store(y + v, value);
+        __builtin_prefetch(y + next + v, 1);
       }
     }
   }
