@@ -318,6 +318,17 @@ def test_streams_that_do_not_take_it_say_why(monkeypatch: pytest.MonkeyPatch) ->
         assert "groups" in reason(groups=2)
 
 
+@built
+def test_frames_of_another_size_or_number_get_their_own_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_kernel, "why_not_here", lambda dtype: None)
+    layer = fuse_for_inference(Layers("sum").eval()).a
+    sizes = {(1, 18, 15): (9, 8), (1, 20, 15): (10, 8), (1, 20, 11): None, (2, 20, 15): None}
+    with torch.no_grad():
+        for (frames, *size), expected in [*sizes.items(), *sizes.items()]:
+            plan = layer._panels.plan(layer, torch.randn(1, 16, frames, *size), layer.weight_xh)
+            assert (None if plan is None else plan.shape) == (None if expected is None else (1, 32, *expected))
+
+
 def test_the_rule_of_processor_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     rule, pairs = frame_kernel._why_not_on.__wrapped__, frame_kernel._in_pairs.__wrapped__
     monkeypatch.setattr(frame_kernel, "_in_pairs", pairs)
