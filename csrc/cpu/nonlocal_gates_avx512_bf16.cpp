@@ -1,6 +1,6 @@
 // nonlocal_gates for bf16 on AVX512-BF16: both products by the instruction that adds pairs of bf16 products in fp32.
-// Scores take pairs of neighbouring channels; for the sums the weights (and their gradients) are rounded to bf16, as eager PyTorch
-// does, and packed in pairs of neighbouring keys, like the rows of values.
+// Scores take pairs of neighbouring channels; for the sums the weights (and their gradients) are rounded to bf16, as
+// eager PyTorch does, and packed in pairs of neighbouring keys, like the rows of values.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
