@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,7 +89,7 @@ def check_attention(
             assert torch.equal(got[:, 0], torch.zeros_like(got[:, 0]))
         found = (got, *attention_gradients(machine, laid_out[3], *laid_out[:3], **options))
         precise = (exact.attention(*arguments, **options), *exact.attention_gradients(grad, *arguments, **options))
-        rough = (eager(*arguments, **options), *gradients(lambda *a: eager(*a, **options), arguments, [grad]))
+        rough = (eager(*arguments, **options), *gradients(partial(eager, **options), arguments, [grad]))
         for name, *values in zip(("out", "dquery", "dkey", "dvalue"), found, precise, rough, strict=True):
             results.setdefault(name, []).append(tuple(values))
     for name, draws in results.items():
