@@ -172,7 +172,7 @@ struct GateTask {
   }
 
   // Planes [0, planes) of `positions` >= 2 L numbers each that follow each other without gaps, all as one run: so short
-  // ones take as many vectors as they have numbers for. factors[planes + 1].
+  // ones take as many vectors as they have numbers for. factors[planes + 2]: the last two, of no plane, are read ahead.
   template <GatePass Pass>
   static void planes_in_a_run(const T* x, T* y, const S* factors, int64_t planes, int64_t positions) {
     const R lane = lane_numbers<V>(), first = in_turns<T> ? lane + lane : lane,
@@ -418,11 +418,11 @@ struct GateTask {
       if (rows && positions >= 2 * L && positions < 128 && follow(p.x) && follow(p.y)) {
         run(parallel, (planes + per_task - 1) / per_task, [&](int64_t task) {
           const int64_t begin = task * per_task, end = min_of(begin + per_task, planes), at = begin * positions;
-          S* const factors = static_cast<S*>(scratch(1, static_cast<size_t>(end - begin + 1) * sizeof(S)));
+          S* const factors = static_cast<S*>(scratch(1, static_cast<size_t>(end - begin + 2) * sizeof(S)));
           for_planes(p, begin, end, [&](int64_t i, int64_t n, int64_t t, int64_t c) {
             factors[i] = open(p, n) ? h[(n * p.T + t) * p.C + c] : neutral<Pass>();
           });
-          factors[end - begin] = 0;
+          factors[end - begin] = factors[end - begin + 1] = 0;
           planes_in_a_run<Pass>(static_cast<const T*>(p.x.data) + at, static_cast<T*>(p.y.data) + at, factors,
                                 end - begin, positions);
         });
