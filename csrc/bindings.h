@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "common/types.h"
+#include "cpu/memory.h"
 #ifdef RCU_OPS_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
@@ -99,8 +100,25 @@ inline ScalarType state_dtype(ScalarType dtype) {
 // tensor.
 inline void* pointer(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
 
+// A new tensor, on large pages where it is large.
+inline Tensor as_new(Tensor tensor) {
+  if (!tensor.is_cuda())
+    cpu::ask_for_large_pages(pointer(tensor), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  return tensor;
+}
+
+inline Tensor empty_as(const Tensor& like) { return as_new(torch::stable::empty_like(like)); }
+
+inline Tensor empty_of(const Tensor& like, Sizes sizes, ScalarType dtype) {
+  return as_new(torch::stable::new_empty(like, sizes, dtype));
+}
+
+inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_of(like, Sizes(sizes.begin(), sizes.size()), dtype);
+}
+
 inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()));
+  return empty_of(like, sizes, like.scalar_type());
 }
 
 // ---- launching -------------------------------------------------------------------------------------------------
@@ -158,7 +176,7 @@ void launch_on_gpu(const Problem& problem, const Tensor& like, ScratchOf scratch
   const cuda::Scratch wanted = scratch_of(problem);
   check(wanted.error.empty(), wanted.error.c_str());
   std::optional<Tensor> scratch;
-  if (wanted.bytes > 0) scratch = torch::stable::new_empty(like, Sizes(&wanted.bytes, 1), ScalarType::Byte);
+  if (wanted.bytes > 0) scratch = empty_of(like, {wanted.bytes}, ScalarType::Byte);
   const Text error = run(problem, scratch ? pointer(*scratch) : nullptr, static_cast<CUstream_st*>(stream));
   check(error.empty(), error.c_str());
 }

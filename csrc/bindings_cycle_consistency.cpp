@@ -21,10 +21,6 @@ FrameMask mask_of(const char* name, const std::optional<Tensor>& mask, const Ten
   return {.data = static_cast<const uint8_t*>(pointer(*mask)), .n = mask->stride(0), .t = mask->stride(1)};
 }
 
-Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()), dtype);
-}
-
 Alignment problem_of(Align kind, const Tensor& a, const Tensor& b, const std::optional<Tensor>& mask_a,
                      const std::optional<Tensor>& mask_b, double temperature) {
   check(a.dim() == 3, "a: expected [N,T,C], got ", a.dim(), " dimensions");
@@ -57,7 +53,7 @@ void launch(const Alignment& problem, [[maybe_unused]] const Tensor& like) {
 std::tuple<Tensor, Tensor> soft_nearest_neighbor(Tensor a, Tensor b, std::optional<Tensor> mask_b, double temperature,
                                                  bool need_index) {
   Alignment p = problem_of(Align::soft, a, b, std::nullopt, mask_b, temperature);
-  Tensor soft = empty_of(a, {p.N, p.T, p.C}), index = empty_as(a, {p.N, need_index ? p.T : 0}, ScalarType::Long);
+  Tensor soft = empty_of(a, {p.N, p.T, p.C}), index = empty_of(a, {p.N, need_index ? p.T : 0}, ScalarType::Long);
   p.soft = pointer(soft);
   p.index_ab = need_index ? static_cast<int64_t*>(pointer(index)) : nullptr;
   launch(p, a);
@@ -80,8 +76,8 @@ std::tuple<Tensor, Tensor> soft_nearest_neighbor_backward(Tensor grad_soft, Tens
 std::tuple<Tensor, Tensor, Tensor> cycle_consistency(Tensor a, Tensor b, std::optional<Tensor> mask_a,
                                                      std::optional<Tensor> mask_b, double temperature) {
   Alignment p = problem_of(Align::cycle, a, b, mask_a, mask_b, temperature);
-  Tensor gate = empty_as(a, {p.N}, ScalarType::Bool);
-  Tensor index_ab = empty_as(a, {p.N, p.T}, ScalarType::Long), index_ba = empty_as(a, {p.N, p.S}, ScalarType::Long);
+  Tensor gate = empty_of(a, {p.N}, ScalarType::Bool);
+  Tensor index_ab = empty_of(a, {p.N, p.T}, ScalarType::Long), index_ba = empty_of(a, {p.N, p.S}, ScalarType::Long);
   p.gate = static_cast<uint8_t*>(pointer(gate));
   p.index_ab = static_cast<int64_t*>(pointer(index_ab)), p.index_ba = static_cast<int64_t*>(pointer(index_ba));
   launch(p, a);
@@ -92,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> cycle_back(Tensor soft, Tensor a, std::option
   Alignment p = problem_of(Align::back, soft, a, mask_a, mask_a, temperature);
   check(p.T == p.S, "a: expected as many frames as soft, got ", p.S, " and ", p.T);
   const ScalarType state = state_dtype(a.scalar_type());
-  Tensor log_probability = empty_as(a, {p.N, p.T}, state), mean = empty_as(a, {p.N, p.T}, state),
-         variance = empty_as(a, {p.N, p.T}, state);
+  Tensor log_probability = empty_of(a, {p.N, p.T}, state), mean = empty_of(a, {p.N, p.T}, state),
+         variance = empty_of(a, {p.N, p.T}, state);
   p.log_probability = pointer(log_probability), p.mean = pointer(mean), p.variance = pointer(variance);
   launch(p, a);
   return {log_probability, mean, variance};

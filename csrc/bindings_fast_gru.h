@@ -108,8 +108,7 @@ class Temporaries {
   }
   Matrix take(int64_t features, int64_t columns, ScalarType scalar) {
     const int64_t size = features * columns, bytes = bytes_of(features, columns, scalar);
-    if (bytes > left_)
-      return matrix_in(problem_, torch::stable::new_empty(like_, Sizes(&size, 1), scalar), features, columns);
+    if (bytes > left_) return matrix_in(problem_, empty_of(like_, {size}, scalar), features, columns);
     Matrix m = matrix_in(problem_, like_, features, columns);
     m.scalar = scalar;
     m.data = next_;

@@ -129,7 +129,7 @@ Tensor empty_sequence(const Problem& p, const Tensor& x, bool innermost) {
 Tensor empty_state(const Problem& p, const Tensor& x, ScalarType scalar, bool innermost) {
   const auto [L, H, W] = p.sizes;
   const int64_t last[5] = {p.N, L, H, W, p.C}, second[5] = {p.N, p.C, L, H, W};
-  Tensor state = torch::stable::new_empty(x, Sizes(innermost ? last : second, 5), scalar);
+  Tensor state = empty_of(x, Sizes(innermost ? last : second, 5), scalar);
   return innermost ? permuted(state, {0, 4, 1, 2, 3}) : state;
 }
 

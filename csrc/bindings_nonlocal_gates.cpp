@@ -255,7 +255,7 @@ struct Kept {
 };
 
 Tensor empty_state_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()), state_dtype(like.scalar_type()));
+  return empty_of(like, sizes, state_dtype(like.scalar_type()));
 }
 
 int64_t padded_keys(const Tensor& x_gates) {

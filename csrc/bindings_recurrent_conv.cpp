@@ -34,7 +34,7 @@ Tensor empty_state(const Tensor& x) {
                                    from(std::nullopt), from(std::nullopt),
                                    from(std::nullopt), from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", like.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(like[0]);
+  return as_new(to<Tensor>(like[0]));
 }
 
 ScalarType scalar_of(DType dtype) {
@@ -186,7 +186,7 @@ int64_t norm_columns([[maybe_unused]] const Scan& p, [[maybe_unused]] const Tens
 
 std::tuple<Tensor, Tensor> recurrent_conv(Tensor x, Tensor weight, std::optional<Tensor> h0, bool mean, bool reverse) {
   Scan p = forward_problem(x, weight, h0, mean);
-  Tensor h = torch::stable::empty_like(x), h_n = empty_state(x);
+  Tensor h = empty_as(x), h_n = empty_state(x);
   p.reverse = reverse;
   p.y = sequence_view(h);
   p.last = state_view(h_n);
@@ -198,13 +198,13 @@ std::tuple<Tensor, Tensor> recurrent_conv_with_statistics(const Tensor& x, const
                                                           const std::optional<Tensor>& h0, bool mean,
                                                           std::optional<Tensor>& partial, int64_t& columns) {
   Scan p = forward_problem(x, weight, h0, mean);
-  Tensor h = torch::stable::empty_like(x), h_n = empty_state(x);
+  Tensor h = empty_as(x), h_n = empty_state(x);
   p.y = sequence_view(h);
   p.last = state_view(h_n);
   columns = norm_columns(p, x);
   if (columns) {
     const int64_t numbers = p.C * ((p.N * p.H * p.W + columns - 1) / columns) * 2;
-    partial = torch::stable::new_empty(x, Sizes(&numbers, 1), ScalarType::Double);
+    partial = empty_of(x, {numbers}, ScalarType::Double);
     p.norm.partial = static_cast<double*>(pointer(*partial));
   }
   launch(p, x);
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Te
     check_device("residual", *residual, x, "x");
     p.residual = sequence_view(*residual);
   }
-  Tensor y = torch::stable::empty_like(x), h_n = empty_state(x);
+  Tensor y = empty_as(x), h_n = empty_state(x);
   p.y = sequence_view(y);
   p.last = state_view(h_n);
   launch(p, x);
@@ -278,8 +278,8 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<T
   p.alpha_final = h0 ? p.alpha : 1;
   p.alpha_first = p.T > 1 ? p.alpha : p.alpha_final;
 
-  Tensor dx = in_place ? *grad_h : torch::stable::empty_like(h);
-  Tensor dh0 = h0 ? torch::stable::empty_like(*h0) : empty_of(h, {0});
+  Tensor dx = in_place ? *grad_h : empty_as(h);
+  Tensor dh0 = h0 ? empty_as(*h0) : empty_of(h, {0});
   Tensor dweight = need_weight_grad ? empty_of(weight, {p.C, p.C}) : empty_of(weight, {0});
   p.y = sequence_view(dx);
   p.last_kind = Last::none;

@@ -64,10 +64,7 @@ Parameters set_parameters(Norm& p, const Tensor& h, const Tensor& moments, const
   return kept;
 }
 
-Tensor table_of(const Tensor& h, int64_t rows) {
-  const std::array<int64_t, 2> sizes{rows, h.size(1)};
-  return torch::stable::new_empty(h, Sizes(sizes.data(), 2), state_dtype(h.scalar_type()));
-}
+Tensor table_of(const Tensor& h, int64_t rows) { return empty_of(h, {rows, h.size(1)}, state_dtype(h.scalar_type())); }
 
 std::tuple<Tensor, Tensor, Tensor> moments(Tensor x, Tensor weight, std::optional<Tensor> h0, bool mean) {
   std::optional<Tensor> partial;
@@ -95,7 +92,7 @@ Tensor normalize(Tensor h, Tensor moments, std::optional<Tensor> gamma, std::opt
   Norm p = problem_of(NormPass::normalize, h);
   const Parameters kept = set_parameters(p, h, moments, gamma, beta, eps, relu);
   if (residual) p.other = view_like("residual", *residual, h);
-  Tensor y = torch::stable::empty_like(h);
+  Tensor y = empty_as(h);
   p.y = sequence_view(y);
   launch(p, h);
   return y;
@@ -107,7 +104,7 @@ std::tuple<Tensor, Tensor> normalize_sums(Tensor grad_y, Tensor h, std::optional
   Norm p = problem_of(NormPass::sums, h);
   const Parameters kept = set_parameters(p, h, moments, gamma, beta, eps, relu);
   p.other = view_like("grad_y", grad_y, h);
-  Tensor sums = table_of(h, 2), dz = y ? torch::stable::empty_like(h) : empty_of(h, {0});
+  Tensor sums = table_of(h, 2), dz = y ? empty_as(h) : empty_of(h, {0});
   if (y) p.y = view_like("y", *y, h), p.out = sequence_view(dz);
   p.result = pointer(sums);
   launch(p, h);
@@ -137,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(Tensor dz, std::optional<T
       return *found;
   }
 #endif
-  Tensor grad_h = torch::stable::empty_like(h);
+  Tensor grad_h = empty_as(h);
   p.out = sequence_view(grad_h);
   launch(p, h);
   return recurrent_conv_backward_over(grad_h, grad_h_n, h, weight, h0, mean, need_weight_grad);

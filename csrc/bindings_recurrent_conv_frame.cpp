@@ -18,8 +18,8 @@ ConvFrame::View frame_view(const char* name, const Tensor& tensor) {  // [N,C,H,
 // A new [N,O,OH,OW], channels last.
 Tensor empty_frame(const ConvFrame& p, ScalarType dtype) {
   const std::array<int64_t, 4> sizes{p.N, p.O, p.OH, p.OW};
-  return torch::stable::empty(Sizes(sizes.data(), 4), dtype, std::nullopt, std::nullopt, std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  return as_new(torch::stable::empty(Sizes(sizes.data(), 4), dtype, std::nullopt, std::nullopt, std::nullopt,
+                                     torch::headeronly::MemoryFormat::ChannelsLast));
 }
 
 std::tuple<Tensor, Tensor> recurrent_conv_frame(Tensor frame, Tensor panels, std::optional<Tensor> bias,

@@ -52,7 +52,7 @@ Tensor srtg_squeeze(Tensor x) {
   GateData p = problem_of(GatePass::squeeze, x);
   check(p.C > 0 && p.H * p.W > 0, "x: expected at least one channel and one position, got ", shape_text(x.sizes()));
   const std::array<int64_t, 3> sizes{p.N, p.T, p.C};
-  Tensor mean = torch::stable::new_empty(x, Sizes(sizes.data(), 3), state_dtype(x.scalar_type()));
+  Tensor mean = empty_of(x, Sizes(sizes.data(), 3), state_dtype(x.scalar_type()));
   p.sums = pointer(mean);
   launch(p, x);
   return mean;
@@ -61,7 +61,7 @@ Tensor srtg_squeeze(Tensor x) {
 Tensor srtg_fuse(Tensor x, Tensor h, std::optional<Tensor> gate, bool add) {
   GateData p = problem_of(add ? GatePass::add : GatePass::mul, x);
   const Tensor kept = take_h(p, x, h, gate);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_as(x);
   p.y = view_of(y);
   launch(p, x);
   return y;
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> srtg_fuse_backward(Tensor grad, Tensor x, Tensor h, s
   check_device("grad", grad, x, "x");
   const Tensor kept = take_h(p, x, h, gate);
   p.grad = view_of(grad);
-  Tensor dx = torch::stable::empty_like(x), dh = empty_of(h, {p.N, p.T, p.C});
+  Tensor dx = empty_as(x), dh = empty_of(h, {p.N, p.T, p.C});
   p.y = view_of(dx);
   p.sums = pointer(dh);
   launch(p, x);

@@ -1,5 +1,9 @@
 #include "memory.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -26,10 +30,26 @@ void* scratch(int slot, size_t bytes) {
     arena.data[slot] = std::aligned_alloc(64, size);
     arena.size[slot] = arena.data[slot] ? size : 0;
     if (!arena.data[slot]) throw std::bad_alloc();
+    ask_for_large_pages(arena.data[slot], size);
   }
   if (const char* poison = std::getenv("RCU_OPS_POISON_SCRATCH"); poison && *poison == '1')
     std::memset(arena.data[slot], 0xff, arena.size[slot]);  // NaN in every format
   return arena.data[slot];
+}
+
+void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  constexpr size_t large = 4 << 20;
+  static const bool wanted = [] {
+    const char* given = std::getenv("RCU_OPS_LARGE_PAGES");
+    return !given || *given != '0';
+  }();
+  if (bytes < large || !wanted) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace rcu_ops::cpu
