@@ -18,10 +18,10 @@ struct f16_t {
 // slot 2: that of a part of a task, which needs it no longer than it runs.
 void* scratch(int slot, size_t bytes);
 
-// For the memory of a new tensor. The system gives new memory page by page, each with a fault: in pages of 4 KiB that
-// takes three times as long as writing a large output. Where it has larger pages for those who ask (Linux), a block of
-// 4 MiB or more asks for them, whole ones inside the block alone; the answer changes no result and is not looked at.
-// RCU_OPS_LARGE_PAGES=0 in the environment: never.
+// For the memory of a new tensor. The system gives new memory page by page, each with a fault: by pages of 4 KiB that
+// can take longer than writing the output does. Where it has larger pages for those who ask (Linux), a block of 4 MiB
+// or more asks for them, whole ones inside the block alone, as NumPy does; the answer changes no result and is not
+// looked at. RCU_OPS_LARGE_PAGES=0 in the environment: never.
 void ask_for_large_pages(void* data, size_t bytes);
 
 }  // namespace rcu_ops::cpu
