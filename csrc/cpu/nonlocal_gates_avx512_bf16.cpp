@@ -18,13 +18,22 @@ namespace {
 #include "scalar.h"
 #include "vectors_avx512.h"
 
+// The instruction rounds as Floats::store does, but for numbers below the smallest normal one, which become zero, as
+// they do in the sums.
+struct Pairs : Floats {
+  using Floats::store;
+  static void store(bf16_t* p, R v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  }
+};
+
 constexpr int score_rows = 5, score_columns = 5, sum_rows = 7, sum_vectors = 3;
 
 template <class V, class T>
 struct Arithmetic;
 
 template <>
-struct Arithmetic<Floats, bf16_t> {
+struct Arithmetic<Pairs, bf16_t> {
   static constexpr int step = 32;
   using Operand = __m512bh;
   static Operand load(const bf16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -67,10 +76,25 @@ struct Arithmetic<Floats, bf16_t> {
     return out;
   }
   static void pack(const bf16_t* b, int64_t row, int64_t K, const uint8_t* dead, int64_t n, int64_t width, Right* out) {
+    alignas(64) static constexpr auto order = [] {  // of two rows' numbers, those of the second from 32 on
+      struct {
+        uint16_t of[64];
+      } order{};
+      for (int i = 0; i < 64; ++i) order.of[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+      return order;
+    }();
+    const __m512i first = _mm512_load_si512(order.of), second = _mm512_load_si512(order.of + 32);
     for (int64_t k = 0; k < K; k += 2, out += 2 * width) {
       const bool even = !dead || !dead[k], odd = k + 1 < K && (!dead || !dead[k + 1]);
       const bf16_t* const p = b + k * row;
-      for (int64_t j = 0; j < width; j += 16) {
+      int64_t j = 0;
+      if (even && odd)
+        for (; j + 32 <= n; j += 32) {
+          const __m512i low = _mm512_loadu_si512(p + j), high = _mm512_loadu_si512(p + row + j);
+          _mm512_storeu_si512(out + 2 * j, _mm512_permutex2var_epi16(low, first, high));
+          _mm512_storeu_si512(out + 2 * j + 32, _mm512_permutex2var_epi16(low, second, high));
+        }
+      for (; j < width; j += 16) {
         const __mmask16 there = j + 16 <= n ? 0xffff : j < n ? (1u << (n - j)) - 1 : 0;
         const __m256i low = _mm256_maskz_loadu_epi16(even ? there : 0, p + j);
         const __m256i high = _mm256_maskz_loadu_epi16(odd ? there : 0, p + row + j);
@@ -103,7 +127,7 @@ struct Arithmetic<Floats, bf16_t> {
 };
 }  // namespace
 
-#define RCU_OPS_BF16_ONLY
+#define RCU_OPS_BF16_ONLY Pairs
 #include "nonlocal_gates_core.h"
 
 }  // namespace rcu_ops::cpu::avx512_bf16

@@ -179,11 +179,12 @@ template <class V, class T, int NC = score_columns>
     }
 }
 
-// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there.
-template <class V, class T, int NV>
+// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there. out may be of type T where
+// there is nothing to add to: no more, and no more steps than sum_terms.
+template <class V, class T, int NV, class O>
 [[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
-                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, typename V::S* out,
-                                   int64_t out_row, bool more, Ahead& what_follows) {
+                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, O* out, int64_t out_row,
+                                   bool more, Ahead& what_follows) {
   using P = Arithmetic<V, T>;
   constexpr int MR = sum_rows;
   Ahead ahead = what_follows;
@@ -220,8 +221,11 @@ template <class V, class T, int NV>
         if (i < mr)
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) {
-            typename V::S* const to = out + (i0 + i) * out_row + v * V::L;
-            V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
+            O* const to = out + (i0 + i) * out_row + v * V::L;
+            if constexpr (sizeof(O) == sizeof(typename V::S))
+              V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
+            else
+              V::store(to, acc[i][v]);
           }
     }
     more = true;
@@ -330,19 +334,25 @@ static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int
   return {data, row, step};
 }
 
-// Columns [from, from + n) of the product, n up to a panel; out's columns up to the next whole vector or panel are
-// zero.
-template <class V, class T>
+constexpr int two_vectors = sum_vectors > 2 ? 2 : 1;
+// Columns that are summed up for n of them, n up to a panel.
+template <class V>
+static int64_t summed(int64_t n) {
+  return n <= V::L ? V::L : n <= two_vectors * V::L ? two_vectors * V::L : panel<V>;
+}
+
+// Columns [from, from + n) of the product, n up to a panel; out's columns up to summed(n) are zero.
+template <class V, class T, class O>
 static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row,
-                          int64_t K, const Byte* dead, int64_t from, int64_t n, typename V::S* out, int64_t out_row,
+                          int64_t K, const Byte* dead, int64_t from, int64_t n, O* out, int64_t out_row,
                           typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false) {
   using P = Arithmetic<V, T>;
-  constexpr int two = sum_vectors > 2 ? 2 : 1;
-  P::pack(b + from, b_row, K, dead, n, n <= V::L ? V::L : n <= two * V::L ? two * V::L : panel<V>, packed);
-  if (n <= V::L)
+  const int64_t width = summed<V>(n);
+  P::pack(b + from, b_row, K, dead, n, width, packed);
+  if (width == V::L)
     sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
-  else if (n <= two * V::L)
-    sums<V, T, two>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
+  else if (width == two_vectors * V::L)
+    sums<V, T, two_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
   else
     sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
 }
@@ -387,14 +397,14 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
                     int64_t K, const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row,
                     const Workspace<V, T>& w, bool more = false) {
   const auto left = left_of<V, T>(a, a_row, a_k, rows, K, w.left);
+  // Results that are added to later are as wide as the sums.
+  const bool in_place = sizeof(T) == sizeof(typename V::S) || (!more && Arithmetic<V, T>::steps(K) <= sum_terms);
   for (int64_t from = 0; from < n; from += panel<V>) {
     const int64_t width = min_of(panel<V>, n - from);
     const Ahead ahead = panel_ahead<V>(b, b_row, K, from + panel<V>, n);
-    if constexpr (sizeof(T) == sizeof(typename V::S)) {
-      if (width == panel<V>) {
-        sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, ahead, more);
-        continue;
-      }
+    if (width == summed<V>(width) && in_place) {
+      sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, ahead, more);
+      continue;
     }
     if (more)
       for (int64_t i = 0; i < rows; ++i)
@@ -440,18 +450,30 @@ static inline Doubles::R exp_of(Doubles::R v) {
   return Doubles::load(lane);
 }
 
-static inline Floats::R tanh_of(Floats::R v) {
+// e^(times v) = power + power part, power = 2^n: part is e^x - 1 near zero, to its own last bits. times: -1 or a
+// power of two, |times v| < 87.
+template <int times>
+static inline Floats::R power_of_e(Floats::R v, Floats::R& power) {
   using V = Floats;
-  const V::R size = V::max(V::sub(V::set1(0), v), v), square = V::mul(v, v);
-  V::R p = V::set1(-5.70498872745e-3f);  // near zero, where 1 - 2 e / (1 + e) would cancel
-  p = V::fma(p, square, V::set1(2.06390887954e-2f));
-  p = V::fma(p, square, V::set1(-5.37397155531e-2f));
-  p = V::fma(p, square, V::set1(1.33314422036e-1f));
-  p = V::fma(p, square, V::set1(-3.33332819422e-1f));
-  p = V::fma(V::mul(p, square), v, v);
-  const V::R one = V::set1(1), e = exp_of(V::mul(size, V::set1(-2)));
-  const V::R far = V::sub(one, V::mul(V::add(e, e), V::reciprocal(V::add(e, one))));
-  return V::less(size, V::set1(0.625f), p, V::less(v, V::set1(0), V::sub(V::set1(0), far), far));
+  const V::R per_e = V::set1(times * 1.44269504f), n = V::round(V::mul(v, per_e));
+  V::R r = V::fma(v, per_e, V::sub(V::set1(0), n));
+  r = V::fma(v, V::set1(times * 1.92596297e-8f), r);
+  V::R p = V::set1(1.54035137e-4f);
+  p = V::fma(p, r, V::set1(1.33907353e-3f));
+  p = V::fma(p, r, V::set1(9.61823761e-3f));
+  p = V::fma(p, r, V::set1(5.55035733e-2f));
+  p = V::fma(p, r, V::set1(2.40226492e-1f));
+  p = V::fma(p, r, V::set1(6.93147182e-1f));
+  power = V::times_power(V::set1(1), n);
+  return V::mul(p, r);
+}
+
+static inline Floats::R tanh_of(Floats::R v) {  // (e^2v - 1) / (e^2v + 1); NaN stays
+  using V = Floats;
+  V::R power;
+  const V::R part = power_of_e<2>(V::max(V::set1(-16), V::min(V::set1(16), v)), power);
+  const V::R less_one = V::fma(power, part, V::sub(power, V::set1(1)));
+  return V::mul(less_one, V::reciprocal(V::add(less_one, V::set1(2))));
 }
 static inline Doubles::R tanh_of(Doubles::R v) {
   double lane[Doubles::L];
@@ -459,11 +481,17 @@ static inline Doubles::R tanh_of(Doubles::R v) {
   for (double& x : lane) x = __builtin_tanh(x);
   return Doubles::load(lane);
 }
-template <class V>
-static inline typename V::R sigmoid_of(typename V::R v) {
-  const typename V::R zero = V::set1(0), one = V::set1(1);
-  const typename V::R e = exp_of(V::min(V::sub(zero, v), v));  // e^-|v|; NaN stays
-  const typename V::R positive = V::reciprocal(V::add(one, e));
+static inline Floats::R sigmoid_of(Floats::R v) {  // 1 / (1 + e^-v); NaN stays
+  using V = Floats;
+  V::R power;
+  const V::R part = power_of_e<-1>(V::max(V::set1(-86), V::min(V::set1(86), v)), power);
+  return V::reciprocal(V::fma(power, part, V::add(power, V::set1(1))));
+}
+static inline Doubles::R sigmoid_of(Doubles::R v) {
+  using V = Doubles;
+  const V::R zero = V::set1(0), one = V::set1(1);
+  const V::R e = exp_of(V::min(V::sub(zero, v), v));  // e^-|v|; NaN stays
+  const V::R positive = V::reciprocal(V::add(one, e));
   return V::less(v, zero, V::mul(e, positive), positive);
 }
 
@@ -695,8 +723,9 @@ struct GateMemory {
   }
 };
 
-// The gates of positions [n, n + rows), panel by panel of channels: finish(row, channel, width, a[4]) gets the
-// pre-activations of V::L channels, of which `width` are there. The first m.known gates' are in `before`. weighed: the
+// The gates of positions [n, n + rows), panel by panel of channels: finish(row, channel, width, a) gets a[NV][4], the
+// pre-activations of NV vectors of channels: of a panel's, so that long chains of operations run side by side, or of
+// one, of which `width` channels are there. The first m.known gates' are in `before`. weighed: the
 // maps hold the weights already.
 template <class V, class T, class Finish>
 static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, int64_t rows, const GateMemory<V, T>& m,
@@ -717,23 +746,37 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
       sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width, m.tile + (g - m.known) * area,
                        panel<V>, m.right, panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
     }
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < width; j += V::L) {
-        typename V::R a[4];
+    const auto add_up = [&]<int NV>(int64_t i, int64_t column, typename V::R(&a)[NV][4]) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 4
         for (int64_t g = 0; g < 4; ++g) {
+          const int64_t j = column + v * V::L;
+          typename V::R& sum = a[v][g];
           if (g < m.known) {
             const S* const known = at<const S>(before, b, g, n + i) + from + j;
             soon(known + panel<V>);
-            a[g] = width - j >= V::L ? V::load(known) : part_of<V>(known, width - j);
+            sum = width - j >= V::L ? V::load(known) : part_of<V>(known, width - j);
             continue;
           }
           const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
           soon(x + panel<V>);
-          a[g] = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
-          if (!m.dead[g * rows + i]) a[g] = V::add(a[g], V::load(m.tile + (g - m.known) * area + i * panel<V> + j));
+          sum = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
+          if (!m.dead[g * rows + i]) sum = V::add(sum, V::load(m.tile + (g - m.known) * area + i * panel<V> + j));
         }
-        finish(n + i, from + j, width - j, a);
+      finish(n + i, from + column, width - column, a);
+    };
+    for (int64_t i = 0; i < rows; ++i) {
+      if (width == panel<V>) {
+        typename V::R a[sum_vectors][4];
+        add_up(i, 0, a);
+      } else {
+        for (int64_t j = 0; j < width; j += V::L) {
+          typename V::R a[1][4];
+          add_up(i, j, a);
+        }
       }
+    }
   }
 }
 
@@ -754,16 +797,25 @@ static void step_task(void* context, int64_t index) {
   const Maps<S> kept = kept_weights<S>(p.weights, b, n, r.N);
   const size_t bytes = GateMemory<V, T>({}, r, rows, kept).bytes;
   const GateMemory<V, T> memory({static_cast<char*>(scratch(1, bytes)), 0}, r, rows, kept);
-  gates<V, T>(r, p.x_gates, b, n, rows, memory, false, {}, [&](int64_t row, int64_t j, int64_t width, const R* a) {
-    for (int64_t g = 0; g < p.kept_gates; ++g) {
-      S* const to = at<S>(p.gates, b, g, row) + j;
-      width >= V::L ? V::store(to, a[g]) : store_part<V>(to, a[g], width);
+  const auto finish = [&]<int NV>(int64_t row, int64_t column, int64_t width, const R(&a)[NV][4]) {
+    R o[NV], c[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t j = column + v * V::L;
+      for (int64_t g = 0; g < p.kept_gates; ++g) {
+        S* const to = at<S>(p.gates, b, g, row) + j;
+        width >= V::L ? V::store(to, a[v][g]) : store_part<V>(to, a[v][g], width);
+      }
+      const R i = sigmoid_of(a[v][0]), f = sigmoid_of(a[v][1]), g = tanh_of(a[v][3]);
+      o[v] = sigmoid_of(a[v][2]);
+      c[v] = V::fma(f, load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width), V::mul(i, g));
+      store_state<V, T>(p.c, true, b, row, j, width, c[v]);
     }
-    const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
-    const R c = V::fma(f, load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width), V::mul(i, g));
-    store_state<V, T>(p.c, true, b, row, j, width, c);
-    store_state<V, T>(p.h, false, b, row, j, width, V::mul(o, tanh_of(c)));
-  });
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      store_state<V, T>(p.h, false, b, row, column + v * V::L, width, V::mul(o[v], tanh_of(c[v])));
+  };
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, false, {}, finish);
 }
 
 template <class V, class T>
@@ -1004,23 +1056,34 @@ static void gate_gradients_task(void* context, int64_t index) {
   const int64_t b = job.sample + index / job.blocks, from = index % job.blocks * job.block, n = job.query + from;
   const int64_t rows = min_of(job.block, job.queries - from);
   const Maps<typename V::S> kept = kept_maps<V>(job, index / job.blocks, 0, from);
-  const auto finish = [&](int64_t row, int64_t j, int64_t width, const R* a) {
+  const auto finish = [&]<int NV>(int64_t row, int64_t column, int64_t width, const R(&a)[NV][4]) {
     const R one = V::set1(1), zero = V::set1(0);
-    const R i = sigmoid_of<V>(a[0]), f = sigmoid_of<V>(a[1]), o = sigmoid_of<V>(a[2]), g = tanh_of(a[3]);
-    const R before = load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width);
-    const R t = tanh_of(V::fma(f, before, V::mul(i, g)));
-    const R dh = p.grad_h.data ? load_state<V, T>(p.grad_h, false, b, row, j, width) : zero;
-    R dc = V::mul(V::mul(dh, o), V::sub(one, V::mul(t, t)));
-    if (p.grad_c.data) dc = V::add(dc, load_state<V, T>(p.grad_c, true, b, row, j, width));
-    const R da[4] = {
-        V::mul(V::mul(dc, g), V::mul(i, V::sub(one, i))), V::mul(V::mul(dc, before), V::mul(f, V::sub(one, f))),
-        V::mul(V::mul(dh, t), V::mul(o, V::sub(one, o))), V::mul(V::mul(dc, i), V::sub(one, V::mul(g, g)))};
-    for (int64_t gate = 0; gate < 4; ++gate) {
-      T* to = at<T>(p.dx_gates, b, gate, row) + j;
-      soon(to + panel<V>);
-      width >= V::L ? V::store(to, da[gate]) : store_part<V>(to, da[gate], width);
+    R i[NV], f[NV], o[NV], g[NV], before[NV], c[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      i[v] = sigmoid_of(a[v][0]), f[v] = sigmoid_of(a[v][1]), o[v] = sigmoid_of(a[v][2]), g[v] = tanh_of(a[v][3]);
+      before[v] = load_state<V, T>(p.cell, p.cell_is_state, b, row, column + v * V::L, width);
+      c[v] = V::fma(f[v], before[v], V::mul(i[v], g[v]));
     }
-    store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, V::mul(dc, f));
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t j = column + v * V::L;
+      const R t = tanh_of(c[v]);
+      const R dh = p.grad_h.data ? load_state<V, T>(p.grad_h, false, b, row, j, width) : zero;
+      R dc = V::mul(V::mul(dh, o[v]), V::sub(one, V::mul(t, t)));
+      if (p.grad_c.data) dc = V::add(dc, load_state<V, T>(p.grad_c, true, b, row, j, width));
+      const R da[4] = {V::mul(V::mul(dc, g[v]), V::mul(i[v], V::sub(one, i[v]))),
+                       V::mul(V::mul(dc, before[v]), V::mul(f[v], V::sub(one, f[v]))),
+                       V::mul(V::mul(dh, t), V::mul(o[v], V::sub(one, o[v]))),
+                       V::mul(V::mul(dc, i[v]), V::sub(one, V::mul(g[v], g[v])))};
+#pragma GCC unroll 4
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        T* to = at<T>(p.dx_gates, b, gate, row) + j;
+        soon(to + panel<V>);
+        width >= V::L ? V::store(to, da[gate]) : store_part<V>(to, da[gate], width);
+      }
+      store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, V::mul(dc, f[v]));
+    }
   };
   const size_t bytes = GateMemory<V, T>({}, r, rows, kept, p.kept_gates).bytes;
   const Pieces pieces{static_cast<char*>(scratch(1, bytes)), 0};
@@ -1070,7 +1133,7 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
 
 #ifdef RCU_OPS_BF16_ONLY
 #define RCU_OPS_ENTRY_POINT(name, Problem) \
-  void name(const Problem& p, const Parallel& parallel) { name##_as<Floats, bf16_t>(p, parallel); }
+  void name(const Problem& p, const Parallel& parallel) { name##_as<RCU_OPS_BF16_ONLY, bf16_t>(p, parallel); }
 #else
 #define RCU_OPS_ENTRY_POINT(name, Problem)                             \
   void name(const Problem& p, const Parallel& parallel) {              \

@@ -79,7 +79,7 @@ struct Floats {
   static R relu(R v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // the second operand where either is NaN
   static R sub(R a, R b) { return _mm512_sub_ps(a, b); }
   static R div(R a, R b) { return _mm512_div_ps(a, b); }
-  static R reciprocal(R d) {  // 1 / d for d of 1 to 2, to 1 ulp: an estimate of 14 bits and a step of Newton's
+  static R reciprocal(R d) {  // 1 / d for d of 1 to 2^125, to 1 ulp: an estimate of 14 bits and a step of Newton's
     const R estimate = _mm512_rcp14_ps(d);
     return _mm512_fmadd_ps(estimate, _mm512_fnmadd_ps(d, estimate, _mm512_set1_ps(1)), estimate);
   }
