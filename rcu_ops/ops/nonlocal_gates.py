@@ -721,18 +721,22 @@ def _cpu_plan(*_: Any) -> str:
     return f"blocks of queries{isa}: their scores, weights and results stay in the cache; no map of the batch"
 
 
-# A step's gradients cost six products where its weights and its gates (before their nonlinearities) are computed
-# again, five with the weights kept, and a quarter less for every gate kept; eager PyTorch's cost four. Kept is as much
-# as leaves all temporaries within half of eager PyTorch's. Eager's, per sample, are the weights and, at their most, ten
-# numbers per position and channel (the four nonlinearities, tanh(c), and as many gradients before they are added up):
-# tests/ops/test_nonlocal_gates_memory.py counts them. Gates are not kept where that was measured to gain nothing: of
-# few positions, and in tensors of which the C library makes a new mapping at every call.
+# A step's gradients cost six products where its weights and its gates (before their nonlinearities) are computed again,
+# five with the weights kept, and a quarter less for every gate kept; eager PyTorch's cost four. Kept is as much as
+# leaves all temporaries within half of eager PyTorch's; and, up to that half, the weights of no more samples than
+# threads, which computed again take the same memory, and more. Eager's, per sample, are the weights and, at their most,
+# ten numbers per position and channel (the four nonlinearities, tanh(c), and as many gradients before they are added
+# up): tests/ops/test_nonlocal_gates_memory.py counts them. Gates are not kept where that was measured to gain nothing:
+# of few positions, and in tensors of which the C library makes a new mapping at every call.
 #
 # Milliseconds of a step with gradients, of B P D = Dv in fp32 on an Emerald Rapids processor (2 threads, torch 2.13):
 # nothing kept : weights : weights and four gates : eager PyTorch.
 #   2 49 1024   2.4 : 2.2 : 2.0 : 3.6      1 196 512   5.7 : 5.1 : 4.5 : 5.7      4 196 512  22.5 : 20.1 : 17.4 : 21.9
 #   24 49 1024  36 : 32 : 33 : 49         24 196 512   154 : 145 : 142 : 178
+# and in bf16 on a Zen 4 processor
+#   1 49 1024  0.88 : 0.79 : 0.68 : 1.6    1 196 512   4.3 : 3.5 : 3.3 : 4.3      4 196 512  15.6 : 13.8 : 13.4 : 15.9
 _MOST_OF_GATES = 32 << 20
+_MOST_OF_A_MAP = 1 << 18  # numbers of a sample's four maps that are made at once: whole_block in nonlocal_gates_core.h
 _CORES = os.cpu_count() or 1
 
 
@@ -754,7 +758,8 @@ def _what_a_step_keeps(x_gates: Tensor) -> tuple[int | None, int, int]:
     half = b * (10 * p * dv + four * p * p) * x_gates.element_size() // 2
     weights, gate = b * four * p * _kept_keys(x_gates) * size, b * p * dv * size
     room = half - _threads() * _scratch_of_a_step(p, size) - weights
-    if not settled(room >= 0):
+    few = settled(b <= _threads()) and settled(four * p * p <= _MOST_OF_A_MAP) and settled(weights <= half)
+    if not few and not settled(room >= 0):
         return None, 0, half
     gates = 0
     while gates < four and settled(p > _MANY) and settled((gates + 1) * gate <= min(room, _MOST_OF_GATES)):

@@ -12,7 +12,7 @@ import torch
 
 from rcu_ops import _library
 from rcu_ops.ops import _triton, nonlocal_gates
-from tests.ops.memory_of_nonlocal_gates import CASES
+from tests.ops.memory_of_nonlocal_gates import ALONE, CASES
 
 SHAPES = [(24, 49, 1024), (24, 196, 512), (1, 49, 1024), (1, 196, 512)]  # B, P, D = Dv: the suite's
 
@@ -30,7 +30,11 @@ def test_the_cpus_kernels_take_less_than_half_of_eagers(monkeypatch) -> None:
         [sys.executable, "-m", "tests.ops.memory_of_nonlocal_gates"], capture_output=True, text=True, check=True
     )
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 4 * len(CASES)
+    assert len(lines) == 4 * len(CASES) + 1
+    b, p, d = ALONE
+    gates, kept, _ = nonlocal_gates._what_a_step_keeps(torch.empty(b, 4, p, d, dtype=torch.bfloat16, device="meta"))
+    alone = lines.pop()
+    assert gates == 0 and kept < alone["kept"] <= alone["again"], "weights that were made again took less"
     for line in lines:
         b, p, d = CASES[line["case"]]
         kept = 0
