@@ -57,6 +57,7 @@ class Family:
     ) -> None:
         self._operators: dict[str, Callable[..., Any]] = {}
         self._functions: dict[str, type[torch.autograd.Function]] = {}
+        self._calls: dict[str, Callable[..., Any]] = {}
         for name, definition in definitions.items():
             full = f"{name}{suffix}"
             _schema.define(
@@ -72,9 +73,10 @@ class Family:
             torch.library.register_vmap(f"rcu_ops::{full}", rule, lib=_schema.library)
             if definition.backward is not None:
                 self._differentiable(name, full, definition, rule)
+            self._calls[name] = functools.partial(_transforms.call, operator, function=self._functions.get(name))
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        return functools.partial(_transforms.call, self._operators[name], function=self._functions.get(name))
+        return self._calls[name]
 
     def _differentiable(self, name: str, full: str, definition: Definition, rule: Callable[..., Any]) -> None:
         operator, of_definition = self._operators[name], definition.backward
@@ -182,21 +184,22 @@ def backends(
         triton_overtaken: where ``auto`` prefers the reference to the Triton kernels.
     """
 
-    def why_not_binary(kind: str, device: torch.device) -> str | None:
-        key = kind.upper()
-        if all(_library.has_kernel(operator, key) for operator in operators):
-            return None
-        return _library.load_error() or f"the library was built without this {key if key == 'CPU' else 'CUDA'} kernel"
+    def why_not_binary(key: str) -> str | None:
+        for operator in operators:  # no generator: a small step of a stream notices what this costs
+            if not _library.has_kernel(operator, key):
+                return _library.load_error() or f"the library was built without this {key} kernel"
+        return None
 
     def why_not_cpu(x: Tensor, *_: Any) -> str | None:
-        if x.device.type not in ("cpu", "meta"):
-            return f"x is on {x.device}"
-        return why_not_binary("cpu", x.device) if x.device.type == "cpu" else None
+        kind = x.device.type
+        if kind == "cpu":
+            return why_not_binary("CPU")
+        return None if kind == "meta" else f"x is on {x.device}"
 
     def why_not_cuda(x: Tensor, *_: Any) -> str | None:
         if x.device.type != "cuda":
             return f"x is on {x.device}"
-        return why_not_binary("cuda", x.device) or _evidence.why_not(file, x.device, x.dtype)
+        return why_not_binary("CUDA") or _evidence.why_not(file, x.device, x.dtype)
 
     def why_not_its_triton(x: Tensor, *rest: Any) -> str | None:
         if x.device.type != "cuda":
