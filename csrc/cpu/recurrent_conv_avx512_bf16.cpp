@@ -168,9 +168,17 @@ struct PairedGrad {
 
   static __mmask32 first_lanes(int64_t count) { return count >= block ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
 
+  // Numbers that follow one another, as bf16.
+  static __m512i load(const bf16_t* from, __mmask32 lanes) { return _mm512_maskz_loadu_epi16(lanes, from); }
+  static __m512i load(const float* from, __mmask32 lanes) {
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> tile), from + tile);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+
   // `channels` of two rows, side by side, to lanes of panels [K / 2][Lanes][2]; zeros to the end of the last 16 lanes.
-  template <int Lanes>
-  static void pack_pair(const bf16_t* even, const bf16_t* odd, int64_t channels, bf16_t* out) {
+  template <int Lanes, class S>
+  static void pack_pair(const S* even, const S* odd, int64_t channels, bf16_t* out) {
     alignas(64) static constexpr uint16_t interleave[block] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                                37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                                11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -178,7 +186,7 @@ struct PairedGrad {
     const auto at = [&](int64_t c) { return out + c / Lanes * K * Lanes + c % Lanes * 2; };
     for (int64_t c = 0; c < channels; c += block) {
       const __mmask32 lanes = first_lanes(channels - c);
-      const __m512i a = _mm512_maskz_loadu_epi16(lanes, even + c), b = _mm512_maskz_loadu_epi16(lanes, odd + c);
+      const __m512i a = load(even + c, lanes), b = load(odd + c, lanes);
       _mm512_storeu_si512(at(c), _mm512_permutex2var_epi16(a, low, b));
       if (Lanes > tile || c + tile < channels) _mm512_storeu_si512(at(c + tile), _mm512_permutex2var_epi16(a, high, b));
     }
@@ -209,33 +217,30 @@ struct PairedGrad {
     }
   }
 
-  static void pack_h(const WeightGrad& p, bf16_t* h, const int64_t* rows_at, const bool* from_first, int64_t count,
-                     int64_t panels) {
-    const bf16_t* src = static_cast<const bf16_t*>(p.h.data);
-    const auto value = [&](int64_t k, int64_t c) {
-      bf16_t v = {0};
-      if (k < count && c < p.C) {
-        if (from_first[k])
-          from_double(load_any(p.first.data, p.first.dtype, rows_at[k] + c * p.first.c), v);
-        else
-          v = src[rows_at[k] + c * p.h.c];
-      }
-      return v;
-    };
-    const bool by_row = p.h.c == 1 && p.C > 1;
+  // An even number of rows of one tensor.
+  template <class S>
+  static void pack_pairs(const View& v, int64_t channels, const int64_t* rows_at, int64_t count, int64_t panels,
+                         bf16_t* h) {
+    const S* const src = static_cast<const S*>(v.data);
+    const bool by_row = v.c == 1 && channels > 1;
     for (int64_t k = 0; k < count;) {
       int64_t end = k;
-      if (!by_row && !from_first[k]) {
+      if (!by_row) {
         end = run_end(rows_at, k, min_of<int64_t>(count, k + block));
         end -= (end - k) % 2;
       }
       if (end == k) {
-        if (p.h.c == 1 && !from_first[k] && k + 1 < count) {
-          pack_pair<NR>(src + rows_at[k], src + rows_at[k + 1], p.C, h + k * NR);
-        } else {
-          for (int64_t c = 0; c < panels * NR; ++c)
-            for (int64_t i = 0; i < 2; ++i) h[c / NR * K * NR + k * NR + c % NR * 2 + i] = value(k + i, c);
-        }
+        const int64_t* const at = rows_at + k;
+        if (v.c == 1)
+          pack_pair<NR>(src + at[0], src + at[1], channels, h + k * NR);
+        else
+          pack_numbers(
+              [&](int64_t i, int64_t c) {
+                bf16_t number;
+                from_double(to_double(src[at[i] + c * v.c]), number);
+                return number;
+              },
+              channels, panels, h + k * NR);
         k += 2;
         continue;
       }
@@ -243,15 +248,56 @@ struct PairedGrad {
       const __mmask32 positions = first_lanes(end - k);
       for (int64_t c = 0; c < panels * NR; c += tile) {
         __m512i pairs[tile];
-        for (int64_t l = 0; l < tile; ++l)
-          pairs[l] = c + l < p.C ? _mm512_maskz_loadu_epi16(positions, src + rows_at[k] + (c + l) * p.h.c)
-                                 : _mm512_setzero_si512();
+        const S* const from = src + rows_at[k] + c * v.c;
+        if (c + tile <= channels) {
+#pragma GCC unroll 16
+          for (int64_t l = 0; l < tile; ++l) pairs[l] = load(from + l * v.c, positions);
+        } else {
+          for (int64_t l = 0; l < tile; ++l)
+            pairs[l] = c + l < channels ? load(from + l * v.c, positions) : _mm512_setzero_si512();
+        }
         transpose(pairs);
         bf16_t* const to = h + c / NR * K * NR + k * NR + c % NR * 2;
         for (int64_t l = 0; l < (end - k) / 2; ++l) _mm512_storeu_si512(to + l * 2 * NR, pairs[l]);
       }
       k = end;
     }
+  }
+
+  // One pair of rows, number(row, channel) each.
+  template <class Number>
+  static void pack_numbers(Number number, int64_t channels, int64_t panels, bf16_t* h) {
+    for (int64_t c = 0; c < panels * NR; ++c)
+      for (int64_t i = 0; i < 2; ++i) h[c / NR * K * NR + c % NR * 2 + i] = c < channels ? number(i, c) : bf16_t{0};
+  }
+
+  static void pack_h(const WeightGrad& p, bf16_t* h, const int64_t* rows_at, const bool* from_first, int64_t count,
+                     int64_t panels) {
+    int64_t given = 0;  // rows of the state before the first frame, which come first
+    while (given < count && from_first[given]) ++given;
+    int64_t k = given - given % 2;
+    if (p.first.dtype == DType::f32)
+      pack_pairs<float>(p.first, p.C, rows_at, k, panels, h);
+    else
+      pack_pairs<bf16_t>(p.first, p.C, rows_at, k, panels, h);
+    // A pair whose rows are of two tensors, or whose second row is none.
+    const auto mixed = [&](int64_t i, int64_t c) {
+      bf16_t number = {0};
+      if (k + i < given)
+        from_double(load_any(p.first.data, p.first.dtype, rows_at[k + i] + c * p.first.c), number);
+      else if (k + i < count)
+        number = static_cast<const bf16_t*>(p.h.data)[rows_at[k + i] + c * p.h.c];
+      return number;
+    };
+    if (k < given) {
+      pack_numbers(mixed, p.C, panels, h + k * NR);
+      k += 2;
+    }
+    if (k >= count) return;
+    const int64_t rest = count - k - (count - k) % 2;
+    pack_pairs<bf16_t>(p.h, p.C, rows_at + k, rest, panels, h + k * NR);
+    k += rest;
+    if (k < count) pack_numbers(mixed, p.C, panels, h + k * NR);
   }
 };
 

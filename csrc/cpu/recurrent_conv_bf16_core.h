@@ -617,7 +617,7 @@ struct Task {
 };
 
 // 16 x 16 values of 32 bits.
-static inline void transpose(__m512i (&a)[16]) {
+__attribute__((always_inline)) static inline void transpose(__m512i (&a)[16]) {
   __m512i b[16];
   for (int l = 0; l < 16; l += 2) {
     b[l] = _mm512_unpacklo_epi32(a[l], a[l + 1]);

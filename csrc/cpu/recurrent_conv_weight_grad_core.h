@@ -25,7 +25,8 @@
 static constexpr int64_t grad_rows = 128, grad_slab = 128;
 
 // The lines that the next rows hold of a tensor, asked for one by one between the products: in one go, more than a core
-// can wait for would hold it up.
+// can wait for would hold it up. Into the nearest cache, though they are more than it keeps: asked for into the next one
+// only, lines came late (the gradient of 64 channels in bf16, positions adjacent, took a quarter longer on Zen 4).
 struct GradLines {
   const char* base = nullptr;
   const int64_t* at = nullptr;  // where each piece begins; absent: `stride` apart
@@ -35,7 +36,7 @@ struct GradLines {
   int64_t count() const { return pieces * ((bytes + 63) / 64); }
   bool next() {
     if (piece >= pieces) return false;
-    __builtin_prefetch(base + (at ? at[piece] : piece * stride) * element + byte, 0, 2);
+    __builtin_prefetch(base + (at ? at[piece] : piece * stride) * element + byte);
     byte += 64;
     if (byte >= bytes) byte = 0, ++piece;
     return true;
