@@ -45,10 +45,15 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_text(Sizes sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
+// Becomes text where a message is made of it: checks that pass, several at every call, make none.
+struct ShapeText {
+  Sizes sizes;
+};
+inline ShapeText shape_text(Sizes sizes) { return {sizes}; }
+inline std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
+  out << "[";
+  for (size_t i = 0; i < shape.sizes.size(); ++i) out << (i ? ", " : "") << shape.sizes[i];
+  return out << "]";
 }
 
 inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
