@@ -237,13 +237,21 @@ class Streamer:
             raise TypeError(f"frames: expected a tensor, got {type(frames).__name__}")
         if frames.dim() != 5 or frames.shape[2] < 1:
             raise ValueError(f"frames: expected [N,C,t,H,W] with t >= 1, got {list(frames.shape)}")
-        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        weight = self._first_weight()
         if weight is None:
             return
         if frames.device != weight.device:
             raise ValueError(f"frames: expected on the model's device {weight.device}, got {frames.device}")
         if frames.dtype != weight.dtype and not torch.is_autocast_enabled(frames.device.type):
             raise ValueError(f"frames: expected the model's dtype {weight.dtype}, got {frames.dtype}")
+
+    def _first_weight(self) -> Tensor | None:
+        # As model.parameters() has them, which asks every module for its name; and anew: parameters may be replaced.
+        for module in self._modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    return parameter
+        return None
 
     def _check_reset(self, reset: Tensor | None, frames: Tensor) -> Tensor | None:
         if reset is None:

@@ -41,14 +41,14 @@ struct ConvFrame {
 };
 
 inline constexpr int64_t frame_panel = 32;     // output channels of a panel
-inline constexpr int64_t frame_least_row = 7;  // positions that a row of the output has at least
 inline constexpr int64_t frame_channels = 16;  // O is a multiple of it
 
 namespace cpu {
 void conv_frame(const ConvFrame& problem, const Parallel& parallel);
 
 // Tasks: bands of output rows times ranges of panels. Weights that would not stay in a core's second-level cache are
-// split, so that each is read by one thread; else the rows, so that each thread copies its own part of the frame.
+// split, so that each is read by one thread, and those of fewer rows than threads; else the rows, so that each thread
+// copies its own part of the frame.
 struct FramePlan {
   int64_t rows = 0, bands = 0, panels = 0, ranges = 0;  // rows of a band; panels of a range
 };
@@ -58,7 +58,8 @@ inline FramePlan plan_frame(const ConvFrame& p, int threads) {
   const int64_t element = p.pairs ? 2 : 4, panels = parts(p.O, frame_panel);
   const int64_t row = ((p.OW - 1) * p.stride_w + p.kernel_w) * p.channels() * element * p.stride_h;
   FramePlan plan;
-  const bool split = panels * frame_panel * p.depth() * element > resident && panels >= threads && p.N < threads;
+  const bool large = panels * frame_panel * p.depth() * element > resident;
+  const bool split = (large || p.OH < threads) && panels >= threads && p.N < threads;
   plan.ranges = split ? threads : 1;
   plan.panels = parts(panels, plan.ranges);
   plan.ranges = parts(panels, plan.panels);

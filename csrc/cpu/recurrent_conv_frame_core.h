@@ -18,7 +18,8 @@
 // Pairs.    As in recurrent_conv_bf16_core.h: products are of bf16(state) and W less ones on its diagonal, s, and s . v
 //           is added in fp32. A position whose state is not finite multiplies zeros, and W v is added for it one number
 //           at a time: 0 * inf would be NaN where W v is infinite.
-// Tails.    The last block of an output row overlaps the one before it and writes the same numbers again.
+// Tails.    The last block of an output row overlaps the one before it and writes the same numbers again. Rows shorter
+//           than half a block are computed one position after the other.
 // Bound.    2 (kernel_h kernel_w C + O) FLOP per output. A panel's piece (24 KB) stays in the first-level cache while
 //           all blocks of the band go past it, and the next one is asked for meanwhile: weights are read once per task,
 //           from wherever they are.
@@ -30,26 +31,27 @@ struct FrameTask {
   using S = float;
   using R = V::R;
   static constexpr int L = V::L, MR = V::channels_rows, HALF = MR / 2, NV = 2;
-  static_assert(HALF <= frame_least_row && frame_panel % (NV * L) == 0 && frame_channels % L == 0);
+  static_assert(frame_panel % (NV * L) == 0 && frame_channels % L == 0);
 
   const ConvFrame& p;
   const FramePlan& plan;
 
   struct Block {
-    int64_t row, column;
-    bool half;
+    int64_t row, column, count;  // MR, HALF or one position
   };
   // Calls with every block of rows [0, rows).
   template <class Call>
   void blocks(int64_t rows, Call call) const {
     for (int64_t i = 0; i < rows; ++i) {
       int64_t j = 0;
-      for (; j + MR <= p.OW; j += MR) call(Block{i, j, false});
+      for (; j + MR <= p.OW; j += MR) call(Block{i, j, MR});
       const int64_t rest = p.OW - j;
       if (rest > HALF && p.OW >= MR)
-        call(Block{i, p.OW - MR, false});
-      else if (rest > 0)
-        for (int64_t at = rest; at > 0; at -= HALF) call(Block{i, p.OW - max_of<int64_t>(at, HALF), true});
+        call(Block{i, p.OW - MR, MR});
+      else if (p.OW >= HALF)
+        for (int64_t at = rest; at > 0; at -= HALF) call(Block{i, p.OW - max_of<int64_t>(at, HALF), HALF});
+      else
+        for (; j < p.OW; ++j) call(Block{i, j, 1});
     }
   }
 
@@ -154,12 +156,14 @@ struct FrameTask {
           }
           for (const int64_t until = min_of(asked + share, ahead); asked < until; asked += line)
             __builtin_prefetch(next + asked, 0, 2);
-          if (at.half)
+          if (at.count == MR)
+            A::template multiply<MR>(a, step, b, piece, sum, !first);
+          else if (at.count == HALF)
             A::template multiply<HALF>(a, step, b, piece, sum, !first);
           else
-            A::template multiply<MR>(a, step, b, piece, sum, !first);
+            A::template multiply<1>(a, step, b, piece, sum, !first);
           if (last) finish(at, sum, n, r0, panel * frame_panel, weights, unusual);
-          sum += (at.half ? HALF : MR) * frame_panel;
+          sum += at.count * frame_panel;
         });
         k += piece;
         b = next;
@@ -169,7 +173,7 @@ struct FrameTask {
 
   void finish(const Block& at, const S* sums, int64_t n, int64_t r0, int64_t o0, const E* weights,
               const uint8_t* unusual) const {
-    const int64_t present = min_of(frame_panel, p.O - o0), count = at.half ? HALF : MR, next = count * p.O;
+    const int64_t present = min_of(frame_panel, p.O - o0), count = at.count, next = count * p.O;
     const R alpha = V::set1(p.alpha);
     // Copies, which the stores below cannot change.
     const bool recurrent = p.recurrent, relu = p.relu;

@@ -18,8 +18,11 @@ from rcu_ops import _library
 from rcu_ops.nn.packed_conv import arithmetic, runs_by_itself
 from rcu_ops.ops import current_backend
 from rcu_ops.ops._kept import Kept
-from rcu_ops.ops.recurrent_conv_frame import CHANNELS, LEAST_ROW, OPERATOR
+from rcu_ops.ops.recurrent_conv_frame import CHANNELS, OPERATOR
 from rcu_ops.reference.recurrent_conv_frame import pack_pairs, pack_panels
+
+LEAST_ROW = 7
+"""Positions that a row of the output has at least, half of the kernel's block."""
 
 
 class Plan(NamedTuple):
@@ -143,9 +146,11 @@ def _make_plan(layer: Any, height: int, width: int, dtype: torch.dtype) -> Plan:
     geometry = [*layer.kernel_size[1:], *layer._arguments["stride"], *layer._arguments["padding"]]
     kh, kw, sh, sw, ph, pw = geometry
     rows, columns = (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
-    if rows < 1 or columns < LEAST_ROW:
+    pairs = _in_pairs(dtype, _isa())
+    # A single position, as in the head of a network, is a product with a vector: the weights' way from memory is all.
+    if rows < 1 or (columns < LEAST_ROW and not (pairs and rows == columns == 1)):
         return refused(f"output rows of {columns} positions are shorter than {LEAST_ROW}")
-    return Plan(None, _in_pairs(dtype, _isa()), geometry, (1, layer.out_channels, rows, columns))
+    return Plan(None, pairs, geometry, (1, layer.out_channels, rows, columns))
 
 
 def _why_not_laid(shape: tuple[int, ...], frame: Tensor, state: Tensor | None, residual: Tensor | None) -> str | None:

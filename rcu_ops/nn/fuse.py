@@ -32,6 +32,7 @@ def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.
     * :class:`RecurrentConv3d` + ``BatchNorm3d`` (+ residual addition) (+ ReLU) becomes one
       :class:`FusedRecurrentConv3d`, which runs :func:`rcu_ops.recurrent_conv_affine_act`.
     * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
+    * Dropout around them goes.
     * With ``fold_relations`` every :class:`rcu_ops.nn.RelationalLSTM` takes its hidden state for the keys, with half
       of the weights per step (:func:`rcu_ops.nn.fold_relations`); it has then to stay in its dtype.
 
@@ -438,7 +439,16 @@ def fuse_module(module: nn.Module, fusion: Fusion) -> nn.Module | None:
     return fusion.finish(module, traced)
 
 
-def _without_unused(module: nn.Module, traced: fx.GraphModule) -> nn.Module:
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def _for_inference(module: nn.Module, traced: fx.GraphModule) -> nn.Module:
+    """Without dropout, which does nothing in evaluation mode but takes a call, and without what is not used."""
+    for node in list(traced.graph.nodes):
+        if type(called(traced, node)) in _DROPOUTS and len(node.args) == 1 and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.recompile()
     traced.delete_all_unused_submodules()
     return traced
 
@@ -500,7 +510,7 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
     return True
 
 
-_FOR_INFERENCE = Fusion("fuse_for_inference", _fuse_node, _without_unused, both_modes=False)
+_FOR_INFERENCE = Fusion("fuse_for_inference", _fuse_node, _for_inference, both_modes=False)
 
 
 def called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:

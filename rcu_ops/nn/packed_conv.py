@@ -117,7 +117,7 @@ def runs_by_itself(frames: Tensor, weight: Tensor) -> bool:
     """Whether a call on kept weights may take a convolution's place: nobody traces, casts or differentiates it."""
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
-        and frames.device.type == "cpu"
+        and frames.is_cpu
         and type(frames) is Tensor
         and frames.dtype == weight.dtype
         and frames.numel() > 0

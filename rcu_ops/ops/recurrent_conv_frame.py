@@ -13,8 +13,6 @@ from torch import Tensor
 from rcu_ops.ops import _schema
 from rcu_ops.reference.recurrent_conv_frame import compute_dtype, recurrent_conv_frame
 
-LEAST_ROW = 7
-"""Positions that a row of the output has at least."""
 CHANNELS = 16
 """The number of output channels is a multiple of it."""
 

@@ -62,6 +62,15 @@ def test_residual_goes_into_the_recurrent_layer() -> None:
     assert isinstance(fused.layer2[0].get_submodule("downsample.0"), FusedFrameConv3d)
 
 
+def test_dropout_goes() -> None:
+    """It does nothing in evaluation mode."""
+    block = nn.Sequential(FrameConv3d(4, 4, 1), nn.BatchNorm3d(4), nn.Dropout3d(), nn.ReLU(), nn.Dropout()).eval()
+    fused = fuse_for_inference(block)
+    assert not any(isinstance(module, (nn.Dropout, nn.Dropout3d)) for module in fused.modules())
+    x = torch.randn(2, 4, 3, 5, 5)
+    assert_close_to_reference(fused(x), copy.deepcopy(block).double()(x.double()), block(x))
+
+
 def test_the_old_model_is_untouched() -> None:
     model = small_model("rcn_resnet18")
     before, structure = copy.deepcopy(model.state_dict()), repr(model)

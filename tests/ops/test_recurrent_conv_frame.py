@@ -14,6 +14,7 @@ import rcu_ops
 from rcu_ops import _library
 from rcu_ops.models import VideoResNet
 from rcu_ops.nn import FrameConv3d, RecurrentConv3d, frame_kernel, fuse_for_inference
+from rcu_ops.nn.fuse import FusedFrameConv3d
 from rcu_ops.reference.recurrent_conv_frame import _rows as unpacked
 from rcu_ops.reference.recurrent_conv_frame import pack_pairs, pack_panels, recurrent_conv_frame
 from tests.tolerance import assert_close_to_reference
@@ -29,8 +30,8 @@ ISAS = [
 PAIRS = [isa for isa in ("avx512_bf16",) if _library.native() and isa in _library.native().cpu_isas()]
 on_pairs = pytest.mark.skipif(not PAIRS, reason="this processor does not multiply pairs of bf16")
 
-# n, c, h, w, o, kernel, stride, padding: rows of 7 to 30 positions (whole blocks, halves, overlaps), panels half full,
-# runs of one to several pieces, kernels that are not square, strides that skip rows.
+# n, c, h, w, o, kernel, stride, padding: rows of 1 to 30 positions (whole blocks, halves, overlaps, one by one), panels
+# half full, runs of one to several pieces, kernels that are not square, strides that skip rows.
 SHAPES = [
     (1, 3, 19, 30, 16, (7, 7), (2, 2), (3, 3)),
     (2, 20, 7, 7, 48, (3, 3), (1, 1), (1, 1)),
@@ -39,6 +40,8 @@ SHAPES = [
     (1, 33, 9, 29, 80, (1, 1), (2, 2), (0, 0)),
     (1, 5, 12, 60, 32, (2, 4), (3, 2), (1, 0)),
     (2, 210, 3, 16, 224, (1, 1), (1, 1), (0, 0)),
+    (1, 390, 1, 1, 80, (1, 1), (1, 1), (0, 0)),
+    (2, 20, 5, 4, 48, (3, 3), (1, 1), (1, 1)),
 ]
 
 CASES = [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
@@ -327,6 +330,31 @@ def test_frames_of_another_size_or_number_get_their_own_plan(monkeypatch: pytest
         for (frames, *size), expected in [*sizes.items(), *sizes.items()]:
             plan = layer._panels.plan(layer, torch.randn(1, 16, frames, *size), layer.weight_xh)
             assert (None if plan is None else plan.shape) == (None if expected is None else (1, 32, *expected))
+
+
+@built
+@on_pairs
+def test_heads_of_one_position_take_it_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooled to one position, a frame in bf16 goes by pairs; in fp32, and where rows are short, it does not."""
+    monkeypatch.setenv("RCU_OPS_CPU_ISA", "avx512_bf16")
+    monkeypatch.setattr(frame_kernel, "why_not_here", lambda dtype: None)
+    monkeypatch.setattr(frame_kernel, "arithmetic", lambda dtype: (dtype, ""))
+    frame_kernel._in_pairs.cache_clear()
+    head = fuse_for_inference(nn.Sequential(nn.Dropout(), FrameConv3d(40, 48, 1), nn.BatchNorm3d(48)).eval().bfloat16())
+    layer = next(m for m in head.modules() if isinstance(m, FusedFrameConv3d))
+    one = torch.randn(1, 40, 1, 1, 1).bfloat16()
+    calls = []
+    run = frame_kernel.OPERATOR
+    monkeypatch.setattr(frame_kernel, "OPERATOR", lambda *args: calls.append(args[0].shape) or run(*args))
+    with torch.no_grad():
+        weight, bias = layer.weight[:, :, 0, 0, 0].double(), layer.bias.double()
+        exact = weight @ one.flatten().double() + bias
+        eager = F.conv3d(one, layer.weight, layer.bias).flatten()
+        assert_close_to_reference(head(one).flatten(), exact, eager)
+        assert calls == [(1, 40, 1, 1)]
+        assert "shorter" in (frame_kernel.why_not(layer, last(torch.randn(1, 40, 1, 2).bfloat16()), layer.weight) or "")
+        assert "shorter" in (frame_kernel.why_not(layer.float(), one[:, :, 0].float(), layer.weight) or "")
+    frame_kernel._in_pairs.cache_clear()
 
 
 def test_the_rule_of_processor_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
