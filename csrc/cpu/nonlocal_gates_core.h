@@ -53,7 +53,7 @@ struct Ahead {
   int64_t line = 0;
   Ahead() = default;
   Ahead(const void* base, int64_t row, int64_t bytes, int64_t rows)
-      : at(static_cast<const char*>(base)), row(row), lines(bytes / 64), rows(bytes < 64 ? 0 : rows) {}
+      : at(static_cast<const char*>(base)), row(row), lines((bytes + 63) / 64), rows(bytes > 0 ? rows : 0) {}
   inline void next() {
     if (rows == 0) return;
     soon(at + 64 * line);
@@ -180,11 +180,12 @@ template <class V, class T, int NC = score_columns>
 }
 
 // out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there. out may be of type T where
-// there is nothing to add to: no more, and no more steps than sum_terms.
+// there is nothing to add to: no more, and no more steps than sum_terms. Where out is far from the cores it is asked for
+// before it is written, which happens in order: each line would wait for the one before.
 template <class V, class T, int NV, class O>
 [[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
                                    const typename Arithmetic<V, T>::Right* b, int64_t steps, O* out, int64_t out_row,
-                                   bool more, Ahead& what_follows) {
+                                   bool more, bool far, Ahead& what_follows) {
   using P = Arithmetic<V, T>;
   constexpr int MR = sum_rows;
   Ahead ahead = what_follows;
@@ -199,6 +200,16 @@ template <class V, class T, int NV, class O>
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
       const typename P::Right* bk = b;
+      if (far) {
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) {
+          constexpr int bytes = NV * V::L * int{sizeof(O)};
+          const char* const to = reinterpret_cast<const char*>(out + (i0 + min_of<int64_t>(i, mr - 1)) * out_row);
+#pragma GCC unroll 4
+          for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(to + byte, 1);
+          __builtin_prefetch(to + bytes - 1, 1);
+        }
+      }
       typename V::R acc[MR][NV];
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i)
@@ -270,10 +281,10 @@ template <class V, class T>
         Ahead& next = i0 == 0 ? next_b : next_a;
         if (whole)
           sums<V, T, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, out + i0 * out_row + j0,
-                                  out_row, k0 > 0, next);
+                                  out_row, k0 > 0, false, next);
         else
           sums<V, T, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, out + i0 * out_row + j0, out_row,
-                        k0 > 0, next);
+                        k0 > 0, false, next);
         i0 += some;
       }
       j0 += width;
@@ -345,16 +356,16 @@ static int64_t summed(int64_t n) {
 template <class V, class T, class O>
 static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row,
                           int64_t K, const Byte* dead, int64_t from, int64_t n, O* out, int64_t out_row,
-                          typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false) {
+                          typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false, bool far = false) {
   using P = Arithmetic<V, T>;
   const int64_t width = summed<V>(n);
   P::pack(b + from, b_row, K, dead, n, width, packed);
   if (width == V::L)
-    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
+    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, far, ahead);
   else if (width == two_vectors * V::L)
-    sums<V, T, two_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
+    sums<V, T, two_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, far, ahead);
   else
-    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, ahead);
+    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, far, ahead);
 }
 
 // Columns [from, from + a panel) of `rows` rows of n numbers, as far as they are there.
@@ -403,7 +414,7 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
     const int64_t width = min_of(panel<V>, n - from);
     const Ahead ahead = panel_ahead<V>(b, b_row, K, from + panel<V>, n);
     if (width == summed<V>(width) && in_place) {
-      sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, ahead, more);
+      sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, ahead, more, true);
       continue;
     }
     if (more)
@@ -427,11 +438,10 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
 
 // ---- functions of vectors ---------------------------------------------------------------------------------------
 
-// exp(v) for v <= 0: NaN for NaN, 0 for -inf and everything below the smallest normal number.
-static inline Floats::R exp_of(Floats::R v) {
+// e^x = 2^n (1 + part), |x| < 88: part = e^r - 1 with r from -0.35 to 0.35, to its own last bits.
+static inline Floats::R part_of_power(Floats::R x, Floats::R& n) {
   using V = Floats;
-  const V::R low = V::set1(-87.336544f), x = V::max(low, v);
-  const V::R n = V::round(V::mul(x, V::set1(1.44269504f)));
+  n = V::round(V::mul(x, V::set1(1.44269504f)));
   V::R r = V::fma(n, V::set1(-0.693359375f), x);
   r = V::fma(n, V::set1(2.12194440e-4f), r);
   V::R p = V::set1(1.9875691500e-4f);
@@ -440,8 +450,16 @@ static inline Floats::R exp_of(Floats::R v) {
   p = V::fma(p, r, V::set1(4.1665795894e-2f));
   p = V::fma(p, r, V::set1(1.6666665459e-1f));
   p = V::fma(p, r, V::set1(5.0000001201e-1f));
-  p = V::add(V::fma(p, V::mul(r, r), r), V::set1(1));
-  return V::less(v, low, V::set1(0), V::times_power(p, n));
+  return V::fma(p, V::mul(r, r), r);
+}
+
+// exp(v) for v <= 0: NaN for NaN, 0 for -inf and everything below the smallest normal number.
+static inline Floats::R exp_of(Floats::R v) {
+  using V = Floats;
+  const V::R low = V::set1(-87.336544f);
+  V::R n;
+  const V::R part = part_of_power(V::max(low, v), n);
+  return V::less(v, low, V::set1(0), V::times_power(V::add(part, V::set1(1)), n));
 }
 static inline Doubles::R exp_of(Doubles::R v) {
   double lane[Doubles::L];
@@ -450,30 +468,15 @@ static inline Doubles::R exp_of(Doubles::R v) {
   return Doubles::load(lane);
 }
 
-// e^(times v) = power + power part, power = 2^n: part is e^x - 1 near zero, to its own last bits. times: -1 or a
-// power of two, |times v| < 87.
-template <int times>
-static inline Floats::R power_of_e(Floats::R v, Floats::R& power) {
+// (e^2x - 1) / (e^2x + 1) of x = |v|, where their errors cancel, and a step of division for the inverse's; NaN stays.
+static inline Floats::R tanh_of(Floats::R v) {
   using V = Floats;
-  const V::R per_e = V::set1(times * 1.44269504f), n = V::round(V::mul(v, per_e));
-  V::R r = V::fma(v, per_e, V::sub(V::set1(0), n));
-  r = V::fma(v, V::set1(times * 1.92596297e-8f), r);
-  V::R p = V::set1(1.54035137e-4f);
-  p = V::fma(p, r, V::set1(1.33907353e-3f));
-  p = V::fma(p, r, V::set1(9.61823761e-3f));
-  p = V::fma(p, r, V::set1(5.55035733e-2f));
-  p = V::fma(p, r, V::set1(2.40226492e-1f));
-  p = V::fma(p, r, V::set1(6.93147182e-1f));
-  power = V::times_power(V::set1(1), n);
-  return V::mul(p, r);
-}
-
-static inline Floats::R tanh_of(Floats::R v) {  // (e^2v - 1) / (e^2v + 1); NaN stays
-  using V = Floats;
-  V::R power;
-  const V::R part = power_of_e<2>(V::max(V::set1(-16), V::min(V::set1(16), v)), power);
-  const V::R less_one = V::fma(power, part, V::sub(power, V::set1(1)));
-  return V::mul(less_one, V::reciprocal(V::add(less_one, V::set1(2))));
+  const V::R zero = V::set1(0), one = V::set1(1), sign = V::less(v, zero, V::set1(-1), one), size = V::mul(v, sign);
+  V::R n;
+  const V::R part = part_of_power(V::min(V::set1(32), V::add(size, size)), n), power = V::times_power(one, n);
+  const V::R less_one = V::fma(power, part, V::sub(power, one)), and_one = V::add(less_one, V::set1(2));
+  const V::R inverse = V::reciprocal(and_one), ratio = V::mul(less_one, inverse);
+  return V::mul(sign, V::fma(V::fma(V::sub(zero, ratio), and_one, less_one), inverse, ratio));
 }
 static inline Doubles::R tanh_of(Doubles::R v) {
   double lane[Doubles::L];
@@ -483,9 +486,11 @@ static inline Doubles::R tanh_of(Doubles::R v) {
 }
 static inline Floats::R sigmoid_of(Floats::R v) {  // 1 / (1 + e^-v); NaN stays
   using V = Floats;
-  V::R power;
-  const V::R part = power_of_e<-1>(V::max(V::set1(-86), V::min(V::set1(86), v)), power);
-  return V::reciprocal(V::fma(power, part, V::add(power, V::set1(1))));
+  const V::R one = V::set1(1);
+  V::R n;
+  const V::R part = part_of_power(V::max(V::set1(-86), V::min(V::set1(86), V::sub(V::set1(0), v))), n);
+  const V::R power = V::times_power(one, n);
+  return V::reciprocal(V::fma(power, part, V::add(power, one)));
 }
 static inline Doubles::R sigmoid_of(Doubles::R v) {
   using V = Doubles;
