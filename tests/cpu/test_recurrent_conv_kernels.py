@@ -251,6 +251,24 @@ def test_weight_grad_of_many_rows(isa: str, dtype: torch.dtype, layout: str) -> 
     assert_close_to_reference(got, want, rough, "dweight")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_grad_of_a_given_state(isa: str, dtype: torch.dtype, layout: str) -> None:
+    """However the state before the first frame lies, and in whichever of its dtypes: the same numbers."""
+    for shape in SHAPES:
+        x, weight, state = inputs(shape, dtype)
+        state = state.to(dtype).float()
+        grad_h, h = torch.randn_like(x), torch.randn_like(x)
+
+        def dweight(state: Tensor, grad_h: Tensor = grad_h, h: Tensor = h, weight: Tensor = weight) -> Tensor:
+            return kernels.recurrent_conv_backward(grad_h, None, h, weight, state, False, False, True)[1]
+
+        laid = LAYOUTS[layout](state.unsqueeze(2)).select(2, 0)
+        rounded = LAYOUTS[layout](state.to(dtype).unsqueeze(2)).select(2, 0)
+        assert torch.equal(dweight(laid), dweight(state))
+        assert torch.equal(dweight(rounded), dweight(state))
+
+
 def exact_backward(
     grad_h: Tensor | None, grad_h_n: Tensor | None, h: Tensor, weight: Tensor, h0: Tensor, mean: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
