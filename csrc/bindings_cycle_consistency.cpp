@@ -136,10 +136,23 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss(Tensor a, Tensor b, std::optional
   return {loss, soft};
 }
 
-std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,
-                                                        std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
-                                                        double temperature, bool regression, double variance_weight,
-                                                        double min_variance) {
+std::tuple<Tensor, Tensor, Tensor> temporal_cycle_loss_kept(Tensor a, Tensor b, std::optional<Tensor> mask_a,
+                                                            std::optional<Tensor> mask_b, double temperature,
+                                                            bool regression, double variance_weight,
+                                                            double min_variance) {
+  Alignment p = loss_problem(Align::loss, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  Tensor loss = empty_of(a, {p.N, p.T}), soft = empty_of(a, {p.N, p.T, p.C});
+  Tensor distances = empty_of(a, {p.N, p.T, p.S + p.T});
+  p.loss = pointer(loss), p.soft = pointer(soft);
+  p.distances = pointer(distances), p.distances_pitch = p.S + p.T;
+  launch(p, a);
+  return {loss, soft, distances};
+}
+
+std::tuple<Tensor, Tensor> loss_gradients(const Tensor& grad_loss, const Tensor& a, const Tensor& b, const Tensor& soft,
+                                          const std::optional<Tensor>& distances, const std::optional<Tensor>& mask_a,
+                                          const std::optional<Tensor>& mask_b, double temperature, bool regression,
+                                          double variance_weight, double min_variance) {
   Alignment p =
       loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
   check_shape("grad_loss", grad_loss, {p.N, p.T}, "[N,T]");
@@ -156,10 +169,35 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor
   Tensor da = empty_of(a, {p.N, p.T, p.C}), db = empty_of(b, {p.N, p.S, p.C});
   p.da = pointer(da), p.db = pointer(db);
   std::optional<Tensor> d_soft;
-  if (a.is_cuda() || plan_alignment(p) != AlignForm::within)
+  if (a.is_cuda() || distances || plan_alignment(p) != AlignForm::within)
     p.d_soft = pointer(d_soft.emplace(empty_of(a, {p.N, p.T, p.C})));
+  Tensor kept;
+  if (distances) {
+    check_shape("distances", *distances, {p.N, p.T, p.S + p.T}, "[N,T,S+T]");
+    check_dtype("distances", *distances, a.scalar_type());
+    check_device("distances", *distances, a, "a");
+    kept = torch::stable::contiguous(*distances);
+    p.distances = pointer(kept), p.distances_pitch = p.S + p.T;
+  }
   launch(p, a);
   return {da, db};
+}
+
+std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,
+                                                        std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                                        double temperature, bool regression, double variance_weight,
+                                                        double min_variance) {
+  return loss_gradients(grad_loss, a, b, soft, std::nullopt, mask_a, mask_b, temperature, regression, variance_weight,
+                        min_variance);
+}
+
+std::tuple<Tensor, Tensor> temporal_cycle_loss_kept_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,
+                                                             Tensor distances, std::optional<Tensor> mask_a,
+                                                             std::optional<Tensor> mask_b, double temperature,
+                                                             bool regression, double variance_weight,
+                                                             double min_variance) {
+  return loss_gradients(grad_loss, a, b, soft, distances, mask_a, mask_b, temperature, regression, variance_weight,
+                        min_variance);
 }
 
 }  // namespace
@@ -174,7 +212,11 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor
   m.impl("temporal_cycle_loss", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss));                       \
   m.impl("temporal_cycle_loss_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }
+STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
+  RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m);
+  m.impl("temporal_cycle_loss_kept", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_kept));
+  m.impl("temporal_cycle_loss_kept_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_kept_backward));
+}
 
 #ifdef RCU_OPS_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CUDA, m) { RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m); }

@@ -60,6 +60,11 @@ struct Alignment {
   FrameMask mask_through;  // back: frames of the sequence between; a sample without any has no way back
   int64_t frames_through = 0;
   bool add_to_da = false;  // soft_backward: da is added to what is there
+  // On the CPU: squared distances, times the square of the scale at which the kernel takes frames, in the precision of
+  // sums. loss leaves and loss_backward takes rows [N,T][S + T]: of a's frames to b's, and of soft neighbours to a's.
+  // soft and back leave, and their gradients take, rows of as many, the first S of which are theirs.
+  void* distances = nullptr;
+  int64_t distances_pitch = 0;
 };
 
 // How the CPU kernels find distances. By shape and dtype alone: what a result is does not depend on the data's size or

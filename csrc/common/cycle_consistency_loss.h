@@ -20,6 +20,7 @@ static inline LossParts parts_of_loss(const Alignment& p) {
   back.kind = backward ? Align::back_backward : Align::back;
   back.a = {p.soft, p.T * p.C, p.C, 1}, back.soft = nullptr;
   back.b = p.a, back.S = p.T, back.mask_b = p.mask_a, back.mask_through = p.mask_b, back.frames_through = p.S;
+  if (p.distances) back.distances = static_cast<char*>(p.distances) + p.S * state_size(p.dtype);
   if (backward) {
     back.da = p.d_soft, back.db = p.da;
     there.soft = nullptr, there.grad = {p.d_soft, p.T * p.C, p.C, 1}, there.add_to_da = true;

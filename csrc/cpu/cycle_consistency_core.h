@@ -531,6 +531,43 @@ static void distances_of_blocks(const Sizes& s, int64_t C, const Sample<typename
     distances<V>(OfPanel<V>(a.panels, t0 + k * M, C), b.panels, b.count, C, block(k).z, s.pitch);
 }
 
+// Gradients from distances that the forward pass left.
+static bool distances_are_given(const Alignment& p) {
+  return p.distances && (p.kind == Align::soft_backward || p.kind == Align::back_backward);
+}
+
+// The kept distances of frame t of a, which is there.
+template <class S>
+static S* kept_distances(const Alignment& p, const Frames<S>& a, int64_t n, int64_t t) {
+  return static_cast<S*>(p.distances) + (n * p.T + a.place[t]) * p.distances_pitch;
+}
+template <class S>
+static void keep_distances(const Alignment& p, const Frames<S>& a, const Frames<S>& b, int64_t n, int64_t t,
+                           const S* d) {
+  S* const to = kept_distances(p, a, n, t);
+  if (b.count == p.S) return static_cast<void>(memcpy(to, d, static_cast<size_t>(b.count) * sizeof(S)));
+  for (int64_t i = 0; i < b.count; ++i) to[b.place[i]] = d[i];
+}
+// Those of a block of queries, with zeros for queries beyond the last frame.
+template <class V>
+static void take_distances(const Alignment& p, const Frames<typename V::S>& a, const Frames<typename V::S>& b,
+                           int64_t n, int64_t t0, int64_t pitch, typename V::S* d) {
+  using S = typename V::S;
+  for (int m = 0; m < V::M; ++m) {
+    S* const row = d + m * pitch;
+    if (t0 + m >= a.count) {
+      memset(row, 0, static_cast<size_t>(round_up(b.count, V::L)) * sizeof(S));
+      continue;
+    }
+    const S* const kept = kept_distances(p, a, n, t0 + m);
+    if (b.count == p.S)
+      memcpy(row, kept, static_cast<size_t>(b.count) * sizeof(S));
+    else
+      for (int64_t i = 0; i < b.count; ++i) row[i] = kept[b.place[i]];
+    mark_end<V>(row, b.count);
+  }
+}
+
 // How far the weights up to `weight` can move a soft neighbour: sum_j z_j |b_j - b_likely| <= sum_j z_j (|a - b_j| + |a
 // - b_likely|), from the upper ends of the distances' bounds. `size`, `sizes`: of the query and the keys, centred.
 template <class V>
@@ -641,9 +678,10 @@ static void map_block(const Alignment& p, const Sizes& s, const Sample<typename 
 template <class V>
 static void map_blocks(const Alignment& p, const Sizes& s, const Sample<typename V::S>& sample,
                        const Frames<typename V::S>& a, const Frames<typename V::S>& b, int64_t t0, int64_t count,
-                       void* soft, int64_t row0, int64_t* index) {
+                       void* soft, int64_t n, int64_t* index) {
   using S = typename V::S;
   constexpr int M = V::M;
+  const int64_t row0 = n * (&a == &sample.a ? p.T : p.S);
   char* const memory = Block<V>::memory(s, count);
   const auto block_at = [&](int64_t k) { return Block<V>(s, memory, k); };
   distances_of_blocks<V>(s, p.C, sample, a, b, t0, count, block_at);
@@ -657,6 +695,8 @@ static void map_blocks(const Alignment& p, const Sizes& s, const Sample<typename
   for (int64_t k = 0; k < count; ++k) {
     const Block<V> block = block_at(k);
     products[k] = sample.products() && settle_block<V>(s, p.C, sample, a, b, t0 + k * M, false, block.z, block.list);
+    for (int64_t t = t0 + k * M; p.distances && t < min_of(t0 + (k + 1) * M, a.count); ++t)
+      keep_distances(p, a, b, n, t, block.z + (t - t0 - k * M) * s.pitch);
     if (pruned) memcpy(block.r, block.z, static_cast<size_t>(M * s.pitch) * sizeof(S));
     S least, sum_of_exp;
     for (int m = 0; m < M; ++m)
@@ -795,6 +835,7 @@ static void land_block(const Alignment& p, const Sizes& s, const Sample<typename
     if (back && m < rows && sample.products())  // far or near, the loss is of this one
       z[t0 + m] = row_distance<V>(a.rows + (t0 + m) * s.C, b.rows + (t0 + m) * s.C, s.C);
     const S own = back && m < rows ? z[t0 + m] : S(0);
+    if (p.kind == Align::back && p.distances && m < rows) keep_distances(p, a, b, n, t0 + m, z);
     S least, sum;
     const int64_t likely = softmax<V>(z, b.count, sample.sharpness, least, sum);
     near[m] = b.rows + likely * s.C;
@@ -860,7 +901,10 @@ static void landing_blocks(const Alignment& p, const Sizes& s, const Sample<type
   };
   const Frames<S>&a = sample.a, &b = sample.b;
   const S* near[most_blocks][M];
-  distances_of_blocks<V>(s, p.C, sample, a, b, t0, count, block_at);
+  if (distances_are_given(p))
+    for (int64_t k = 0; k < count; ++k) take_distances<V>(p, a, b, n, t0 + k * M, s.pitch, block_at(k).z);
+  else
+    distances_of_blocks<V>(s, p.C, sample, a, b, t0, count, block_at);
   for (int64_t k = 0; k < count; ++k) land_block<V>(p, s, sample, n, t0 + k * M, block_at(k), to, near[k]);
   if (p.kind == Align::back) return;
   if (p.kind == Align::soft_backward) {
@@ -953,7 +997,7 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
     for (void* result : {p.log_probability, p.mean, p.variance, p.loss})
       if (result) memset(result, 0, static_cast<size_t>(p.N * p.T * sum));
 
-  const AlignForm form = plan_alignment(p);
+  const AlignForm form = distances_are_given(p) ? AlignForm::differences : plan_alignment(p);
   if (form == AlignForm::within) {
     run(parallel, p.N, [&](int64_t n) { cycle_of_short<V>(p, s, n); });
   } else {
@@ -1022,8 +1066,7 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
         if (t >= a.count || b.count == 0) return;
         const int64_t count = min_of(together, (a.count - t + M - 1) / M);
         if (maps)
-          map_blocks<V>(p, s, sample, a, b, t, count, p.soft, n * (from_b ? p.S : p.T),
-                        from_b ? p.index_ba : p.index_ab);
+          map_blocks<V>(p, s, sample, a, b, t, count, p.soft, n, from_b ? p.index_ba : p.index_ab);
         else
           landing_blocks<V>(p, s, sample, n, t, count, weights_at(at));
       });
@@ -1074,7 +1117,8 @@ static void losses(const Alignment& p, const Parallel& parallel) {
     memset(numbers, 0, static_cast<size_t>(count) * sizeof(typename V::S));
   };
   if (!backward && masked) clear(p.loss, p.N * p.T);
-  if (plan_alignment(p) == AlignForm::within) {
+  if (!backward && masked && p.distances) clear(p.distances, p.N * p.T * p.distances_pitch);
+  if (!p.distances && plan_alignment(p) == AlignForm::within) {
     if (masked) clear(backward ? p.da : p.soft, p.N * p.T * p.C);
     if (masked && backward) clear(p.db, p.N * p.S * p.C);
     return short_losses<V>(p, parallel);

@@ -6,7 +6,8 @@
 //           over blocks of frames of a and of b, since what a frame gets as a key comes from all queries. A task is a
 //           sample, or a block where there are fewer samples than threads and enough to do.
 // Long      ones are the problems `soft` and `back` one after the other, and their gradients in the opposite order.
-// Saved     for the gradients: soft neighbours. Both softmaxes are computed again.
+// Saved     for the gradients: soft neighbours, and of long sequences distances, where the caller has room for them. Both
+//           softmaxes are computed again. With distances or without, gradients have the same bits.
 // Centres.  Weights that add up to zero over keys may be taken around any point: the soft neighbour where keys are b's,
 //           the most probable frame where they are a's.
 

@@ -15,12 +15,13 @@ from rcu_ops import _library, reference
 from rcu_ops.ops import _checks, _family, _planner, _selftest, _triton
 from rcu_ops.ops._family import Definition, Family
 from rcu_ops.ops._registry import Operator, Overtaken, register, settled, wants_gradients
-from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present
+from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present, squared_distances
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
 KINDS = ("regression", "classification")
 PAIRS = ("each", "all")
 REDUCTIONS = ("mean", "none")
+_SHORT = 64  # frames of sequences that the CPU takes in one pass (most_frames_within)
 
 
 def soft_nearest_neighbor(
@@ -109,6 +110,9 @@ def temporal_cycle_loss(
         pairs: "each": sample n of a with sample n of b; "all": every sample of a with every sample of b, or, when b is
             the same tensor as a, with every other one.
         reduction: "mean" over the frames that are there, or "none".
+
+    On a CPU long sequences keep their distances for the gradients, [N,T,S] and [N,T,T], where they take little memory;
+    :func:`rcu_ops.explain` says how much.
 
     Returns:
         A scalar, or [pairs,T] with zeros for frames that are not there (pairs = N, N M, or N (N - 1), ordered by a's
@@ -267,6 +271,11 @@ def _fake_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape[:2]), a.new_empty(a.shape)
 
 
+def _fake_kept_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n, t, s = a.shape[0], a.shape[1], b.shape[1]
+    return *_fake_loss(a, b), a.new_empty((n, t, s + t))
+
+
 def _fake_loss_backward(grad_loss: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _fake_gradients(a, b)
 
@@ -358,6 +367,30 @@ def _reference_loss_backward(
     return da.contiguous(), db.contiguous()
 
 
+def _reference_kept_loss(
+    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, soft = _reference_loss(a, b, mask_a, mask_b, *numbers)
+    wide = torch.float64
+    first, second = present(a, mask_a, wide), present(b, mask_b, wide)
+    pairs = zip((first, soft.to(wide)), (second, first), (mask_b, mask_a), strict=True)
+    distances = torch.cat([_distances_there(x, y, mask_a, mask) for x, y, mask in pairs], -1)
+    return loss, soft, distances.to(a.dtype)
+
+
+def _distances_there(x: Tensor, y: Tensor, mask_x: Tensor | None, mask_y: Tensor | None) -> Tensor:
+    distances = squared_distances(x, y)
+    for mask, dim in ((mask_x, -1), (mask_y, -2)):
+        distances = distances if mask is None else torch.where(mask.unsqueeze(dim), distances, 0)
+    return distances
+
+
+def _reference_kept_loss_backward(
+    grad_loss: Tensor, a: Tensor, b: Tensor, soft: Tensor, distances: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return _reference_loss_backward(grad_loss, a, b, soft, *rest)
+
+
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +422,20 @@ def _loss_gradients(family: Family, ctx: Any, grad: Tensor | None, _: Tensor | N
     return da, db, *(None,) * 6
 
 
+def _save_kept_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    a, b, mask_a, mask_b, *ctx.numbers = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, *output[1:], mask_a, mask_b)
+
+
+def _kept_loss_gradients(family: Family, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    da, db = family["temporal_cycle_loss_kept_backward"](grad, *ctx.saved_tensors, *ctx.numbers)
+    return da, db, *(None,) * 6
+
+
 def _save_loss_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance = inputs
     ctx.set_materialize_grads(False)
@@ -405,13 +452,19 @@ _transpose_soft_backward = _family.transpose_of(_reference_soft_backward, 3)
 _transpose_back_backward = _family.transpose_of(_reference_back_backward, 5)
 
 
-# Not with respect to soft, which is a function of a and b.
+# Not with respect to soft and distances, which are functions of a and b.
 _transpose_loss_backward = _family.transpose_of(_reference_loss_backward, 3)
+_transpose_kept_loss_backward = _family.transpose_of(_reference_kept_loss_backward, 3)
 
 
 def _loss_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     numbers = ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance
     return _transpose_loss_backward((*ctx.saved_tensors, *numbers), cotangents)
+
+
+def _kept_loss_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    numbers = ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance
+    return _transpose_kept_loss_backward((*ctx.saved_tensors, *numbers), cotangents)
 
 
 def _soft_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -476,6 +529,13 @@ def _loss_backward_flops(
 ) -> int:  # fmt: skip
     of_back = _back_backward_flops(grad, grad, grad, soft, a, mask_a, temperature)
     return of_back + _soft_backward_flops(soft, a, b, mask_b, temperature)
+
+
+def _kept_loss_backward_flops(
+    grad: Any, a: Any, b: Any, soft: Any, distances: Any, *rest: Any, out_shape: Any = None
+) -> int:
+    known = _product(a[0], a[1], a[1] + b[1], a[2])
+    return _loss_backward_flops(grad, a, b, soft, *rest) - known
 
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -543,6 +603,26 @@ _LOSS = Family(
             _loss_second,
             _save_loss_arguments,
         ),
+        # The same with distances kept for the gradients: [N,T,S+T], of a's frames to b's and of soft neighbours to a's,
+        # zero where there are no frames.
+        "temporal_cycle_loss_kept": Definition(
+            "(Tensor a, Tensor b, Tensor? mask_a, Tensor? mask_b, float temperature, bool regression, "
+            "float variance_weight, float min_variance) -> (Tensor, Tensor, Tensor)",
+            _fake_kept_loss,
+            _reference_kept_loss,
+            _loss_flops,
+            _kept_loss_gradients,
+            _save_kept_loss,
+        ),
+        "temporal_cycle_loss_kept_backward": Definition(
+            "(Tensor grad_loss, Tensor a, Tensor b, Tensor soft, Tensor distances, Tensor? mask_a, Tensor? mask_b, "
+            "float temperature, bool regression, float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            _fake_loss_backward,
+            _reference_kept_loss_backward,
+            _kept_loss_backward_flops,
+            _kept_loss_second,
+            _save_loss_arguments,
+        ),
     }
 )
 _BINARY = Family(_DEFINITIONS)
@@ -581,8 +661,26 @@ def _loss_at_once(
     reduction: str,
 ) -> Tensor:
     numbers = temperature, kind == "regression", variance_weight, min_variance
-    loss, _ = _LOSS["temporal_cycle_loss"](a, b, mask_a, mask_b, *numbers)
+    name = "temporal_cycle_loss_kept" if _keeps_distances(a, b) else "temporal_cycle_loss"
+    loss = _LOSS[name](a, b, mask_a, mask_b, *numbers)[0]
     return _reduced(loss, mask_a, mask_b, reduction)
+
+
+def _keeps_distances(a: Tensor, b: Tensor) -> bool:
+    """Whether a loss on the CPU keeps its distances for the gradients.
+
+    They are two products of eleven. They take up to four times what a, b and the soft neighbours do, which are kept in
+    any case: less than half of what eager PyTorch keeps. Short sequences are quicker in one pass.
+    """
+    if (
+        a.device.type != "cpu"
+        or not wants_gradients(a, b)
+        or not _library.has_kernel("temporal_cycle_loss_kept", "CPU")
+    ):
+        return False
+    frames, others, channels = a.shape[1], b.shape[1], a.shape[2]
+    long = settled(frames > _SHORT) or settled(others > _SHORT)
+    return long and settled(frames * (frames + others) <= 4 * (2 * frames + others) * channels)
 
 
 def _reduced(loss: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, reduction: str) -> Tensor:
@@ -687,6 +785,14 @@ def _plans(*kinds: str) -> dict[str, Any]:
     }
 
 
+def _loss_cpu_plan(a: Tensor, b: Tensor, *rest: Any) -> str:
+    plan = _plans("loss")["cpu_plan"](a, b, *rest)
+    if not _keeps_distances(a, b):
+        return str(plan)
+    kept = a.shape[0] * a.shape[1] * (a.shape[1] + b.shape[1]) * a.element_size()
+    return f"{plan}; {kept} bytes of distances are kept for the gradients"
+
+
 def _probe(device: str) -> tuple[Any, ...]:
     return torch.zeros(1, 3, 8, device=device), torch.zeros(1, 4, 8, device=device)
 
@@ -734,7 +840,7 @@ LOSS = register(
                 f"losses with gradients of up to {_MEASURED_DIFFERENCES} differences: PyTorch is faster",
                 _why_pytorch_loss,
             ),
-            **(_plans("soft", "back") | {"cpu_plan": _plans("loss")["cpu_plan"]}),
+            **(_plans("soft", "back") | {"cpu_plan": _loss_cpu_plan}),
         ),
         check=_check_loss,
         probe=lambda device: (*_probe(device), None, None, 1.0, "regression", 0.001, 1e-6, "mean"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import pytest
 import torch
@@ -602,7 +604,52 @@ def test_opcheck(dtype, masked) -> None:
     if dtype == torch.float32:  # the loss is computed in the precision of sums
         numbers = (mask_a, mask_b, 0.5, masked, 0.001, 1e-6)
         check(ops.temporal_cycle_loss.default, (*leaves, *numbers))
-        check(ops.temporal_cycle_loss_backward.default, (grads[0].T.contiguous().T, *leaves, soft.detach(), *numbers))
+        grad = grads[0].T.contiguous().T
+        check(ops.temporal_cycle_loss_backward.default, (grad, *leaves, soft.detach(), *numbers))
+        check(ops.temporal_cycle_loss_kept.default, (*leaves, *numbers))
+        kept = torch.rand(2, 4, 9)
+        check(ops.temporal_cycle_loss_kept_backward.default, (grad, *leaves, soft.detach(), kept, *numbers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(("frames", "others", "channels"), [(100, 130, 40), (70, 65, 16), (66, 3, 5)])
+def test_kept_distances_change_no_bit(frames, others, channels, masked, dtype) -> None:
+    a, b = inputs((2, frames, others, channels), dtype)
+    mask_a, mask_b = (masks(2, frames), masks(2, others)) if masked else (None, None)
+    ops = torch.ops.rcu_ops
+    for regression, temperature in itertools.product((True, False), (1.0, 10.0)):
+        numbers = (mask_a, mask_b, temperature, regression, 0.001, 1e-2)
+        loss, soft = ops.temporal_cycle_loss(a, b, *numbers)
+        *same, distances = ops.temporal_cycle_loss_kept(a, b, *numbers)
+        assert torch.equal(same[0], loss) and torch.equal(same[1], soft)
+        grad = torch.randn(2, frames, dtype=dtype)
+        want = ops.temporal_cycle_loss_backward(grad, a, b, soft, *numbers)
+        got = ops.temporal_cycle_loss_kept_backward(grad, a, b, soft, distances, *numbers)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        assert distances.shape == (2, frames, others + frames)
+        if masked:
+            there = torch.cat([mask_b, mask_a], 1)[:, None] & mask_a[..., None]
+            assert torch.equal(distances != 0, there & (distances != 0))
+        if _library.has_kernel("temporal_cycle_loss_kept", "CPU"):  # and they are what the gradients are made of
+            other = ops.temporal_cycle_loss_kept_backward(grad, a, b, soft, 2 * distances + 1, *numbers)
+            assert not torch.equal(other[0], want[0])
+
+
+@pytest.mark.parametrize("frames", [64, 65, 24 * 8, 24 * 8 + 1])
+def test_distances_are_kept_where_they_take_little_memory(frames) -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("the CPU kernels are not built")
+    a, b = inputs((1, frames, frames, 32), torch.float32)
+    saved: list[tuple[int, ...]] = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t)
+    with keep:
+        rcu_ops.temporal_cycle_loss(a.requires_grad_(), b)
+    kept = (1, frames, 2 * frames) in saved
+    assert kept == (64 < frames <= 6 * 32)
+    plan = str(rcu_ops.explain("temporal_cycle_loss", a, b).plan)
+    assert (f"{8 * frames**2} bytes of distances are kept" in plan) == kept or _library.native() is None
+    assert sum(math.prod(shape) for shape in saved) <= 5 * 3 * a.numel()
 
 
 def test_autocast(backend) -> None:
