@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rcu_ops.models.registry import register_model
+from rcu_ops.nn.frames import laid_out
 from rcu_ops.nn.gating import FeatureGate
 from rcu_ops.nn.layer_choice import LayerChoice, choose_layers
 from rcu_ops.nn.nonlocal_block import NonLocalBlock
@@ -403,7 +404,7 @@ class VideoResNet(nn.Module):
         framewise = conv in ("rcn", "2d") and stem_frames == 1
         clip_gate = srtg is not None and srtg_gate and srtg_window is None
         self.causal = framewise and not clip_gate
-        self.memory_format = memory_format
+        self._channels_last = memory_format == torch.channels_last_3d
         self.stem = Stem(in_channels, width, factory, stem_pool, stem_mid_planes, stem_frames)
         planes = width
         stages = []
@@ -433,9 +434,14 @@ class VideoResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.head = Head(in_planes, num_classes, dropout)
         self._initialise()
-        if memory_format == torch.channels_last_3d:
+        if self._channels_last:
             # Weights as the convolutions want them for such clips; otherwise every call would rearrange them.
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """What clips are brought into; no attribute, since torch.save, which uses pickle's protocol 2, takes none."""
+        return torch.channels_last_3d if self._channels_last else torch.contiguous_format
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -447,7 +453,7 @@ class VideoResNet(nn.Module):
 
     def features(self, clip: Tensor) -> Tensor:
         """[N,C,T,H,W] -> the output of res5, [N, 512 or 2048, T', H/16, W/16] (half that with ``stem_pool``)."""
-        x = self.stem(clip.contiguous(memory_format=self.memory_format))
+        x = self.stem(laid_out(clip, self.memory_format))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def frame_scores(self, clip: Tensor) -> Tensor:

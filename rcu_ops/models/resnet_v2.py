@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rcu_ops.models.registry import register_model
 from rcu_ops.models.resnet import Head
+from rcu_ops.nn.frames import laid_out
 from rcu_ops.nn.recurrent_conv import FrameConv3d
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -86,7 +87,7 @@ class Trunk(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """[N,C,T,H,W] -> [N,32 width,T,H/32,W/32], before the last normalisation."""
-        x = self.pool(self.conv(clip.contiguous(memory_format=torch.channels_last_3d)))
+        x = self.pool(self.conv(laid_out(clip, torch.channels_last_3d)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 

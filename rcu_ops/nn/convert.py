@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from rcu_ops.nn.causality import register_per_frame
 from rcu_ops.nn.frames import batch_to_frames, frames_to_batch
 from rcu_ops.nn.layer_choice import LayerChoice, choose_layers
+from rcu_ops.nn.layer_kind import computes_as
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d
 
 
@@ -41,7 +43,9 @@ def convert_to_recurrent(model: nn.Module, layers: LayerChoice = "all", *, updat
 
     Raises:
         ValueError: the model has layers that no causal recurrent network can have (bidirectional RNNs, attention,
-            normalisation over time, transposed convolutions in time, ...), all listed by name.
+            normalisation over time, transposed convolutions in time, ...), or whose replacement would lose what they
+            compute (convolutions and pools over time of a class with its own forward, weights made by hooks or
+            parametrizations), all listed by name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -51,6 +55,8 @@ def convert_to_recurrent(model: nn.Module, layers: LayerChoice = "all", *, updat
     ]
     if obstacles:
         raise ValueError("model: cannot be made causal and recurrent:\n  " + "\n  ".join(obstacles))
+    # Classes with a forward of their own that treat every frame alone: left as they are.
+    named = {name: module for name, module in named.items() if not _has_own_forward(module)}
     convs = [(name, module) for name, module in named.items() if isinstance(module, nn.Conv3d)]
     candidates = [(name, conv) for name, conv in convs if conv.kernel_size[0] > 1]
     if not candidates:
@@ -138,9 +144,34 @@ def _obstacle(module: nn.Module) -> str | None:
         return "transposed convolution over time"
     if isinstance(module, (nn.FractionalMaxPool3d, nn.LPPool3d, nn.MaxUnpool3d)):
         return "pools over time in a way that has no per-frame form"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return "its sizes are not known yet (run the model once)"
     if isinstance(module, nn.Conv3d) and parametrize.is_parametrized(module):
         return "its weight is parametrized (remove the parametrization first)"
+    if isinstance(module, nn.Conv3d) and "weight" not in module._parameters:
+        return "its weight is made by a hook (prune.remove and remove_weight_norm make it a parameter)"
+    if _has_own_forward(module) and _reaches_over_time(module):
+        return (
+            f"its class {type(module).__name__} has a forward of its own, which the layer in its place would not have"
+        )
     return None
+
+
+# What gives way to per-frame and recurrent layers.
+_POOLS = (nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)
+_REPLACED = (nn.Conv3d, FrameConv3d, *_POOLS)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return isinstance(module, _REPLACED) and not computes_as(module, *_REPLACED)
+
+
+def _reaches_over_time(module: Any) -> bool:
+    if isinstance(module, (nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)):
+        size = module.output_size
+        return not (isinstance(size, (tuple, list)) and size[0] is None)
+    first = [value[0] if isinstance(value, (tuple, list)) else value for value in (module.kernel_size, module.stride)]
+    return first != [1, 1]
 
 
 def _moves_time(conv: nn.Conv3d) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,13 @@ def frames_to_batch(clip: Tensor) -> Tensor:
 def batch_to_frames(frames: Tensor, batch: int, length: int) -> Tensor:
     """[N*T,C,...] -> [N,C,T,...], always a view; ``batch`` and ``length`` are N and T."""
     return frames.unsqueeze(2) if length == 1 else frames.view(batch, length, *frames.shape[1:]).transpose(1, 2)
+
+
+def laid_out(clip: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The clip in ``memory_format``; under ``torch.vmap``, whose tensors have but the contiguous one, as it is."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return clip
+    return clip.contiguous(memory_format=memory_format)
 
 
 def check_clip(owner: object, clip: Tensor, channels: int) -> None:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rcu_ops.nn.batch_norm import MovingBatchNorm3d
 from rcu_ops.nn.causality import register_per_frame
 from rcu_ops.nn.frame_kernel import Panels, run_frame
 from rcu_ops.nn.frames import batch_to_frames, check_clip, frames_to_batch
+from rcu_ops.nn.layer_kind import computes_as, has_hooks, take_hooks
 from rcu_ops.nn.packed_conv import PackedWeights, conv2d_act
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_arguments, frame_conv2d
 from rcu_ops.nn.relational_fold import fold_relations_of
@@ -25,11 +27,16 @@ from rcu_ops.ops._kept import Kept
 from rcu_ops.ops._recurrent_conv_chunked import KeptPowers
 from rcu_ops.reference.recurrent_conv import state_dtype_of
 
+# In evaluation mode these normalise alike.
+_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm, MovingBatchNorm3d)
+
+BatchNorm = nn.BatchNorm3d | nn.SyncBatchNorm
+
 
 def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.Module:
     """A new model for inference with fewer passes over memory; ``model`` is left untouched.
 
-    * :class:`RecurrentConv3d` + ``BatchNorm3d`` (+ residual addition) (+ ReLU) becomes one
+    * :class:`RecurrentConv3d` + ``BatchNorm3d`` or ``SyncBatchNorm`` (+ residual addition) (+ ReLU) becomes one
       :class:`FusedRecurrentConv3d`, which runs :func:`rcu_ops.recurrent_conv_affine_act`.
     * Batch normalisation after a 1xdxd or other 3D convolution is folded into its weight and bias.
     * Dropout around them goes.
@@ -38,11 +45,12 @@ def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.
 
     What kernels need of the weights in other forms (rearranged, or, for long clips of few positions on a GPU, their
     powers) is kept beside them and made anew when they change by any way that PyTorch counts; a write through ``.data``
-    is none.
+    is none. Parametrized weights (``torch.nn.utils.parametrize``) are taken as they are now.
 
     Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
-    has no gradients with respect to its parameters. Modules whose ``forward`` cannot be traced stay unfused, and a
-    warning lists them.
+    has no gradients with respect to its parameters. Layers with hooks (also those by which ``prune`` and the old
+    ``weight_norm`` make weights), and layers of classes with a forward of their own, stay unfused. So do modules whose
+    ``forward`` cannot be traced, and a warning lists these.
 
     Args:
         model: in evaluation mode.
@@ -84,7 +92,7 @@ class FusedRecurrentConv3d(nn.Module):
     shift: Tensor
     bias: Tensor | None
 
-    def __init__(self, conv: RecurrentConv3d, norm: nn.BatchNorm3d | None, relu: bool) -> None:
+    def __init__(self, conv: RecurrentConv3d, norm: BatchNorm | None, relu: bool) -> None:
         super().__init__()
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
@@ -96,9 +104,9 @@ class FusedRecurrentConv3d(nn.Module):
         self.padding_mode = conv.padding_mode
         self.update = conv.update
         self.activation = "relu" if relu else "identity"
-        self.weight_xh = conv.weight_xh
-        self.weight_hh = conv.weight_hh
-        self.bias = conv.bias
+        self.weight_xh = _parameter(conv.weight_xh)
+        self.weight_hh = _parameter(conv.weight_hh)
+        self.bias = None if conv.bias is None else _parameter(conv.bias)
         state_dtype = state_dtype_of(conv.weight_xh.dtype)
         if norm is None:
             scale = torch.ones(conv.out_channels, dtype=state_dtype, device=conv.weight_hh.device)
@@ -207,7 +215,7 @@ class FusedFrameConv3d(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, conv: FrameConv3d, norm: nn.BatchNorm3d | None, relu: bool) -> None:
+    def __init__(self, conv: FrameConv3d, norm: BatchNorm | None, relu: bool) -> None:
         super().__init__()
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
@@ -219,7 +227,7 @@ class FusedFrameConv3d(nn.Module):
         self.padding_mode = conv.padding_mode
         self.relu = relu
         if norm is None:
-            self.weight, self.bias = conv.weight, conv.bias
+            self.weight, self.bias = _parameter(conv.weight), None if conv.bias is None else _parameter(conv.bias)
         else:
             self.weight, self.bias = _fold(conv, norm)
         self._arguments = conv2d_arguments(conv)
@@ -269,6 +277,20 @@ class FusedFrameConv3d(nn.Module):
         )
 
 
+def _like(conv: nn.Conv3d) -> nn.Conv3d:
+    """A convolution as ``conv``, its parameters still to be given; a copy would share a parametrization's class."""
+    kind = FrameConv3d if isinstance(conv, FrameConv3d) else nn.Conv3d
+    given: dict[str, Any] = {
+        name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    }
+    return kind(conv.in_channels, conv.out_channels, **given, device="meta").eval()
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """A layer's own parameter, or what its parametrization computes of it."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
+
+
 def _forget(module: nn.Module) -> None:
     """What was made of the weights; loading under inference mode changes them in place, and nothing counts that."""
     for kept in vars(module).values():
@@ -293,7 +315,7 @@ def _convolve(
     return F.relu(y) if relu else y
 
 
-def _affine(norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
+def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """The normalisation as ``scale * x + shift``, both [C], in fp64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -306,7 +328,7 @@ def _affine(norm: nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def _fold(conv: nn.Conv3d, norm: nn.BatchNorm3d) -> tuple[nn.Parameter, nn.Parameter]:
+def _fold(conv: nn.Conv3d, norm: BatchNorm) -> tuple[nn.Parameter, nn.Parameter]:
     scale, shift = _affine(norm)
     weight = conv.weight.detach().double() * scale.view(-1, 1, 1, 1, 1)
     if conv.bias is not None:
@@ -321,7 +343,7 @@ class _ShallowTracer(fx.Tracer):
     """Traces one module: Sequential children are looked into, all others are leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is not nn.Sequential
+        return type(m) is not nn.Sequential or has_hooks(m)
 
 
 @dataclass(frozen=True)
@@ -345,6 +367,8 @@ class Fusion:
 
 def fuse_patterns(model: nn.Module, fusion: Fusion) -> nn.Module:
     """``model``, a copy that may be changed, with everything in it fused; warns of what cannot be traced."""
+    for module in model.modules():  # what is fused for training has a forward that knows its children by name
+        module.__class__ = getattr(type(module), "fused_from", type(module))
     untraced: list[str] = []
     fused = _fuse(model, "", fusion, {}, untraced)
     if untraced:
@@ -450,6 +474,7 @@ def _for_inference(module: nn.Module, traced: fx.GraphModule) -> nn.Module:
             traced.graph.erase_node(node)
     traced.recompile()
     traced.delete_all_unused_submodules()
+    take_hooks(traced, module)
     return traced
 
 
@@ -458,15 +483,22 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
     conv = called(traced, node)
     if (
         not isinstance(conv, (RecurrentConv3d, nn.Conv3d))
+        or not computes_as(conv, RecurrentConv3d, FrameConv3d, nn.Conv3d)
+        or has_hooks(conv)
         or calls(traced, node) != 1
         or len(node.args) != 1
         or node.kwargs
     ):
         return False
     last = node
-    norm: nn.BatchNorm3d | None = None
+    norm: BatchNorm | None = None
     after = only_user(last)
-    if after is not None and isinstance(candidate := called(traced, after), nn.BatchNorm3d):
+    if (
+        after is not None
+        and isinstance(candidate := called(traced, after), _NORMS)
+        and computes_as(candidate, *_NORMS)
+        and not has_hooks(candidate)
+    ):
         if candidate.running_mean is None:
             return False
         norm, last = candidate, after
@@ -491,7 +523,7 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
         fused = FusedFrameConv3d(per_frame, norm, relu)
     elif norm is not None:
         # Temporal kernels and strides: only the normalisation folds, the rest of the pattern stays in the graph.
-        folded = copy.deepcopy(conv)
+        folded = _like(conv)
         folded.weight, folded.bias = _fold(conv, norm)
         traced.set_submodule(str(node.target), folded)
         norm_node = only_user(node)
@@ -543,7 +575,8 @@ def added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
 def is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` is a ReLU: a module, a function or a method, in place or not."""
     if node.op == "call_module":
-        return type(called(traced, node)) is nn.ReLU
+        module = called(traced, node)
+        return type(module) is nn.ReLU and not has_hooks(module)
     if node.op == "call_function":
         return node.target in (F.relu, F.relu_, torch.relu, torch.relu_)
     return node.op == "call_method" and node.target in ("relu", "relu_")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rcu_ops.nn.fuse import Fusion, added_to, called, calls, fuse_module, fuse_patterns, is_relu, only_user
+from rcu_ops.nn.layer_kind import has_hooks
 from rcu_ops.nn.recurrent_conv import RecurrentConv3d
 from rcu_ops.nn.stream_state import active_slot, scan_with_state
 from rcu_ops.ops import recurrent_conv, recurrent_conv_batch_norm
@@ -52,7 +53,7 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
     assert after is not None and norm is not None
     if any(calls(traced, n) != 1 or len(n.args) != 1 or n.kwargs for n in (node, after)):
         return False
-    if _has_hooks(conv) or _has_hooks(norm):
+    if has_hooks(conv) or has_hooks(norm):
         return False
     last = after
     residual: fx.Node | None = None
@@ -80,7 +81,12 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
 def _with_fused_forward(module: nn.Module, traced: fx.GraphModule) -> nn.Module:
     """``module`` itself, with the traced forward in place of its own: all its parameters, names and methods stay."""
     base = type(module)
-    members = {"forward": type(traced).forward, "__reduce_ex__": _reduce, "__module__": base.__module__}
+    members = {
+        "forward": type(traced).forward,
+        "fused_from": base,
+        "__reduce_ex__": _reduce,
+        "__module__": base.__module__,
+    }
     module.__class__ = type(base.__name__, (base,), members)
     return module
 
@@ -101,12 +107,6 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
     restored: type[nn.Module] = type(base.__name__, (base,), {"__setstate__": restore})
     return restored.__new__(restored)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def conv_batch_norm_act(

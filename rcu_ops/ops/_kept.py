@@ -6,13 +6,14 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Kept:
     """Forms of one or more weights: made when needed, anew when the weights change; never saved nor copied.
 
-    A change is another place in memory, another dtype, or PyTorch's count of writes. Writes through ``.data``, and
-    those to tensors made under inference mode, are not counted: after them, :meth:`clear`.
+    A change is another tensor, also one that took its place in memory, another dtype, or PyTorch's count of writes.
+    Writes through ``.data``, and to tensors made under inference mode, are not counted: after them, :meth:`clear`.
 
     Args:
         most: forms kept at once, those last made. All are of the same state of the weights.
@@ -20,7 +21,7 @@ class Kept:
 
     def __init__(self, most: int = 1) -> None:
         self._most = most
-        self._forms: dict[tuple[Any, ...], Any] = {}
+        self._forms: dict[tuple[Any, ...], tuple[Any, list[StorageWeakRef]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         return type(self)(self._most)
@@ -40,11 +41,20 @@ class Kept:
             same = [k for k in self._forms if k[0] == state]
             # Before there is more: what is dropped may be as large as what is made.
             self._forms = {k: self._forms[k] for k in same[max(0, len(same) - self._most + 1) :]}
-            self._forms = {**self._forms, key: make()}
-        return self._forms[key]
+            self._forms = {
+                **self._forms,
+                key: (make(), [_reference(weight) for weight in weights if weight is not None]),
+            }
+        return self._forms[key][0]
+
+
+def _reference(tensor: Tensor) -> StorageWeakRef:
+    """While it is held, the weight's memory may be freed, but no other storage gets the number in :func:`_identity`."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _identity(tensor: Tensor | None) -> tuple[Any, ...] | None:
     if tensor is None:
         return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -261,6 +262,34 @@ def test_every_model_runs_and_is_copied(name: str) -> None:
     with torch.no_grad():
         assert torch.equal(other(clip), model(clip))
         assert torch.equal(copy.deepcopy(model)(clip), model(clip))
+
+
+def test_whole_models_are_saved() -> None:
+    model, file = small_model("rcn_resnet18"), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    clip = torch.randn(1, 3, 2, 32, 32)
+    assert torch.equal(loaded(clip), model(clip))
+    assert loaded.memory_format == torch.channels_last_3d
+
+
+@pytest.mark.parametrize("name", ["rcn_resnet18", "r2plus1d_resnet18"])
+def test_gradients_sample_by_sample(name: str) -> None:
+    """torch.vmap's tensors have no channels-last layout."""
+    model = small_model(name, dtype=torch.float64)
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+    clips = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
+
+    def loss(weights: dict[str, torch.Tensor], clip: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (clip[None],)).square().mean()
+
+    together = torch.vmap(torch.func.grad(loss), (None, 0))(weights, clips)
+    for index, clip in enumerate(clips):
+        model.zero_grad()
+        model(clip[None]).square().mean().backward()
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(together[key][index], parameter.grad)
 
 
 @pytest.mark.parametrize(

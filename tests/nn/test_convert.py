@@ -197,6 +197,16 @@ def test_shared_layers_stay_shared_and_settings_stay() -> None:
     assert not layer.training
 
 
+class SamePool(nn.MaxPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (0, 1, 0, 1, 0, 1)))
+
+
+class SameConv(nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (1, 1, 1, 1, 1, 1)))
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -209,6 +219,10 @@ def test_shared_layers_stay_shared_and_settings_stay() -> None:
         (nn.ConvTranspose3d(4, 4, 3), "over time"),
         (nn.LPPool3d(2, 2), "per-frame"),
         (nn.utils.parametrizations.weight_norm(nn.Conv3d(4, 4, 3)), "parametrized"),
+        (nn.utils.prune.random_unstructured(nn.Conv3d(4, 4, 3), "weight", 0.5), "made by a hook"),
+        (nn.LazyConv3d(4, 3), "not known yet"),
+        (SamePool(2, 2), "SamePool has a forward of its own"),
+        (SameConv(4, 4, 3), "SameConv has a forward of its own"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -216,6 +230,11 @@ def test_what_cannot_be_causal_is_named(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ModuleDict({"inner": layer}))
     with pytest.raises(ValueError, match=rf"1\.inner .*{reason}"):
         convert_to_recurrent(model)
+
+
+def test_layers_with_a_forward_of_their_own_stay_where_they_treat_frames_alone() -> None:
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), SameConv(4, 4, 1), SamePool((1, 2, 2)))
+    assert [type(layer) for layer in convert_to_recurrent(model)] == [RecurrentConv3d, SameConv, SamePool]
 
 
 def test_unidirectional_rnns_stay() -> None:

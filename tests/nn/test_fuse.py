@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import struct
 import warnings
 import weakref
 
@@ -12,13 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from rcu_ops import _library
 from rcu_ops.models import create_model
-from rcu_ops.nn import FrameConv3d, RecurrentConv3d, convert_to_recurrent, fuse_for_inference, packed_conv
+from rcu_ops.nn import (
+    FrameConv3d,
+    RecurrentConv3d,
+    convert_to_recurrent,
+    fuse_for_inference,
+    fuse_for_training,
+    packed_conv,
+)
 from rcu_ops.nn.fuse import FusedFrameConv3d, FusedRecurrentConv3d
 from rcu_ops.ops import _recurrent_conv_chunked as chunked
 from rcu_ops.ops import recurrent_conv_affine_act
+from rcu_ops.ops._kept import Kept
 from rcu_ops.streaming import Streamer
 from tests.networks import CAUSAL_MODELS, assert_same, calibrated, eager_frame_scores, perturb, small_model
 from tests.tolerance import assert_close_to_reference
@@ -119,6 +129,27 @@ def test_changed_weights_are_seen() -> None:
         assert torch.equal(after, copy.deepcopy(fused)(clip))  # a copy starts without kept layouts
 
 
+@torch.no_grad()
+def test_other_weights_in_the_place_of_the_last_ones_are_seen() -> None:
+    """functional_call's temporaries, freed after each call, lie where those of the call before lay."""
+    fused = fuse_for_inference(small_model("rcn_resnet18"))
+    frames = torch.randn(1, 3, 2, 32, 32)
+    for scale in (0.5, 2.0, 0.25, 1.0):
+        weights = {name: value * scale for name, value in fused.state_dict().items()}
+        twin = copy.deepcopy(fused)
+        twin.load_state_dict(weights)
+        assert torch.equal(torch.func.functional_call(fused, weights, (frames,)), twin(frames))
+        del weights
+
+    kept, memory, made = Kept(), bytearray(16), []
+    for value in (1.0, 2.0):
+        memory[:4] = struct.pack("f", value)
+        weight = torch.frombuffer(memory, dtype=torch.float32)
+        made += [kept.get((weight,), None, weight.clone)[0].item() for _ in range(2)]
+        del weight
+    assert made == [1.0, 1.0, 2.0, 2.0]
+
+
 def test_weights_loaded_under_inference_mode_are_seen() -> None:
     """Nothing counts writes to tensors that were made there."""
     with torch.inference_mode():
@@ -169,7 +200,7 @@ def test_powers_of_the_recurrent_weight_are_kept(
             for _ in range(2):
                 recurrent_conv_affine_act(x, fused.weight_hh.clone(), scale, scale)
         assert len(made) == 6 and torch.ops.rcu_ops.recurrent_conv_powers_are_kept(fused.weight_hh.data_ptr()) is False
-    kept = weakref.ref(next(iter(fused._powers._forms.values())))
+    kept = weakref.ref(next(iter(fused._powers._forms.values()))[0])
     del fused
     gc.collect()
     assert kept() is None
@@ -200,7 +231,7 @@ def test_bf16_convolutions_in_either_arithmetic(
         with torch.no_grad():
             got = packed_conv.conv2d_act(packed, *given[:3], **arguments, residual=given[3], relu=True)
         assert got.dtype == torch.bfloat16 and got.shape == residual.shape
-        assert [kept.dtype for kept in packed._forms.values()] == ([used] if n else [])
+        assert [kept.dtype for kept, _ in packed._forms.values()] == ([used] if n else [])
         if n:
             assert_close_to_reference(got, plain(*(v.double() for v in given)), plain(*given))
         given[1].mul_(-2)  # seen: the second round
@@ -325,6 +356,77 @@ def test_untraceable_modules_stay_and_are_reported(kind: type[nn.Module]) -> Non
     x = torch.randn(1, 3, 2, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
+
+
+class _Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+class _Standardised(nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3, 4), keepdim=True)
+        return F.conv3d(input, weight / weight.std(), self.bias, self.stride, self.padding)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rcn_resnet18", "i3d_resnet18", "r2plus1d_resnet18"])
+def test_parametrized_weights_are_taken_as_they_are(name: str) -> None:
+    model = small_model(name)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv3d):
+            parametrizations.weight_norm(module)
+        elif isinstance(module, RecurrentConv3d):
+            parametrize.register_parametrization(module, "weight_xh", _Halved())
+            parametrize.register_parametrization(module, "weight_hh", _Halved())
+    clip = torch.randn(1, 3, 4, 32, 32)
+    scores = model.eval()(clip)
+    fused = fuse_for_inference(model)
+    # What is fused is moved, cast and saved as all other weights are; halves over time stand alone.
+    assert not any("original" in key for key in fused.layer2.state_dict() if ".temporal." not in key)
+    torch.testing.assert_close(fused(clip), scores)
+    torch.testing.assert_close(fused.double()(clip.double()).float(), scores)
+    assert torch.equal(model(clip), scores)
+
+
+@torch.no_grad()
+def test_hooks_and_forwards_of_others_are_kept() -> None:
+    model = small_model("rcn_resnet18")
+    called: list[str] = []
+    block = model.layer2[0]
+    watched = {"conv": block.conv1, "relu": block.relu, "shortcut": block.downsample, "block": model.layer4[1]}
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    clip = torch.randn(1, 3, 2, 32, 32)
+    scores = model(clip)
+    expected = called.copy()
+    called.clear()
+    fused = fuse_for_inference(model)
+    assert called == []
+    torch.testing.assert_close(fused(clip), scores)
+    assert sorted(called) == sorted(expected) == ["block", "conv", "relu", "relu", "shortcut"]
+
+    # A hook makes the weight: what it was when the model was fused is not what it is.
+    pruned = nn.Sequential(RecurrentConv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU()).eval()
+    prune.l1_unstructured(pruned[0], "weight_xh", amount=0.5)
+    pruned(clip)
+    pruned[0].weight_xh_orig.mul_(3)
+    torch.testing.assert_close(fuse_for_inference(pruned)(clip), pruned(clip))
+
+    standardised = nn.Sequential(_Standardised(3, 8, 3), nn.BatchNorm3d(8)).eval()
+    standardised[1].running_var.fill_(9)
+    torch.testing.assert_close(
+        fuse_for_inference(standardised)(clip[:, :, [0, 1, 0]]), standardised(clip[:, :, [0, 1, 0]])
+    )
+
+
+def test_models_prepared_for_training_fuse() -> None:
+    model = small_model("rcn_resnet18")
+    clip = torch.randn(1, 3, 2, 32, 32)
+    for prepared in (nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), fuse_for_training(model)):
+        fused = fuse_for_inference(prepared)
+        assert not any(isinstance(m, (RecurrentConv3d, nn.BatchNorm3d, nn.SyncBatchNorm)) for m in fused.modules())
+        torch.testing.assert_close(fused(clip), model(clip))
 
 
 def test_converted_networks_fuse() -> None:
