@@ -68,20 +68,20 @@ class SRTG(nn.Module):
         a, b = pooled.detach(), hidden.detach().to(pooled.dtype)
         if self.window is None:
             return srtg_fuse(x, hidden, cycle_consistency(a, b).gate, fusion=self.fusion)
-        gates = self._trailing_gates(a, b, self.window, slot)
+        gates = self._trailing_gates(a, b, self.window, slot, x)
         frames = srtg_fuse(
             frames_to_batch(x).unsqueeze(2), hidden.flatten(0, 1).unsqueeze(1), gates, fusion=self.fusion
         )
         return batch_to_frames(frames.squeeze(2), x.shape[0], x.shape[2])
 
-    def _trailing_gates(self, a: Tensor, b: Tensor, window: int, slot: StreamSlot | None) -> Tensor:
+    def _trailing_gates(self, a: Tensor, b: Tensor, window: int, slot: StreamSlot | None, x: Tensor) -> Tensor:
         """Per frame, in the order of ``frames_to_batch``, whether the ``window`` frames that end there agree: [N*T]."""
         # Frames before the stream's first are zeros, marked as not there.
         sequences = {"pooled": a, "recursion": b, "there": torch.ones_like(a[..., :1])}
         windows = {}
         for part, sequence in sequences.items():
             shape = (a.shape[0], window - 1, sequence.shape[2])
-            past = None if slot is None or window == 1 else slot.read(a, shape, part)
+            past = None if slot is None or window == 1 else slot.read(x, shape, part)
             joined = torch.cat([a.new_zeros(shape) if past is None else past.to(a.dtype), sequence], dim=1)
             if slot is not None and window > 1:
                 slot.write(joined[:, joined.shape[1] - window + 1 :], part)
