@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from rcu_ops._version import __version__
 from rcu_ops.cli_errors import StoppedError, UserError
 from rcu_ops.ops._registry import BackendError, current_backend
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The command's exit code; 2 for bad input, with one line on standard error; 130 when interrupted.
+        The command's exit code; 2 for bad input and full disks, with one line on standard error; 130 when interrupted.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -65,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone; nothing is wrong
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"rcu-ops: error: {place}cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

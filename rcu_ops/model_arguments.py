@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["load_model_weights", "make_model", "model_error", "one_line", "parse_model_options"]
 
 
-def parse_model_options(texts: Sequence[str], *, flag: str = "--model-option") -> dict[str, Any]:
+def parse_model_options(
+    texts: Sequence[str], *, flag: str = "--model-option", classes: str = "is set by --classes"
+) -> dict[str, Any]:
     """``NAME=VALUE`` arguments as keywords; values are JSON, Python's ``True``, ``False``, ``None``, or else strings.
+
+    Args:
+        texts: what was given.
+        flag: the option that took them.
+        classes: what the command says of the number of classes, which is none of them.
 
     Raises:
         UserError: not of that form; said of ``flag``.
@@ -31,7 +38,7 @@ def parse_model_options(texts: Sequence[str], *, flag: str = "--model-option") -
         if not equals or not name.isidentifier():
             raise UserError(f"{flag}: expected NAME=VALUE, got {text!r}")
         if name == "num_classes":
-            raise UserError(f"{flag}: num_classes is set by --classes")
+            raise UserError(f"{flag}: num_classes {classes}")
         options[name] = _value(value)
     return options
 
@@ -63,6 +70,8 @@ def model_error(name: str, error: Exception, *, flag: str = "--model") -> UserEr
         return UserError(f"{flag}: {message.removeprefix('name: ')}")
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", message):
         message = f"it has no argument {unknown[1]!r}"
+    elif isinstance(error, TypeError):  # from within the network, which names no argument then
+        message = f"one of its arguments has a value of another kind than it takes: {message}"
     return UserError(f"{flag} {name}: {message}")
 
 

@@ -15,13 +15,18 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.model_arguments import load_model_weights, make_model, one_line, parse_model_options
+from rcu_ops.model_arguments import (
+    load_model_weights,
+    make_model,
+    one_line,
+    parse_model_options,
+)
 from rcu_ops.ops._registry import BackendError
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
@@ -43,6 +48,7 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN = 3
 EXIT_NOT_FINITE = 1
 
+_MODEL = "rcn_resnet18"
 _WARM_UP_FRAMES = 2
 _LATENCIES_KEPT = 1 << 20  # of the last frames: days of webcam must not fill the memory
 _TABLE_SECONDS = 1.0
@@ -51,6 +57,7 @@ _DESCRIPTION = """\
 Run a causal video network frame by frame over SOURCE: a file, a webcam (webcam:0, /dev/video0) or a stream's address
 (rtsp://..., http://...). Without SOURCE a short sample clip is made and streamed. Without --weights the network is
 untrained, and every output says so; its recurrent layers then average instead of adding up, which would grow for ever.
+Weights of `rcu-ops train` bring their network, its options and the class names along.
 
 Networks of clips (faster16, faster32) run a clip when its last frame has come, expensive and cheap ones by turns; their
 score of the video so far is the prediction after the last whole clip, and the frames before the first have none. What
@@ -73,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, webcam:0, or address of a stream")
-    parser.add_argument("--model", default="rcn_resnet18", help="a causal model (default: %(default)s)")
+    parser.add_argument("--model", help=f"a causal model (default: that of --weights, else {_MODEL})")
     parser.add_argument("--weights", metavar="FILE", help="file or URL of trained weights")
     parser.add_argument("--weights-sha256", metavar="HEX", help="digest that the file of --weights must have")
     parser.add_argument("--labels", metavar="FILE", help="text file with one class name per line; sets the class count")
@@ -219,19 +226,27 @@ class _Network:
         import rcu_ops
         from rcu_ops.cost_patterns import clip_costs
         from rcu_ops.models import Faster
+        from rcu_ops.recipes.checkpoint import read_settings, stored_options
         from rcu_ops.recipes.distributed import pick_device
         from rcu_ops.video.transform import FrameTransform
 
-        self.name: str = args.model
+        # Weights that say what they were trained as: which update a recurrence has does not show in their shapes.
+        stored = None if args.weights is None else read_settings(Path(args.weights))
+        self.name: str = args.model or (_MODEL if stored is None else stored.recipe.model)
+        classes = 400
+        if stored is not None and stored.recipe.model == self.name:
+            classes = stored.recipe.classes
+            labels = list(stored.names) if labels is None and stored.names is not None else labels
         self.dtype_name: str = args.dtype
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
         self.device = pick_device(args.device)
-        classes = 400 if labels is None else len(labels)
+        classes = classes if labels is None else len(labels)
         self.labels = [f"class {index}" for index in range(classes)] if labels is None else labels
         self.weights = "untrained" if args.weights is None else str(args.weights)
         self.weights_sha256: str | None = "untrained"
         self.warning = UNTRAINED
-        options = parse_model_options(args.model_option)
+        given = parse_model_options(args.model_option, classes="is set by --labels")
+        options = {**stored_options(args.weights, self.name), **given}
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)  # an untrained network should at least say the same twice
             model = make_model(self.name, num_classes=classes, **options)
@@ -644,7 +659,8 @@ class _OutputFiles:
 
     def _drop_scores(self, error: BaseException) -> None:
         if not self._scores.closed:
-            self._scores.close()
+            with suppress(OSError):  # of a full disk, once more
+                self._scores.close()
             self._scores_file.__exit__(type(error), error, None)
         if self._created and not any(self._out.iterdir()):
             self._out.rmdir()

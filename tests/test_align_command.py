@@ -64,6 +64,12 @@ def test_slowed_copy_is_recovered(clip: Path, tmp_path: Path) -> None:
     assert main(["align", str(clip), *options, *SMALL, "--out", str(tmp_path)]) == 2  # without --overwrite
 
 
+def test_two_frames_have_room_for_the_words_around_them(clip: Path, tmp_path: Path) -> None:
+    assert main(["align", str(clip), "--shift", "0", "--frames", "2", *SMALL, "--out", str(tmp_path)]) == 0
+    width = int.from_bytes((tmp_path / "alignment.png").read_bytes()[16:20], "big")  # of a PNG's header
+    assert width >= 900
+
+
 def test_two_videos_and_networks_with_strides(clip: Path, tmp_path: Path) -> None:
     options = ["--frames", "9", "--size", "32", "--model", "srtg_r3d_resnet34", "--model-option", "width=4"]
     assert main(["align", str(clip), str(clip), *options, "--device", "cpu", "--out", str(tmp_path)]) == 0

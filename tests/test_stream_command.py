@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,9 +22,12 @@ import rcu_ops
 from rcu_ops.cli import main
 from rcu_ops.models import registry
 from rcu_ops.nn import RecurrentConv3d
+from rcu_ops.recipes.checkpoint import RunSettings, save_weights
+from rcu_ops.recipes.config import get_recipe
 from rcu_ops.stream_command import OUTPUT_NAMES
 from rcu_ops.video import open_video
 from rcu_ops.video.transform import FrameTransform
+from tests.networks import small_model
 from tests.video.clips import damage, write_audio, write_clip
 
 MODEL = "one_layer"
@@ -134,13 +139,17 @@ def test_scores_are_those_of_the_whole_clip(tmp_path, clip, labels):
     out = tmp_path / "out"
     weights = ["--model", "rcn_resnet18", "--weights", tmp_path / "weights.pt"]
     assert stream(clip, "--labels", labels, *weights, "--out", out) == 0
+    assert_scores_of_the_whole_clip(lines_of(out), model, clip)
+
+
+def assert_scores_of_the_whole_clip(lines, model, clip):
     transform = FrameTransform(32)
     with open_video(clip) as reader:
         frames = torch.cat([transform(frame.image) for frame in reader], dim=1)[None]
     with torch.inference_mode():
-        whole = model.frame_scores(frames)[0].T.double()
+        whole = model.float().frame_scores(frames)[0].T.double()
         exact = model.double().frame_scores(frames.double())[0].T
-    streamed = torch.tensor([line["scores"] for line in lines_of(out)], dtype=torch.float64)
+    streamed = torch.tensor([line["scores"] for line in lines], dtype=torch.float64)
     # Six digits are written; on top of them, what eager PyTorch itself is off by.
     tolerance = 2 * (whole - exact).abs().max() + exact.abs().max() * 1e-5
     assert (streamed - exact).abs().max() <= tolerance
@@ -204,6 +213,36 @@ def test_the_same_untrained_network_every_time(tmp_path, clip):
     assert stream(clip, "--out", tmp_path / "b") == 0
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_say_what_they_were_trained_as(tmp_path, clip):
+    """The update of a recurrence does not show in the shapes of its weights."""
+    recipe = dataclasses.replace(get_recipe("kinetics_resnet34"), classes=len(LABELS))
+    model = small_model("rcn_resnet34", classes=len(LABELS))
+    settings = RunSettings(recipe, {"update": "mean", "width": 4}, tuple(LABELS))
+    save_weights(tmp_path / "weights.safetensors", model, settings)
+    arguments = ["stream", clip, "--weights", tmp_path / "weights.safetensors", *SMALL, "--out"]
+    for update, more in {"mean": [], "sum": ["--model-option", "update=sum"]}.items():
+        assert main([str(argument) for argument in [*arguments, tmp_path / update, *more]]) == 0
+        for module in model.modules():
+            if isinstance(module, RecurrentConv3d):
+                module.update = update
+        assert summary_of(tmp_path / update)["model"] == "rcn_resnet34"
+        lines = lines_of(tmp_path / update)
+        assert {entry["label"] for entry in lines[0]["top"]} == set(LABELS)
+        assert_scores_of_the_whole_clip(lines, model, clip)
+
+
+def test_a_full_disk(tmp_path, clip, labels, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        code = stream(clip, "--labels", labels, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert f"rcu-ops: error: {tmp_path / 'out'}: cannot be written: File too large\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_source_a_sample_is_streamed(capsys):
@@ -309,6 +348,12 @@ def test_sources_that_cannot_be_read(tmp_path, capsys):
         (["--model", "i3d_resnet18"], "error: --model i3d_resnet18: cannot run frame by frame"),
         (["--model", "res_lstm"], "error: --model res_lstm: x: expected [N,T,F]"),
         (["--model", "rcn_resnet18", "--model-option", "x=1"], "error: --model rcn_resnet18: it has no argument 'x'"),
+        (
+            ["--model", "rcn_resnet18", "--model-option", "width=0"],
+            "--model rcn_resnet18: width: expected a whole number",
+        ),
+        (["--model", "rcn_resnet18", "--model-option", "layers=3"], "one of its arguments has a value of another kind"),
+        (["--model-option", "num_classes=3"], "--model-option: num_classes is set by --labels"),
         (["--model-option", "x"], "--model-option: expected NAME=VALUE, got 'x'"),
         (["--weights", "/nowhere/weights.pt"], "error: --weights: there is no file /nowhere/weights.pt"),
         (["--weights-sha256", "0" * 64], "--weights-sha256: there are no --weights"),

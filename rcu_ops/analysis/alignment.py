@@ -130,7 +130,7 @@ def plot_alignment(
     places_b = spread(len(frames_b), shown)
     width, height = 1.0, frames_a.shape[1] / frames_a.shape[2]
     gap = 0.12
-    columns = max(len(taken), len(places_b))
+    columns = max(len(taken), len(places_b), 5)  # titles and legend need the width of five
     across = columns * (width + gap) - gap
     between = 1.1 * height
     bottom_b = 0.0

@@ -377,8 +377,9 @@ class VideoResNet(nn.Module):
             raise ValueError(f"temporal_kernel: expected an odd number, got {temporal_kernel}")
         if stem_frames < 1 or (stem_frames > 1 and conv != "2d"):
             raise ValueError(f"stem_frames: expected 1, or more for conv='2d', got {stem_frames} for conv={conv!r}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
         kind = BLOCKS[block]
         if srtg is not None and srtg not in kind.placements:
             allowed = ", ".join(map(repr, kind.placements))

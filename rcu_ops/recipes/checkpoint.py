@@ -21,7 +21,15 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.report import replacing
 
-__all__ = ["RunSettings", "load_checkpoint", "read_settings", "save_checkpoint", "save_state", "save_weights"]
+__all__ = [
+    "RunSettings",
+    "load_checkpoint",
+    "read_settings",
+    "save_checkpoint",
+    "save_state",
+    "save_weights",
+    "stored_options",
+]
 
 _FORMAT = "rcu-ops training checkpoint 1"
 _METADATA_KEY = "rcu_ops_settings"
@@ -118,3 +126,12 @@ def read_settings(path: Path) -> RunSettings | None:
         return RunSettings.from_dict(values)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def stored_options(weights: str | None, model: str) -> dict[str, Any]:
+    """The options with which ``rcu-ops train`` made the network of ``weights``, if it is ``model``; else none.
+
+    A recurrence's update, and others, do not show in the shapes of the weights.
+    """
+    stored = None if weights is None else read_settings(Path(weights))
+    return {} if stored is None or stored.recipe.model != model else dict(stored.model_options)
