@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _FILES = """\
 scores: a scores.jsonl of `rcu-ops stream`, a folder of them, or an .npz / .safetensors file with one array
-[classes, outputs] per video.  NAME=PATH names the model in the picture, the file's name is used otherwise.
+[classes, outputs] per video.  NAME=PATH names the model in the picture, the file's name is used
+otherwise, or its folder's where two files have the same.
 labels: a CSV file with the header video,label."""
 
 
@@ -159,8 +160,7 @@ def read_models(sources: Sequence[str], *, softmax: bool = False) -> dict[str, S
     from rcu_ops.analysis import scores_io
 
     models: dict[str, ScoreSet] = {}
-    for text in sources:
-        name, path = _split_name(text)
+    for name, path in _names(sources):
         if name in models:
             raise UserError(f"two models are named {name!r}: name them apart with NAME=PATH")
         models[name] = scores_io.read_scores(path, softmax=softmax)
@@ -173,13 +173,25 @@ def read_models(sources: Sequence[str], *, softmax: bool = False) -> dict[str, S
     return models
 
 
-def _split_name(text: str) -> tuple[str, Path]:
-    """``NAME=PATH``, or a path alone, named after the file or, for scores.jsonl, after its folder."""
-    name, equals, path = text.partition("=")
-    if equals and name and "/" not in name and not Path(text).exists():
-        return name, Path(path)
-    file = Path(text)
-    return (file.resolve().parent.name if file.name == "scores.jsonl" else file.stem or text), file
+def _names(sources: Sequence[str]) -> list[tuple[str, Path]]:
+    """``NAME=PATH``, or paths alone, named after their files, or after their folders where the files' names are one.
+
+    A scores.jsonl says nothing by its name: it always has its folder's.
+    """
+    found: list[tuple[str | None, Path]] = []
+    for text in sources:
+        name, equals, path = text.partition("=")
+        given = bool(equals and name) and "/" not in name and not Path(text).exists()
+        found.append((name, Path(path)) if given else (None, Path(text)))
+
+    def named(path: Path) -> str:
+        alike = [other.resolve().parent.name for name, other in found if name is None and other.stem == path.stem]
+        told_apart = len(alike) == len(set(alike)) > 1
+        if path.name == "scores.jsonl" or told_apart:
+            return path.resolve().parent.name
+        return path.stem or str(path)
+
+    return [(named(path) if name is None else name, path) for name, path in found]
 
 
 def _labelled(args: argparse.Namespace) -> tuple[dict[str, tuple[list[Any], Any]], int]:

@@ -157,7 +157,7 @@ def run_train(args: argparse.Namespace) -> int:
     try:
         aggregator = make_aggregator(args.aggregator, cache.channels, cache.classes, **options)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--aggregator: {error}") from error
+        raise UserError(f"--aggregator, --option: {error}") from error
     make_folder(args.out)
     pattern = cache.pattern if args.pattern is None else args.pattern
     training = AggregatorTraining(

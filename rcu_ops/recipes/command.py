@@ -299,7 +299,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             batch=args.clip_batch,
         )
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"--{error}") from error
     if args.overwrite:
         _remove_evaluation(args.out)
     identity = {

@@ -85,6 +85,23 @@ def test_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["analyze", "accuracy", str(out), "--labels", str(files / "labels.csv"), "--out", str(files)]) == 0
 
 
+def test_streams_of_one_file_name_have_their_folders(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `rcu-ops evaluate` leaves them, and the command's own help names them."""
+    paths = []
+    for name in ("rgb", "flow"):
+        paths.append(files / name / "scores_clips.npz")
+        paths[-1].parent.mkdir()
+        (files / f"{name}.npz").rename(paths[-1])
+    out = files / "fused.npz"
+    arguments = [str(path) for path in paths] + ["--how", "weighted", "--weights", "2,1", "--out", str(out)]
+    assert main(["fuse", *arguments, "--labels", str(files / "labels.csv")]) == 0
+    assert "\nrgb " in (text := capsys.readouterr().out) and "\nflow " in text
+    with np.load(paths[0]) as rgb, np.load(paths[1]) as flow, np.load(out) as fused:
+        for video in fused.files:
+            expected = 2 * rgb[video].mean(1) + flow[video].mean(1)
+            np.testing.assert_allclose(fused[video][:, 0], expected, rtol=1e-6)
+
+
 def test_a_product_with_external_scores(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(files / "idt.npz", v0=np.array([[0.9], [0.2]]), v1=np.array([[0.1], [0.8]]), v2=np.array([[0.5], [0.5]]))
     out = files / "fused.npz"
