@@ -343,6 +343,22 @@ def test_names_do_not_depend_on_wrappers() -> None:
     assert plain.keys() == wrapped.keys()
 
 
+@pytest.mark.parametrize("options", [{"srtg_gate": False}, {"srtg_window": 2}], ids=str)
+def test_temporal_gates_in_other_dtypes(options: dict[str, object]) -> None:
+    """Autocast's LSTM gives 16 bits back for 32, and states may be kept in the model's 16 bits."""
+    model = create_model("rcn_resnet18", num_classes=8, width=4, srtg="final", **options).eval()
+    clip = torch.randn(1, 3, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores, state = stream(Streamer(model), clip, [1, 1, 1])
+        assert scores.shape == (1, 8, 3)
+        assert {value.dtype for key, value in state.items() if ".srtg." in key} == {torch.float32}
+    model, clip = model.bfloat16(), clip.bfloat16()
+    with torch.no_grad():
+        _, state = stream(Streamer(model), clip, [1, 1, 1])
+        for dtype in (torch.float32, torch.bfloat16):
+            assert Streamer(model)(clip, state_to(state, dtype=dtype))[0].shape == (1, 8, 3)
+
+
 def test_autocast() -> None:
     model = small_model("rcn_resnet18")
     clip = torch.randn(1, 3, 4, 32, 32)

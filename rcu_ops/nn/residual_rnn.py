@@ -220,6 +220,7 @@ class ResidualRNN(nn.Module):
             raise ValueError(f"x: expected [N,T,F] with T >= 1 and F = {self.input_size}, got {list(x.shape)}")
         if x.dtype != self.layers[0].weight_ih_l0.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x: expected the layers' dtype {self.layers[0].weight_ih_l0.dtype}, got {x.dtype}")
+        given = x.dtype
         slot = active_slot(self) if state is None else None
         if slot is not None:
             state = self._read(slot, x)
@@ -235,8 +236,8 @@ class ResidualRNN(nn.Module):
         h_all = torch.stack(h_last)
         last: State = (h_all, torch.stack(c_last)) if self.cell == "lstm" else h_all
         if slot is not None:
-            for part, value in self._parts(last).items():
-                slot.write(value.transpose(0, 1), part)
+            for part, value in self._parts(last).items():  # autocast gives back 16 bits; x's dtype is what is read
+                slot.write(value.transpose(0, 1).to(given), part)
         return (m if self.output == "m" else x), last
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from rcu_ops.models import create_model
 from rcu_ops.nn import FrameClassifier, FrameConv3d, RecurrentConv3d, choose_layers, convert_to_recurrent
@@ -219,7 +220,7 @@ class SameConv(nn.Conv3d):
         (nn.ConvTranspose3d(4, 4, 3), "over time"),
         (nn.LPPool3d(2, 2), "per-frame"),
         (nn.utils.parametrizations.weight_norm(nn.Conv3d(4, 4, 3)), "parametrized"),
-        (nn.utils.prune.random_unstructured(nn.Conv3d(4, 4, 3), "weight", 0.5), "made by a hook"),
+        (prune.random_unstructured(nn.Conv3d(4, 4, 3), "weight", 0.5), "made by a hook"),
         (nn.LazyConv3d(4, 3), "not known yet"),
         (SamePool(2, 2), "SamePool has a forward of its own"),
         (SameConv(4, 4, 3), "SameConv has a forward of its own"),
