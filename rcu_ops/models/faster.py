@@ -130,7 +130,7 @@ class Faster(nn.Module):
         the aggregator carries, number of frames) does not grow with the video.
 
         Raises:
-            ValueError: the network is in training mode; a state of another batch or frame size.
+            ValueError: the network is in training mode; a state of another network, batch or frame size.
         """
         if self.training:
             raise ValueError("model: expected evaluation mode (call model.eval())")
@@ -139,6 +139,8 @@ class Faster(nn.Module):
         seen = 0
         carried: State | None = None
         if state is not None:
+            if _SEEN not in state or _PENDING not in state:
+                raise ValueError(f"state: expected what stream returned, got the entries {', '.join(state) or 'none'}")
             seen = int(state[_SEEN].max())
             pending = state[_PENDING]
             if pending.shape[:2] + pending.shape[3:] != frames.shape[:2] + frames.shape[3:]:
@@ -146,6 +148,8 @@ class Faster(nn.Module):
             frames = torch.cat([pending, frames], dim=2)
             carried = {key: value for key, value in state.items() if key not in (_SEEN, _PENDING)} or None
             seen -= pending.shape[2]
+            if seen and carried is None:
+                raise ValueError(f"state: has seen {seen} frames' clips, but nothing of what the aggregator carries")
         scores = []
         while frames.shape[2] >= self.clip_length:
             clip, frames = frames.split([self.clip_length, frames.shape[2] - self.clip_length], dim=2)

@@ -326,9 +326,9 @@ class VideoResNet(nn.Module):
         nonlocal_kind: its ``kind``. nonlocal_memory: its ``memory`` in networks of causal layers; in the others it
             looks at the whole clip.
         dropout: probability before convC.
-        memory_format: clips are brought into it on entry, and weights are kept in it; ``torch.contiguous_format`` leaves
-            both as they come (what views weights as one row, as torch.nn.utils.prune and parameters_to_vector do,
-            needs that, or ``model.to(memory_format=torch.contiguous_format)``).
+        memory_format: clips are brought into it on entry, and weights are kept in it; ``torch.contiguous_format``
+            leaves both as they come (what views weights as one row, as torch.nn.utils.prune and parameters_to_vector
+            do, needs that, or ``model.to(memory_format=torch.contiguous_format)``).
 
     Shape:
         clip [N,C,T,H,W] -> scores [N,K]. T' = T unless there are temporal strides.

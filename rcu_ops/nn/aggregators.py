@@ -30,11 +30,15 @@ class Aggregator(nn.Module):
     Args:
         channels: C of the features. num_classes: of the scores.
 
+    Attributes:
+        parts: the entries of the state.
+
     Raises:
-        ValueError: a size below 1; features of another shape.
+        ValueError: a size below 1; features of another shape; a state of another aggregator or of another batch size.
     """
 
     takes: ClassVar[str] = "features"
+    parts: ClassVar[tuple[str, ...]] = ("o",)
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -52,8 +56,19 @@ class Aggregator(nn.Module):
         """x [N,K,C,L,H,W] -> (scores [N,K,classes], state)."""
         if x.dim() != 6 or x.shape[1] < 1 or x.shape[2] != self.channels:
             raise ValueError(f"x: expected [N,K,C,L,H,W] with K >= 1 and C = {self.channels}, got {list(x.shape)}")
+        self._check_state(state, x.shape[0])
         o, last = self.aggregate(x, state)
         return self.fc(_pool(o)), last
+
+    def _check_state(self, state: Mapping[str, Tensor] | None, samples: int) -> None:
+        for part in () if state is None else self.parts:
+            assert state is not None
+            if part not in state:
+                raise ValueError(
+                    f"state: expected the entries {', '.join(self.parts)}, got {', '.join(state) or 'none'}"
+                )
+            if state[part].shape[0] != samples:
+                raise ValueError(f"state: holds {state[part].shape[0]} samples, but x has N = {samples}")
 
     def step(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[Tensor, State]:
         """One clip: x [N,C,L,H,W] -> (scores [N,classes], state)."""
@@ -74,6 +89,7 @@ class AverageScores(Aggregator):
     """
 
     takes = "scores"
+    parts = ("sum", "count")
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
@@ -83,6 +99,7 @@ class AverageScores(Aggregator):
         """x [N,K,classes] -> (scores [N,K,classes], state)."""
         if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.num_classes:
             raise ValueError(f"x: expected scores [N,K,{self.num_classes}] with K >= 1, got {list(x.shape)}")
+        self._check_state(state, x.shape[0])
         wide = torch.promote_types(x.dtype, torch.float32)  # a sum of 16-bit numbers would stop growing
         total = x.to(wide).cumsum(1)
         count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=wide).expand(x.shape[0], -1)
@@ -112,6 +129,8 @@ class ConcatAggregator(Aggregator):
 
 class LSTMAggregator(Aggregator):
     """An LSTM over pooled features; the first clip's are its first hidden state, with a zero cell."""
+
+    parts = ("hidden", "cell")
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)

@@ -105,6 +105,9 @@ def test_state_does_not_grow_and_travels(tmp_path: Path) -> None:
         assert torch.equal(resumed, expected)
         with pytest.raises(ValueError, match="state"):
             model.stream(frames[:, :, :8, :16], half)
+        for wrong in ({}, {"o": half["o"]}, {key: half[key] for key in ("#frames", "#pending")}):
+            with pytest.raises(ValueError, match="state: "):
+                model.stream(frames[:, :, :8], wrong)
     with pytest.raises(ValueError, match="evaluation mode"):
         model.train().stream(frames)
 

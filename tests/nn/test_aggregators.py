@@ -153,6 +153,11 @@ def test_errors() -> None:
         for bad in (inputs(aggregator)[:, 0], inputs(aggregator)[:, :0], inputs(aggregator)[:, :, :3]):
             with pytest.raises(ValueError, match="x: expected"):
                 aggregator(bad)
+        _, state = aggregator(inputs(aggregator))
+        with pytest.raises(ValueError, match="state: holds 2 samples, but x has N = 1"):
+            aggregator(inputs(aggregator)[:1], state)
+        with pytest.raises(ValueError, match="state: expected the entries .*, got none"):
+            aggregator(inputs(aggregator), {})
 
 
 def test_checkpointing_and_ddp_change_no_gradient() -> None:
