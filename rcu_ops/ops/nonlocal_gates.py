@@ -126,7 +126,8 @@ def _check_attention(
     _checks.choice("normalize", normalize, NORMALIZERS)
     if not isinstance(scale, float | int | torch.SymFloat | torch.SymInt):
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
-    if isinstance(scale, float) and not math.isfinite(scale):
+    # Compared, not asked math.isfinite, which torch.compile(dynamic=True) cannot trace.
+    if isinstance(scale, float) and not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if mask is not None:
         if not isinstance(mask, Tensor):

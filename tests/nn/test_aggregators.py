@@ -156,7 +156,7 @@ def test_errors() -> None:
         _, state = aggregator(inputs(aggregator))
         with pytest.raises(ValueError, match="state: holds 2 samples, but x has N = 1"):
             aggregator(inputs(aggregator)[:1], state)
-        with pytest.raises(ValueError, match="state: expected the entries .*, got none"):
+        with pytest.raises(ValueError, match=r"state: expected the entries .*, got none"):
             aggregator(inputs(aggregator), {})
 
 

@@ -504,6 +504,19 @@ def test_a_step_that_keeps_is_differentiable_to_any_order(kept_gates) -> None:
     assert torch.autograd.gradgradcheck(only_c, arguments)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_compiled_with_every_size_and_number_dynamic(scale: float) -> None:
+    torch._dynamo.reset()
+
+    def attend(query: Tensor, scale: float) -> Tensor:
+        return rcu_ops.nonlocal_attention(query, query, query, scale=scale)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 7):
+        query = torch.randn(2, size, 8)
+        torch.testing.assert_close(compiled(query, scale), attend(query, scale))
+
+
 def test_a_step_that_keeps_under_transforms_and_in_full_graph(kept_gates) -> None:
     step = step_inputs((3, 4, 5, 6))
 
