@@ -112,12 +112,12 @@ def _network(args: argparse.Namespace) -> nn.Module:
     import torch
 
     import rcu_ops
-    from rcu_ops.recipes.checkpoint import stored_options
+    from rcu_ops.recipes.checkpoint import stored_options, stored_settings
     from rcu_ops.recipes.distributed import pick_device
     from rcu_ops.stream_command import bound_growth
 
     given = parse_model_options(args.model_option, classes="has no meaning here: classifiers are left out")
-    options = {**stored_options(args.weights, args.model), **given}
+    options = {**stored_options(stored_settings(args.weights), args.model), **given}
     if args.weights is None and args.model.startswith("rcn_"):
         # An untrained recurrence only blurs: through every layer it would be the distance from the start that aligns.
         options.setdefault("recurrent_layers", ("last", 4))

@@ -123,11 +123,11 @@ def _cell(position: tuple[float, float] | tuple[int, int], rows: int, columns: i
 def _network(args: argparse.Namespace) -> nn.Module:
     import torch
 
-    from rcu_ops.recipes.checkpoint import stored_options
+    from rcu_ops.recipes.checkpoint import stored_options, stored_settings
     from rcu_ops.recipes.distributed import pick_device
 
     given = parse_model_options(args.model_option, classes="has no meaning here: classifiers are left out")
-    options = {**stored_options(args.weights, args.model), **given}
+    options = {**stored_options(stored_settings(args.weights), args.model), **given}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # an untrained network should at least say the same twice
         model = make_model(args.model, **options)

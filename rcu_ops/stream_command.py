@@ -21,12 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.model_arguments import (
-    load_model_weights,
-    make_model,
-    one_line,
-    parse_model_options,
-)
+from rcu_ops.model_arguments import load_model_weights, make_model, one_line, parse_model_options
 from rcu_ops.ops._registry import BackendError
 from rcu_ops.progress import Progress
 from rcu_ops.report import replacing
@@ -226,12 +221,12 @@ class _Network:
         import rcu_ops
         from rcu_ops.cost_patterns import clip_costs
         from rcu_ops.models import Faster
-        from rcu_ops.recipes.checkpoint import read_settings, stored_options
+        from rcu_ops.recipes.checkpoint import stored_options, stored_settings
         from rcu_ops.recipes.distributed import pick_device
         from rcu_ops.video.transform import FrameTransform
 
         # Weights that say what they were trained as: which update a recurrence has does not show in their shapes.
-        stored = None if args.weights is None else read_settings(Path(args.weights))
+        stored = stored_settings(args.weights, args.weights_sha256)
         self.name: str = args.model or (_MODEL if stored is None else stored.recipe.model)
         classes = 400
         if stored is not None and stored.recipe.model == self.name:
@@ -246,7 +241,7 @@ class _Network:
         self.weights_sha256: str | None = "untrained"
         self.warning = UNTRAINED
         given = parse_model_options(args.model_option, classes="is set by --labels")
-        options = {**stored_options(args.weights, self.name), **given}
+        options = {**stored_options(stored, self.name), **given}
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)  # an untrained network should at least say the same twice
             model = make_model(self.name, num_classes=classes, **options)

@@ -215,20 +215,24 @@ def test_the_same_untrained_network_every_time(tmp_path, clip):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_weights_say_what_they_were_trained_as(tmp_path, clip):
+def test_weights_say_what_they_were_trained_as(tmp_path, clip, monkeypatch):
     """The update of a recurrence does not show in the shapes of its weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     recipe = dataclasses.replace(get_recipe("kinetics_resnet34"), classes=len(LABELS))
     model = small_model("rcn_resnet34", classes=len(LABELS))
     settings = RunSettings(recipe, {"update": "mean", "width": 4}, tuple(LABELS))
     save_weights(tmp_path / "weights.safetensors", model, settings)
-    arguments = ["stream", clip, "--weights", tmp_path / "weights.safetensors", *SMALL, "--out"]
-    for update, more in {"mean": [], "sum": ["--model-option", "update=sum"]}.items():
-        assert main([str(argument) for argument in [*arguments, tmp_path / update, *more]]) == 0
+    file = tmp_path / "weights.safetensors"
+    cases = ("mean", file, []), ("mean", file.as_uri(), []), ("sum", file, ["--model-option", "update=sum"])
+    for number, (update, weights, more) in enumerate(cases):
+        out = tmp_path / str(number)
+        arguments = ["stream", clip, "--weights", weights, *SMALL, "--out", out, *more]
+        assert main([str(argument) for argument in arguments]) == 0
         for module in model.modules():
             if isinstance(module, RecurrentConv3d):
                 module.update = update
-        assert summary_of(tmp_path / update)["model"] == "rcn_resnet34"
-        lines = lines_of(tmp_path / update)
+        assert summary_of(out)["model"] == "rcn_resnet34"
+        lines = lines_of(out)
         assert {entry["label"] for entry in lines[0]["top"]} == set(LABELS)
         assert_scores_of_the_whole_clip(lines, model, clip)
 

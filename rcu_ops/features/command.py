@@ -123,12 +123,13 @@ def _extractor(args: argparse.Namespace) -> tuple[FeatureExtractor, Mapping[str,
     import torch
 
     from rcu_ops.features.extract import FeatureExtractor
-    from rcu_ops.recipes.checkpoint import read_settings, stored_options
+    from rcu_ops.recipes.checkpoint import stored_options, stored_settings
     from rcu_ops.recipes.distributed import pick_device
     from rcu_ops.recipes.evaluate import file_digest
 
-    options = {**stored_options(args.weights, args.model), **parse_model_options(args.model_option)}
-    if args.classes is None and args.weights is not None and (stored := read_settings(Path(args.weights))) is not None:
+    stored = stored_settings(args.weights, args.weights_sha256)
+    options = {**stored_options(stored, args.model), **parse_model_options(args.model_option)}
+    if stored is not None:
         options["num_classes"] = stored.recipe.classes
     if args.classes is not None:
         options["num_classes"] = args.classes

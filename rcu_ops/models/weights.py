@@ -67,7 +67,7 @@ def load_weights(
         FileNotFoundError: no such file. OSError: the download failed. ValueError: wrong digest, not a file of weights,
             or weights that do not fit: missing, unexpected and misshapen ones are all listed by name.
     """
-    path = _fetch(source, sha256)
+    path = fetch_weights(source, sha256)
     weights = _read(path)
     expected = model.state_dict()
     kept: list[str] = []
@@ -156,7 +156,8 @@ def _other_channels(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     return {**weights, **adapted}
 
 
-def _fetch(source: str | os.PathLike[str], sha256: str | None) -> Path:
+def fetch_weights(source: str | os.PathLike[str], sha256: str | None = None) -> Path:
+    """The file of ``source`` and ``sha256`` as :func:`load_weights` takes them and raises for; URLs from the cache."""
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise ValueError(f"sha256: expected 8 to 64 hexadecimal digits, got {sha256!r}")
     digest = None if sha256 is None else sha256.lower()

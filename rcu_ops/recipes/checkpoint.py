@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rcu_ops.cli_errors import UserError
+from rcu_ops.models.weights import fetch_weights
 from rcu_ops.recipes.config import Recipe
 from rcu_ops.report import replacing
 
@@ -29,6 +30,7 @@ __all__ = [
     "save_state",
     "save_weights",
     "stored_options",
+    "stored_settings",
 ]
 
 _FORMAT = "rcu-ops training checkpoint 1"
@@ -128,10 +130,23 @@ def read_settings(path: Path) -> RunSettings | None:
         raise UserError(f"{path}: {error}") from error
 
 
-def stored_options(weights: str | None, model: str) -> dict[str, Any]:
-    """The options with which ``rcu-ops train`` made the network of ``weights``, if it is ``model``; else none.
+def stored_settings(weights: str | None, sha256: str | None = None) -> RunSettings | None:
+    """The settings within what a command's ``--weights`` names, a file or URL; None where there are none.
+
+    None, too, where the file cannot be had: :func:`rcu_ops.load_weights` says so.
+    """
+    if weights is None:
+        return None
+    try:
+        path = fetch_weights(weights, sha256)
+    except (ValueError, OSError):
+        return None
+    return read_settings(path)
+
+
+def stored_options(stored: RunSettings | None, model: str) -> dict[str, Any]:
+    """The options with which ``rcu-ops train`` made the network of these settings, if it is ``model``; else none.
 
     A recurrence's update, and others, do not show in the shapes of the weights.
     """
-    stored = None if weights is None else read_settings(Path(weights))
     return {} if stored is None or stored.recipe.model != model else dict(stored.model_options)
