@@ -1,19 +1,24 @@
 """One run of everything that a GPU can prove; called by gpu_check.sh.
 
-Builds the package (or takes the library that RCU_OPS_LIBRARY names), runs the tests marked ``gpu``, the CUDA kernels
-under compute-sanitizer's four tools, and the benchmark suite with floors measured in the same run. Every step runs,
-whatever became of those before it, in what is left of the time. DIR then holds
+Builds the package (or takes the library that RCU_OPS_LIBRARY names), then runs the GPU tests of the CUDA kernels beside
+compute-sanitizer's quicker tools, those of the Triton kernels beside its race checks, the benchmark suite with floors
+measured in the same run, whole networks, every kernel's time, and Nsight Compute on one case of each. What decides most
+comes first: a machine may be lost at any time. Every step runs, whatever became of those before it, in what is left of
+the time. DIR then holds
 
     gpu_check.json   machine, versions, commit; per step its command, verdict, seconds and summary; tests that failed;
-                     every number of the bench; written after every step, with the steps to come
+                     every number of the bench, of the networks and of the kernels; written after every step, with the
+                     steps to come
     gpu_check.log    the output of all steps
     gpu_check.png    every case as a share of its floor, the baselines beside it
+    profile*.ncu-rep what Nsight Compute found, for its own viewers
 
 Exit code: 0 when every step passed, 1 when one did not, 2 without a GPU or with wrong arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -35,8 +40,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = float(os.environ.get("SECONDS_IN_ALL", "525"))
 """For everything; by default nine minutes with a little left for starting and writing."""
 
-SANITIZERS = {"memcheck": 2, "racecheck": 3, "initcheck": 1, "synccheck": 1}
+SANITIZERS = {"memcheck": 2, "synccheck": 1, "initcheck": 1, "racecheck": 6}
 """Tools, and how many processes share the problems under each."""
+
+SLOW = ("initcheck", "racecheck")
+"""Tools under which a problem takes so long that it is run for one format of each size only."""
 
 
 FOUND = 9
@@ -59,6 +67,7 @@ class Step:
         summary: from the output and the scratch directory to what the JSON file keeps. A step whose summary has
             ``ran`` = 0 has failed: nothing passes because nothing ran.
         beside: start together with the step before.
+        margin: of the time left, seconds that ``{seconds}`` leaves out: what the command takes to come to its end.
     """
 
     name: str
@@ -68,6 +77,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     summary: Summary = lambda output, work: {}
     beside: bool = False
+    margin: float = 15.0
 
 
 def tests_summary(output: str, work: Path, file: str) -> dict[str, Any]:
@@ -122,6 +132,15 @@ def bench_summary(output: str, work: Path) -> dict[str, Any]:
     return {"ran": len(data["results"]), **data}
 
 
+def file_summary(output: str, work: Path, file: str) -> dict[str, Any]:
+    """All of a JSON file that a step has written."""
+    try:
+        data = json.loads((work / file).read_text())
+    except (OSError, ValueError):
+        return {"ran": 0, "error": f"the step wrote no {file}"}
+    return {"ran": len(data), "found": data}
+
+
 def gpu_test_files() -> list[str]:
     """The files with tests marked ``gpu``: others may need packages that a GPU machine lacks."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -140,38 +159,71 @@ def of_toolkit(program: str) -> str:
     return next((str(place) for place in places if place.exists()), program)
 
 
-def steps(python: str, library: str | None, bench_options: Sequence[str] = ()) -> list[Step]:
-    """What is run, in order."""
+def steps(python: str, library: str | None, bench_options: Sequence[str] = (), seconds: float = SECONDS) -> list[Step]:
+    """What is run, in order; the limits of the steps are for nine minutes, and shorter or longer with ``seconds``."""
+    part = seconds / 525
     kernels = {"RCU_OPS_EXPERIMENTAL": "1", "PYTHONPATH": str(ROOT)}
+    measuring = kernels | {"RCU_OPS_SELFTEST": "0"}
     build = (python, "setup.py", "build_ext", "--inplace")
-    found = [] if library else [Step("build", build, 180, 240, {"RCU_OPS_BUILD": "cuda"})]
-    found.append(Step("doctor", (python, "-m", "rcu_ops", "doctor"), 60, 220, kernels))
+    found = [] if library else [Step("build", build, 180, 240 * part, {"RCU_OPS_BUILD": "cuda"})]
     # Without the options of pyproject.toml, whose strictness stumbles over plugins that are not there.
     tests = (python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-p", "no:cacheprovider")
     if importlib.util.find_spec("pytest_timeout"):
         tests += ("--timeout", "100", "--timeout-method", "thread")  # which ends a process that waits for a kernel
-    # Triton's kernels are compiled when first used: most of the time of all tests, which those of ours do not wait for.
     cores = os.cpu_count() or 1
-    for name, chosen, workers in (("gpu tests", "not triton", cores // 4), ("triton tests", "triton", cores // 2)):
+
+    def tested(name: str, chosen: str, workers: int, beside: bool) -> Step:
         file = f"{name.replace(' ', '_')}.xml"
         command = (*tests, "-k", chosen, f"--junitxml={{work}}/{file}")
         if importlib.util.find_spec("xdist"):
             command += ("-n", str(max(1, workers)))
-        summary: Summary = functools.partial(tests_summary, file=file)
-        found.append(Step(name, (*command, *gpu_test_files()), 200, 95, kernels, summary, beside=True))
-    for tool, parts in SANITIZERS.items():
+        summary = functools.partial(tests_summary, file=file)
+        return Step(name, (*command, *gpu_test_files()), 110 * part, 60 * part, kernels, summary, beside)
+
+    def sanitized(tool: str) -> list[Step]:
+        parts = SANITIZERS[tool]
         command = (of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(FOUND))
         # One allocation per tensor, so that an access beside it is seen.
         environment = kernels | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        for part in range(parts):
-            small = (*command, "--print-limit", "20", python, "-m", "tests.gpu.small", str(part), str(parts))
-            name = tool if parts == 1 else f"{tool} {part + 1}/{parts}"
-            found.append(Step(name, small, 200, 95, environment, sanitizer_summary, beside=True))
+        run = (*command, "--print-limit", "20", python, "-m", "tests.gpu.small")
+        run += ("--one-of-each-size",) if tool in SLOW else ()
+        return [
+            Step(
+                tool if parts == 1 else f"{tool} {i + 1}/{parts}",
+                (*run, str(i), str(parts)),
+                110 * part,
+                60 * part,
+                environment,
+                sanitizer_summary,
+                beside=True,
+            )
+            for i in range(parts)
+        ]
+
+    # Each process beside others has a core to itself: most of them wait for the host, not for the GPU.
+    found.append(tested("gpu tests", "not triton", cores * 5 // 8, beside=False))
+    found += [*sanitized("memcheck"), *sanitized("synccheck"), *sanitized("initcheck")]
     kernels_of = (python, "-m", "tests.gpu.small", "kernels")
-    found.append(Step("kernels", kernels_of, 90, 95, kernels, kernels_summary, beside=True))
+    found.append(Step("kernels", kernels_of, 110 * part, 60 * part, kernels, kernels_summary, beside=True))
+    found.append(tested("triton tests", "triton", cores // 2, beside=False))
+    found += sanitized("racecheck")
+    found.append(Step("doctor", (python, "-m", "rcu_ops", "doctor"), 60 * part, 60 * part, kernels, beside=True))
     bench = (python, "-m", "rcu_ops", "bench", "--device", "cuda", "--cache", "cold")
     bench += ("--budget", "{seconds}", "--out", "{work}/bench", *bench_options)
-    found.append(Step("bench", bench, SECONDS, 0, kernels, bench_summary))
+    # It stops by itself after the case that it is at; compiling one can take long.
+    margin = 15.0 if "--no-compile" in bench else 45.0
+    found.append(Step("bench", bench, seconds, 125 * part, measuring, bench_summary, margin=margin))
+    for name, seconds_of, options in (
+        ("networks", 35 * part, ("--quick",)),
+        ("kernel times", 50 * part, ("--seconds", "{seconds}")),
+        ("profile", 60 * part, ("--seconds", "{seconds}")),
+    ):
+        module, file = name.replace(" ", "_"), f"{name.replace(' ', '_')}.json"
+        if name == "profile":
+            module = "profile_kernels"
+        command = (python, "-m", f"benchmarks.{module}", f"{{work}}/{file}", *options)
+        summary = functools.partial(file_summary, file=file)
+        found.append(Step(name, command, seconds_of, 0, measuring, summary))
     return found
 
 
@@ -208,9 +260,7 @@ class Running:
     def __init__(self, step: Step, work: Path, deadline: float) -> None:
         self.step, self.work, self.start = step, work, time.monotonic()
         self.limit = min(step.seconds, deadline - step.reserve - self.start)
-        # The bench stops by itself after the case that it is at; compiling one can take long.
-        margin = 15 if "--no-compile" in step.command else 45
-        words = {"work": str(work), "seconds": f"{max(1.0, self.limit - margin):.0f}"}
+        words = {"work": str(work), "seconds": f"{max(1.0, self.limit - step.margin):.0f}"}
         self.command = [part.format(**words) for part in step.command]
         self.output = work / f"{re.sub('[^a-z]', '_', step.name)}_{id(step)}.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -239,7 +289,12 @@ class Running:
                 code = self.process.wait(max(0.0, self.limit - (time.monotonic() - self.start)))
                 status = "passed" if code == 0 else "failed"
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                # Interrupted, pytest still reports what it has.
+                self.process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(10)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
                 status = "timed out"
         text = self.output.read_text(errors="replace") if self.output.exists() else ""
@@ -300,7 +355,7 @@ def main(arguments: Sequence[str], planned: Sequence[Step] | None = None) -> int
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     start = time.time()
-    planned = steps(sys.executable, library, arguments[1:]) if planned is None else planned
+    planned = steps(sys.executable, library, arguments[1:], SECONDS) if planned is None else planned
 
     def keep(results: list[Result]) -> None:  # after every step: whoever ends this one early has the evidence so far
         record = {
@@ -324,6 +379,8 @@ def main(arguments: Sequence[str], planned: Sequence[Step] | None = None) -> int
         picture = work / "bench" / "bench_roofline.png"
         if picture.exists():
             shutil.copyfile(picture, directory / "gpu_check.png")
+        for report in work.glob("profile*.ncu-rep"):
+            shutil.copyfile(report, directory / report.name)
     wrong = [f"{result.name} {result.status}" for result in results if result.status != "passed"]
     seconds = time.time() - start
     print(f"{directory}: {'every step passed' if not wrong else '; '.join(wrong)} ({seconds:.0f} s)")

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ Kernels = dict[str, dict[str, Any]]
 """By case and backend a list of [kernel, microseconds], or the reason why it did not run."""
 
 
-def prepared(case: Case) -> dict[str, Callable[[], Any] | str]:
+def prepared(case: Case, ways: Sequence[str] = WAYS) -> dict[str, Callable[[], Any] | str]:
     """Per backend a call that has run once, or why there is none."""
     case.compile = False
     inputs = case.inputs()
     found: dict[str, Callable[[], Any] | str] = {}
     for candidate in case.candidates():
-        if candidate.name in WAYS:
+        if candidate.name in ways:
             try:
                 with torch.set_grad_enabled(case.training):
                     call = next(iter(candidate.variants.values())).bind(inputs)
@@ -48,13 +48,13 @@ def prepared(case: Case) -> dict[str, Callable[[], Any] | str]:
     return found
 
 
-def measured(cases: list[Case]) -> Kernels:
+def measured(cases: list[Case], ways: Sequence[str] = WAYS) -> Kernels:
     """All in one session of the profiler: starting it takes longer than a call."""
     result: Kernels = {case.id: {} for case in cases}
     evict = evicting()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         for case in cases:
-            for way, call in prepared(case).items():
+            for way, call in prepared(case, ways).items():
                 if isinstance(call, str):
                     result[case.id][way] = call
                     continue
@@ -84,13 +84,14 @@ def main() -> int:
     parser.add_argument("--op", action="append", choices=sorted(OPERATORS))
     parser.add_argument("--filter", default="")
     parser.add_argument("--tier", choices=("quick", "standard", "full"), default="standard")
+    parser.add_argument("--way", action="append", choices=WAYS, help="only this backend; may repeat")
     parser.add_argument("--seconds", type=float, default=120.0, help="begin no part after this long")
     args = parser.parse_args()
     cases = spread(collect(args.tier, torch.device("cuda"), args.op, args.filter))
     begin = time.monotonic()
     record: Kernels = {}
     while len(record) < len(cases) and time.monotonic() - begin < args.seconds:
-        found = measured(cases[len(record) : len(record) + 25])
+        found = measured(cases[len(record) : len(record) + 25], args.way or WAYS)
         record |= found
         for name, ways in found.items():
             words = [f"{w} {sum(k[1] for k in ks):.1f}/{len(ks)}" for w, ks in ways.items() if isinstance(ks, list)]

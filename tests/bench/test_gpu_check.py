@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, profile_kernels
 from benchmarks.gpu_check import Step
+from rcu_ops.bench import suite
+from tests.gpu import small
 
 ROOT = Path(gpu_check.__file__).parents[1]
 
@@ -89,26 +92,28 @@ def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> Non
     assert [step["name"] for step in seen["steps"]] == ["good", "bad"]  # as it was when that step ran
     assert seen["to_come"] == [step.name for step in planned[2:]]
     assert "all is well" in log
-    assert "set 15" in log
+    assert "set 45" in log
     out = capsys.readouterr().out
     assert "bad failed; empty failed; hanging timed out" in out.splitlines()[-1]
     assert gpu_check.main([str(tmp_path)], planned[:1]) == 0
 
 
-SANITIZING = [
-    *("memcheck 1/2", "memcheck 2/2", "racecheck 1/3", "racecheck 2/3", "racecheck 3/3"),
-    *("initcheck", "synccheck", "kernels"),
+STEPS = [
+    *("build", "gpu tests", "memcheck 1/2", "memcheck 2/2", "synccheck", "initcheck", "kernels"),
+    *("triton tests", *(f"racecheck {i}/6" for i in range(1, 7)), "doctor"),
+    *("bench", "networks", "kernel times", "profile"),
 ]
 
 
 def test_the_real_steps_exist() -> None:
     """As far as a machine without a GPU can tell: their modules and options are there."""
     names = [step.name for step in gpu_check.steps("python3", None)]
-    assert names == ["build", "doctor", "gpu tests", "triton tests", *SANITIZING, "bench"]
+    assert names == STEPS
     assert "build" not in [step.name for step in gpu_check.steps("python3", "/a/library.so")]
     commands = [step.command for step in gpu_check.steps(sys.executable, None)]
     modules = {part for command in commands for before, part in itertools.pairwise(command) if before == "-m"} - {"gpu"}
-    assert modules == {"rcu_ops", "pytest", "tests.gpu.small"}
+    measuring = {"benchmarks.networks", "benchmarks.kernel_times", "benchmarks.profile_kernels"}
+    assert modules == {"rcu_ops", "pytest", "tests.gpu.small", *measuring}
     assert all(importlib.util.find_spec(module) for module in modules)
     tests, _ = (command for command in commands if "pytest" in command)
     # pytest's own options in pyproject.toml may be those of plugins that a bare machine lacks.
@@ -168,3 +173,60 @@ def test_summaries(tmp_path) -> None:
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "bench.json").write_text('{"results": []}')
     assert gpu_check.bench_summary("", tmp_path) == {"ran": 0, "results": []}
+    assert gpu_check.file_summary("", tmp_path, "networks.json")["ran"] == 0
+    (tmp_path / "networks.json").write_text('{"a": 1, "b": 2}')
+    assert gpu_check.file_summary("", tmp_path, "networks.json") == {"ran": 2, "found": {"a": 1, "b": 2}}
+
+
+def test_interrupted_tests_are_reported(tmp_path, pretended_gpu) -> None:
+    """pytest at its limit still says which tests passed and which failed."""
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert False, 'wrong'\ndef test_slow(): time.sleep(60)\n"
+    )
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--junitxml={work}/t.xml",
+    )
+    summary = functools.partial(gpu_check.tests_summary, file="t.xml")
+    planned = [Step("tests", (*command, "-p", "no:xdist", str(tmp_path / "test_slow.py")), 12, summary=summary)]
+    assert gpu_check.main([str(tmp_path / "out")], planned) == 1
+    (step,) = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["steps"]
+    assert step["status"] == "timed out"
+    assert list(step["summary"]["failed"]) == ["test_slow::test_bad"]
+
+
+def test_formats_for_slow_tools() -> None:
+    sixteen, wide = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    assert set(small.of_each_size((*wide, *sixteen))) == {torch.bfloat16, *wide}
+    assert small.of_each_size((torch.float16,)) == [torch.float16]
+
+
+PAGE = """==PROF== something
+"ID","Kernel Name","gpu__time_duration.sum","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_no_instruction_per_issue_active.ratio","sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","ns","inst","inst","%"
+"0","void rcu_ops::cuda::<unnamed>::tile_scan<int>(Scan)","1,250.5","2.5","7.5","18.9"
+""".replace("\\\n", "")
+
+
+def test_profile_pages() -> None:
+    (row,) = profile_kernels.rows(PAGE)
+    assert profile_kernels.number(row, "gpu__time_duration.sum") == 1250.5
+    assert profile_kernels.number(row, "no_such_metric") is None
+    assert profile_kernels.stalls(row) == [("no_instruction", 7.5), ("long_scoreboard", 2.5)]
+    launch = {"case": "a case", "way": "cuda", "kernel": row["Kernel Name"]}
+    line = "a case, cuda: tile_scan 1,250.5, warps 19 %, no_instruction 7.5, long_scoreboard 2.5"
+    assert profile_kernels.line_of(launch, row) == line
+    assert profile_kernels.rows("==ERROR== no kernels were profiled") == []
+
+
+def test_profiled_cases_are_in_the_suite() -> None:
+    cases = {case.id for case in suite.collect("standard", torch.device("cuda"))}
+    assert {name for name, _ in profile_kernels.CASES} <= cases

@@ -1,16 +1,18 @@
 """Every operator's CUDA kernels once, for compute-sanitizer: ``python -m tests.gpu.small [PART OF]``.
 
-PART (from 0) of OF takes every OF-th problem: a sanitizer is slow, and several can run at once. Inputs are made on the
-host and copied whole, so that whatever a kernel reads uninitialised is its own doing. Nothing is compared: numbers are
-the tests' business. ``python -m tests.gpu.small kernels`` runs all of them, the slow ones too, and says which kernels
-of ours each has launched.
+PART (from 0) of OF takes every OF-th problem: a sanitizer is slow, and several can run at once. With
+``--one-of-each-size`` before them, a problem runs in its first format of each size only: bf16 and not fp16. Inputs are
+made on the host and copied whole, so that whatever a kernel reads uninitialised is its own doing. Nothing is compared:
+numbers are the tests' business. ``python -m tests.gpu.small kernels`` runs all of them, the slow ones too, and says
+which kernels of ours each has launched.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -23,13 +25,21 @@ SKIPPED = ("C64 channels_last", "C512 7x7", "many frames", "C96 many columns", "
 
 KERNEL = re.compile(r"rcu_ops::cuda::(?:\(anonymous namespace\)::|<unnamed>::)?(\w+)")
 
+Choice = Callable[[Sequence[torch.dtype]], Sequence[torch.dtype]]
+"""From a problem's dtypes to those that it is run in."""
 
-def run(chosen: list[Problem]) -> Iterator[tuple[Problem, torch.dtype]]:
-    """Run each on CUDA kernels with every dtype that they take, and hand it out; say what is left out, and why."""
+
+def of_each_size(dtypes: Sequence[torch.dtype]) -> list[torch.dtype]:
+    """The first format of each size."""
+    return list({dtype.itemsize: dtype for dtype in reversed(dtypes)}.values())
+
+
+def run(chosen: list[Problem], dtypes: Choice = tuple) -> Iterator[tuple[Problem, torch.dtype]]:
+    """Run each on CUDA kernels in the chosen dtypes that it takes, and hand it out; say what is left out, and why."""
     torch.manual_seed(0)
     with rcu_ops.use_backend("cuda"):
         for problem in chosen:
-            for dtype in problem.dtypes:
+            for dtype in dtypes(problem.dtypes):
                 try:
                     with record_function(f"problem|{problem}|{dtype}"):
                         problem.call(on(problem.make(dtype), "cuda"))
@@ -61,11 +71,14 @@ def main(arguments: list[str]) -> int:
     if arguments == ["kernels"]:
         kernels()
         return 0
-    part, of = map(int, arguments) if arguments else (0, 1)
-    ran = 0
-    for problem, dtype in run([p for p in problems() if p.name not in SKIPPED][part::of]):
+    dtypes: Choice = of_each_size if "--one-of-each-size" in arguments else tuple
+    part, of = map(int, arguments[-2:]) if arguments else (0, 1)
+    ran, since = 0, time.monotonic()
+    for problem, dtype in run([p for p in problems() if p.name not in SKIPPED][part::of], dtypes):
         ran += 1
-        print(f"{ran}: {problem} {dtype}", flush=True)  # the last line tells what a fault or a limit cut short
+        now = time.monotonic()  # the last line tells what a fault or a limit cut short, and the seconds what is slow
+        print(f"{ran}: {problem} {dtype} ({now - since:.1f} s)", flush=True)
+        since = now
     print(f"ran all {ran} problems on CUDA kernels")
     return 0 if ran else 1
 
