@@ -392,8 +392,8 @@ def gate_data(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 35, 2, 5, 7), (3, 3, 3, 1, 2), (1, 72, 2, 12, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 35, 2, 5, 7), (3, 3, 3, 1, 2), (1, 72, 2, 12, 16), (2, 12, 3, 33, 32)], ids=str)
 def test_data_path(machine, shape, dtype, layout, seed) -> None:
     machine.seed = seed
     # small integers: nothing rounds, whatever the order, but for the quotient of the mean

@@ -261,11 +261,12 @@ def soft_of_the_huge(machine: Machine) -> None:
 
 
 def closed_gate(machine: Machine) -> None:
-    x, h = torch.randint(-4, 5, (2, 3, 2, 3, 3)).float(), torch.randint(-4, 5, (2, 2, 3)).float()
-    gate = torch.tensor([False, True])
-    y, dh = cycles.gate_data(machine, "backward", x, h, gate, x)
-    want = reference.srtg_fuse_backward(x, x, h, gate)
-    assert torch.equal(y, want[0]) and torch.equal(dh, want[1])
+    for shape in ((2, 3, 2, 3, 3), (2, 3, 2, 3, 4)):  # number by number, and by packs
+        x, h = torch.randint(-4, 5, shape).float(), torch.randint(-4, 5, (2, 2, 3)).float()
+        gate = torch.tensor([False, True])
+        y, dh = cycles.gate_data(machine, "backward", x, h, gate, x)
+        want = reference.srtg_fuse_backward(x, x, h, gate)
+        assert torch.equal(y, want[0]) and torch.equal(dh, want[1])
 
 
 SHORT, SHORT_CLUSTERS, SHORT_BODY = (f"cycle_consistency_short{end}" for end in (".cu", "_sm90.cu", "_block.h"))
@@ -661,8 +662,15 @@ FAULTS = [
     ),
     Fault(
         "a closed gate lets sums pass",
-        "static_cast<S>(p.H * p.W) : open ?",
-        "static_cast<S>(p.H * p.W) : mine ?",
+        "static_cast<S>(positions) : open ?",
+        "static_cast<S>(positions) : mine ?",
+        closed_gate,
+        file="srtg.cu",
+    ),
+    Fault(
+        "a closed gate scales a pack",
+        "const bool open = !p.gate || p.gate[n * p.gate_stride];",
+        "const bool open = true;",
         closed_gate,
         file="srtg.cu",
     ),

@@ -455,12 +455,18 @@ def _cycle_problems(name: str) -> Iterator[Problem]:
 
 
 def _gate_data_problems(name: str) -> Iterator[Problem]:
-    """Spatial means, or the gated product, in both memory layouts."""
-    for title, layout in (("probe", torch.contiguous_format), ("channels_last", torch.channels_last_3d)):
+    """Spatial means, or the gated product, in both memory layouts, number by number and by packs of numbers."""
+    number_by_number, packs = (2, 35, 3, 5, 7), (2, 36, 3, 4, 8)
+    for title, shape, layout in (
+        ("probe", number_by_number, torch.contiguous_format),
+        ("channels_last", number_by_number, torch.channels_last_3d),
+        ("packs", packs, torch.contiguous_format),
+        ("packs channels_last", packs, torch.channels_last_3d),
+    ):
 
-        def make(dtype: torch.dtype, layout: torch.memory_format = layout) -> Tensors:
-            x = torch.randn(2, 35, 3, 5, 7).to(dtype).contiguous(memory_format=layout)
-            return {"x": x, "h": torch.randn(2, 3, 35), "gate": torch.tensor([True, False])}
+        def make(dtype: torch.dtype, shape: tuple[int, ...] = shape, layout: torch.memory_format = layout) -> Tensors:
+            x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+            return {"x": x, "h": torch.randn(shape[0], shape[2], shape[1]), "gate": torch.tensor([True, False])}
 
         def call(given: Tensors, module: Any = rcu_ops) -> Outputs:
             if name == "srtg_squeeze":

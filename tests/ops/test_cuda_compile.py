@@ -45,7 +45,8 @@ REGISTERS = {
     "wide_scan": 255,  # 1 block of 256
     "hopper_scan": 255,  # 1 block of 256: 192 are the state and its rounded copy
     "gate_pass": 128,  # bound by memory: 2 blocks of 256 with many loads on their way
-    "norm_pass": 128,  # the same
+    "gate_packs": 80,  # bound by memory: 3 blocks of 256 with many loads on their way
+    "norm_pass": 128,  # 2 blocks of 256
     "norm_finish": 64,
     "measure": 64,  # bound by memory: 4 blocks of 256
     "gate_of": 64,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/recurrent_conv.h"
 #include "cuda/device/convert.h"
@@ -47,6 +48,33 @@ __device__ __forceinline__ Pack<T, V> narrow(const Pack<Accumulator<T>, V>& wide
 #pragma unroll
     for (int v = 0; v < V; ++v) pack.v[v] = narrow<T>(wide.v[v], false);
   }
+  return pack;
+}
+
+// The same of a format known when compiling; 16-bit numbers two by two.
+template <typename T, int V>
+__device__ __forceinline__ Pack<Accumulator<T>, V> widen(const Pack<T, V>& pack) {
+  Pack<Accumulator<T>, V> wide;
+  if constexpr (sizeof(T) == 2) {
+    static_assert(V % 2 == 0);
+    uint32_t pairs[V / 2];
+    memcpy(pairs, &pack, sizeof(pack));
+#pragma unroll
+    for (int v = 0; v < V; v += 2) {
+      const float2 pair = unpack<T>(pairs[v / 2]);
+      wide.v[v] = pair.x, wide.v[v + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) wide.v[v] = widen(pack.v[v]);
+  }
+  return wide;
+}
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> narrow(const Pack<Accumulator<T>, V>& wide) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int v = 0; v < V; ++v) pack.v[v] = narrow<T>(wide.v[v]);
   return pack;
 }
 

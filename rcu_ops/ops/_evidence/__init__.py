@@ -92,7 +92,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "product tiles": ("align_tile", "survey", "split_frames"),
     "short cycle": ("align_short_kernel",),
     "short cycle in clusters": ("align_short_cluster",),
-    "gate pass": ("gate_pass",),
+    "gate pass": ("gate_pass", "gate_packs"),
 }
 """By a variant's name its ``__global__`` functions: a file is evidence for it when tests that passed launched each."""
 
