@@ -2,9 +2,9 @@
 
 Builds the package (or takes the library that RCU_OPS_LIBRARY names), then runs the GPU tests of the CUDA kernels beside
 compute-sanitizer's quicker tools, those of the Triton kernels beside its race checks, the benchmark suite with floors
-measured in the same run, whole networks, every kernel's time, and Nsight Compute on one case of each. What decides most
-comes first: a machine may be lost at any time. Every step runs, whatever became of those before it, in what is left of
-the time. DIR then holds
+measured in the same run, whole networks, a video streamed (where PyAV is installed), every kernel's time, and Nsight
+Compute on one case of each. What decides most comes first: a machine may be lost at any time. Every step runs, whatever
+became of those before it, in what is left of the time. DIR then holds
 
     gpu_check.json   machine, versions, commit; per step its command, verdict, seconds and summary; tests that failed;
                      every number of the bench, of the networks and of the kernels; written after every step, with the
@@ -212,18 +212,27 @@ def steps(python: str, library: str | None, bench_options: Sequence[str] = (), s
     bench += ("--budget", "{seconds}", "--out", "{work}/bench", *bench_options)
     # It stops by itself after the case that it is at; compiling one can take long.
     margin = 15.0 if "--no-compile" in bench else 45.0
-    found.append(Step("bench", bench, seconds, 125 * part, measuring, bench_summary, margin=margin))
-    for name, seconds_of, options in (
-        ("networks", 35 * part, ("--quick",)),
-        ("kernel times", 50 * part, ("--seconds", "{seconds}")),
-        ("profile", 60 * part, ("--seconds", "{seconds}")),
+    found.append(Step("bench", bench, seconds, 150 * part, measuring, bench_summary, margin=margin))
+    for name, limit, command, file in (
+        ("networks", 35, ("benchmarks.networks", "{work}/networks.json", "--quick"), "networks.json"),
+        ("stream", 30, ("rcu_ops", "stream", "--device", "cuda", "--out", "{work}/stream"), "stream/summary.json"),
+        (
+            "kernel times",
+            50,
+            ("benchmarks.kernel_times", "{work}/kernels.json", "--seconds", "{seconds}"),
+            "kernels.json",
+        ),
+        (
+            "profile",
+            60,
+            ("benchmarks.profile_kernels", "{work}/profile.json", "--seconds", "{seconds}"),
+            "profile.json",
+        ),
     ):
-        module, file = name.replace(" ", "_"), f"{name.replace(' ', '_')}.json"
-        if name == "profile":
-            module = "profile_kernels"
-        command = (python, "-m", f"benchmarks.{module}", f"{{work}}/{file}", *options)
+        if name == "stream" and not importlib.util.find_spec("av"):
+            continue  # PyAV, which reads and writes videos
         summary = functools.partial(file_summary, file=file)
-        found.append(Step(name, command, seconds_of, 0, measuring, summary))
+        found.append(Step(name, (python, "-m", *command), limit * part, 0, measuring, summary))
     return found
 
 

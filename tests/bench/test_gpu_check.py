@@ -101,7 +101,7 @@ def test_every_step_runs_and_is_recorded(tmp_path, pretended_gpu, capsys) -> Non
 STEPS = [
     *("build", "gpu tests", "memcheck 1/2", "memcheck 2/2", "synccheck", "initcheck", "kernels"),
     *("triton tests", *(f"racecheck {i}/6" for i in range(1, 7)), "doctor"),
-    *("bench", "networks", "kernel times", "profile"),
+    *("bench", "networks", *(["stream"] if importlib.util.find_spec("av") else []), "kernel times", "profile"),
 ]
 
 
