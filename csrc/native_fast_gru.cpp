@@ -62,21 +62,27 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
   d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
   d["blocks"] = plan.blocks;
   d["shared_bytes"] = plan.shared_bytes;
-  d["arrays_at"] = plan.arrays_at;
-  d["partial_at"] = plan.partial_at;
-  d["features_pitch"] = plan.features_pitch;
-  d["hidden_pitch"] = plan.hidden_pitch;
+  d["threads"] = plan.threads;
+  d["units"] = plan.units;
+  d["half_units"] = plan.half_units;
+  d["zeros_at"] = plan.zeros_at;
+  d["numbers"] = plan.numbers;
   py::list products;
   for (const fast_gru::ColumnProduct& product : plan.product) {
     py::dict one;
     one["halves"] = product.halves;
     one["outputs"] = product.outputs;
     one["inputs"] = product.inputs;
+    one["depth"] = product.depth;
     one["pitch"] = product.pitch;
+    one["rows"] = product.rows;
+    one["length"] = product.length;
+    one["row_step"] = product.row_step;
+    one["step"] = product.step;
     one["weight_at"] = product.weight_at;
     one["half_weights"] = product.half_weights;
-    one["slices"] = product.slices;
-    one["run"] = product.run;
+    one["operand_at"] = product.operand_at;
+    one["half_operands"] = product.half_operands;
     products.append(one);
   }
   d["products"] = products;
@@ -103,7 +109,7 @@ void bind_fast_gru(py::module_& m) {
   m.def("fast_gru_gpu_columns_plan", &fast_gru_gpu_columns_plan, py::arg("columns"), py::arg("c"), py::arg("r"),
         py::arg("dtype"), py::kw_only(), py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false,
         "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
-        "weights, why not, and its cut: the products, and numbers of 4 bytes in shared memory.");
+        "weights, why not, and its cut: the products, and numbers of the data's type in shared memory.");
   m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
         py::kw_only(), py::arg("threads"), py::arg("avx512") = py::none(), py::arg("pairs") = py::none(),
         "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "

@@ -117,91 +117,104 @@ inline Text describe(const PersistentPlan& plan) {
 
 // ---- columns: every block has all weights, and a few columns for all steps ----
 
-inline constexpr int column_threads = 256;
 inline constexpr int columns_of_block = 8;
-inline constexpr int column_run = 4;     // input features of one 16-byte word of fp32
-inline constexpr int column_chain = 64;  // products that one sum adds at most
+inline constexpr int column_units = 24;  // of 8 features, a warp for each, at most
 
-// A product of a block: `halves` matrices of `outputs` x `inputs` weights with operands of their own, fp32, in shared
-// memory at weight_at as [half][input][output], inputs padded to runs by zeros, rows `pitch` numbers apart: odd, so
-// that neither neighbouring outputs nor neighbouring inputs share a bank. The inputs are cut into `slices`, of `run`
-// inputs each, that are summed by different threads.
+// A product of a block: `halves` matrices of `outputs` x `inputs` weights with operands of their own, in shared memory
+// as the data's type and in numbers of it: half h at weight_at + h half_weights, its operands at operand_at + h
+// half_operands. In memory a half is [rows][length]; its element (row, i) lies at row * row_step + i * step.
+//
+// 16 bits: weights as they lie in memory, [output][input] forward and [input][output] backward, and operands
+// [input][column]; inputs are padded by zeros to `depth`, a multiple of 32, and rows are an odd number of 16-byte words
+// long, so that eight of them meet every bank once. fp32: weights [output][input], operands [column][input], depth a
+// multiple of 8, and `pitch` an odd number of words for both.
 struct ColumnProduct {
-  int halves = 1, outputs = 0, inputs = 0, pitch = 0, weight_at = 0, half_weights = 0, slices = 1, run = 0;
+  int halves = 1, outputs = 0, inputs = 0, depth = 0, pitch = 0;
+  int rows = 0, length = 0, row_step = 0, step = 0;
+  int weight_at = 0, half_weights = 0, operand_at = 0, half_operands = 0;
 };
 
-// Numbers from one column to the next in an array [columns][features]: words of four, and eight columns of the same
-// four features meet every bank once.
-constexpr int64_t column_pitch(int64_t features) { return round_up(features, 32) + 4; }
-
-// Shared memory, in numbers of 4 bytes from the begin: where the block's columns are (64 bits), weights, arrays
-// [columns][features] and partial sums [slice][columns][features].
+// Shared memory, from the begin: where the block's columns are in every view (64 bits), weights, operands.
 struct ColumnsPlan {
   Text why_not;  // empty: it can run
   int64_t blocks = 0;
+  int units = 0, half_units = 0;  // of C; of r', and of z'
+  int threads = 0;
   // Forward: U_o, W, V_o. Backward: V_o^T, W^T, U_o^T.
   ColumnProduct product[3];
-  // Arrays. Forward: state, gated state and z [C], and r' and z' [R] each. Backward: carry, dc, dr and dz [C], du [2R].
-  int arrays_at = 0, features_pitch = 0, hidden_pitch = 0;
-  int partial_at = 0;
+  int zeros_at = 0, numbers = 0;  // what is zero at the start, up to the end; numbers of the data's type in all
   int64_t shared_bytes = 0;
 };
 
-// How much a launch may do before the library's products, which run on the matrix unit or share a weight among more
-// columns, are faster in spite of seven launches per step: multiplications per step. A block makes about 25 TFLOP/s
-// out of its multiprocessor's FMA units (est.), and seven launches in a graph took 20 to 30 us on an H200
-// (benchmarks/results/nvidia-h200/).
+// Numbers of 64 bits that are kept of a column: its sample and position, and its place in up to 11 views.
+inline constexpr int column_places = 13;
+
+// How much a launch may do before the library's products, which share a weight among more columns, are faster in spite
+// of seven launches per step: multiplications per step. A block makes about 25 TFLOP/s out of its multiprocessor's FMA
+// units (est.), and seven launches in a graph took 20 to 30 us on an H200 (benchmarks/results/nvidia-h200/).
 inline constexpr int64_t columns_work = 150'000'000;
 
 inline ColumnsPlan plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, const Gpu& gpu,
                                 bool backward = false) {
   ColumnsPlan plan;
   plan.blocks = ceil_div(columns, columns_of_block);
-  const int64_t numbers = 4 * R * C + C * C;
+  const int64_t numbers = 4 * R * C + C * C, size = element_size(dtype);
   if (dtype == DType::f64) {
     plan.why_not = "columns: fp64 is left to the library";
     return plan;
   }
-  if (numbers * 4 > gpu.shared_bytes) {  // before anything is counted in 32 bits
-    plan.why_not = "columns: " + to_text(numbers) + " weights of 4 bytes, of " + to_text(gpu.shared_bytes) +
-                   " bytes of shared memory";
+  if (numbers * size > gpu.shared_bytes) {  // before anything is counted in 32 bits
+    plan.why_not = "columns: " + to_text(numbers) + " weights of " + to_text(size) + " bytes, of " +
+                   to_text(gpu.shared_bytes) + " bytes of shared memory";
     return plan;
   }
-  int64_t at = 4 * columns_of_block, partial = 0;
+  const bool wide = dtype == DType::f32;
+  const int64_t word = 16 / size, depth_unit = wide ? 8 : 32;
+  const auto odd_words = [&](int64_t count) { return round_up(count, 2 * word) + word; };
   const int64_t sizes[3][3] = {
       {1, backward ? C : 2 * R, C}, {2, backward ? R : C, backward ? C : R}, {1, C, backward ? 2 * R : C}};
+  int64_t at = column_places * columns_of_block * 8 / size;
+  bool padded = false;
+  const int64_t weights_at = at;
   for (int i = 0; i < 3; ++i) {
     const auto [halves, outputs, inputs] = sizes[i];
-    const int64_t runs = ceil_div(inputs, column_run);
+    const int64_t depth = round_up(inputs, depth_unit);
+    // A unit of U_o's outputs is of r' or z' alone: the last of r' reaches into z', and that of z' beyond it.
+    const int64_t whole = !backward && i == 0 ? R + round_up(R, 8) : round_up(outputs, 8);
+    const bool transposed = backward && !wide;  // in shared memory
+    const int64_t pitch = odd_words(transposed ? outputs : depth);
     ColumnProduct& product = plan.product[i];
     product.halves = static_cast<int>(halves);
     product.outputs = static_cast<int>(outputs);
     product.inputs = static_cast<int>(inputs);
-    product.pitch = static_cast<int>(outputs | 1);
+    product.depth = static_cast<int>(depth);
+    product.pitch = static_cast<int>(pitch);
+    product.rows = static_cast<int>(backward ? inputs : outputs);
+    product.length = static_cast<int>(backward ? outputs : inputs);
+    product.row_step = static_cast<int>(backward && wide ? 1 : pitch);
+    product.step = static_cast<int>(backward && wide ? pitch : 1);
     product.weight_at = static_cast<int>(at);
-    product.half_weights = static_cast<int>(runs * column_run * product.pitch);
-    // As many slices as there are threads for, within reason, and no sum too long.
-    int64_t slices = column_threads / (halves * outputs);
-    if (slices > 16) slices = 16;
-    if (slices < ceil_div(inputs, column_chain)) slices = ceil_div(inputs, column_chain);
-    if (slices > runs) slices = runs;
-    product.run = static_cast<int>(ceil_div(runs, slices) * column_run);
-    product.slices = static_cast<int>(ceil_div(inputs, product.run));
+    product.half_weights = static_cast<int>((transposed ? depth : whole) * pitch);
     at += halves * product.half_weights;
-    const int64_t sums = product.slices * columns_of_block * column_pitch(halves * outputs);
-    if (sums > partial) partial = sums;
+    padded |= depth != inputs;
   }
-  at = round_up(at, 4);
-  plan.arrays_at = static_cast<int>(at);
-  plan.features_pitch = static_cast<int>(column_pitch(C));
-  plan.hidden_pitch = static_cast<int>(column_pitch(backward ? 2 * R : R));
-  at += columns_of_block *
-        (backward ? 4 * plan.features_pitch + plan.hidden_pitch : 3 * plan.features_pitch + 2 * plan.hidden_pitch);
-  plan.partial_at = static_cast<int>(at);
-  plan.shared_bytes = 4 * (at + partial);
+  plan.zeros_at = static_cast<int>(padded ? weights_at : at);
+  for (ColumnProduct& product : plan.product) {
+    product.operand_at = static_cast<int>(at);
+    product.half_operands = columns_of_block * (wide ? product.pitch : product.depth);
+    at += product.halves * product.half_operands;
+  }
+  plan.numbers = static_cast<int>(at);
+  plan.shared_bytes = at * size;
+  plan.units = static_cast<int>(ceil_div(C, 8));
+  plan.half_units = static_cast<int>(ceil_div(R, 8));
+  const int units = plan.units > 2 * plan.half_units ? plan.units : 2 * plan.half_units;
+  plan.threads = 32 * units;
   if (plan.shared_bytes > gpu.shared_bytes)
     plan.why_not = "columns: the weights take " + to_text(plan.shared_bytes) + " bytes of shared memory, of " +
                    to_text(gpu.shared_bytes);
+  else if (units > column_units)
+    plan.why_not = "columns: " + to_text(units) + " units of 8 features, of at most " + to_text(column_units);
   else if (columns * numbers > columns_work)
     plan.why_not = "columns: " + to_text(columns) + " columns of " + to_text(numbers) + " weights, of at most " +
                    to_text(columns_work) + " products";

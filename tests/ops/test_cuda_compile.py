@@ -37,8 +37,8 @@ REGISTERS = {
     "step_scan": 128,  # 4 blocks of 128
     "plain_step_scan": 128,  # the same
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
-    "fast_gru_column_steps": 128,  # 2 blocks of 256
-    "fast_gru_column_steps_backward": 128,  # the same
+    "fast_gru_column_steps": 80,  # 1 block of 768, 3 of 256
+    "fast_gru_column_steps_backward": 80,  # the same
     "fast_gru_steps": 255,  # 1 block of 256
     "fast_gru_steps_backward": 255,  # the same
     "fast_gru_cluster_steps": 255,  # the same
@@ -107,6 +107,11 @@ MATRIX_INSTRUCTIONS = {
     "fast_gru_steps": "HMMA",
     "fast_gru_steps_backward": "HMMA",
     "fast_gru_cluster_steps": "HMMA",
+    **{
+        f"{kernel}<rcu_ops::cuda::{dtype}>": "HMMA"
+        for kernel in ("fast_gru_column_steps", "fast_gru_column_steps_backward")
+        for dtype in ("__nv_bfloat16", "__half")
+    },
     "matrix_weight_grad": "HMMA",
     "align_tile": "HMMA",
 }
@@ -196,7 +201,9 @@ def test_nothing_spills(usage) -> None:
 def test_matrix_kernels_run_on_the_matrix_unit(kernels, library, architecture) -> None:
     # One instance of each: the instruction stands in the body that all of them share, and disassembling takes its time.
     instances = {
-        name.partition("<")[0]: (symbol, name) for (arch, name), (symbol, _) in kernels.items() if arch == architecture
+        name if name in MATRIX_INSTRUCTIONS else name.partition("<")[0]: (symbol, name)
+        for (arch, name), (symbol, _) in kernels.items()
+        if arch == architecture
     }
     wanted = {
         symbol: (name, MATRIX_INSTRUCTIONS[base])
@@ -229,6 +236,8 @@ def test_all_types_are_there(usage) -> None:
         assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2
         for kernel, expected in (
             ("fast_gru_pass", {"double", "float", "unsigned short"}),
+            ("fast_gru_column_steps", {"float", "__nv_bfloat16", "__half"}),
+            ("fast_gru_column_steps_backward", {"float", "__nv_bfloat16", "__half"}),
             *((kernel, {"double", "float"}) for kernel in ("plain_scan", "weight_grad_partial", "sum_splits")),
         ):
             types = {

@@ -142,31 +142,47 @@ def columns_plan(columns: int, c: int, r: int, dtype: str = "float32", **gpu: ob
 
 @pytest.mark.parametrize("c", [1, 7, 33, 64, 128, 144])
 @pytest.mark.parametrize("r", [1, 16, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_columns_areas_do_not_overlap_and_sums_are_short(c, r, backward) -> None:
-    p = columns_plan(49, c, r, backward=backward)
+def test_columns_areas_do_not_overlap_and_rows_meet_every_bank(c, r, dtype, backward) -> None:
+    p = columns_plan(49, c, r, dtype, backward=backward)
     assert p["why_not"] is None and p["blocks"] == 7 and f"{p['shared_bytes']} bytes" in p["text"]
-    at, partial = 8 * 2 * 2, 0  # a sample and a position of 64 bits for every column
+    assert (p["units"], p["half_units"]) == (-(-c // 8), -(-r // 8))
+    assert p["threads"] == 32 * max(p["units"], 2 * p["half_units"]) <= 32 * 24
+    size = 4 if dtype == "float32" else 2
+    wide, transposed = size == 4, backward and size == 2
+    places = 8 * 13 * 8 // size  # a sample, a position and 11 offsets of 64 bits for every column
     sizes = [(1, c, c), (2, r, c), (1, c, 2 * r)] if backward else [(1, 2 * r, c), (2, c, r), (1, c, c)]
-    for product, size in zip(p["products"], sizes, strict=True):
-        assert tuple(product[name] for name in ("halves", "outputs", "inputs")) == size
-        halves, outputs, inputs = size
-        padded = -(-inputs // 4) * 4
-        assert product["pitch"] % 2 == 1 and product["pitch"] >= outputs
-        assert product["weight_at"] == at and product["half_weights"] == padded * product["pitch"]
-        at += halves * product["half_weights"]
-        assert product["run"] % 4 == 0 and product["run"] <= 64
-        assert (product["slices"] - 1) * product["run"] < inputs <= product["slices"] * product["run"]
-        partial = max(partial, product["slices"] * 8 * (-(-halves * outputs // 32) * 32 + 4))
-    assert at <= p["arrays_at"] < at + 4 and p["arrays_at"] % 4 == 0
-    hidden = 2 * r if backward else r
-    for name, features in (("features_pitch", c), ("hidden_pitch", hidden)):
-        assert p[name] % 32 == 4 and p[name] >= features  # eight columns' words of four meet every bank once
-    arrays = (
-        4 * p["features_pitch"] + p["hidden_pitch"] if backward else 3 * p["features_pitch"] + 2 * p["hidden_pitch"]
-    )
-    assert p["partial_at"] == p["arrays_at"] + 8 * arrays
-    assert p["shared_bytes"] == 4 * (p["partial_at"] + partial) <= H200["shared_bytes"]
+    taken: dict[int, str] = {}
+
+    def take(begin: int, count: int, what: str) -> None:
+        assert begin * size % 16 == 0 and begin >= places and begin + count <= p["numbers"]
+        for at in range(begin, begin + count):
+            assert taken.setdefault(at, what) == what
+
+    for index, (product, expected) in enumerate(zip(p["products"], sizes, strict=True)):
+        assert tuple(product[name] for name in ("halves", "outputs", "inputs")) == expected
+        halves, outputs, inputs = expected
+        unit = 8 if wide else 32
+        depth, pitch = product["depth"], product["pitch"]
+        assert depth == -(-inputs // unit) * unit
+        # An odd number of 16-byte words: eight rows meet every bank once, and so do every second of eight.
+        assert pitch * size % 32 == 16 and pitch >= (outputs if transposed else depth)
+        assert (product["rows"], product["length"]) == ((inputs, outputs) if backward else (outputs, inputs))
+        steps = (1, pitch) if backward and wide else (pitch, 1)
+        assert (product["row_step"], product["step"]) == steps
+        # A unit of 8 outputs is read whole, and all inputs up to the depth.
+        last = max([r + 8 * (-(-r // 8)), outputs]) if index == 0 and not backward else 8 * (-(-outputs // 8))
+        reach = (depth - 1) * pitch + last if transposed else (last - 1) * pitch + depth
+        assert reach <= product["half_weights"]
+        assert p["zeros_at"] <= product["weight_at"] or depth == inputs
+        assert product["half_operands"] == 8 * (pitch if wide else depth) and p["zeros_at"] <= product["operand_at"]
+        for half in range(halves):
+            weights = product["weight_at"] + half * product["half_weights"]
+            take(weights, product["half_weights"], f"weights {index} {half}")
+            operands = product["operand_at"] + half * product["half_operands"]
+            take(operands, product["half_operands"], f"operands {index} {half}")
+    assert p["shared_bytes"] == size * p["numbers"] <= H200["shared_bytes"]
 
 
 def test_columns_reasons() -> None:
@@ -174,7 +190,11 @@ def test_columns_reasons() -> None:
     assert columns_plan(784, 128, 32, shared_bytes=163 * 1024, backward=True)["why_not"] is None
     assert "fp64" in columns_plan(49, 64, 16, "float64")["why_not"]
     assert "131072 weights of 4 bytes" in columns_plan(49, 256, 64)["why_not"]
+    assert "65536 weights of 2 bytes" in columns_plan(49, 128, 96, "bfloat16", shared_bytes=1 << 16)["why_not"]
     assert "bytes of shared memory, of 49152" in columns_plan(49, 72, 18, shared_bytes=48 * 1024)["why_not"]
+    assert columns_plan(49, 192, 1)["why_not"] is None
+    assert "25 units of 8 features, of at most 24" in columns_plan(49, 193, 1)["why_not"]
+    assert "26 units" in columns_plan(49, 8, 97)["why_not"]
     assert columns_plan(18310, 64, 16)["why_not"] is None
     assert "18311 columns of 8192 weights" in columns_plan(18311, 64, 16)["why_not"]
 
