@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from rcu_ops import Streamer, fuse_for_inference, streaming
 from rcu_ops.models import VideoResNet, create_model
-from rcu_ops.nn import FeatureGate, FrameConv3d, RecurrentConv3d, active_slot
+from rcu_ops.nn import FeatureGate, FrameConv3d, RecurrentConv3d, RunningMean, active_slot
 from rcu_ops.streaming import (
     FRAMES_KEY,
     State,
@@ -161,6 +162,40 @@ def test_gradients_through_time() -> None:
     assert not any(value.requires_grad for value in cut.values())
     truncated = gradients(streamer(clip[:, :, 2:], cut)[0])
     assert not all(torch.allclose(a, b) for a, b in zip(whole, truncated, strict=True))
+
+
+class ClipMean(nn.Module):
+    """The running mean of [N,C,T,1,1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = RunningMean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(x.flatten(2))
+
+
+@pytest.mark.parametrize(
+    "layer", [RecurrentConv3d(4, 4, 3, padding=1), nn.Sequential(nn.AdaptiveAvgPool3d((None, 1, 1)), ClipMean())]
+)
+def test_checkpoints_in_a_stream_raise(layer: nn.Module) -> None:
+    """Recomputed in the backward pass, outside of the stream, a layer would begin with this chunk."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Conv3d(3, 4, 1), layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layer, self.first(x), use_reentrant=False)
+
+    stream = Streamer(Checkpointed().eval())
+    x = torch.randn(2, 3, 4, 5, 5)
+    y, state = stream(x)
+    y.sum().backward()  # of a stream's first chunk nothing is before
+    y, _ = stream(x, streaming.detach_state(state))
+    with pytest.raises(CheckpointError):
+        y.sum().backward()
 
 
 def test_a_layer_called_twice_has_two_states() -> None:

@@ -29,7 +29,11 @@ class RunningMean(nn.Module):
         if slot is not None:
             before, frames = slot.read(x, (x.shape[0], x.shape[1]), "sum"), slot.read(x, (x.shape[0],), "frames")
             if before is not None and frames is not None:
-                sums, count = sums + before[..., None], count + frames[:, None, None]
+                # A sum as a product with one, for which autograd keeps the one: were this recomputed by a checkpoint,
+                # outside of the stream, the number of tensors kept would differ, and torch raises instead of giving the
+                # gradients of a mean that begins with this chunk.
+                sums = torch.addcmul(before[..., None], sums, torch.ones_like(sums))
+                count = count + frames[:, None, None]
             slot.write(sums[..., -1].clone(), "sum")
             slot.write(count[:, 0, -1].clone(), "frames")
         return (sums / count).to(x.dtype)
