@@ -95,6 +95,14 @@ def test_several_parts_and_a_large_mean(machine, layout) -> None:
         torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_passes_in_several_parts_of_a_sample(machine, dtype, layout) -> None:
+    """The last one shorter, and threads that go round more than once."""
+    h, grad, residual = (LAYOUTS[layout](torch.randn(2, 8, 3, 40, 36).to(dtype)) for _ in range(3))
+    check_all_passes(machine, h, grad, residual, relu=True)
+
+
 def test_no_values(machine) -> None:
     assert torch.equal(moments_of(machine, torch.empty(0, 5, 2, 3, 3)), torch.zeros(3, 5))
 

@@ -47,6 +47,7 @@ REGISTERS = {
     "gate_pass": 128,  # bound by memory: 2 blocks of 256 with many loads on their way
     "gate_packs": 80,  # bound by memory: 3 blocks of 256 with many loads on their way
     "norm_pass": 128,  # 2 blocks of 256
+    "norm_packs": 128,  # bound by memory: 2 blocks of 256 with many loads on their way, mostly 3 or 4
     "norm_finish": 64,
     "measure": 64,  # bound by memory: 4 blocks of 256
     "gate_of": 64,

@@ -76,7 +76,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "chunked": (),  # the library's
     "matrix weight gradient": ("matrix_weight_grad", "sum_splits"),
     "plain weight gradient": ("weight_grad_partial", "sum_splits"),
-    "norm passes": ("norm_pass", "norm_finish"),
+    "norm passes": ("norm_pass", "norm_packs", "norm_finish"),
     "fused passes": ("fast_gru_pass",),
     "columns": ("fast_gru_column_steps",),
     "columns backward": ("fast_gru_column_steps_backward",),
