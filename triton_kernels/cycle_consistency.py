@@ -67,22 +67,29 @@ def _there(mask, n, t, count, s_n, s_t):
 
 
 @triton.jit
-def _frames(base, n, t, there, c, c_count, s_n, s_t, s_c, factor):
-    # [frames, channels] fp32 times a power of two, zero where there is nothing.
+def _numbers(base, n, t, there, c, c_count, s_n, s_t, s_c):
+    # [frames, channels] as they lie in memory, zero where there is nothing.
     pointers = base + n * s_n + t.to(tl.int64)[:, None] * s_t + c.to(tl.int64)[None, :] * s_c
-    return tl.load(pointers, mask=there[:, None] & (c < c_count)[None, :], other=0.0).to(tl.float32) * factor
+    return tl.load(pointers, mask=there[:, None] & (c < c_count)[None, :], other=0.0)
 
 
 @triton.jit
-def _pairs(a, b):
-    # Squared differences of all pairs, added up over the channels.
+def _frames(base, n, t, there, c, c_count, s_n, s_t, s_c, factor):
+    # The same in fp32, times a power of two.
+    return _numbers(base, n, t, there, c, c_count, s_n, s_t, s_c).to(tl.float32) * factor
+
+
+@triton.jit
+def _add_pairs(parts, a, b):
+    # Squared differences of all pairs, channel by channel, added to `parts`, whose sum over its channels is taken when
+    # all are in: a sum over channels, and be it over a few, makes threads meet.
     difference = b[None, :, :] - a[:, None, :]
-    return tl.sum(difference * difference, 2)
+    return parts + difference * difference
 
 
 @triton.jit
-def _largest(value):
-    return tl.max(tl.max(tl.where(value == value, tl.abs(value), 0.0), 1), 0)
+def _size(value):
+    return tl.where(value == value, tl.abs(value), 0.0)
 
 
 @triton.jit
@@ -138,17 +145,23 @@ def short_cycle_kernel(
     again = 1
     ab, aa, bb = tl.zeros((T, S), tl.float32), tl.zeros((T, T), tl.float32), tl.zeros((S, S), tl.float32)
     while again > 0:
-        ab, aa, bb = tl.zeros((T, S), tl.float32), tl.zeros((T, T), tl.float32), tl.zeros((S, S), tl.float32)
-        largest = 0.0
+        ab_parts = tl.zeros((T, S, BLOCK_C), tl.float32)
+        aa_parts, bb_parts = tl.zeros((T, T, BLOCK_C), tl.float32), tl.zeros((S, S, BLOCK_C), tl.float32)
+        a_sizes, b_sizes = tl.zeros((T, BLOCK_C), tl.float32), tl.zeros((S, BLOCK_C), tl.float32)
+        c = tl.arange(0, BLOCK_C)
+        a_next = _numbers(a, n, t, a_there, c, c_count, a_n, a_t, a_c)
+        b_next = _numbers(b, n, s, b_there, c, c_count, b_n, b_t, b_c)
         for start in tl.range(0, c_count, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            x = _frames(a, n, t, a_there, c, c_count, a_n, a_t, a_c, factor)
-            y = _frames(b, n, s, b_there, c, c_count, b_n, b_t, b_c, factor)
-            largest = tl.maximum(largest, tl.maximum(_largest(x), _largest(y)))
-            ab += _pairs(x, y)
-            aa += _pairs(x, x)
-            bb += _pairs(y, y)
-        power = tl.where(factor == 1.0, _power(largest), 1.0)
+            x, y = a_next.to(tl.float32) * factor, b_next.to(tl.float32) * factor
+            c = start + BLOCK_C + tl.arange(0, BLOCK_C)  # on their way while these are used
+            a_next = _numbers(a, n, t, a_there, c, c_count, a_n, a_t, a_c)
+            b_next = _numbers(b, n, s, b_there, c, c_count, b_n, b_t, b_c)
+            a_sizes, b_sizes = tl.maximum(a_sizes, _size(x)), tl.maximum(b_sizes, _size(y))
+            ab_parts = _add_pairs(ab_parts, x, y)
+            aa_parts = _add_pairs(aa_parts, x, x)
+            bb_parts = _add_pairs(bb_parts, y, y)
+        ab, aa, bb = tl.sum(ab_parts, 2), tl.sum(aa_parts, 2), tl.sum(bb_parts, 2)
+        power = tl.where(factor == 1.0, _power(tl.maximum(tl.max(a_sizes), tl.max(b_sizes))), 1.0)
         again = (power != 1.0).to(tl.int32)
         factor = factor * power
     sharpness = _sharpness(factor, temperature)
@@ -177,24 +190,24 @@ def pair_kernel(
     i = tl.program_id(0) % columns * BLOCK_S + tl.arange(0, BLOCK_S)
     factor = tl.load(factors + n)
     there = _there(mask, n, i, s_count, m_n, m_t)
-    acc = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    parts = tl.zeros((BLOCK_T, BLOCK_S, BLOCK_C), tl.float32)
     for start in tl.range(0, c_count, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         keys = _frames(key, n, i, there, c, c_count, k_n, k_t, k_c, factor)
         if rest is None:
-            acc += _pairs(_frames(query, n, t, t < t_count, c, c_count, q_n, q_t, q_c, factor), keys)
+            parts = _add_pairs(parts, _frames(query, n, t, t < t_count, c, c_count, q_n, q_t, q_c, factor), keys)
         else:
             wide = tl.cast(c_count, tl.int64)
             centre = _frames(query, n, t, t < t_count, c, c_count, t_count * wide, wide, 1, 1.0)
             if PRODUCT:
                 other = _frames(rest, n, t, t < t_count, c, c_count, q_n, q_t, q_c, 1.0)
-                acc += tl.sum((keys[None, :, :] - centre[:, None, :]) * other[:, None, :], 2)
+                parts += (keys[None, :, :] - centre[:, None, :]) * other[:, None, :]
             else:
                 other = _frames(rest, n, t, t < t_count, c, c_count, t_count * wide, wide, 1, 1.0)
                 difference = (keys[None, :, :] - centre[:, None, :]) - other[:, None, :]
-                acc += tl.sum(difference * difference, 2)
+                parts += difference * difference
     missing = 0.0 if PRODUCT else float("inf")
-    acc = tl.where(there[None, :], acc, missing)
+    acc = tl.where(there[None, :], tl.sum(parts, 2), missing)
     to = out + (n * t_count + t)[:, None] * s_count + i[None, :]
     tl.store(to, acc, mask=(t < t_count)[:, None] & (i < s_count)[None, :])
 
@@ -590,12 +603,12 @@ def settle_kernel(
     if OWN:
         again = again | (both & (t[:, None] == i[None, :]))
     end = tl.where(tl.max(tl.max(again.to(tl.int32), 1), 0) > 0, c_count, 0)
-    acc = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    parts = tl.zeros((BLOCK_T, BLOCK_S, BLOCK_C), tl.float32)
     for start in tl.range(0, end, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         keys = _frames(key, n, i, key_there, c, c_count, k_n, k_t, k_c, factor)
-        acc += _pairs(_frames(query, n, t, query_there, c, c_count, q_n, q_t, q_c, factor), keys)
-    tl.store(to, acc, mask=again)
+        parts = _add_pairs(parts, _frames(query, n, t, query_there, c, c_count, q_n, q_t, q_c, factor), keys)
+    tl.store(to, tl.sum(parts, 2), mask=again)
 
 
 @triton.jit
@@ -996,8 +1009,8 @@ def plan_short_cycle(
         *a.stride(), *b.stride(), *_mask_strides(mask_a), *_mask_strides(mask_b),
     )  # fmt: skip
     side = 16 if max(t, s) <= 16 else SHORT
-    constants = {"T": side, "S": side, "BLOCK_C": 16 if side == 16 else 8}
-    launches = [Launch(short_cycle_kernel, (n,), arguments, constants, 4 if side == 16 else 8, 2)] if n else []
+    constants = {"T": side, "S": side, "BLOCK_C": 32 if side == 16 else 16}
+    launches = [Launch(short_cycle_kernel, (n,), arguments, constants, 8 if side == 16 else 16, 1)] if n else []
     return (gate, *indices), launches
 
 
