@@ -4,9 +4,9 @@
 // stream and graph capture are used as everywhere in PyTorch; between two products stands one elementwise pass
 // (common/fast_gru.h) of the tensors' device. There are two exceptions. Where a GPU can hold the weights in its shared
 // memory (common/fast_gru_gpu_plan.h) one launch makes all steps between the products of all clips, forward or
-// backward: every block with all weights, or all blocks together with a share of them each; and few weights or few
-// columns on the CPU are left to kernels that multiply by themselves (fast_gru::by_columns). Nothing depends on values,
-// and nothing is read back from a device.
+// backward: every block with all weights, which then may make the products of x, too, or all blocks together with a
+// share of them each; and few weights or few columns on the CPU are left to kernels that multiply by themselves
+// (fast_gru::by_columns). Nothing depends on values, and nothing is read back from a device.
 #include "bindings_fast_gru.h"
 
 namespace rcu_ops::bindings::gru {
@@ -23,7 +23,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steps(const Problem& p, const Tensor&
   const int64_t M = p.step_columns();
   if (M == 0) return {o, o_n, hidden, gates};
   const Tensor start = o0 ? *o0 : clip(x, 0);
-  if (!o0) copy(clip(o, 0), start);
+#ifdef RCU_OPS_WITH_CUDA
+  const bool in_kernel = p.by_blocks && p.steps > 0;
+#else
+  const bool in_kernel = false;
+#endif
+  if (!o0 && !in_kernel) copy(clip(o, 0), start);
   if (p.steps == 0) {
     copy(o_n, start);
     return {o, o_n, hidden, gates};
@@ -43,11 +48,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steps(const Problem& p, const Tensor&
   if (p.by_blocks) {
     Temporaries temporaries(p, x, 0);
     const auto all = [&](int64_t features) { return temporaries.take(features, p.columns(), p.scalar); };
-    const Saved s = save ? saved_in(p, hidden, gates) : Saved{all(2 * p.R), {}, {}, all(p.C)};
-    const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
-    product(s.hidden, ux, inputs);
-    product(s.candidate, vx, inputs);
-    steps_by_blocks(p, weight, w, s, save, start, o, o_n);
+    Saved s;
+    if (save)
+      s = saved_in(p, hidden, gates);
+    else if (!p.by_blocks->makes_x)
+      s = {all(2 * p.R), {}, {}, all(p.C)};
+    if (!p.by_blocks->makes_x) {
+      const Matrix inputs = as_matrix(p, clips(x, p.first, p.steps), temporaries);
+      product(s.hidden, ux, inputs);
+      product(s.candidate, vx, inputs);
+    }
+    steps_by_blocks(p, x, weight, w, s, save, start, o, o_n);
     return {o, o_n, hidden, gates};
   }
 #endif

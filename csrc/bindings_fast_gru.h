@@ -222,9 +222,10 @@ void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const
 // All steps in one launch: hidden and candidate hold the products of x, state (fp32) the first state and then the last.
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
                          const Matrix& state, const Tensor& o, Temporaries& temporaries);
-// All steps on a GPU by columns: hidden and candidate hold the products of x.
-void steps_by_blocks(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
-                     const Tensor& start, const Tensor& o, const Tensor& o_n);
+// All steps on a GPU by columns, and the first state as clip 0 where that is no step: hidden and candidate hold the
+// products of x where the plan does not make them.
+void steps_by_blocks(const Problem& p, const Tensor& x, const Weights& w, const Tensor& w_both, const Saved& s,
+                     bool save, const Tensor& start, const Tensor& o, const Tensor& o_n);
 
 struct Gradients {  // as d_output, d_gates and d_hidden write them
   const Matrix &du, &dc, &dr, &dz, &gated;

@@ -86,11 +86,12 @@ void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_bot
   if (p.copied()) copy(now, out.sequence(p));
 }
 
-void steps_by_blocks(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
-                     const Tensor& start, const Tensor& o, const Tensor& o_n) {
+void steps_by_blocks(const Problem& p, const Tensor& x, const Weights& w, const Tensor& w_both, const Saved& s,
+                     bool save, const Tensor& start, const Tensor& o, const Tensor& o_n) {
   const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
+  const Tensor ux = torch::stable::contiguous(w.ux), vx = torch::stable::contiguous(w.vx);
   const Tensor both = torch::stable::contiguous(w_both);
-  std::optional<Tensor> copied;
+  std::optional<Tensor> copied, copied_x;
   fast_gru::ColumnSteps all;
   all.dtype = p.dtype, all.start_dtype = dtype_of("o0", start);
   all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
@@ -98,9 +99,14 @@ void steps_by_blocks(const Problem& p, const Weights& w, const Tensor& w_both, c
   all.hidden = view_of(p, s.hidden), all.candidate = view_of(p, s.candidate);
   all.r = view_of(p, s.r), all.z = view_of(p, s.z);
   all.save = save;
+  if (p.by_blocks->makes_x) {
+    all.ux = pointer(ux), all.vx = pointer(vx);
+    all.x = view_of(p, clips(x, p.first, p.steps), &copied_x);
+  }
   all.start = view_of(p, as_sequence(start), &copied);
   all.out = view_of(p, clips(o, p.first, p.steps));
   all.last = view_of(p, as_sequence(o_n));
+  if (p.first > 0) all.first = view_of(p, clips(o, 0, p.first));
   launch_on_gpu(
       all, o, [](const fast_gru::ColumnSteps&) { return cuda::Scratch{}; },
       [&](const fast_gru::ColumnSteps& problem, void*, CUstream_st* stream) {

@@ -67,8 +67,10 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
   d["half_units"] = plan.half_units;
   d["zeros_at"] = plan.zeros_at;
   d["numbers"] = plan.numbers;
+  d["makes_x"] = plan.makes_x;
   py::list products;
-  for (const fast_gru::ColumnProduct& product : plan.product) {
+  for (int i = 0; i < plan.products; ++i) {
+    const fast_gru::ColumnProduct& product = plan.product[i];
     py::dict one;
     one["halves"] = product.halves;
     one["outputs"] = product.outputs;

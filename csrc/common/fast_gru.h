@@ -121,17 +121,21 @@ struct Columns {
   View last;                          // has one step, fp32
 };
 
-// The same on a GPU, from the products with x on, in one launch: the block that has a column takes it through all steps
-// (cuda/fast_gru_columns.cu). Nothing in it depends on how columns are shared out. Not fp64. Views are of `dtype` but
-// for start (start_dtype) and last (fp32), which have one step.
+// The same on a GPU in one launch: the block that has a column takes it through all steps (cuda/fast_gru_columns.cu).
+// Nothing in it depends on how columns are shared out. Not fp64. Views are of `dtype` but for start (start_dtype) and
+// last (fp32); these and `first` have one step.
 struct ColumnSteps {
   DType dtype = DType::bf16, start_dtype = DType::f32;
   int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
   const void *uo = nullptr, *w = nullptr, *vo = nullptr;  // of dtype, dense: [2R,C], [2,C,R], [C,C]
-  // U_x x and V_x x; with `save` replaced by r' and z', and the candidate, and r and z are written.
+  // Where the plan makes the products with x: x and its weights [2R,C] and [C,C].
+  const void *ux = nullptr, *vx = nullptr;
+  View x;
+  // Elsewhere U_x x and V_x x. With `save` r' and z', and the candidate, are written there, and r and z.
   View hidden, candidate, r, z;
   bool save = false;
   View start, out, last;
+  View first;  // where the first state is written, too; may be absent
 };
 
 // The gradients of all steps, from the last to the first; what is left of a backward pass are products of all steps at

@@ -140,8 +140,11 @@ struct ColumnsPlan {
   int64_t blocks = 0;
   int units = 0, half_units = 0;  // of C; of r', and of z'
   int threads = 0;
-  // Forward: U_o, W, V_o. Backward: V_o^T, W^T, U_o^T.
-  ColumnProduct product[3];
+  // Forward: U_o, W, V_o; and U_x and V_x, whose operands are the same, two steps of them, if the weights fit: makes_x.
+  // Backward: V_o^T, W^T, U_o^T.
+  ColumnProduct product[5];
+  int products = 3;
+  bool makes_x = false;
   int zeros_at = 0, numbers = 0;  // what is zero at the start, up to the end; numbers of the data's type in all
   int64_t shared_bytes = 0;
 };
@@ -154,8 +157,9 @@ inline constexpr int column_places = 13;
 // units (est.), and seven launches in a graph took 20 to 30 us on an H200 (benchmarks/results/nvidia-h200/).
 inline constexpr int64_t columns_work = 150'000'000;
 
+// makes_x: as far as the weights fit.
 inline ColumnsPlan plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, const Gpu& gpu,
-                                bool backward = false) {
+                                bool backward = false, bool makes_x = true) {
   ColumnsPlan plan;
   plan.blocks = ceil_div(columns, columns_of_block);
   const int64_t numbers = 4 * R * C + C * C, size = element_size(dtype);
@@ -171,16 +175,21 @@ inline ColumnsPlan plan_columns(int64_t columns, int64_t C, int64_t R, DType dty
   const bool wide = dtype == DType::f32;
   const int64_t word = 16 / size, depth_unit = wide ? 8 : 32;
   const auto odd_words = [&](int64_t count) { return round_up(count, 2 * word) + word; };
-  const int64_t sizes[3][3] = {
-      {1, backward ? C : 2 * R, C}, {2, backward ? R : C, backward ? C : R}, {1, C, backward ? 2 * R : C}};
+  plan.makes_x = makes_x && !backward;
+  plan.products = plan.makes_x ? 5 : 3;
+  const int64_t sizes[5][3] = {{1, backward ? C : 2 * R, C},
+                               {2, backward ? R : C, backward ? C : R},
+                               {1, C, backward ? 2 * R : C},
+                               {1, 2 * R, C},
+                               {1, C, C}};
   int64_t at = column_places * columns_of_block * 8 / size;
   bool padded = false;
   const int64_t weights_at = at;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < plan.products; ++i) {
     const auto [halves, outputs, inputs] = sizes[i];
     const int64_t depth = round_up(inputs, depth_unit);
     // A unit of U_o's outputs is of r' or z' alone: the last of r' reaches into z', and that of z' beyond it.
-    const int64_t whole = !backward && i == 0 ? R + round_up(R, 8) : round_up(outputs, 8);
+    const int64_t whole = !backward && (i == 0 || i == 3) ? R + round_up(R, 8) : round_up(outputs, 8);
     const bool transposed = backward && !wide;  // in shared memory
     const int64_t pitch = odd_words(transposed ? outputs : depth);
     ColumnProduct& product = plan.product[i];
@@ -199,13 +208,16 @@ inline ColumnsPlan plan_columns(int64_t columns, int64_t C, int64_t R, DType dty
     padded |= depth != inputs;
   }
   plan.zeros_at = static_cast<int>(padded ? weights_at : at);
-  for (ColumnProduct& product : plan.product) {
-    product.operand_at = static_cast<int>(at);
+  for (int i = 0; i < plan.products; ++i) {
+    ColumnProduct& product = plan.product[i];
+    product.operand_at = i == 4 ? plan.product[3].operand_at : static_cast<int>(at);
     product.half_operands = columns_of_block * (wide ? product.pitch : product.depth);
-    at += product.halves * product.half_operands;
+    at += (i < 3 ? product.halves : i == 3 ? 2 : 0) * product.half_operands;
   }
   plan.numbers = static_cast<int>(at);
   plan.shared_bytes = at * size;
+  if (plan.makes_x && plan.shared_bytes > gpu.shared_bytes)
+    return plan_columns(columns, C, R, dtype, gpu, backward, false);
   plan.units = static_cast<int>(ceil_div(C, 8));
   plan.half_units = static_cast<int>(ceil_div(R, 8));
   const int units = plan.units > 2 * plan.half_units ? plan.units : 2 * plan.half_units;
@@ -223,8 +235,8 @@ inline ColumnsPlan plan_columns(int64_t columns, int64_t C, int64_t R, DType dty
 
 inline Text describe(const ColumnsPlan& plan) {
   if (!plan.why_not.empty()) return "not by " + plan.why_not;
-  return "one launch of " + to_text(plan.blocks) + " blocks of " + to_text(columns_of_block) +
-         " columns, all weights in " + to_text(plan.shared_bytes) + " bytes of shared memory each";
+  return "one launch of " + to_text(plan.blocks) + " blocks of " + to_text(columns_of_block) + " columns, all weights" +
+         (plan.makes_x ? " and those of x in " : " in ") + to_text(plan.shared_bytes) + " bytes of shared memory each";
 }
 
 }  // namespace rcu_ops::fast_gru

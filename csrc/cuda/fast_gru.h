@@ -24,8 +24,9 @@ Text steps(const fast_gru::Steps& p, const fast_gru::PersistentPlan& plan, void*
 Text steps_backward(const fast_gru::StepsBackward& p, const fast_gru::PersistentPlan& plan, void* scratch,
                     CUstream_st* stream);
 
-// The same by columns. The launch is an ordinary one, without scratch memory.
-Text plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, bool backward, fast_gru::ColumnsPlan& plan);
+// The same by columns; makes_x as in plan_columns. The launch is an ordinary one, without scratch memory.
+Text plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, bool backward, fast_gru::ColumnsPlan& plan,
+                  bool makes_x = true);
 Text column_steps(const fast_gru::ColumnSteps& p, const fast_gru::ColumnsPlan& plan, CUstream_st* stream);
 Text column_steps_backward(const fast_gru::ColumnStepsBackward& p, const fast_gru::ColumnsPlan& plan,
                            CUstream_st* stream);

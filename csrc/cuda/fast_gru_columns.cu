@@ -114,9 +114,12 @@ struct Tile {
         to[at] = given[at];
     }
   }
-  __device__ __forceinline__ void fetch(const void* first, const void* second, const void* third) const {
+  // Of all products, in the plan's order.
+  __device__ __forceinline__ void fetch(const void* first, const void* second, const void* third,
+                                        const void* fourth = nullptr, const void* fifth = nullptr) const {
 #pragma unroll 1
-    for (int i = 0; i < 3; ++i) fetch(plan.product[i], i == 0 ? first : i == 1 ? second : third);
+    for (int i = 0; i < plan.products; ++i)
+      fetch(plan.product[i], i == 0 ? first : i == 1 ? second : i == 2 ? third : i == 3 ? fourth : fifth);
     async_commit();
   }
 
@@ -136,11 +139,14 @@ struct Tile {
 
   // The lane's sums of the unit of outputs from `first` on.
   __device__ __forceinline__ float2 product(const ColumnProduct& p, int of_half, int first) const {
-    const T* weights = shared + p.weight_at + of_half * p.half_weights;
+    return product(p, shared + p.weight_at + of_half * p.half_weights, operands(p, of_half), first);
+  }
+  __device__ __forceinline__ float2 product(const ColumnProduct& p, const T* weights, const T* values,
+                                            int first) const {
     if constexpr (wide) {
       const int slice = group % 2;
       const float* a = weights + (first + group - slice) * p.pitch + 4 * slice;
-      const float* b = operands(p, of_half) + 2 * quad * p.pitch + 4 * slice;
+      const float* b = values + 2 * quad * p.pitch + 4 * slice;
       float sums[2][2] = {};
 #pragma unroll 2
       for (int k = 0; k < p.depth; k += 8) {
@@ -175,7 +181,7 @@ struct Tile {
       // transposed.
       const int tile = lane / 8, input = tile / 2 * 8 + tile % 2 * 16;
       const T* a = weights + (Backward ? (input + lane % 8) * p.pitch + first : (first + lane % 8) * p.pitch + input);
-      const T* b = operands(p, of_half) + width * lane;
+      const T* b = values + width * lane;
       float low[4] = {}, high[4] = {};
 #pragma unroll 2
       for (int k = 0; k < p.depth; k += 32) {
@@ -236,9 +242,10 @@ struct Tile {
     if (feature_there && second_there) pair.y = load_number(v.data, dtype, offset_of(v, 2 * quad + 1));
     return pair;
   }
+  template <typename S>
   __device__ __forceinline__ void store_once(const View& v, float2 value) const {
-    if (feature_there && first_there) static_cast<float*>(v.data)[offset_of(v, 2 * quad)] = value.x;
-    if (feature_there && second_there) static_cast<float*>(v.data)[offset_of(v, 2 * quad + 1)] = value.y;
+    if (feature_there && first_there) static_cast<S*>(v.data)[offset_of(v, 2 * quad)] = narrow<S>(value.x);
+    if (feature_there && second_there) static_cast<S*>(v.data)[offset_of(v, 2 * quad + 1)] = narrow<S>(value.y);
   }
 };
 
@@ -253,8 +260,8 @@ __device__ __forceinline__ float2 each(Function function, Pairs... pairs) {
 // Layout.   Views: any strides. Adjacent lanes have adjacent features (8 of them) and columns (4 pairs).
 // Work.     A column is a position of a sample, and independent of all others: the block that owns it takes it through
 //           all steps and meets no other block. Within the block see Tile.
-// Memory.   Shared memory as in ColumnsPlan: all weights, and the operands of each product. The products with x are read
-//           a step ahead of their use.
+// Memory.   Shared memory as in ColumnsPlan: all weights, and the operands of each product. x is read two steps ahead
+//           of its products, or a step ahead what the library made of it.
 // Order.    Three barriers per step: state -> U_o -> | r', z' -> W -> | r * state -> V_o -> |. What is rewritten was read
 //           before the barrier before. A column's sums depend on C and R alone, not on how many columns or steps there
 //           are.
@@ -268,22 +275,39 @@ __global__ void __launch_bounds__(most_threads, 1) fast_gru_column_steps(const C
   using Block = Tile<T, false>;
   const Block tile(plan, p.C, p.R, p.samples * p.positions);
   const ColumnProduct &of_hidden = plan.product[0], &of_gates = plan.product[1], &of_candidate = plan.product[2];
+  const ColumnProduct &x_hidden = plan.product[3], &x_candidate = plan.product[4];
   const int feature = tile.feature, hidden = tile.half * static_cast<int>(p.R) + tile.hidden;
-  tile.place(p.positions, p.hidden, p.candidate, p.r, p.z, p.out);
-  tile.fetch(p.uo, p.w, p.vo);
+  tile.place(p.positions, p.hidden, p.candidate, p.r, p.z, p.out, p.x);
+  tile.fetch(p.uo, p.w, p.vo, p.ux, p.vx);
   auto hidden_walk = tile.walk(0, p.hidden, 0, hidden, tile.hidden_there);
   auto candidate_walk = tile.walk(1, p.candidate, 0, feature, tile.feature_there);
   auto r_walk = tile.walk(2, p.r, 0, feature, tile.feature_there);
   auto z_walk = tile.walk(3, p.z, 0, feature, tile.feature_there);
   auto out_walk = tile.walk(4, p.out, 0, feature, tile.feature_there);
-  auto hidden_x = tile.load(hidden_walk), candidate_x = tile.load(candidate_walk);
+  auto x_walk = tile.walk(5, p.x, 0, feature, tile.feature_there);
+  // Read ahead: x of the step after the next one, or what the library made of the next one's.
+  typename Block::Pair x{}, hidden_x{}, candidate_x{};
+  if (plan.makes_x) {
+    const typename Block::Pair now = tile.load(x_walk);
+    tile.advance(x_walk, p.x);
+    x = tile.load(x_walk, p.steps > 1);
+    if (tile.feature_there) tile.put(x_hidden, 0, feature, now.wide());
+  } else {
+    hidden_x = tile.load(hidden_walk), candidate_x = tile.load(candidate_walk);
+  }
+  const T* inputs = tile.operands(x_hidden);  // x of this step
+  const auto product_of_x = [&](const ColumnProduct& of, int first) {
+    return tile.product(of, tile.shared + of.weight_at, inputs, first);
+  };
   float2 state = tile.load_once(p.start, p.start_dtype);
+  if (p.first.data) tile.template store_once<T>(p.first, state);
   if (tile.feature_there) tile.put(of_hidden, 0, feature, state);
   async_wait<0>();
   block_barrier();
 
   for (int64_t left = p.steps; left > 0; --left) {
     const bool more = left > 1;
+    const int next_inputs = inputs == tile.operands(x_hidden) ? 1 : 0;
     if (tile.has_hidden) {
       const float2 sum = tile.product(of_hidden, 0, hidden - tile.group);
       const float2 value = each(
@@ -291,11 +315,11 @@ __global__ void __launch_bounds__(most_threads, 1) fast_gru_column_steps(const C
             const float both = a + b;
             return both < 0 ? 0 : both;  // NaN stays
           },
-          sum, hidden_x.wide());
+          sum, plan.makes_x ? product_of_x(x_hidden, hidden - tile.group) : hidden_x.wide());
       if (tile.hidden_there) tile.put(of_gates, tile.half, tile.hidden, value);
       if (p.save) tile.store(hidden_walk, value);
       tile.advance(hidden_walk, p.hidden);
-      hidden_x = tile.load(hidden_walk, more);
+      if (!plan.makes_x) hidden_x = tile.load(hidden_walk, more);
     }
     block_barrier();
 
@@ -314,19 +338,27 @@ __global__ void __launch_bounds__(most_threads, 1) fast_gru_column_steps(const C
 
     if (tile.has_unit) {
       const float2 sum = tile.product(of_candidate, 0, feature - tile.group);
-      const float2 candidate = each([](float a, float b) { return tanh(a + b); }, sum, candidate_x.wide());
+      const float2 of_x = plan.makes_x ? product_of_x(x_candidate, feature - tile.group) : candidate_x.wide();
+      const float2 candidate = each([](float a, float b) { return tanh(a + b); }, sum, of_x);
       state =
           each([](float old, float gate, float found) { return (1 - gate) * old + gate * found; }, state, z, candidate);
       if (tile.feature_there) tile.put(of_hidden, 0, feature, state);
       if (p.save) tile.store(candidate_walk, candidate);
       tile.advance(candidate_walk, p.candidate);
-      candidate_x = tile.load(candidate_walk, more);
+      if (plan.makes_x) {
+        if (tile.feature_there && more) tile.put(x_hidden, next_inputs, feature, x.wide());
+        tile.advance(x_walk, p.x);
+        x = tile.load(x_walk, left > 2);
+      } else {
+        candidate_x = tile.load(candidate_walk, more);
+      }
       tile.store(out_walk, state);
       tile.advance(out_walk, p.out);
     }
+    inputs = tile.operands(x_hidden, next_inputs);
     block_barrier();
   }
-  tile.store_once(p.last, state);
+  tile.template store_once<float>(p.last, state);
 }
 
 // All steps of 8 columns from the last to the first (common/fast_gru.h: ColumnStepsBackward), as fast_gru_column_steps.
@@ -420,7 +452,7 @@ __global__ void __launch_bounds__(most_threads, 1)
     if (tile.has_unit)
       carry = each([](float a, float b) { return a + b; }, carry, tile.product(to_state, 0, feature - tile.group));
   }
-  tile.store_once(p.carry, carry);
+  tile.template store_once<float>(p.carry, carry);
 }
 
 template <typename Problem>
@@ -438,10 +470,10 @@ Error launch_columns(const char* name, Kernel<Problem> in_fp32, Kernel<Problem> 
 
 }  // namespace
 
-Text plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, bool backward, ColumnsPlan& plan) {
+Text plan_columns(int64_t columns, int64_t C, int64_t R, DType dtype, bool backward, ColumnsPlan& plan, bool makes_x) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
-  plan = fast_gru::plan_columns(columns, C, R, dtype, gpu, backward);
+  plan = fast_gru::plan_columns(columns, C, R, dtype, gpu, backward, makes_x);
   return {};
 }
 

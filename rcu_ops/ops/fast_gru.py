@@ -541,7 +541,8 @@ def _cuda_plan(x: Tensor, ux: Tensor, *rest: Any) -> str:
     # The backward pass goes the forward pass's way, or step by step.
     for ours, theirs in zip(forward, backward, strict=True):
         if ours["why_not"] is None:
-            return f"U_x and V_x for all steps at once, then {ours['text']}; backward: {theirs['text']}"
+            before = "" if ours.get("makes_x") else "U_x and V_x for all steps at once, then "
+            return f"{before}{ours['text']}; backward: {theirs['text']}"
     return f"{_plan(x, ux, *rest)}; {'; '.join(plan['text'] for plan in forward)}"
 
 

@@ -73,7 +73,7 @@ rcu_ops::fast_gru::View view(const Case& c, const std::string& key) {
 
 template <typename Problem>
 void fill(Problem& p, const Case& c) {
-  p.dtype = c.dtype("hidden");
+  p.dtype = c.dtype("w");
   p.samples = c.integer("samples"), p.positions = c.integer("positions");
   p.C = c.integer("C"), p.R = c.integer("R"), p.steps = c.integer("steps");
   p.uo = c.tensor("uo"), p.w = c.tensor("w"), p.vo = c.tensor("vo");
@@ -85,11 +85,13 @@ std::string run_columns(const Case& c, std::string& plan_text) {
   fill(p, c);
   p.start_dtype = c.dtype("start");
   p.save = c.has("r");
-  p.start = view(c, "start"), p.out = view(c, "out"), p.last = view(c, "last");
+  p.start = view(c, "start"), p.out = view(c, "out"), p.last = view(c, "last"), p.first = view(c, "first");
+  p.x = view(c, "x"), p.ux = c.tensor("ux"), p.vx = c.tensor("vx");
   rcu_ops::fast_gru::ColumnsPlan plan;
-  const auto error = rcu_ops::cuda::plan_columns(p.samples * p.positions, p.C, p.R, p.dtype, false, plan);
+  const auto error = rcu_ops::cuda::plan_columns(p.samples * p.positions, p.C, p.R, p.dtype, false, plan, c.has("x"));
   if (!error.empty()) return error.c_str();
   plan_text = rcu_ops::fast_gru::describe(plan).c_str();
+  if (plan.why_not.empty() && plan.makes_x != c.has("x")) return "the weights of x: no place for them in shared memory";
   return rcu_ops::cuda::column_steps(p, plan, nullptr).c_str();
 }
 

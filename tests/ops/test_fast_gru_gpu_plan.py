@@ -153,6 +153,11 @@ def test_columns_areas_do_not_overlap_and_rows_meet_every_bank(c, r, dtype, back
     wide, transposed = size == 4, backward and size == 2
     places = 8 * 13 * 8 // size  # a sample, a position and 11 offsets of 64 bits for every column
     sizes = [(1, c, c), (2, r, c), (1, c, 2 * r)] if backward else [(1, 2 * r, c), (2, c, r), (1, c, c)]
+    too_many = wide and (c, r) in {(128, 40), (144, 16), (144, 40)}  # to have those of x, too
+    assert p["makes_x"] == (not backward and not too_many)
+    assert ("and those of x" in p["text"]) == p["makes_x"]
+    if p["makes_x"]:
+        sizes += [(1, 2 * r, c), (1, c, c)]
     taken: dict[int, str] = {}
 
     def take(begin: int, count: int, what: str) -> None:
@@ -172,7 +177,7 @@ def test_columns_areas_do_not_overlap_and_rows_meet_every_bank(c, r, dtype, back
         steps = (1, pitch) if backward and wide else (pitch, 1)
         assert (product["row_step"], product["step"]) == steps
         # A unit of 8 outputs is read whole, and all inputs up to the depth.
-        last = max([r + 8 * (-(-r // 8)), outputs]) if index == 0 and not backward else 8 * (-(-outputs // 8))
+        last = max([r + 8 * (-(-r // 8)), outputs]) if index in (0, 3) and not backward else 8 * (-(-outputs // 8))
         reach = (depth - 1) * pitch + last if transposed else (last - 1) * pitch + depth
         assert reach <= product["half_weights"]
         assert p["zeros_at"] <= product["weight_at"] or depth == inputs
@@ -180,6 +185,9 @@ def test_columns_areas_do_not_overlap_and_rows_meet_every_bank(c, r, dtype, back
         for half in range(halves):
             weights = product["weight_at"] + half * product["half_weights"]
             take(weights, product["half_weights"], f"weights {index} {half}")
+        # V_x has U_x's operands, of which there are two steps.
+        index = min(index, 3)
+        for half in range(2 if index == 3 else halves):
             operands = product["operand_at"] + half * product["half_operands"]
             take(operands, product["half_operands"], f"operands {index} {half}")
     assert p["shared_bytes"] == size * p["numbers"] <= H200["shared_bytes"]
