@@ -469,16 +469,19 @@ class Tiles:
         scattered: for scans whose memory has not.
         fuller: like ``aligned``, for scans that need registers for more: a residual, or the product after the last
         step.
+        projected: of these, for scans with that product, where they need yet other tiles.
     """
 
     aligned: tuple[Tile, ...]
     scattered: tuple[Tile, ...]
     fuller: tuple[Tile, ...] = ()
+    projected: tuple[Tile, ...] = ()
 
 
 # Chosen from the compiler's register, spill and shared-memory counts (tests/triton/test_compile.py holds them): W stays
 # on chip where it fits, aligned scans do not spill, and among those the tile with the most bytes in flight per
-# multiprocessor.
+# multiprocessor; in full fp32 the tile with the fewest instructions per position, four fifths of which are products
+# where W lies in shared memory, and half of them where it is streamed.
 # Memory without aligned groups costs registers for addresses: there, fp32 tiles of 128 channels may spill a register or
 # six, and 512 channels up to 512 bytes per thread; what bounds those is the stream of W from L2, half a megabyte per
 # frame and program.
@@ -502,13 +505,11 @@ _IEEE = {
     16: Tiles((Tile(64, 4, frames=3), Tile(16, 4)), (Tile(64, 4),)),
     32: Tiles((Tile(64, 8), Tile(16, 4)), (Tile(32, 4),), (Tile(32, 8), Tile(16, 4))),
     64: Tiles(
-        (Tile(64, 16, part=16, parts=2), Tile(16, 4, part=16)),
+        (Tile(32, 8, frames=2), Tile(16, 8)),
         (Tile(16, 4, part=16),),
-        (Tile(64, 8, part=16), Tile(16, 4, part=16)),
+        projected=(Tile(64, 8, part=16), Tile(16, 4, part=16)),
     ),
-    128: Tiles(
-        (Tile(32, 16, part=16, parts=2), Tile(16, 8, part=16)), (Tile(16, 8, part=16),), (Tile(16, 8, part=16),)
-    ),
+    128: Tiles((Tile(16, 8, frames=2),), (Tile(16, 8, part=16),), projected=(Tile(16, 8, part=16),)),
     256: Tiles((Tile(16, 8, part=16, parts=2),), (Tile(16, 8, part=16, frames=2),)),
     512: Tiles((Tile(16, 8, part=16),), (Tile(16, 8, part=16, frames=2),)),
 }
@@ -525,7 +526,11 @@ SCAN_TILES: dict[int, dict[str, dict[int, Tiles]]] = {
     90: {
         "half": _HALF | {256: replace(_HALF[256], aligned=(Tile(64, 8, frames=2), *_HALF[256].aligned))},
         "tf32": _TF32,
-        "ieee": _IEEE,
+        "ieee": _IEEE
+        | {
+            64: replace(_IEEE[64], aligned=(Tile(64, 8, frames=2), Tile(16, 8))),
+            128: replace(_IEEE[128], aligned=(Tile(32, 8, frames=2), Tile(16, 8))),
+        },
     },
 }
 
@@ -648,7 +653,9 @@ def _scan(
     tiles = SCAN_TILES[arch][precision][block]
     if vector == 1 or STRIDED in layouts or weight_layout == STRIDED:
         choice = tiles.scattered
-    elif residual is not None or last_as == PRODUCT:
+    elif last_as == PRODUCT:
+        choice = tiles.projected or tiles.fuller or tiles.aligned
+    elif residual is not None:
         choice = tiles.fuller or tiles.aligned
     else:
         choice = tiles.aligned

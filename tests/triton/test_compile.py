@@ -22,6 +22,8 @@ CASES = [
     ("backward", 32, torch.float16, "channels_last_few"),
     ("affine_act", 64, torch.float32, "channels_last"),
     ("backward", 64, torch.float32, "frames"),
+    ("forward", 128, torch.float32, "frames"),
+    ("affine_act", 128, torch.float32, "channels_last"),
     ("forward", 256, torch.float32, "channels_last"),
 ]
 
