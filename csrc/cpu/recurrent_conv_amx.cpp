@@ -52,11 +52,14 @@ struct Unit {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    const char* const* ahead = o.ahead;
+    const int64_t share = o.share(o.k_tiles);
     for (int64_t k = 0; k < o.k_tiles; ++k) {
       const bool other = k == o.other_k;
       const bf16_t* const a = other ? o.other : o.a + k * o.a_k;
       const bf16_t* const b = o.b + k * tile_values;
       const int64_t row_bytes = other ? 64 : o.a_row * 2;
+      for (int64_t i = 0; i < share && ahead < o.ahead_end; ++i) __builtin_prefetch(*ahead++, 0, 2);
       _tile_loadd(4, a, row_bytes);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + o.b_tile, 64);

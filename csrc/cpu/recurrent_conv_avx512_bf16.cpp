@@ -28,6 +28,8 @@ struct Unit {
   // two.
   static void product(const Operands& o, int64_t rows, float* c) {
     constexpr int R = 8;
+    const char* const* ahead = o.ahead;
+    const int64_t share = o.share((rows + R - 1) / R * o.k_tiles);
     for (int64_t r0 = 0; r0 < rows; r0 += R) {
       const int64_t half = r0 / tile, r = r0 % tile;
       __m512 sum[R][2];
@@ -38,6 +40,7 @@ struct Unit {
         const int64_t row = other ? block : o.a_row;
         const bf16_t* const a = (other ? o.other + half * tile_values : o.a + k * o.a_k + half * o.a_tile) + r * row;
         const bf16_t* const b = o.b + k * tile_values;
+        for (int64_t i = 0; i < share && ahead < o.ahead_end; ++i) __builtin_prefetch(*ahead++, 0, 2);
 #pragma GCC unroll 4
         for (int pair = 0; pair < tile; ++pair) {
           const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + pair * block);

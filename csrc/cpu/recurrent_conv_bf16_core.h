@@ -63,8 +63,8 @@ struct Task {
   int64_t padded;              // channels, a multiple of 32
   int64_t k_tiles;
 
-  int64_t group;              // blocks of lanes per stage
-  bool around, around_state;  // y and the last state go past the caches
+  int64_t plan_group;              // blocks of lanes per stage
+  bool around_clip, around_state;  // y and the last state go past the caches
 
   void make_stream(const View& view, Stream<bf16_t>& s, int64_t q0, int64_t columns, int64_t* table) const {
     if (!view.data) return;
@@ -78,7 +78,8 @@ struct Task {
   }
 
   // c = rows [2 tiles] x lanes [2 tiles] over all of k; only the first `rows` rows are needed.
-  void product(const bf16_t* state, int64_t row_block, int64_t lane_block, int64_t rows, float* c) const {
+  void product(const bf16_t* state, int64_t row_block, int64_t lane_block, int64_t rows, float* c,
+               const char* const* ahead = nullptr, const char* const* ahead_end = nullptr) const {
     const int64_t step = k_tiles * tile_values;
     Operands o;
     o.k_tiles = k_tiles;
@@ -93,6 +94,7 @@ struct Task {
     }
     o.b = (Channels ? w.tiles : state) + lane_block * 2 * step;
     o.b_tile = step;
+    o.ahead = ahead, o.ahead_end = ahead_end;
     Unit::product(o, rows, c);
   }
 
@@ -408,7 +410,7 @@ struct Task {
               }
             }
             const __m512i out = to_bf16(value[0], value[1]);
-            if (around && (reinterpret_cast<uintptr_t>(y.row(m0 + r, i)) & 63) == 0)
+            if (around_clip && (reinterpret_cast<uintptr_t>(y.row(m0 + r, i)) & 63) == 0)
               _mm512_stream_si512(reinterpret_cast<__m512i*>(y.row(m0 + r, i) + c0 * 2), out);
             else
               _mm512_storeu_si512(y.row(m0 + r, i) + c0 * 2, out);
@@ -420,7 +422,7 @@ struct Task {
           for (int64_t k = channel_begin; k < channel_end; ++k)
             store_any(last.row(m0 + r, 0), p.last.dtype, k, v[r * C + k]);
     }
-    if (past_caches || around) end_around();
+    if (past_caches || around_clip) end_around();
   }
 
   void load_rows(const Rows& first, int64_t m0, int64_t rows, float* v) const {
@@ -441,7 +443,7 @@ struct Task {
     const int64_t lane_blocks = (Channels ? padded : padded_columns) / block;
     const int64_t rows = Channels ? columns : p.C, lanes = Channels ? p.C : columns;
     const int64_t table = columns + p.C;
-    const int64_t stage_width = min_of(group, lane_blocks) * block, stage_size = block * stage_width;
+    const int64_t stage_width = min_of(plan_group, lane_blocks) * block, stage_size = block * stage_width;
     size_t bytes = 0;
     const auto reserve = [&](size_t size) {
       const size_t at = bytes;
@@ -453,6 +455,7 @@ struct Task {
                  at_tables = reserve((3 * table + 2 * columns) * 8);
     const size_t at_stage = reserve(3 * stage_size * 2), at_c = reserve(4096), at_unusual = reserve(2 * padded_columns);
     const size_t at_direct = reserve(lane_blocks);
+    const size_t at_lines = reserve(3 * block * (stage_width / 32 + 2) * sizeof(char*));
     char* memory = static_cast<char*>(scratch(1, bytes));
     float* v = reinterpret_cast<float*>(memory + at_v);
     bf16_t* old_state = reinterpret_cast<bf16_t*>(memory + at_operands);
@@ -463,6 +466,7 @@ struct Task {
     uint8_t* old_unusual = reinterpret_cast<uint8_t*>(memory + at_unusual);
     uint8_t* new_unusual = old_unusual + padded_columns;
     uint8_t* const direct = reinterpret_cast<uint8_t*>(memory + at_direct);
+    const char** const lines = reinterpret_cast<const char**>(memory + at_lines);
     memset(old_unusual, 0, 2 * padded_columns);
     memset(static_cast<void*>(stage), 0, 3 * stage_size * 2);
 
@@ -470,7 +474,16 @@ struct Task {
     make_stream(p.x, x, q0, columns, tables);
     make_stream(p.y, y, q0, columns, tables + table);
     make_stream(p.residual, residual, q0, columns, tables + 2 * table);
-    for (int64_t lb = 0; lb < lane_blocks; ++lb) direct[lb] = stays_in_place(x, y, residual, lb, columns);
+    // As in recurrent_conv_core.h: rows that cut lines go the usual way where the arithmetic is the bound, block by
+    // block.
+    const bool in_place = Unit::in_place && !Channels && p.C > k_part && !whole_lines(p.y);
+    const bool around = around_clip && !in_place;
+    int64_t staged_blocks = 0;
+    for (int64_t lb = 0; lb < lane_blocks; ++lb) {
+      direct[lb] = !around && stays_in_place(x, y, residual, lb, columns);
+      staged_blocks += !direct[lb];
+    }
+    const int64_t group = in_place && 2 * staged_blocks < lane_blocks ? 1 : plan_group;
     if (p.init != Init::none)
       load_state(v, old_state, old_unusual, q0, columns, row_blocks, lane_blocks, c, tables + 3 * table);
 
@@ -499,21 +512,33 @@ struct Task {
           if (transport && residual.base && staged)
             copy_in<bf16_t>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * block,
                             group_lanes, stage + stage_size, stage_width);
-          // The next piece of x, asked for block by block so that it has come by when this one is computed.
+          // The lines of the next piece, so that they have come by when it is computed.
+          const char** asked = lines;
           const bool same_group = m0 + block < row_end, same_frame = same_group || g1 < lane_end;
           const int64_t next_m = same_group ? m0 + block : row_begin;
           const int64_t next_g = same_group ? g0 : same_frame ? g1 : lane_begin, next_i = same_frame ? i : i + 1;
-          const int64_t next_rows = min_of<int64_t>(block, row_end - next_m), share = (block + g1 - g0 - 1) / (g1 - g0);
+          if (next_i < p.T) {
+            const auto add = [&](const Stream<bf16_t>& s) {
+              each_line<bf16_t>(s.base + next_i * s.t, s.rows + next_m, min_of<int64_t>(block, row_end - next_m),
+                                s.lanes[next_g * block], min_of(group_lanes, lanes - next_g * block),
+                                [&](const char* line) { *asked++ = line; });
+            };
+            if (x.base) add(x);
+            if (residual.base) add(residual);
+            if (y.base && !around) add(y);
+          }
+          const char* const* ahead = lines;
+          const int64_t share = ceil_div(asked - lines, g1 - g0);
           for (int64_t lb = g0; lb < g1; ++lb) {
-            const int64_t r0 = (lb - g0) * share;
-            if (x.base && next_i < p.T && r0 < next_rows)
-              prefetch_rows<bf16_t>(x.base + next_i * x.t, x.rows + next_m + r0, min_of(share, next_rows - r0),
-                                    x.lanes[next_g * block], min_of(group_lanes, lanes - next_g * block));
+            const char* const* const ahead_end = ahead + min_of<int64_t>(share, asked - ahead);
+            if (!f.product)  // nothing is multiplied meanwhile
+              for (const char* const* line = ahead; line < ahead_end; ++line) __builtin_prefetch(*line, 0, 2);
             float* state = v + (rb * lane_blocks + lb) * 1024;
             if (f.product) {
-              product(old_state, rb, lb, min_of<int64_t>(block, row_end - m0), c);
+              product(old_state, rb, lb, min_of<int64_t>(block, row_end - m0), c, ahead, ahead_end);
               if (__builtin_expect(any_unusual, 0)) repair(old_state, old_unusual, rb, lb, c, state);
             }
+            ahead = ahead_end;
             if (transport) {
               bf16_t* at = stage + (lb - g0) * block;
               f.x = x.base ? at : nullptr;
@@ -550,12 +575,17 @@ struct Task {
     if (around || around_state) end_around();
   }
 
-  // Whether a block of 32 lanes is read and written where it lies: they are adjacent in every tensor, and small enough
-  // for caches. Larger ones want long sequential accesses (a clip of 26 MB took 5 % longer without stages).
+  // Past the caches only whole lines are worth writing: rows that all begin one.
+  static bool whole_lines(const View& v) {
+    return reinterpret_cast<uintptr_t>(v.data) % 64 == 0 && (v.t | v.n | v.g | v.c) % block == 0;
+  }
+
+  // Whether a block of 32 lanes can be read and written where it lies: they are adjacent in every tensor. Clips that go
+  // past the caches want long sequential accesses (one of 26 MB and 64 channels took 5 % longer without stages).
   bool stays_in_place(const Stream<bf16_t>& x, const Stream<bf16_t>& y, const Stream<bf16_t>& residual, int64_t lb,
                       int64_t columns) const {
     const int64_t begin = lb * block, end = begin + block;
-    if (!Unit::in_place || Channels || around || end > columns) return false;
+    if (!Unit::in_place || Channels || end > columns) return false;
     const auto adjacent = [&](const Stream<bf16_t>& s) { return !s.base || run_end(s.lanes, begin, end) == end; };
     return adjacent(x) && adjacent(y) && adjacent(residual);
   }

@@ -14,4 +14,9 @@ struct Operands {
   const bf16_t* b = nullptr;
   int64_t b_tile = 0;
   int64_t k_tiles = 0;
+  // Lines to ask for one by one between the products: in one go, more than a core can wait for would hold it up.
+  const char* const* ahead = nullptr;
+  const char* const* ahead_end = nullptr;
+
+  int64_t share(int64_t steps) const { return (ahead_end - ahead + steps - 1) / steps; }
 };

@@ -42,7 +42,10 @@ struct Block {
   const int64_t *x_at = nullptr, *residual_at = nullptr, *y_at = nullptr;  // of each row
   S* state = nullptr;  // where the last state belongs in its tensor, instead of c
   const int64_t* state_at = nullptr;
-  bool around = false, around_state = false;   // y, or the state, goes past the caches; its rows are aligned to lines
+  bool around = false, around_state = false;  // y, or the state, goes past the caches; its rows are aligned to lines
+  const char* const* ahead = nullptr;         // lines to ask for meanwhile, `share` after every ahead_step of k
+  const char* const* ahead_end = nullptr;
+  int64_t share = 0;
   const S *scale = nullptr, *shift = nullptr;  // of this block's channels
 };
 
@@ -63,6 +66,9 @@ template <class V, int NV, class T>
   for (int v = 0; v < NV; ++v) V::store(to + v * V::L, row[v]);
 }
 
+// Lines are asked for one by one between the products: in one go, more than a core can wait for would hold it up.
+static constexpr int ahead_step = 4;
+
 template <class V, class T, int MR, int NV, bool Channels>
 static void run_block(const Block<typename V::S, T>& p) {
   using S = typename V::S;
@@ -75,38 +81,42 @@ static void run_block(const Block<typename V::S, T>& p) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[m][v] = V::set1(S(-0.0));
   const S* b = p.b;
+  const char* const* ahead = p.ahead;
+  const auto ask = [&]() __attribute__((always_inline)) {
+    for (int64_t i = 0; i < p.share && ahead < p.ahead_end; ++i) __builtin_prefetch(*ahead++, 0, 2);
+  };
+  const auto add = [&](const S* a, int64_t a_row) __attribute__((always_inline)) {
+    R bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const R av = V::set1(a[m * a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
+    }
+    b += NR;
+  };
   if constexpr (Channels) {
     for (int64_t k0 = 0; k0 < p.k; k0 += L) {
       const S* a = p.a + k0 * MR;
       const int64_t count = min_of<int64_t>(L, p.k - k0);
-#pragma GCC unroll 2
-      for (int64_t k = 0; k < count; ++k, b += NR) {
-        R bv[NV];
+      int64_t k = 0;
+      for (; k + ahead_step <= count; k += ahead_step) {
+        ask();
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          const R av = V::set1(a[m * L + k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
-        }
+        for (int i = 0; i < ahead_step; ++i) add(a + k + i, L);
       }
+      for (; k < count; ++k) add(a + k, L);
     }
   } else {
-    const S* a = p.a;
-    const int64_t lda = p.lda;
+    int64_t k = 0;
+    for (; k + ahead_step <= p.k; k += ahead_step) {
+      ask();
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < p.k; ++k, b += NR) {
-      R bv[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) bv[v] = V::load(b + v * L);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        const R av = V::set1(a[m * lda + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(av, bv[v], acc[m][v]);
-      }
+      for (int i = 0; i < ahead_step; ++i) add(p.a + k + i, p.lda);
     }
+    for (; k < p.k; ++k) add(p.a + k, p.lda);
   }
   if (p.resume) {
 #pragma GCC unroll 16
@@ -170,8 +180,8 @@ struct Tile {
   int64_t ldw;
   const S *scale, *shift;  // padded to a multiple of lanes and rows
   int64_t k_block;
-  int64_t plan_group;         // vectors per stage
-  bool around, around_state;  // y and the last state go past the caches
+  int64_t plan_group;              // vectors per stage
+  bool around_clip, around_state;  // y and the last state go past the caches
 
   // Lanes are cut into panels of NV vectors; the rest goes to narrower ones.
   static int vectors_at(int64_t done, int64_t total) {
@@ -247,12 +257,14 @@ struct Tile {
     const size_t at_state = reserve(2 * state_size * sizeof(S)),
                  at_table = reserve((4 * table + 2 * columns) * sizeof(int64_t));
     const size_t at_stage = reserve(3 * stage_size * sizeof(T));
+    const size_t at_lines = reserve(3 * MR * (stage_width * sizeof(T) / 64 + 2) * sizeof(char*));
     char* memory = static_cast<char*>(scratch(1, bytes));
     S* old_state = reinterpret_cast<S*>(memory + at_state);
     S* new_state = old_state + state_size;
     int64_t* tables = reinterpret_cast<int64_t*>(memory + at_table);
     int64_t* const state_table = tables + 3 * table;
     T* stage = reinterpret_cast<T*>(memory + at_stage);
+    const char** const lines = reinterpret_cast<const char**>(memory + at_lines);
     // Rows and lanes that do not exist compute on zeros.
     memset(static_cast<void*>(stage), 0, 3 * stage_size * sizeof(T));
 
@@ -263,6 +275,9 @@ struct Tile {
     int64_t stage_rows[MR];
     for (int m = 0; m < MR; ++m) stage_rows[m] = m * stage_width;
     const bool y_lines = whole_lines<T>(p.y);
+    // Where lines begin and end within a row and the arithmetic is the bound, rows go the usual way, and what it takes
+    // to fetch their lines is hidden: the stage and what copies leave of lines at both ends cost more.
+    const bool around = around_clip && (y_lines || plan_group > NV);
     int64_t group = plan_group;
     if (!Channels && group > NV && x.base && y.base) {
       // Long rows are for stages. What is read and written where it lies goes panel by panel, its states in the nearest
@@ -314,26 +329,37 @@ struct Tile {
             if (transport && residual.base && !residual_here)
               copy_in<T>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * L,
                          group_lanes, stage + stage_size, stage_width);
-            if (transport && x.base) {
-              // The next piece, so that it has come by when this one is computed.
+            // The lines of the next piece, so that they have come by when it is computed.
+            const char** asked = lines;
+            if (transport) {
               const bool same_group = m0 + MR < row_end, same_frame = same_group || g1 < lane_vectors;
               const int64_t m = same_group ? m0 + MR : row_begin;
               const int64_t g = same_group ? g0 : same_frame ? g1 : 0, f = same_frame ? i : i + 1;
               if (f < p.T) {
                 const int64_t next_rows = min_of<int64_t>(MR, row_end - m),
                               next_lanes = min_of(group_lanes, lanes - g * L);
-                prefetch_rows<T>(x.base + f * x.t, x.rows + m, next_rows, x.lanes[g * L], next_lanes);
-                if (residual.base)
-                  prefetch_rows<T>(residual.base + f * residual.t, residual.rows + m, next_rows, residual.lanes[g * L],
-                                   next_lanes);
+                const auto add = [&](const Stream<T>& s) {
+                  each_line<T>(s.base + f * s.t, s.rows + m, next_rows, s.lanes[g * L], next_lanes,
+                               [&](const char* line) { *asked++ = line; });
+                };
+                if (x.base) add(x);
+                if (residual.base) add(residual);
+                if (y.base && !around) add(y);
               }
             }
+            const char* const* ahead = lines;
+            const int64_t steps = min_of(k_block, K - k0) / ahead_step;
+            const int64_t share = steps ? ceil_div(asked - lines, steps * ceil_div(g1 - g0, NV)) : 0;
+            if (!steps)  // nothing is multiplied meanwhile
+              while (ahead < asked) __builtin_prefetch(*ahead++, 0, 2);
             for (int64_t v = g0; v < g1;) {
               const int nv = vectors_at(v, lane_vectors), NR = nv * L;
               const int64_t l0 = v * L;
               v += nv;
               Block<S, T> b;
               b.k = min_of(k_block, K - k0);
+              b.ahead = ahead, b.ahead_end = asked, b.share = share;
+              ahead += min_of<int64_t>(steps * share, asked - ahead);
               if (Channels) {
                 b.a = old_state + m0 * padded_channels + k0 * MR;
                 b.b = weight + l0 * C + k0 * NR;
@@ -639,17 +665,22 @@ struct WidenedGrad {
         for (int64_t o = wide; o < outputs; ++o) u[wide * K + k * A + o - wide] = V::scalar(row[o]);
       }
     } else {
-      int64_t k = 0;
-      for (; k + L <= count; k += L) {
-        if (adjacent(rows_at + k)) {
-          for (int64_t o = 0; o < outputs; ++o) V::store(u + o * K + k, V::load(src + rows_at[k] + o * p.dx.c));
-        } else {
-          for (int64_t o = 0; o < outputs; ++o)
-            for (int l = 0; l < L; ++l) u[o * K + k + l] = V::scalar(src[rows_at[k + l] + o * p.dx.c]);
-        }
+      for (int64_t k = 0; k < count;) {
+        const int64_t end = run_end(rows_at, k, count);
+        for (int64_t o = 0; o < outputs; ++o) copy_run(src + rows_at[k] + o * p.dx.c, u + o * K + k, end - k);
+        k = end;
       }
-      for (; k < count; ++k)
-        for (int64_t o = 0; o < outputs; ++o) u[o * K + k] = V::scalar(src[rows_at[k] + o * p.dx.c]);
+    }
+  }
+
+  static void copy_run(const T* from, S* to, int64_t count) {
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (count >= 4) return copy_row(to, from, count * sizeof(S));
+      for (int64_t i = 0; i < count; ++i) to[i] = V::scalar(from[i]);
+    } else {
+      int64_t i = 0;
+      for (; i + L <= count; i += L) V::store(to + i, V::load(from + i));
+      for (; i < count; ++i) to[i] = V::scalar(from[i]);
     }
   }
 
@@ -667,15 +698,35 @@ struct WidenedGrad {
         ++k;
         continue;
       }
-      const bool group = !by_row && k + L <= count && adjacent(rows_at + k) && !from_first[k + L - 1];
+      const bool group = !by_row && k + L <= count && !from_first[k + L - 1];
       const int64_t step = group ? L : 1;
       int64_t c = 0;
       if (group) {
-        // L adjacent positions of L channels, turned to L channels of each position.
-        int64_t channels[L];
-        for (int l = 0; l < L; ++l) channels[l] = l * p.h.c;
-        for (; c < wide; c += L)
-          V::template transpose<T>(src + rows_at[k] + c * p.h.c, channels, h + c / NR * K * NR + k * NR + c % NR, NR);
+        // L positions of L channels, turned to L channels of each position. Where they are not adjacent, as at the end
+        // of a frame, they are brought together first.
+        const bool together = run_end(rows_at, k, k + L) == k + L;
+        int64_t channels[L], staged[L];
+        T stage[L * L];
+        for (int l = 0; l < L; ++l) channels[l] = l * p.h.c, staged[l] = l * L;
+        for (; c < wide; c += L) {
+          S* const out = h + c / NR * K * NR + k * NR + c % NR;
+          if (together) {
+            V::template transpose<T>(src + rows_at[k] + c * p.h.c, channels, out, NR);
+            continue;
+          }
+          for (int64_t i = 0; i < L;) {
+            const int64_t end = run_end(rows_at, k + i, k + L) - k;
+            const T* const from = src + rows_at[k + i] + c * p.h.c;
+            for (int l = 0; l < L; ++l) {
+              if (end - i == 1)
+                stage[l * L + i] = from[l * p.h.c];
+              else
+                copy_row(stage + l * L + i, from + l * p.h.c, (end - i) * sizeof(T));
+            }
+            i = end;
+          }
+          V::template transpose<T>(stage, staged, out, NR);
+        }
       } else if (p.h.c == 1) {
         for (; c < wide; c += L) V::store(h + c / NR * K * NR + k * NR + c % NR, V::load(src + rows_at[k] + c));
       }
@@ -684,12 +735,6 @@ struct WidenedGrad {
           h[c / NR * K * NR + (k + s) * NR + c % NR] = c < p.C ? V::scalar(src[rows_at[k + s] + c * p.h.c]) : S(0);
       k += step;
     }
-  }
-
-  static bool adjacent(const int64_t* at) {
-    for (int l = 1; l < L; ++l)
-      if (at[l] != at[0] + l) return false;
-    return true;
   }
 };
 

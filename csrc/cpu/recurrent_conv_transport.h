@@ -83,12 +83,13 @@ static void copy_out(T* frame, const int64_t* rows, int64_t row_count, const int
   }
 }
 
-// Asks for the lines of `row_count` rows of a piece of a frame that will be copied in next.
-template <class T>
-static inline void prefetch_rows(const T* frame, const int64_t* rows, int64_t row_count, int64_t first_lane,
-                                 int64_t lane_count) {
+// Calls visit(address) for every line that `row_count` rows of a piece of a frame touch.
+template <class T, class Visit>
+static inline void each_line(const T* frame, const int64_t* rows, int64_t row_count, int64_t first_lane,
+                             int64_t lane_count, Visit visit) {
   for (int64_t m = 0; m < row_count; ++m) {
-    const char* at = reinterpret_cast<const char*>(frame + rows[m] + first_lane);
-    for (int64_t i = 0; i < lane_count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    const char* const from = reinterpret_cast<const char*>(frame + rows[m] + first_lane);
+    const char* const end = from + lane_count * static_cast<int64_t>(sizeof(T));
+    for (const char* line = from - reinterpret_cast<uintptr_t>(from) % 64; line < end; line += 64) visit(line);
   }
 }

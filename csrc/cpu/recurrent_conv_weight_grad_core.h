@@ -31,14 +31,19 @@ struct GradLines {
   const char* base = nullptr;
   const int64_t* at = nullptr;  // where each piece begins; absent: `stride` apart
   int64_t element = 0, stride = 0, pieces = 0, bytes = 0;
-  int64_t piece = 0, byte = 0;
+  int64_t piece = 0;
+  const char *line = nullptr, *end = nullptr;  // of the piece that was begun
 
-  int64_t count() const { return pieces * ((bytes + 63) / 64); }
+  int64_t count() const { return pieces * (bytes / 64 + 1); }
   bool next() {
-    if (piece >= pieces) return false;
-    __builtin_prefetch(base + (at ? at[piece] : piece * stride) * element + byte);
-    byte += 64;
-    if (byte >= bytes) byte = 0, ++piece;
+    if (line >= end) {
+      if (piece >= pieces) return false;
+      const char* const from = base + (at ? at[piece] : piece * stride) * element;
+      line = from - reinterpret_cast<uintptr_t>(from) % 64, end = from + bytes;
+      ++piece;
+    }
+    __builtin_prefetch(line);
+    line += 64;
     return true;
   }
 };
