@@ -89,14 +89,20 @@ struct Step {
     S* const sums = reinterpret_cast<S*>(memory + at_sums);
     S* const copies = reinterpret_cast<S*>(memory + at_copies);
 
-    memset(tables, 0, 5 * rows * sizeof(int64_t));  // a tensor that is absent has rows nowhere
-    int64_t *const first_at = tables, *const last_at = tables + rows, *const x_at = tables + 2 * rows;
-    int64_t *const residual_at = tables + 3 * rows, *const y_at = tables + 4 * rows;
-    column_offsets(p, p.first, q0, rows, first_at);
-    if (p.last_kind != Last::none) column_offsets(p, p.last, q0, rows, last_at);
-    if (p.x.data) column_offsets(p, p.x, q0, rows, x_at);
-    if (p.residual.data) column_offsets(p, p.residual, q0, rows, residual_at);
-    if (p.y.data) column_offsets(p, p.y, q0, rows, y_at);
+    // Views with the same strides share a table; a tensor that is absent has one, too, which nothing is read from.
+    const View* const views[] = {&p.first, &p.last, &p.x, &p.residual, &p.y};
+    const int64_t* at[5];
+    for (int i = 0; i < 5; ++i) {
+      const View& v = *views[i];
+      int same = 0;
+      while (same < i &&
+             (views[same]->n != v.n || views[same]->g != v.g || views[same]->h != v.h || views[same]->w != v.w))
+        ++same;
+      at[i] = same < i ? at[same] : tables + i * rows;
+      if (same == i) column_offsets(p, v, q0, rows, tables + i * rows);
+    }
+    const int64_t *const first_at = at[0], *const last_at = at[1], *const x_at = at[2];
+    const int64_t *const residual_at = at[3], *const y_at = at[4];
 
     const S* const first = static_cast<const S*>(p.first.data);
     const int64_t spacing = rows > 1 ? first_at[1] - first_at[0] : C;
@@ -137,39 +143,58 @@ struct Step {
           block(present <= HALF, static_cast<int>(vectors), a, at_home ? spacing : copied_row, panel, count, sum,
                 k0 > 0);
           if (!last) continue;
-          for (int64_t m = m0; m < m0 + present; ++m) {
-            if (m + MR < rows) {  // the next block's
-              if (p.x.data) prefetch_row(static_cast<const T*>(p.x.data) + x_at[m + MR] + l0, width);
-              if (p.residual.data)
-                prefetch_row(static_cast<const T*>(p.residual.data) + residual_at[m + MR] + l0, width);
-            }
-            finish(sum + (m - m0) * width, static_cast<int>(vectors), l0,
-                   {x_at[m], residual_at[m], y_at[m], last_at[m]}, around, around_state);
-          }
+          const Rows at_rows{x_at + m0, residual_at + m0, y_at + m0, last_at + m0};
+          const int64_t next = max_of<int64_t>(min_of<int64_t>(MR, rows - m0 - MR), 0);
+          if (vectors == NV)
+            finish<NV>(sum, present, next, l0, at_rows, around, around_state);
+          else
+            finish<1>(sum, present, next, l0, at_rows, around, around_state);
         }
       }
     }
     if (around || around_state) end_around();
   }
 
-  struct Row {
-    int64_t x, residual, y, last;  // its place in each tensor
+  struct Rows {
+    const int64_t *x, *residual, *y, *last;  // where each row lies in each tensor
   };
-  void finish(const S* sum, int vectors, int64_t l0, const Row& at, bool around, bool around_state) const {
+  // What follows the products of `count` rows. x and the residual of the `next` ones after the block are asked for.
+  template <int Vectors>
+  void finish(const S* sums, int64_t count, int64_t next, int64_t l0, const Rows& at, bool around,
+              bool around_state) const {
     const R alpha = V::set1(static_cast<S>(p.alpha_final));
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t c = l0 + v * L;
-      R value = V::load(sum + v * L);
-      if (p.x.data) value = V::add(value, V::load(static_cast<const T*>(p.x.data) + at.x + c));
-      value = V::mul(value, alpha);
-      if (p.last_kind != Last::none) store_row<V, 1>(static_cast<S*>(p.last.data) + at.last + c, &value, around_state);
-      if (!p.y.data) continue;
-      if (p.scale) {
-        value = V::fma(V::load(static_cast<const S*>(p.scale) + c), value, V::load(static_cast<const S*>(p.shift) + c));
-        if (p.residual.data) value = V::add(value, V::load(static_cast<const T*>(p.residual.data) + at.residual + c));
-        if (p.relu) value = V::relu(value);
+    // Copies, which the stores below cannot change.
+    const auto lanes_of = [&](auto* data) { return data ? data + l0 : nullptr; };
+    const T* const x = lanes_of(static_cast<const T*>(p.x.data));
+    const T* const residual = lanes_of(static_cast<const T*>(p.scale ? p.residual.data : nullptr));
+    const S* const scale = lanes_of(static_cast<const S*>(p.scale));
+    const S* const shift = lanes_of(static_cast<const S*>(p.shift));
+    T* const y = lanes_of(static_cast<T*>(p.y.data));
+    S* const last = lanes_of(static_cast<S*>(p.last_kind != Last::none ? p.last.data : nullptr));
+    const bool relu = p.relu;
+    for (int64_t m = 0; m < count; ++m, sums += Vectors * L) {
+      if (m < next) {
+        if (x) prefetch_row(x + at.x[m + MR], Vectors * L);
+        if (residual) prefetch_row(residual + at.residual[m + MR], Vectors * L);
       }
-      store_row<V, 1>(static_cast<T*>(p.y.data) + at.y + c, &value, around);
+      R value[Vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        value[v] = V::load(sums + v * L);
+        if (x) value[v] = V::add(value[v], V::load(x + at.x[m] + v * L));
+        value[v] = V::mul(value[v], alpha);
+      }
+      if (last) store_row<V, Vectors>(last + at.last[m], value, around_state);
+      if (!y) continue;
+      if (scale) {
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; ++v) {
+          value[v] = V::fma(V::load(scale + v * L), value[v], V::load(shift + v * L));
+          if (residual) value[v] = V::add(value[v], V::load(residual + at.residual[m] + v * L));
+          if (relu) value[v] = V::relu(value[v]);
+        }
+      }
+      store_row<V, Vectors>(y + at.y[m], value, around);
     }
   }
 
