@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(threads, 1)
   const Share share(plan, p.dtype, p.rows, p.C, p.R);
   const bool bf16 = share.bf16;
   const int M = share.M, C = share.C, R = share.R, units_r = share.units_of_r(), units_z = plan.hidden_units - units_r;
+  const int positions = static_cast<int>(p.positions);  // no more than rows
   const int depth = static_cast<int>(plan.depth), hidden_depth = static_cast<int>(plan.hidden_depth);
   T* exchange_c = reinterpret_cast<T*>(scratch + plan.low_at);
   T* exchange_z = reinterpret_cast<T*>(scratch + plan.gated_at);
@@ -48,12 +49,12 @@ __global__ void __launch_bounds__(threads, 1)
   });
   share.fetch<true>(
       plan.gate_at, plan.hidden_pitch, 8 * plan.units, 2 * hidden_depth, words, [&](int o, int i) -> const T* {
-        const int feature = feature_of(o), half = i / hidden_depth, input = i % hidden_depth;
+        const int feature = feature_of(o), half = i >= hidden_depth ? 1 : 0, input = i - half * hidden_depth;
         return feature < 0 || input >= R ? nullptr : uo + static_cast<int64_t>(half * R + input) * C + feature;
       });
   share.fetch<true>(
       plan.hidden_at, plan.weight_pitch, 8 * plan.hidden_units, depth, words, [&](int o, int i) -> const T* {
-        const int hidden = share.hidden_of(o), half = hidden / R;
+        const int hidden = share.hidden_of(o), half = hidden >= R ? 1 : 0;
         return hidden < 0 || i >= C ? nullptr : w + (static_cast<int64_t>(half) * C + i) * R + hidden - half * R;
       });
 
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(threads, 1)
       if (p.grad)
         carry[i] +=
             widen(static_cast<const T*>(
-                      p.grad)[row / p.positions * p.grad_sample + row % p.positions * C + step * p.grad_step + feature],
+                      p.grad)[row / positions * p.grad_sample + row % positions * C + step * p.grad_step + feature],
                   bf16);
     });
   };
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(threads, 1)
     const auto hidden_of = [&](int i) { return i < 8 * units ? share.hidden_of(8 * first + i) : -1; };
     share.for_pairs(hidden_of, [&](int i, int row, int feature) {
       const int64_t at = (step * M + row) * 2 * R + feature;
-      const int half = feature / R;
+      const int half = feature >= R ? 1 : 0;
       const T value = narrow<T>(widen(static_cast<const T*>(p.hidden)[at], bf16) > 0 ? sums[i] : 0.0f, bf16);
       exchange_u[row * 2 * hidden_depth + half * hidden_depth + feature - half * R] = value;
       static_cast<T*>(p.du)[at] = value;

@@ -3,6 +3,7 @@
 // (fast_gru_sm90.cu).
 #pragma once
 
+#include "cuda/device/async_copy.h"
 #include "cuda/device/cluster.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/grid_barrier.h"
@@ -68,8 +69,9 @@ struct Share {
   // Output i of their hidden units: half R + feature; -1: none.
   __device__ __forceinline__ int hidden_from(int first, int i) const {
     const int half_units = static_cast<int>(plan.half_units);
-    const int unit = first * plan.hidden_units + i / 8, half = unit / half_units;
-    const int feature = unit % half_units * 8 + i % 8;
+    const int unit = first * plan.hidden_units + i / 8;
+    const int half = (unit >= half_units ? 1 : 0) + (unit >= 2 * half_units ? 1 : 0);
+    const int feature = (unit - half * half_units) * 8 + i % 8;
     return half < 2 && feature < R ? half * R + feature : -1;
   }
   // Of this block alone.
@@ -95,48 +97,69 @@ struct Share {
     }
   }
 
-  // Weights [outputs][inputs] at `at`: element(output, input) points at one of them, or is null: 0. Adjacent threads
-  // take adjacent inputs, or outputs where those are adjacent in memory. In words: 8 that are adjacent, from a multiple
-  // of 8 on, are 16 aligned bytes and all of them there or none; many are on their way at once, as nothing else hides
-  // the latency.
+  // Weights [outputs][inputs] at `at`: element(output, input) points at one of them, or is null: 0. In words: 8 that are
+  // adjacent, from a multiple of 8 on, are 16 aligned bytes and all of them there or none. Many are on their way at
+  // once, as nothing else hides the latency: rows along the inputs are copied beside the threads, which wait for
+  // fetched(); for Outputs, where outputs are adjacent in memory, there are 8 or 16 of them.
   template <bool Outputs, typename Element>
   __device__ __forceinline__ void fetch(int64_t at, int64_t pitch, int outputs, int inputs, bool words,
                                         Element element) const {
-    if (words) {
-      constexpr int batch = 8;
-      const int units = outputs / 8, runs = inputs / 8, count = Outputs ? units * inputs : outputs * runs;
-      for (int first = thread; first < count; first += threads * batch) {
-        uint4 loaded[batch];
+    if constexpr (Outputs) {
+      const int both = outputs > 8 ? 1 : 0;  // units
+      const int count = words ? inputs << both : inputs << (3 + both);
+      if (words) {
+        constexpr int batch = 8;
+#pragma unroll 1
+        for (int first = thread; first < count; first += threads * batch) {
+          uint4 loaded[batch];
 #pragma unroll
-        for (int j = 0; j < batch; ++j) {
-          const int word = first + j * threads;
-          loaded[j] = uint4{};
-          if (word >= count) continue;
-          const T* from = Outputs ? element(word % units * 8, word / units) : element(word / runs, word % runs * 8);
-          if (from) loaded[j] = *reinterpret_cast<const uint4*>(from);
-        }
+          for (int j = 0; j < batch; ++j) {
+            const int word = first + j * threads;
+            loaded[j] = uint4{};
+            const T* from = word < count ? element((word & both) * 8, word >> both) : nullptr;
+            if (from) loaded[j] = *reinterpret_cast<const uint4*>(from);
+          }
 #pragma unroll
-        for (int j = 0; j < batch; ++j) {
-          const int word = first + j * threads;
-          if (word >= count) continue;
-          if constexpr (Outputs) {
-            const uint32_t both[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
-            unsigned char* to = shared + at + word % units * 8 * pitch + 2 * (word / units);
+          for (int j = 0; j < batch; ++j) {
+            const int word = first + j * threads;
+            if (word >= count) break;
+            const uint32_t pairs_of[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
+            unsigned char* to = shared + at + (word & both) * 8 * pitch + 2 * (word >> both);
 #pragma unroll
             for (int k = 0; k < 8; ++k)
-              *reinterpret_cast<T*>(to + k * pitch) = static_cast<T>(both[k / 2] >> (16 * (k % 2)));
-          } else {
-            *reinterpret_cast<uint4*>(shared + at + word / runs * pitch + 16 * (word % runs)) = loaded[j];
+              *reinterpret_cast<T*>(to + k * pitch) = static_cast<T>(pairs_of[k / 2] >> (16 * (k % 2)));
           }
         }
+        return;
       }
-      return;
+#pragma unroll 1
+      for (int i = thread; i < count; i += threads) {
+        const int output = i & (outputs - 1), input = i >> (3 + both);
+        const T* from = element(output, input);
+        *reinterpret_cast<T*>(shared + at + output * pitch + 2 * input) = from ? *from : T(0);
+      }
+    } else {
+      const int step = words ? 8 : 1;
+#pragma unroll 1
+      for (int output = thread / 32; output < outputs; output += warps) {
+        unsigned char* row = shared + at + output * pitch;
+#pragma unroll 1
+        for (int input = thread % 32 * step; input < inputs; input += 32 * step) {
+          const T* from = element(output, input);
+          if (!words)
+            *reinterpret_cast<T*>(row + 2 * input) = from ? *from : T(0);
+          else if (from)
+            async_copy<16>(row + 2 * input, from);
+          else
+            *reinterpret_cast<uint4*>(row + 2 * input) = uint4{};
+        }
+      }
     }
-    for (int i = thread; i < outputs * inputs; i += threads) {
-      const int output = Outputs ? i % outputs : i / inputs, input = Outputs ? i / outputs : i % inputs;
-      const T* from = element(output, input);
-      *reinterpret_cast<T*>(shared + at + output * pitch + 2 * input) = from ? *from : T(0);
-    }
+  }
+  // What this thread fetched has landed; others see it after a barrier.
+  __device__ __forceinline__ void fetched() const {
+    async_commit();
+    async_wait<0>();
   }
   // Whether the weights can be fetched so.
   template <typename Problem>
@@ -297,6 +320,7 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
   const Share share(plan, p.dtype, p.rows, p.C, p.R);
   const bool bf16 = share.bf16;
   const int M = share.M, C = share.C, R = share.R;
+  const int positions = static_cast<int>(p.positions);  // no more than rows
   const int depth = static_cast<int>(plan.depth), hidden_depth = static_cast<int>(plan.hidden_depth);
   T* low = reinterpret_cast<T*>(scratch + plan.low_at);
   T* gated = reinterpret_cast<T*>(scratch + plan.gated_at);
@@ -334,6 +358,7 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
     state[i] = p.state[static_cast<int64_t>(row) * C + feature];
     low[row * depth + feature] = narrow<T>(state[i], bf16);
   });
+  share.fetched();
   barrier.arrive();
   const auto read_hidden = [&](int64_t step) {
     const T* from = static_cast<const T*>(p.hidden) + step * M * 2 * R;
@@ -350,7 +375,7 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
     share.for_pairs(hidden_of, [&](int i, int row, int feature) {
       float value = sums[i] + ahead[i];
       if (value < 0) value = 0;  // NaN stays
-      const int half = feature / R;
+      const int half = feature >= R ? 1 : 0;
       exchange[row * 2 * hidden_depth + half * hidden_depth + feature - half * R] = narrow<T>(value, bf16);
       if (p.save) static_cast<T*>(p.hidden)[(first + row) * 2 * R + feature] = narrow<T>(value, bf16);
     });
@@ -379,7 +404,7 @@ __device__ __forceinline__ void all_steps(const Steps& p, const PersistentPlan& 
       state[i] = (1 - z[i]) * state[i] + z[i] * candidate;
       low[row * depth + feature] = narrow<T>(state[i], bf16);
       if (p.save) candidates[static_cast<int64_t>(row) * C + feature] = narrow<T>(candidate, bf16);
-      static_cast<T*>(p.out)[row / p.positions * p.out_sample + row % p.positions * C + step * p.out_step + feature] =
+      static_cast<T*>(p.out)[row / positions * p.out_sample + row % positions * C + step * p.out_step + feature] =
           narrow<T>(state[i], bf16);
     });
     if (step + 1 == p.steps) break;
