@@ -229,12 +229,17 @@ struct Share {
     constexpr int teams = warps / 2, tiles = fast_gru::persistent_cluster * most_units / teams;
     const int lane = thread % 32, warp = thread / 32, half = warp % 2, team = warp / 2;
     const int group = lane / 4, quad = lane % 4;
-    const int rank = cluster_rank(), slice = static_cast<int>(plan.slice), words = slice / 8;
+    const int rank = cluster_rank(), slice = static_cast<int>(plan.slice);
+    const int both = units > 1 ? 1 : 0;  // a block has one unit or two
     unsigned char* stage = shared + plan.partial_at;
     float* received = dynamic_shared<float>(static_cast<size_t>(plan.received_at));
-    for (int i = thread; i < M * words; i += threads)
-      *reinterpret_cast<uint4*>(stage + i / words * plan.weight_pitch + 16 * (i % words)) =
-          *reinterpret_cast<const uint4*>(a + static_cast<int64_t>(i / words) * pitch + rank * slice + 8 * (i % words));
+#pragma unroll 1
+    for (int row = warp; row < M; row += warps)
+#pragma unroll 1
+      for (int input = 8 * lane; input < slice; input += 8 * 32)
+        async_copy<16>(stage + row * plan.weight_pitch + 2 * input,
+                       a + static_cast<int64_t>(row) * pitch + rank * slice + input);
+    fetched();
     block_barrier();
     float acc[2][tiles][4] = {};
     for (int run = 0; run < slice / fast_gru::persistent_depth; ++run) {
@@ -268,8 +273,8 @@ struct Share {
     for (int n = 0; n < tiles; ++n) {
       const int unit = team + teams * n;
       if (unit >= plan.cluster * units) break;
-      float* to = cluster_shared(received, unit / units) + rank * most_rows * fast_gru::partial_pitch +
-                  unit % units * 8 + 2 * quad;
+      float* to = cluster_shared(received, unit >> both) + rank * most_rows * fast_gru::partial_pitch +
+                  (unit & both) * 8 + 2 * quad;
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -284,7 +289,8 @@ struct Share {
     for (int i = 0; i < pairs; ++i) {
       sums[i] = 0;
       if (row_of(i) >= M || output_of(i) >= 8 * units) continue;
-      for (int from = 0; from < plan.cluster; ++from)
+#pragma unroll
+      for (int from = 0; from < fast_gru::persistent_cluster; ++from)
         sums[i] += received[(from * most_rows + row_of(i)) * fast_gru::partial_pitch + output_of(i)];
     }
   }
