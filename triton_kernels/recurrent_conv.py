@@ -553,7 +553,7 @@ WEIGHT_GRAD_TILES = {
         128: GradTile(128, 16, 8, 3),
     },
     "tf32": {16: GradTile(16, 64, 4, 3), 32: GradTile(32, 64, 4, 3), 64: GradTile(64, 32, 4, 3)},
-    "ieee": {16: GradTile(16, 32, 4, 2), 32: GradTile(32, 16, 4, 2)},
+    "ieee": {16: GradTile(16, 32, 4, 2), 32: GradTile(32, 16, 4, 2), 64: GradTile(64, 32, 8, 3)},
 }
 # Twice an H100's multiprocessors; a constant, so that the order of summation is the same everywhere.
 WEIGHT_GRAD_PROGRAMS = 264

@@ -24,6 +24,7 @@ CASES = [
     ("backward", 64, torch.float32, "frames"),
     ("forward", 128, torch.float32, "frames"),
     ("affine_act", 128, torch.float32, "channels_last"),
+    ("backward", 512, torch.float32, "frames_of_196"),
     ("forward", 256, torch.float32, "channels_last"),
 ]
 
