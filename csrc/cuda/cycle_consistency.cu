@@ -15,8 +15,15 @@ namespace rcu_ops::cuda {
 namespace {
 
 constexpr int align_threads = 256, align_warps = align_threads / 32;
-constexpr int at_once = 4;                           // keys of a warp
-constexpr int64_t static_numbers = 2 * align_warps;  // of a block's reductions, at the start of its shared memory
+constexpr int at_once = 4;  // keys of a warp
+// Numbers of a block's reductions, at the start of its shared memory; of align_query's, sums of its threads follow.
+constexpr int64_t reduction_numbers = 2 * align_warps, static_numbers = reduction_numbers + align_threads;
+constexpr int keys_at_once = 4, queries_at_once = align_threads / (2 * keys_at_once);  // of key_gradient
+
+// Threads side by side along channels: a power of two.
+__device__ __forceinline__ int threads_along(int64_t channels) {
+  return channels > 128 ? align_threads : channels > 64 ? 128 : channels > 32 ? 64 : 32;
+}
 
 __device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
   return !mask.data || mask.data[n * mask.n + t * mask.t];
@@ -33,6 +40,23 @@ __device__ S block_sum(S value, S* memory) {
   for (int w = 0; w < align_warps; ++w) value += memory[w];
   block_barrier();
   return value;
+}
+
+// Sums over the warp of four numbers; lane l gets that of number l / 8.
+template <typename S>
+__device__ __forceinline__ S four_sums(S (&values)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int mask = 16, count = 2; mask > 4; mask /= 2, count /= 2)
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      const bool high = lane & mask;
+      const S given = high ? values[j] : values[j + count];
+      values[j] = (high ? values[j + count] : values[j]) + shuffle_xor(given, mask);
+    }
+#pragma unroll
+  for (int mask = 4; mask > 0; mask /= 2) values[0] += shuffle_xor(values[0], mask);
+  return values[0];
 }
 
 // The first of the smallest of values[0 .. count) and its place; -1 where none is less than infinity. Every thread gets
@@ -183,53 +207,64 @@ __global__ void __launch_bounds__(align_threads, 2)
   const S factor = scale_of(largest_of, parts, n);
   const T* query = static_cast<const T*>(from.data) + n * from.n + t * from.t;
   const T* key0 = static_cast<const T*>(to.data) + n * to.n;
-  const auto key = [&](int64_t i, int64_t c) { return widen(key0[i * to.t + c * to.c], bf16) * factor; };
   // values[i] = sum over channels of term(key i, c); infinity (or 0 for products) for keys that are not there.
   const auto for_keys = [&](S* values, S missing, auto term) {
     for (int64_t first = warp; first < keys; first += at_once * align_warps) {
       S sum[at_once] = {};
-      int64_t i[at_once];  // those beyond the last are the last again, and not written
+      const T* key[at_once];
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) {
-        i[j] = first + j * align_warps;
-        if (i[j] >= keys) i[j] = keys - 1;
+      for (int j = 0; j < at_once; ++j) {  // those beyond the last are the last again, and not written
+        const int64_t i = first + j * align_warps;
+        key[j] = key0 + (i < keys ? i : keys - 1) * to.t + lane * to.c;
       }
-#pragma unroll 2
+#pragma unroll 4
       for (int64_t c = lane; c < p.C; c += 32)
 #pragma unroll
-        for (int j = 0; j < at_once; ++j) sum[j] += term(key(i[j], c), c);
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2)
-#pragma unroll
-        for (int j = 0; j < at_once; ++j) sum[j] += shuffle_xor(sum[j], mask);
-#pragma unroll
-      for (int j = 0; j < at_once; ++j)
-        if (lane == 0 && first + j * align_warps < keys) values[i[j]] = there(mask_to, n, i[j]) ? sum[j] : missing;
+        for (int j = 0; j < at_once; ++j) {
+          sum[j] += term(widen(*key[j], bf16) * factor, c);
+          key[j] += 32 * to.c;
+        }
+      const S all = four_sums(sum);
+      const int64_t i = first + lane / 8 * align_warps;
+      if (lane % 8 == 0 && i < keys) values[i] = there(mask_to, n, i) ? all : missing;
     }
     block_barrier();
   };
-  // values[c] = sum over keys of weights[i] (key - around[c]), around == nullptr: 0.
+  // values[c] = sum over keys of weights[i] (key - around[c]), around == nullptr: 0. Groups of threads take runs of 16
+  // keys in turn.
   const auto for_channels = [&](S* values, const S* weights, const S* around) {
+    const int along = threads_along(p.C), groups = align_threads / along, group = static_cast<int>(threadIdx.x) / along;
+    S* sums = memory + reduction_numbers;
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
+    for (int64_t c0 = 0; c0 < p.C; c0 += along) {
+      const int64_t c = c0 + static_cast<int>(threadIdx.x) % along, read = c < p.C ? c : p.C - 1;
       S sum = 0;
-      const S centre_of_key = around ? around[c] : S(0);
+      const S centre_of_key = around ? around[read] : S(0);
+      const T* key = key0 + read * to.c + group * 16 * to.t;
 #pragma unroll 1
-      for (int64_t first = 0; first < keys; first += 16) {
+      for (int64_t first = group * 16; first < keys; first += groups * 16, key += (groups - 1) * 16 * to.t) {
         S part = 0;
         if (!mask_to.data && first + 16 <= keys) {
 #pragma unroll
-          for (int j = 0; j < 16; ++j) part += weights[first + j] * (key(first + j, c) - centre_of_key);
+          for (int j = 0; j < 16; ++j, key += to.t)
+            part += weights[first + j] * (widen(*key, bf16) * factor - centre_of_key);
         } else {
 #pragma unroll 1
-          for (int64_t i = first; i < keys && i < first + 16; ++i)
-            if (there(mask_to, n, i)) part += weights[i] * (key(i, c) - centre_of_key);
+          for (int j = 0; j < 16; ++j, key += to.t)
+            if (first + j < keys && there(mask_to, n, first + j))
+              part += weights[first + j] * (widen(*key, bf16) * factor - centre_of_key);
         }
         sum += part;
       }
-      values[c] = sum;
+      sums[threadIdx.x] = sum;
+      block_barrier();
+      if (group == 0 && c < p.C) {
+#pragma unroll 1
+        for (int other = 1; other < groups; ++other) sum += sums[threadIdx.x + other * along];
+        values[c] = sum;
+      }
+      block_barrier();
     }
-    block_barrier();
   };
 
   for_keys(z, static_cast<S>(INFINITY), [&](S k, int64_t c) {
@@ -331,45 +366,99 @@ __global__ void __launch_bounds__(align_threads, 2)
   if (threadIdx.x == 0) index[task] = nearest;
 }
 
-// db of one key: sum_t (z_ti grad_t + w_ti (a_t - b_i)), with z and w as align_query left them. A block owns a key, a
-// thread every 256th channel. Bound: reading a (and grad) from L2 once per key.
+template <typename S>
+struct alignas(keys_at_once * sizeof(S)) WeightsOfKeys {
+  S of[keys_at_once];
+};
+
+// db of one key: sum_t (z_ti grad_t + w_ti (a_t - b_i)), with z and w as align_query left them.
+//
+// Work.     A block owns four keys; threads side by side own a channel each, groups of them take 32 queries' shares in
+//           turn, of which eight are on their way at a time.
+// Memory.   Shared: both weights of 32 queries and four keys, and sums of every thread's.
+// Order.    Queries one after the other within 32, then those, then groups: fixed, no atomics.
+// Bound.    Latency: reading a (and grad) from L2 once per four keys.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
     key_gradient(const Alignment p, const Accumulator<T>* largest_of, int parts, const Accumulator<T>* rows,
                  int64_t row_numbers) {
   using S = Accumulator<T>;
-  const int64_t n = blockIdx.x / p.S, i = blockIdx.x % p.S;
+  constexpr int K = keys_at_once, Q = queries_at_once, on_their_way = 8;
+  S *weights = dynamic_shared<S>(), *sums = weights + align_threads;  // [query][z, w][key], [group][key][channel]
+  const int64_t blocks = (p.S + K - 1) / K, n = blockIdx.x / blocks, i0 = (blockIdx.x - n * blocks) * K;
   const S factor = scale_of(largest_of, parts, n);
-  const bool bf16 = p.dtype == DType::bf16;
-  const bool present = there(p.mask_b, n, i);
-  const T* key = static_cast<const T*>(p.b.data) + n * p.b.n + i * p.b.t;
-  const S* weights = rows + n * p.T * row_numbers + i;
-  for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
-    S sum = 0;
-    if (present) {
-      const S own = widen(key[c * p.b.c], bf16) * factor;
+  const bool bf16 = p.dtype == DType::bf16, soft = p.kind == Align::soft_backward;
+  const int along = threads_along(p.C), groups = align_threads / along, group = static_cast<int>(threadIdx.x) / along;
+  const int share = Q / groups;  // of a group
+  // Of the weight that this thread fetches.
+  const int of_query = static_cast<int>(threadIdx.x) / (2 * K), of_key = static_cast<int>(threadIdx.x) % K;
+  const bool fetches = i0 + of_key < p.S && (soft || threadIdx.x / K % 2 == 1);
+  const S* weight = rows + n * p.T * row_numbers + threadIdx.x / K % 2 * p.S + i0 + of_key;
 #pragma unroll 1
-      for (int64_t first = 0; first < p.T; first += 16) {
-        S part = 0;
-        const auto add = [&](int64_t t) {
-          const S query = widen(static_cast<const T*>(p.a.data)[n * p.a.n + t * p.a.t + c * p.a.c], bf16) * factor;
-          part += weights[t * row_numbers + p.S] * (query - own);
-          if (p.kind == Align::soft_backward)
-            part += weights[t * row_numbers] *
-                    widen(static_cast<const T*>(p.grad.data)[n * p.grad.n + t * p.grad.t + c * p.grad.c], bf16);
-        };
-        if (!p.mask_a.data && first + 16 <= p.T) {
-#pragma unroll 4
-          for (int j = 0; j < 16; ++j) add(first + j);
-        } else {
-#pragma unroll 1
-          for (int64_t t = first; t < p.T && t < first + 16; ++t)
-            if (there(p.mask_a, n, t)) add(t);
-        }
-        sum += part;
-      }
+  for (int64_t c0 = 0; c0 < p.C; c0 += along) {
+    const int64_t c = c0 + static_cast<int>(threadIdx.x) % along, read = c < p.C ? c : p.C - 1;
+    S sum[K] = {}, own[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int64_t i = i0 + k < p.S ? i0 + k : p.S - 1;
+      own[k] = widen(static_cast<const T*>(p.b.data)[n * p.b.n + i * p.b.t + read * p.b.c], bf16) * factor;
     }
-    static_cast<T*>(p.db)[(n * p.S + i) * p.C + c] = narrow<T>(sum, bf16);
+    const T* query = static_cast<const T*>(p.a.data) + n * p.a.n + read * p.a.c;
+    const T* grad = static_cast<const T*>(p.grad.data) + n * p.grad.n + read * p.grad.c;
+#pragma unroll 1
+    for (int64_t t0 = 0; t0 < p.T; t0 += Q) {
+      const int64_t t = t0 + of_query;
+      const S fetched = fetches && t < p.T ? weight[t * row_numbers] : S(0);
+      block_barrier();  // the weights before these have been read
+      weights[threadIdx.x] = fetched;
+      block_barrier();
+      S part[K] = {};
+      const int q0 = group * share;
+      const auto add = [&](int q, S of_this, S of_grad) {
+        const auto* both = reinterpret_cast<const WeightsOfKeys<S>*>(weights) + 2 * q;
+        const WeightsOfKeys<S> z = both[0], w = both[1];
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          part[k] += w.of[k] * (of_this - own[k]);
+          if (soft) part[k] += z.of[k] * of_grad;
+        }
+      };
+      if (!p.mask_a.data && t0 + Q <= p.T && share >= on_their_way) {
+        const T *from = query + (t0 + q0) * p.a.t, *of = grad + (t0 + q0) * p.grad.t;
+#pragma unroll 1
+        for (int q = q0; q < q0 + share; q += on_their_way) {
+          T queries[on_their_way], grads[on_their_way] = {};
+#pragma unroll
+          for (int j = 0; j < on_their_way; ++j, from += p.a.t) queries[j] = *from;
+          if (soft)
+#pragma unroll
+            for (int j = 0; j < on_their_way; ++j, of += p.grad.t) grads[j] = *of;
+#pragma unroll
+          for (int j = 0; j < on_their_way; ++j) add(q + j, widen(queries[j], bf16) * factor, widen(grads[j], bf16));
+        }
+      } else {
+#pragma unroll 1
+        for (int q = q0; q < q0 + share && t0 + q < p.T; ++q)
+          if (there(p.mask_a, n, t0 + q))
+            add(q, widen(query[(t0 + q) * p.a.t], bf16) * factor, soft ? widen(grad[(t0 + q) * p.grad.t], bf16) : S(0));
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) sum[k] += part[k];
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums[(group * K + k) * along + static_cast<int>(threadIdx.x) % along] = sum[k];
+    block_barrier();
+#pragma unroll 1
+    for (int of = static_cast<int>(threadIdx.x); of < K * along; of += align_threads) {
+      const int k = of / along;
+      const int64_t i = i0 + k, channel = c0 + of % along;
+      if (i >= p.S || channel >= p.C) continue;
+      S all = 0;
+#pragma unroll 1
+      for (int other = 0; other < groups; ++other) all += sums[other * K * along + of];
+      static_cast<T*>(p.db)[(n * p.S + i) * p.C + channel] = narrow<T>(there(p.mask_b, n, i) ? all : S(0), bf16);
+    }
+    block_barrier();
   }
 }
 
@@ -388,7 +477,7 @@ __global__ void __launch_bounds__(align_threads, 4) gate_of(const Alignment p) {
 
 Error launch_gate(const Alignment& p, Stream stream) {
   return launch("cycle_consistency gate_of", gate_of, dim3(static_cast<unsigned>(p.N)), dim3(align_threads),
-                static_numbers * sizeof(float), stream, p);
+                reduction_numbers * sizeof(float), stream, p);
 }
 
 // Numbers of a query's row, and whether rows lie in shared memory.
@@ -421,16 +510,18 @@ template <typename T>
 Error align_as(const Alignment& p, const RowPlan& plan, void* scratch, Stream stream) {
   using S = Accumulator<T>;
   S *largest_of = static_cast<S*>(scratch), *rows = largest_of + plan.rows_at;
-  const size_t base = static_numbers * sizeof(S);
   Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N * plan.parts)),
-                       dim3(align_threads), base, stream, p, plan.parts, largest_of);
+                       dim3(align_threads), reduction_numbers * sizeof(S), stream, p, plan.parts, largest_of);
+  const int64_t numbers = static_numbers + (plan.in_shared ? plan.numbers : 0);
   if (error.empty())
     error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.rows)),
-                   dim3(align_threads), base + (plan.in_shared ? static_cast<size_t>(plan.numbers) * sizeof(S) : 0),
-                   stream, p, largest_of, plan.parts, rows, plan.numbers, plan.in_shared);
+                   dim3(align_threads), static_cast<size_t>(numbers) * sizeof(S), stream, p, largest_of, plan.parts,
+                   rows, plan.numbers, plan.in_shared);
   if (error.empty() && p.db)
-    error = launch("cycle_consistency key_gradient", key_gradient<T>, dim3(static_cast<unsigned>(p.N * p.S)),
-                   dim3(align_threads), 0, stream, p, largest_of, plan.parts, rows, plan.numbers);
+    error =
+        launch("cycle_consistency key_gradient", key_gradient<T>,
+               dim3(static_cast<unsigned>(p.N * ((p.S + keys_at_once - 1) / keys_at_once))), dim3(align_threads),
+               (keys_at_once + 1) * align_threads * sizeof(S), stream, p, largest_of, plan.parts, rows, plan.numbers);
   return error.empty() && p.gate ? launch_gate(p, stream) : error;
 }
 

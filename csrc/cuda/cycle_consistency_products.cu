@@ -45,7 +45,7 @@ constexpr int tile_threads = ProductTiles::threads, tile_warps = tile_threads / 
               rows_per_warp = tile_queries / tile_warps;
 constexpr int survey_threads = ProductTiles::survey_threads, survey_warps = survey_threads / 32;
 constexpr int weight_pitch = tile_queries + 4;
-constexpr int unknown = -2, settled_at_once = 4;
+constexpr int unknown = -2, settled_at_once = 8;
 
 __device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
   return !mask.data || mask.data[n * mask.n + t * mask.t];
@@ -62,6 +62,21 @@ __device__ __forceinline__ float over_lanes(float value, F function) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value = function(value, shuffle_xor(value, mask));
   return value;
+}
+
+// Sums over the warp of eight numbers, each by the tree of warp_sum: lane l gets that of number l / 4.
+__device__ __forceinline__ float eight_sums(float (&values)[8]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int mask = 16, count = 4; mask > 2; mask /= 2, count /= 2)
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      const bool high = lane & mask;
+      const float given = high ? values[j] : values[j + count];
+      values[j] = (high ? values[j + count] : values[j]) + shuffle_xor(given, mask);
+    }
+  values[0] += shuffle_xor(values[0], 2);
+  return values[0] + shuffle_xor(values[0], 1);
 }
 
 // A sequence and its mask.
@@ -109,6 +124,7 @@ __global__ void __launch_bounds__(survey_threads, 2) survey(const Alignment p, c
 __device__ float sample_factor(const ProductTiles& plan, const char* scratch, int64_t n) {
   const float* largest = reinterpret_cast<const float*>(scratch + plan.largest_at) + n * plan.chunks;
   float most = 0;
+#pragma unroll 1
   for (int64_t i = threadIdx.x % 32; i < plan.chunks; i += 32) most = larger(largest[i], most);
   most = over_lanes(most, larger);
   if (!(most < INFINITY)) return 0;
@@ -297,48 +313,98 @@ struct Tile {
     }
   }
 
-  // The distances of row r that cannot stand, by differences; all of them where not all numbers are finite.
-  __device__ void settle(int r) const {
-    float* row = d + r * plan.pitch;
-    float end = INFINITY, most = 0;
-    for (int64_t i = lane; i < keys; i += 32) {
-      const float error = bound(size[r], i);
-      end = smaller(row[i] + error, end);
-      if (error < INFINITY) most = larger(error, most);
-    }
-    end = over_lanes(end, smaller), most = over_lanes(most, larger);
-    const Settling<float> settling(rounding, end, most, sharpness, keys, p.kind == Align::back);
-    for (int64_t i0 = 0; i0 < keys; i0 += 32) {
-      const int64_t i = i0 + lane;
-      bool again = i < keys && key_there(i);
-      if (again && finite()) {
-        const float value = row[i], error = bound(size[r], i);
-        again = value - error <= settling.reach &&
-                !(error <= settling.allowed * value || error * sharpness <= settling.flat);
-      } else if (i < keys && !again) {
-        row[i] = INFINITY;
+  // A lane's part of |query row0 + m - key first + j|^2, whose sum over the warp is difference()'s. All loads of 128
+  // channels are on their way together. T: of the numbers in memory. Keys beyond the last are the last again.
+  template <typename T>
+  __device__ void part_of_differences(int row0, int64_t first, float (&sum)[rows_per_warp][settled_at_once]) const {
+    constexpr int steps = 4;
+    const bool bf16 = p.dtype == DType::bf16;
+    const float by = factor_or_one();
+    const T *of_key[settled_at_once], *of_query[rows_per_warp];
+#pragma unroll
+    for (int j = 0; j < settled_at_once; ++j)
+      of_key[j] = static_cast<const T*>(to.frames.data) + n * to.frames.n + lane * to.frames.c +
+                  (first + j < keys ? first + j : keys - 1) * to.frames.t;
+#pragma unroll
+    for (int m = 0; m < rows_per_warp; ++m)
+      of_query[m] = static_cast<const T*>(from.frames.data) + n * from.frames.n + lane * from.frames.c +
+                    (t0 + (row0 + m < rows ? row0 + m : rows - 1)) * from.frames.t;
+#pragma unroll 1
+    for (int64_t c = 0; c + lane < p.C; c += 32 * steps) {
+      T a[steps][rows_per_warp], b[steps][settled_at_once];
+#pragma unroll
+      for (int u = 0; u < steps; ++u) {
+        const bool inside = c + 32 * u + lane < p.C;
+#pragma unroll
+        for (int m = 0; m < rows_per_warp; ++m) a[u][m] = inside ? of_query[m][(c + 32 * u) * from.frames.c] : T();
+#pragma unroll
+        for (int j = 0; j < settled_at_once; ++j) b[u][j] = inside ? of_key[j][(c + 32 * u) * to.frames.c] : T();
       }
-      // Several on their way at a time, each added up as difference() does.
-      for (uint32_t left = ballot(again); left;) {
-        int at[settled_at_once];  // those beyond the last are the last again
-        float sum[settled_at_once] = {};
+#pragma unroll
+      for (int u = 0; u < steps; ++u)
 #pragma unroll
         for (int j = 0; j < settled_at_once; ++j) {
-          at[j] = left ? lowest_bit(left) : at[j > 0 ? j - 1 : 0];
-          left &= left - 1;
-        }
-        for (int64_t c = lane; c < p.C; c += 32) {
-          const float of_query = query(r, c);
+          const float of_this = widen(b[u][j], bf16) * by;
 #pragma unroll
-          for (int j = 0; j < settled_at_once; ++j) {
-            const float difference = key(i0 + at[j], c) - of_query;
-            sum[j] += difference * difference;
+          for (int m = 0; m < rows_per_warp; ++m) {
+            const float difference = of_this - widen(a[u][m], bf16) * by;
+            sum[m][j] += difference * difference;
           }
         }
+    }
+  }
+
+  // The distances of the warp's rows, from row0 on, that cannot stand, by differences; all of them where not all numbers
+  // are finite.
+  __device__ void settle(int row0) const {
+    constexpr int M = rows_per_warp;
+    float reach[M], allowed = 0, flat = 0;
 #pragma unroll
-        for (int j = 0; j < settled_at_once; ++j) {
-          const float value = warp_sum(sum[j]);
-          if (lane == at[j]) row[i] = value;
+    for (int m = 0; m < M; ++m) {
+      const int r = row0 + m;
+      float end = INFINITY, most = 0;
+      for (int64_t i = lane; i < keys && query_there(r); i += 32) {
+        const float error = bound(size[r], i);
+        end = smaller(d[r * plan.pitch + i] + error, end);
+        if (error < INFINITY) most = larger(error, most);
+      }
+      const Settling<float> settling(rounding, over_lanes(end, smaller), over_lanes(most, larger), sharpness, keys,
+                                     p.kind == Align::back);
+      reach[m] = settling.reach, allowed = settling.allowed, flat = settling.flat;
+    }
+#pragma unroll 1
+    for (int64_t i0 = 0; i0 < keys; i0 += 32) {
+      const int64_t i = i0 + lane;
+      const bool seen = i < keys && key_there(i);
+      uint32_t wanted[M], any = 0;
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const int r = row0 + m;
+        float* row = d + r * plan.pitch;
+        bool again = seen && query_there(r);
+        if (again && finite()) {
+          const float value = row[i], error = bound(size[r], i);
+          again = value - error <= reach[m] && !(error <= allowed * value || error * sharpness <= flat);
+        } else if (i < keys && !seen) {
+          row[i] = INFINITY;
+        }
+        wanted[m] = ballot(again), any |= wanted[m];
+      }
+      warp_barrier();  // the rows have been read, which other lanes write now
+                       // Eight keys at a time, if one of them is wanted.
+#pragma unroll 1
+      for (int j0 = 0; j0 < 32; j0 += settled_at_once) {
+        if (!(any >> j0 & ((1u << settled_at_once) - 1))) continue;
+        float sum[M][settled_at_once] = {};
+        if (p.dtype == DType::f32)
+          part_of_differences<float>(row0, i0 + j0, sum);
+        else
+          part_of_differences<uint16_t>(row0, i0 + j0, sum);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const int j = j0 + lane / 4;
+          const float value = eight_sums(sum[m]);
+          if (lane % 4 == 0 && wanted[m] >> j & 1) d[(row0 + m) * plan.pitch + i0 + j] = value;
         }
       }
     }
@@ -403,9 +469,9 @@ struct Tile {
         left &= group ? 0xffff0000u : 0xffffu;
         float part[M] = {};
         while (left) {
-          // Up to four at once, for as many loads on their way. Those beyond the last are the last again, without
+          // Up to eight at once, for as many loads on their way. Those beyond the last are the last again, without
           // weight.
-          constexpr int K = 4;
+          constexpr int K = 8;
           int at[K];
           float value[K];
           int count = 0;
@@ -502,6 +568,7 @@ struct Tile {
     else if (lane == 0 && p.kind == Align::back)
       static_cast<float*>(p.log_probability)[at] = static_cast<float*>(p.mean)[at] =
           static_cast<float*>(p.variance)[at] = 0;
+#pragma unroll 1
     for (int64_t c = lane; p.soft && c < p.C; c += 32) store_number(p.soft, p.dtype, at * p.C + c, 0.f);
   }
 
@@ -541,6 +608,7 @@ struct Tile {
 
   __device__ float smallest_end(int r) const {
     float end = INFINITY;
+#pragma unroll 1
     for (int i = lane; i < keys; i += 32) end = smaller(d[r * plan.pitch + i] + bound(size[r], i), end);
     return over_lanes(end, smaller);
   }
@@ -566,6 +634,7 @@ __device__ void align_queries(const Tile& tile) {
   const int64_t out0 = tile.n * tile.from.count + tile.t0;
   int64_t* index = tile.turned ? p.index_ba : p.index_ab;
   float any = 0;
+#pragma unroll 1
   for (int i = tile.lane + 32 * tile.warp; i < tile.keys; i += tile_threads) any += tile.key_there(i) ? 1.f : 0.f;
   if (threadIdx.x < tile_queries) {
     const int r = static_cast<int>(threadIdx.x) < tile.rows ? static_cast<int>(threadIdx.x) : tile.rows - 1;
@@ -575,6 +644,7 @@ __device__ void align_queries(const Tile& tile) {
   any = tile.over_warps(warp_sum(any));
   if (p.mask_through.data) {
     float ways = 0;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < p.frames_through; i += tile_threads)
       ways += there(p.mask_through, tile.n, i) ? 1.f : 0.f;
     if (tile.over_warps(warp_sum(ways)) == 0) any = 0;
@@ -610,12 +680,14 @@ __device__ void align_queries(const Tile& tile) {
     }
     if (stage == centres) continue;
 
+    if (stage == distances) {
+      tile.settle(row0);
+      warp_barrier();
+    }
 #pragma unroll 1
     for (int r = row0; r < row_end; ++r) {
       if (stage == distances) {
         if (!tile.query_there(r)) continue;
-        tile.settle(r);
-        warp_barrier();
         float own = 0;
         if (p.kind == Align::back) {  // far or near, the loss is of this one
           own = tile.difference(r, tile.t0 + r);
@@ -630,6 +702,7 @@ __device__ void align_queries(const Tile& tile) {
         warp_barrier();
         if (p.kind == Align::back) tile.land(r, out0 + r, own);
         if (!centre_is_sum)
+#pragma unroll 1
           for (int64_t c = tile.lane; c < p.C; c += 32)
             tile.centre[r * tile.plan.padded + c] = likely < 0 ? 0.f : tile.key(likely, c);
         continue;
@@ -665,6 +738,7 @@ __device__ void align_queries(const Tile& tile) {
   for (int r = row0; r < row_end; ++r) {
     if (!tile.query_there(r)) continue;
     if (index && tile.lane == 0) index[out0 + r] = tile.found[r];
+#pragma unroll 1
     for (int64_t c = tile.lane; p.soft && c < p.C; c += 32) {
       const float value = tile.centre[r * tile.plan.padded + c] + tile.rest[r * tile.plan.padded + c];
       store_number(p.soft, p.dtype, (out0 + r) * p.C + c, value / tile.factor_or_one());

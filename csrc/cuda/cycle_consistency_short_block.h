@@ -37,8 +37,10 @@ template <typename T>
 // Rows of one quad of channels: eight neighbours in different banks.
 constexpr int row_pitch = stage_channels + 16 / static_cast<int>(sizeof(T));
 
-// Shared memory: numbers of the warps [64], d [F][F + 1], stages or sums.
-__host__ __device__ constexpr int shared_header(int frames) { return (64 + frames * (frames + 1) + 3) / 4 * 4; }
+// Shared memory: numbers of the warps [64], d [F][F + 1], a run of keys that its last row lacks, stages or sums.
+__host__ __device__ constexpr int shared_header(int frames) {
+  return (64 + frames * (frames + 1) + ShortCycle::most_frames + 3) / 4 * 4;
+}
 
 __device__ __forceinline__ bool frame_seen(const FrameMask& mask, int64_t n, int64_t t) {
   return !mask.data || mask.data[n * mask.n + t * mask.t];
@@ -210,13 +212,12 @@ __device__ float measure_sample(const Alignment& p, int64_t n, uint64_t here, fl
 }
 
 // From distances to the sample's indices and gate: eight lanes per query, up to four keys each. `memory`: a number per
-// warp.
+// warp; `weights`: 33 per query.
 __device__ __forceinline__ void find_indices(const Alignment& p, int64_t n, float sharpness, uint64_t here,
-                                             const float* d, float* memory) {
+                                             const float* d, float* memory, float* weights) {
   constexpr int lanes = 8, held = ShortCycle::most_frames / lanes;
   const int T = static_cast<int>(p.T), S = static_cast<int>(p.S), frames = T + S, pitch = frames + 1;
-  const int lane = static_cast<int>(threadIdx.x) % lanes, first_lane = static_cast<int>(threadIdx.x) % 32 - lane;
-  const int longest = T > S ? T : S;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
   bool in_place = T == S;
   for (int first = 0; first < frames; first += short_threads / lanes) {  // all threads together
     const int place = first + static_cast<int>(threadIdx.x) / lanes;
@@ -245,21 +246,17 @@ __device__ __forceinline__ void find_indices(const Alignment& p, int64_t n, floa
     }
 #pragma unroll
     for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    float spread[held] = {};
+    float *of_query = weights + place * (ShortCycle::most_frames + 1), spread[held] = {};
 #pragma unroll
-    for (int k = 0; k < held; ++k) {
-      z[k] /= sum;
-      if (lanes * k >= longest) continue;
+    for (int k = 0; k < held; ++k)
+      if (mine) of_query[lane + lanes * k] = z[k] / sum;
+    warp_barrier();
+    const float* row = d + start * pitch + start + lane;  // numbers beyond the last key's are read, and not looked at
+    if (mine)
+#pragma unroll 4
+      for (int i = 0; i < keys; ++i, row += pitch)
 #pragma unroll
-      for (int j = 0; j < lanes; ++j) {
-        const float weight = shuffle(z[k], first_lane + j);
-        if (!present(lanes * k + j)) continue;
-        const float* within = d + (start + lanes * k + j) * pitch + start + lane;
-#pragma unroll
-        for (int of = 0; of < held; ++of)
-          if (lane + lanes * of < keys) spread[of] += weight * within[lanes * of];
-      }
-    }
+        for (int k = 0; k < held; ++k) spread[k] += of_query[i] * row[lanes * k];
     int at = -1;
     least = INFINITY;
 #pragma unroll
@@ -274,7 +271,7 @@ __device__ __forceinline__ void find_indices(const Alignment& p, int64_t n, floa
     const bool own = here >> query & 1;
     if (!own) at = -1;
     if (mine && lane == 0) (turned ? p.index_ba + n * p.S : p.index_ab + n * p.T)[t] = at;
-    in_place = in_place && (!own || at == t);
+    in_place = in_place && (!mine || !own || at == t);
   }
   const uint32_t away = ballot(!in_place);
   if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = away ? 0.f : 1.f;
@@ -340,8 +337,9 @@ __device__ __forceinline__ void align_short_block(const Alignment& p, const Shor
   bool wild = false, large = false;  // a distance is no finite number; one is large enough
   const auto put = [&](float sum, int from, int to) {
     if (from >= frames || to >= frames || (tile.row == tile.column && from > to)) return;  // there, both are the tile's
-    d[from * pitch + to] = d[to * pitch + from] = sum;
-    if (!(here >> from & here >> to & 1)) return;
+    const bool both = here >> from & here >> to & 1;
+    d[from * pitch + to] = d[to * pitch + from] = both ? sum : 0.f;  // without weight, and so it has to be a number
+    if (!both) return;
     wild = wild || !(sum < INFINITY), large = large || sum >= 0x1p-60f;
   };
   float factor = 1, sharpness = launch.sharpness;
@@ -390,7 +388,7 @@ __device__ __forceinline__ void align_short_block(const Alignment& p, const Shor
     const double sharp = 1 / static_cast<double>(factor) / static_cast<double>(factor) / p.temperature;
     sharpness = static_cast<float>(sharp < 3.4e38 ? sharp : 3.4e38);
   }
-  find_indices(p, n, sharpness, here, d, memory + 32);
+  find_indices(p, n, sharpness, here, d, memory + 32, sums);
 }
 
 }  // namespace

@@ -620,8 +620,8 @@ FAULTS = [
     Fault("squares overflow", "if (factor == 1) break", "if (factor > 0) break", short_cycle, file=SHORT),
     Fault(
         "no distance of products is found again",
-        "if (lane == at[j]) row[i] = value;",
-        "if (lane == at[j] && value < 0) row[i] = value;",
+        "if (lane % 4 == 0 && wanted[m] >> j & 1)",
+        "if (lane % 4 == 0 && wanted[m] >> j & 1 && value < 0)",
         long_cycle,
         file=PRODUCTS,
     ),
