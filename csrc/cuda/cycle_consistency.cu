@@ -150,11 +150,11 @@ __device__ S scale_of(const S* largest_of, int parts, int64_t n) {
 //
 // Work.     A block owns one query: a frame of a, or, with `cycle`, also one of b (rows from N T on). Distances: a warp
 //           takes every 8th key, its lanes every 32nd channel, by differences. Softmax: all threads. Sums of keys: a
-//           thread owns every 256th channel. Soft neighbours are kept as the sum u as it comes out and the rest, sum_i
-//           z_i (b_i - u): right under offsets and scene cuts, where rounding u loses the differences between frames
-//           (see csrc/cpu/cycle_consistency_core.h).
+//           thread owns a channel, or shares it with others where channels are few: runs of 16 keys in turn. Soft
+//           neighbours are kept as the sum u as it comes out and the rest, sum_i z_i (b_i - u): right under offsets and
+//           scene cuts, where rounding u loses the differences between frames (see csrc/cpu/cycle_consistency_core.h).
 // Memory.   `row`: z or distances [S], weights [S], u [C], rest [C], in shared memory where they fit; for gradients z
-//           and the weights stay in the scratch, [N T][2 S], for key_gradient.
+//           and the weights stay in the scratch, [N T][2 S], for key_gradient. Sums of threads beside the reductions.
 // Order.    Fixed; no atomics; equal keys have equal distances wherever they stand.
 // Output.   Every element has one writer. Rows of frames that are not there: index -1, results and gradients 0.
 // Code.     A warp has four keys on their way at a time, a thread 16 of those that it adds up. A thread's own keys and
