@@ -67,6 +67,7 @@ COMPILED_TOGETHER = (
         "csrc/cuda/recurrent_conv_batch_norm.cu",
         "csrc/cuda/recurrent_conv_fp32.cu",
         "csrc/cuda/recurrent_conv_step.cu",
+        "csrc/cuda/recurrent_conv_step_words.cu",
         "csrc/cuda/recurrent_conv_weight_grad.cu",
     ),
     (

@@ -107,6 +107,7 @@ Scan gpu_scan(const Strides& shape, const std::string& dtype, const Strides& x, 
   p.x = gpu_view(p.dtype, x, misalignment);
   p.y = gpu_view(p.dtype, y, 0);
   if (residual) p.residual = gpu_view(p.dtype, *residual, misalignment);
+  p.weight_in = 1, p.weight_out = p.C;
   p.init = with_state ? Init::state : Init::none;
   p.last_kind = Last::state;
   p.reverse = reverse;
@@ -143,6 +144,32 @@ void plain_block(const Scan& p, const cuda::PlainScanPlan& plan, int64_t block, 
     }
 }
 
+// A frame by words: those of x, or of y, that a block's threads have.
+void step_words_block(const View& v, const cuda::StepScanPlan& plan, int64_t block, int64_t offset,
+                      std::vector<int64_t>& touched) {
+  const int64_t sample_blocks = cuda::ceil_div(plan.words.positions, plan.columns);
+  const int channel0 = static_cast<int>(block % plan.channel_blocks) * plan.outputs;
+  const int64_t column_block = block / plan.channel_blocks;
+  const int column0 = static_cast<int>(column_block % sample_blocks) * plan.columns;
+  const int sample = static_cast<int>(column_block / sample_blocks);
+  const auto touch = [&](int channel, int column, int numbers) {
+    if (column0 + column >= plan.words.positions) return;
+    const int64_t at = cuda::step_words_offset(v, sample, column0 + column) + channel0 + channel;
+    if (at % numbers != 0) throw std::logic_error("a word is not aligned");
+    for (int i = 0; i < numbers; ++i) touched.push_back(offset + at + i);
+  };
+  const auto words = [&](int numbers) {
+    return [&touch, numbers](int, int, int channel, int column) { touch(channel, column, numbers); };
+  };
+  for (unsigned thread = 0; thread < static_cast<unsigned>(cuda::step_threads); ++thread)
+    if (plan.outputs == 64)
+      cuda::for_step_words<4, 8>(thread, words(8));
+    else if (plan.matrix)
+      cuda::for_step_words<1, 1>(thread, words(2));
+    else if (thread < static_cast<unsigned>(cuda::plain_step_words_threads))
+      cuda::for_plain_step_words(thread, [&](int, int channel, int column) { touch(channel, column, 4); });
+}
+
 template <int Outputs, int Columns>
 void step_block(const Scan& p, const cuda::StepScanPlan& plan, int64_t block, Touched& touched) {
   const int64_t channel0 = block % plan.channel_blocks * Outputs, column0 = block / plan.channel_blocks * Columns;
@@ -153,6 +180,12 @@ void step_block(const Scan& p, const cuda::StepScanPlan& plan, int64_t block, To
     const auto first_of = [](const View& v, const View& whole) {
       return (static_cast<char*>(v.data) - static_cast<char*>(whole.data)) / element_size(v.dtype);
     };
+    if (plan.words.possible && step.init == Init::state) {
+      step_words_block(step.x, plan, block, first_of(step.x, p.x), touched.read);
+      step_words_block(step.y, plan, block, first_of(step.y, p.y), touched.written);
+      continue;
+    }
+    if (block >= plan.blocks) continue;  // samples of their own are more blocks
     for (int thread = 0; thread < cuda::step_threads; ++thread)
       for (const bool reading : {true, false}) {
         const View &v = reading ? step.x : step.y, &whole = reading ? p.x : p.y;

@@ -363,7 +363,7 @@ struct ScanPlan {
 
   bool is_plain() const { return !step && !fp32 && !tile && !wide && !hopper; }
   int64_t blocks() const {
-    return step     ? step->blocks
+    return step     ? blocks_of(*step)
            : fp32   ? fp32->blocks
            : tile   ? tile->blocks
            : wide   ? wide->blocks
@@ -408,14 +408,18 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   if (kernel != Kernel::plain) plan.fp32 = plan_fp32_scan(p, gpu);
   if (plan.is_plain()) plan.plain = plan_plain_scan(p, gpu);
   if (kernel == Kernel::plain || (kernel == Kernel::hopper && plan.hopper)) return plan;
-  // One frame after a given state needs no block to own all channels. It is launched alone where the scan's blocks
-  // would leave multiprocessors idle, or in fp32 would have to be small and stage all of W for few columns each; frame
-  // after frame where only the plain scan, which knows no matrix unit, can hold the channels.
+  // One frame after a given state needs no block to own all channels, nor anything that a scan prepares for the frames
+  // that follow. It is launched alone where words of contiguous channels make that shortest, where the scan's blocks
+  // would leave multiprocessors idle, or in fp32 would have to be small and stage all of W for few columns each, and
+  // where the plain scan would read W in pieces; frame after frame where only the plain scan, which knows no matrix
+  // unit, can hold the channels.
   const StepScanPlan step = plan_step_scan(p, gpu);
   const bool small_blocks = plan.fp32 && plan.fp32->positions < fp32_most_positions;
+  const bool in_pieces = plan.is_plain() && !plan.plain.weight_resident;
   const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&
-      ((single && (plan.blocks() < gpu.multiprocessors || small_blocks)) || (step.matrix && many_channels)))
+      ((single && (step.words.possible || plan.blocks() < gpu.multiprocessors || small_blocks || in_pieces)) ||
+       (step.matrix && many_channels)))
     plan.step = step, plan.fp32.reset(), plan.tile.reset(), plan.wide.reset(), plan.hopper.reset();
   return plan;
 }

@@ -125,6 +125,42 @@ RCU_OPS_DEVICE void for_tile_loaded(int thread, int threads, bool along_channels
   }
 }
 
+// The steps by words (recurrent_conv_step_plan.h). Where number 0 of column `column` of a sample is.
+RCU_OPS_DEVICE int64_t step_words_offset(const View& v, int sample, int column) {
+  return sample * v.n + static_cast<int64_t>(column) * static_cast<int>(v.w);
+}
+
+// On the matrix unit a warp has 16 columns x Tiles tiles of 8 channels, Warps warps beside each other along columns. A
+// lane's accumulators of Group tiles are those of 2 Group adjacent channels, since W's rows are laid down in that order.
+template <int Group>
+RCU_OPS_DEVICE int step_weight_row(int channel) {
+  constexpr int adjacent = 2 * Group;
+  const int in = channel % (8 * Group);
+  return channel - in + in % adjacent / 2 * 8 + in / adjacent * 2 + in % 2;
+}
+template <int Tiles>
+inline constexpr int step_group = Tiles < 4 ? Tiles : 4;
+// Calls visit(first of its Group tiles, half of their rows, channel, column) for each word of 2 Group numbers of a
+// thread.
+template <int Warps, int Tiles, typename Visit>
+RCU_OPS_DEVICE void for_step_words(unsigned thread, Visit visit) {
+  constexpr int group = step_group<Tiles>;
+  const int lane = static_cast<int>(thread % 32), warp = static_cast<int>(thread / 32);
+  RCU_OPS_UNROLL
+  for (int tile = 0; tile < Tiles; tile += group) RCU_OPS_UNROLL
+  for (int half = 0; half < 2; ++half)
+    visit(tile, half, (warp / Warps * Tiles + tile) * 8 + (lane & 3) * 2 * group,
+          warp % Warps * 16 + half * 8 + (lane >> 2));
+}
+
+// In fp32 a thread has 4 channels at 2 columns. Calls visit(which, channel, column).
+template <typename Visit>
+RCU_OPS_DEVICE void for_plain_step_words(unsigned thread, Visit visit) {
+  RCU_OPS_UNROLL
+  for (int which = 0; which < 2; ++which)
+    visit(which, static_cast<int>(thread % 8 * 4), which * 8 + static_cast<int>(thread / 8));
+}
+
 // Calls visit(element offset in a frame of the tensor, byte offset in a slot) for every word of `numbers` (8, 4, 2 or
 // 1) 16-bit numbers of a tile of C <= PaddedChannels channels x `columns` <= Columns columns, each from one of
 // `threads` threads. Slots have one row of `pitch` bytes per column (along_channels: memory is contiguous along

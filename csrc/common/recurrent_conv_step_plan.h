@@ -11,6 +11,18 @@
 namespace rcu_ops::cuda {
 
 inline constexpr int step_threads = 128;
+inline constexpr int plain_step_words_threads = 64;
+
+// The same by the kernels that move words of contiguous channels alone, for launches after a given state. A block's
+// columns are of one sample; where columns lie at even distances across samples, too, all of them count as one.
+// Shared memory: all input channels of W, one row per output channel, and of the state in the arithmetic's type, one row
+// per column, in rows of so many bytes; the block's scale and shift.
+struct StepWordsPlan {
+  bool possible = false;
+  int samples = 0, positions = 0;
+  int64_t blocks = 0;
+  int64_t weight_pitch = 0, state_pitch = 0, state_at = 0, numbers_at = 0, shared_bytes = 0;
+};
 
 // A launch per frame; a block owns `outputs` output channels at `columns` columns.
 struct StepScanPlan {
@@ -26,6 +38,7 @@ struct StepScanPlan {
   int64_t weight_at = 0, state_at = 0, values_at = 0, shared_bytes = 0;
   int64_t pitch = 0;
   int64_t scratch_bytes = 0;  // states between launches
+  StepWordsPlan words;
 };
 
 inline constexpr int plain_step_depth = 128;  // of one piece
@@ -33,6 +46,27 @@ inline constexpr int plain_step_outputs = 32, plain_step_columns = 16;
 
 // The launches of a scan: the gradient of the first state is one more product.
 inline int64_t step_launches(const Scan& p) { return p.T + (p.last_kind == Last::projected ? 1 : 0); }
+
+// Whether all tensors have contiguous channels in rows that words of 16 bytes divide, and columns at even distances
+// within a sample, of 31 bits. even: and across samples.
+inline bool in_step_words(const Scan& p, bool& even) {
+  constexpr int64_t most = 0x7fffffff;
+  const int64_t positions = p.H * p.W;
+  even = true;
+  if (p.G != 1 || (p.W == 1 && p.H > 1) || (!p.x.data && !p.y.data) || p.N * positions > most) return false;
+  for (const View* v : {&p.x, &p.y, &p.residual, &p.first, &p.last}) {
+    if (!v->data) continue;
+    const int64_t numbers = 16 / element_size(v->dtype);
+    const auto whole = [&](int64_t size, int64_t stride) { return size == 1 || stride % numbers == 0; };
+    if (v->c != 1 || reinterpret_cast<uintptr_t>(v->data) % 16 != 0 || v->w < 0 || v->w > most) return false;
+    if (!whole(p.N, v->n) || !whole(p.T, v->t) || !whole(p.H, v->h) || !whole(p.W, v->w)) return false;
+    if (p.H > 1 && v->h != p.W * v->w) return false;
+    even = even && (p.N == 1 || v->n == positions * v->w);
+  }
+  for (const View* v : {&p.first, &p.last})
+    if (v->data && element_size(v->dtype) != state_size(p.dtype)) return false;
+  return even || p.N <= 0xffff;
+}
 
 inline StepScanPlan plan_step_scan(const Scan& p, const Gpu& gpu) {
   const auto blocks_of = [](int64_t size, int64_t block) { return (size + block - 1) / block; };
@@ -62,6 +96,21 @@ inline StepScanPlan plan_step_scan(const Scan& p, const Gpu& gpu) {
     plan.values_at = plan.state_at + 2 * plan.depth * plan.columns * size;
   }
   plan.shared_bytes = plan.values_at + plan.outputs * (plan.columns + 1) * size;
+  StepWordsPlan& words = plan.words;
+  bool even = false;
+  words.possible = p.dtype != DType::f64 && p.C % plan.outputs == 0 && plan.channel_blocks <= 0xffff &&
+                   p.weight_in == 1 && p.weight_out * element_size(p.dtype) % 16 == 0 &&
+                   reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && in_step_words(p, even);
+  words.samples = static_cast<int>(even ? 1 : p.N);
+  words.positions = static_cast<int>(even ? columns : p.H * p.W);
+  words.blocks = words.samples * blocks_of(words.positions, plan.columns) * plan.channel_blocks;
+  // Rows of W are an odd number of 16-byte words apart, and those of a state that is read by pairs 8 words of 4.
+  words.weight_pitch = p.C * element_size(p.dtype) + 16;
+  words.state_pitch = p.C * size + (plan.matrix ? 32 : 16);
+  words.state_at = plan.outputs * words.weight_pitch;
+  words.numbers_at = words.state_at + plan.columns * words.state_pitch;
+  words.shared_bytes = words.numbers_at + 2 * plan.outputs * size;
+  words.possible = words.possible && words.shared_bytes <= gpu.shared_bytes;
   plan.scratch_bytes = (plan.launches < 3 ? plan.launches - 1 : 2) * columns * p.C * size;
   return plan;
 }
@@ -95,10 +144,14 @@ inline Scan step_of(const Scan& p, int64_t i, void* scratch) {
   return s;
 }
 
+inline int64_t blocks_of(const StepScanPlan& plan) { return plan.words.possible ? plan.words.blocks : plan.blocks; }
+
 inline Text describe(const StepScanPlan& plan) {
-  return "step: " + (plan.launches > 1 ? to_text(plan.launches) + " launches of " : Text()) + to_text(plan.blocks) +
+  return "step: " + (plan.launches > 1 ? to_text(plan.launches) + " launches of " : Text()) + to_text(blocks_of(plan)) +
          " blocks of " + to_text(plan.outputs) + " channels x " + to_text(plan.columns) + " columns" +
-         (plan.matrix ? " on the matrix unit" : "") + ", " + to_text(plan.depth) + " input channels at a time";
+         (plan.matrix ? " on the matrix unit" : "") +
+         (plan.words.possible ? ", by words of contiguous channels"
+                              : ", " + to_text(plan.depth) + " input channels at a time");
 }
 
 }  // namespace rcu_ops::cuda

@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_scan(const Scan p, c
           const float2 added = unpack<T>(x[r]), h16 = unpack<T>(rounded[k][r]);
           const float d0 = widen(*reinterpret_cast<const T*>(weight + d));
           const float d1 = widen(*reinterpret_cast<const T*>(weight + ((d ^ 16) + 130)));
-          h[0] = added.x + (product ? d0 * rest_of(h[0], h16.x) : h[0]);
-          h[1] = added.y + (product ? d1 * rest_of(h[1], h16.y) : h[1]);
+          h[0] = product ? with_rest(added.x, d0, h[0], h16.x) : added.x + h[0];
+          h[1] = product ? with_rest(added.y, d1, h[1], h16.y) : added.y + h[1];
         }
       }
       if (product) {

@@ -91,10 +91,7 @@ __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* v
 // Work.     A block of 4 warps computes O = 32 M output channels at P = 16 N columns; a warp 16 M x 8 N of them. Rows
 //           of the matrix product are output channels, its columns columns of the problem.
 // State.    As in tile_scan: v = alpha * (W round(v) + diag(W) * (v - round(v)) + x), added up in the order of
-//           tile_scan and wide_scan, 16 input channels per step: on the host machine, which contracts nothing, the bits
-//           are those of the sequence. On a GPU the compiler may contract the second term in one kernel and not in
-//           another: then they agree to an ulp of the fp32 state. Frame after frame (more than 256 channels) and one by
-//           one it is this kernel both times, and the same bits.
+//           tile_scan and wide_scan, 16 input channels per step: the bits are those of the sequence.
 // Memory.   Shared memory as in StepScanPlan. W comes by cp.async where its rows allow, the state through registers,
 //           where it is rounded; depth input channels of both at a time. x and the state's share are laid down as
 //           `values`, from where they become accumulators, and the new state goes back there, so that every tensor is
@@ -185,8 +182,9 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
           return a;
         },
         [&](int64_t, int, float& value, const Arriving& a) {
-          const float rest = rest_of(a.h, widen(narrow<T>(a.h, bf16), bf16));
-          value = (x ? widen(a.x, bf16) : 0.0f) + (product ? widen(a.diagonal, bf16) * rest : keep ? a.h : 0.0f);
+          const float arriving = x ? widen(a.x, bf16) : 0.0f;
+          value = product ? with_rest(arriving, widen(a.diagonal, bf16), a.h, widen(narrow<T>(a.h, bf16), bf16))
+                          : arriving + (keep ? a.h : 0.0f);
         });
   };
   float acc[M][N][4];
@@ -351,6 +349,10 @@ Error launch_step_scan(const Scan& p, const StepScanPlan& plan, void* scratch, S
   Error error;
   for (int64_t i = 0; error.empty() && i < plan.launches; ++i) {
     const Scan step = step_of(p, i, scratch);
+    if (plan.words.possible && step.init == Init::state) {
+      error = launch_step_words(step, plan, stream);
+      continue;
+    }
     switch (p.dtype) {
       case DType::f32: error = launch_plain_step<float>(step, plan, stream); break;
       case DType::f64: error = launch_plain_step<double>(step, plan, stream); break;

@@ -249,11 +249,11 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     };
     const auto pair_of = [&](int m, int k, int r) { return &state[m][2 * k + r / 2][r % 2 * 2]; };
     // v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
-    const auto with_rest = [&](float* h, int m, int k, int r, float2 v, bool rest) {
+    const auto take = [&](float* h, int m, int k, int r, float2 v, bool rest) {
       const float2 d = *reinterpret_cast<const float2*>(diagonal + 16 * k + r / 2 * 8 + fragment_pair);
       const float2 h16 = unpack<T>(rounded[m][k][r]);
-      h[0] = v.x + (rest ? d.x * rest_of(h[0], h16.x) : h[0]);
-      h[1] = v.y + (rest ? d.y * rest_of(h[1], h16.y) : h[1]);
+      h[0] = rest ? with_rest(v.x, d.x, h[0], h16.x) : v.x + h[0];
+      h[1] = rest ? with_rest(v.y, d.y, h[1], h16.y) : v.y + h[1];
     };
     if (p.norm.moments && !extra) {
       for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
@@ -263,19 +263,19 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
         for (int r = 0; r < 4; ++r) {
           const int channel = 16 * k + r / 2 * 8 + fragment_pair;
           const float2 added = norm_gradient(tables, channel, unpack<T>(x[r]), unpack<T>(normalised[r]), p.norm.relu);
-          with_rest(pair_of(m, k, r), m, k, r, added, product);
+          take(pair_of(m, k, r), m, k, r, added, product);
         }
         warp_barrier();  // orders nothing, but the next tile's numbers would be fetched before, and spill
       });
     } else if (product) {
       for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) with_rest(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), true);
+        for (int r = 0; r < 4; ++r) take(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), true);
       });
     } else {
       for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) with_rest(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), false);
+        for (int r = 0; r < 4; ++r) take(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), false);
       });
     }
     if (product) {

@@ -11,6 +11,8 @@ Error launch_fp32_scan(const Scan& problem, const Fp32ScanPlan& plan, Stream str
 Error launch_tile_scan(const Scan& problem, const TileScanPlan& plan, Stream stream);
 // A launch per frame; scratch: plan.scratch_bytes.
 Error launch_step_scan(const Scan& problem, const StepScanPlan& plan, void* scratch, Stream stream);
+// One launch of it after a given state, where plan.words are possible.
+Error launch_step_words(const Scan& problem, const StepScanPlan& plan, Stream stream);
 Error launch_wide_scan(const Scan& problem, const WideScanPlan& plan, Stream stream);
 Error launch_hopper_scan(const Scan& problem, const HopperScanPlan& plan, Stream stream);
 

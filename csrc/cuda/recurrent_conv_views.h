@@ -23,11 +23,12 @@ __device__ __forceinline__ void store_state(const View& v, int64_t i, DType dtyp
     static_cast<S*>(v.data)[i] = value;
 }
 
-// What a product with the rounded state leaves out. Nothing where the state is infinite or NaN: there the rounded one
-// already says all.
-__device__ __forceinline__ float rest_of(float h, float rounded) {
+// value + diagonal * (h - rounded): of a state that is rounded for the product what the product leaves out, which the
+// weight of the channel's own past multiplies. Nothing where the state is infinite or NaN: there the rounded one already
+// says all. One rounding, in every kernel: a stream of single frames has the bits of a scan.
+__device__ __forceinline__ float with_rest(float value, float diagonal, float h, float rounded) {
   const float rest = h - rounded;
-  return rest - rest == 0 ? rest : 0.0f;
+  return fma(diagonal, fabsf(rest) < INFINITY ? rest : 0.0f, value);
 }
 
 // NormPass::gradient of channel c, from the tables that a block keeps in shared memory.

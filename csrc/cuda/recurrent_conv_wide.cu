@@ -195,12 +195,12 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
 
     const bool arriving = p.x.data && !extra;
     // The pair of v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
-    const auto with_rest = [&](int n, int r, float2 v) {
+    const auto take = [&](int n, int r, float2 v) {
       float* h = &state[r / 2][n][r % 2 * 2];
       const float2 h16 = unpack<T>(pack<T>(h[0], h[1]));
       const float d = diagonal[r / 2][r % 2];
-      h[0] = v.x + (product ? d * rest_of(h[0], h16.x) : h[0]);
-      h[1] = v.y + (product ? d * rest_of(h[1], h16.y) : h[1]);
+      h[0] = product ? with_rest(v.x, d, h[0], h16.x) : v.x + h[0];
+      h[1] = product ? with_rest(v.y, d, h[1], h16.y) : v.y + h[1];
     };
     if (p.norm.moments && !extra) {
 #pragma unroll
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
         for (int r = 0; r < 4; ++r) {
           const int channel = first_channel + 8 * r + lane / 4;
           const float2 dz = unpack<T>(x[r]), h = unpack<T>(normalised[r]);
-          with_rest(n, r,
-                    float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
-                           norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
+          take(n, r,
+               float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
+                      norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
         }
       }
     } else {
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
         uint32_t x[4] = {};
         if (arriving) load_own(x, slot, n);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) with_rest(n, r, unpack<T>(x[r]));
+        for (int r = 0; r < 4; ++r) take(n, r, unpack<T>(x[r]));
       }
     }
     // The product's 16 input channels from 16 k x 16 columns from 8 n, as four tiles, two for each b.

@@ -202,6 +202,16 @@ def step(machine: Machine) -> None:
             assert machine.plan.startswith("step")
 
 
+def step_by_words(machine: Machine) -> None:
+    machine.device = {"multiprocessors": 4}
+    for shape in ((2, 32, 1, 3, 3), (1, 128, 1, 9, 9)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight, h0 = (v.contiguous() for v in inputs(shape, dtype))
+            x, h0 = LAYOUTS["channels_last"](x), LAYOUTS["channels_last"](h0.float().unsqueeze(2)).squeeze(2)
+            check_forward(machine, x, weight, h0, False, False)
+            assert "by words" in machine.plan
+
+
 def short_cycle(machine: Machine) -> None:
     for magnitude in (1.0, 1e31):
         a = magnitude * torch.randn(1, 12, 512)  # a stage more than there are places
@@ -271,7 +281,9 @@ def closed_gate(machine: Machine) -> None:
 
 SHORT, SHORT_CLUSTERS, SHORT_BODY = (f"cycle_consistency_short{end}" for end in (".cu", "_sm90.cu", "_block.h"))
 PRODUCTS = "cycle_consistency_products.cu"
-TILE, WIDE, STEP, SM90 = (f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "sm90"))
+TILE, WIDE, STEP, STEP_WORDS, SM90 = (
+    f"recurrent_conv_{name}.cu" for name in ("tile", "wide", "step", "step_words", "sm90")
+)
 WEIGHT_GRAD = "recurrent_conv_weight_grad.cu"
 STEPS_BODY = "fast_gru_steps.h"
 RELATE, RELATE_BODY, GRADIENTS = "nonlocal_gates.cu", "nonlocal_gates_tile.h", "nonlocal_gates_gradients.cu"
@@ -396,7 +408,7 @@ FAULTS = [
     Fault("no warp barrier after the wait", "warp_barrier();  // frame i", "// frame i", tile, "thread", file=TILE),
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
-    Fault("a bf16 state", "rest ? d.x * rest_of(h[0], h16.x)", "rest ? 0.0f", tile_long, file=TILE),
+    Fault("a bf16 state", "rest ? with_rest(v.x, d.x, h[0], h16.x)", "rest ? v.x", tile_long, file=TILE),
     Fault("words beyond the last column", "32, C, columns, pitch, p.y", "32, C, M, pitch, p.y", tile, file=TILE),
     Fault("statistics of the last frame alone", "c, columns, i == 0)", "c, columns, true)", norm_in_tile, file=TILE),
     Fault(
@@ -434,8 +446,8 @@ FAULTS = [
     Fault("one state for both frames", "states + i % 2 * plan.slot_bytes", "states", wide, "thread", WIDE),
     Fault(
         "the rest of the state is left out",
-        "product ? d0 * rest_of(h[0], h16.x)",
-        "product ? 0 * d0",
+        "product ? with_rest(added.x, d0, h[0], h16.x)",
+        "product ? added.x + 0 * d0",
         warpgroups_with_residual,
         file=SM90,
     ),
@@ -569,6 +581,18 @@ FAULTS = [
         STEP,
     ),
     Fault("a piece is not waited for", "async_wait<1>();", "async_wait<2>();", step, file=STEP),
+    Fault("no wait for W and the state", "async_wait<0>();", "", step_by_words, file=STEP_WORDS),
+    Fault("no barrier after the wait", "block_barrier();", "", step_by_words, "thread", STEP_WORDS),
+    Fault("columns beyond the last", "column0 + j < positions;", "true;", step_by_words, "address", STEP_WORDS),
+    Fault(
+        "W's rows as they lie in memory",
+        "return step_weight_row<Group>(channel);",
+        "return channel;",
+        step_by_words,
+        file=STEP_WORDS,
+    ),
+    Fault("the diagonal of the next channel", "+ c * 2;", "+ (c ^ 2) * 2;", step_by_words, file=STEP_WORDS),
+    Fault("one run for all", "total[n].v[m] += acc[n][m]", "total[n].v[m] = acc[n][m]", step_by_words, file=STEP_WORDS),
     Fault("one half for both pieces", "k0 / D % 2);\n      for", "0);\n      for", step, file=STEP),
     Fault(
         "a range of splits is left out", "int r = 1; r < sum", "int r = 2; r < sum", weight_gradient, file=WEIGHT_GRAD
@@ -780,6 +804,7 @@ FEWER = {
         ("<__half>", "<__nv_bfloat16>"),
     ],
     STEP: [("<double>", "<float>")],
+    STEP_WORDS: [("<__half,", "<__nv_bfloat16,")],
     WIDE: [("<__half>", "<__nv_bfloat16>")],
     SM90: [("<__half>", "<__nv_bfloat16>")],
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],

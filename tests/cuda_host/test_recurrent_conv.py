@@ -673,6 +673,87 @@ def test_single_frames(machine, shape, layout, device, plan, dtype, seed) -> Non
     assert_close_to_reference(h_n, exact_n, eager[1])
 
 
+# By words of contiguous channels: both tiles, full and partial blocks of columns, samples that are one row of columns
+# and, cut out of a clip, blocks of their own.
+STEP_WORDS = [
+    ((1, 64, 1, 7, 7), 1, {"multiprocessors": 8}, "8 blocks of 32 channels x 16 columns"),
+    ((2, 32, 1, 3, 6), 1, {}, "3 blocks of 32 channels x 16 columns"),
+    ((3, 96, 1, 3, 6), 2, {}, "18 blocks of 32 channels x 16 columns"),
+    ((1, 128, 1, 9, 9), 1, {"multiprocessors": 4}, "4 blocks of 64 channels x 64 columns"),
+    ((2, 192, 1, 5, 13), 2, {"multiprocessors": 4}, "12 blocks of 64 channels x 64 columns"),
+]
+
+
+@pytest.mark.parametrize(("shape", "frames", "device", "plan"), STEP_WORDS, ids=lambda v: str(v).replace(" ", "")[:24])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_single_frames_by_words(machine, shape, frames, device, plan, dtype, seed) -> None:
+    """Against the reference, and the bits of the kernels that need no words."""
+    machine.seed, machine.device = seed, device
+    n, c, _, height, width = shape
+    x, weight, h0 = inputs((n, c, frames, height, width), dtype)
+    x, h0 = LAYOUTS["channels_last"](x), LAYOUTS["channels_last"](h0.float().unsqueeze(2)).squeeze(2)
+    residual, x = LAYOUTS["channels_last"](torch.randn(x.shape).to(dtype))[:, :, :1], x[:, :, frames - 1 :]
+    channels = torch.randn(c)
+    options: dict[str, Any] = {"scale": channels, "shift": -channels, "residual": residual}
+
+    def all_ways(x: Tensor, weight: Tensor, h0: Tensor) -> list[Tensor]:
+        return [
+            *machine.forward(x, weight, h0),
+            *machine.forward(x, weight, h0, mean=True, scale=channels, shift=channels),
+            *machine.forward(x, weight, h0, relu=True, **options),
+        ]
+
+    check_forward(machine, x, weight, h0, True, False)
+    # In fp32 there is the small tile alone.
+    if dtype != torch.float32 or "32 channels" in plan:
+        matrix = " on the matrix unit" if dtype != torch.float32 else ""
+        assert machine.plan.startswith(f"step: {plan}{matrix}, by words of contiguous channels")
+    found = all_ways(x, weight, h0)
+    assert machine.plan.startswith("step") and "by words" in machine.plan
+    want = all_ways(x, weight, contiguous(h0))
+    assert "by words" not in machine.plan
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    exact, _ = exact_forward(x, weight, h0, False, False)
+    per_channel = channels.double()[:, None, None, None]
+    eager = reference.recurrent_conv_affine_act(
+        x, weight, channels.to(dtype), -channels.to(dtype), h0.to(dtype), residual, state_dtype=dtype
+    )
+    assert_close_to_reference(found[4], torch.relu(per_channel * exact - per_channel + residual.double()), eager[0])
+
+
+def test_what_goes_by_words(machine) -> None:
+    """Every condition once: what only just does not fulfil it goes another way, to the same result."""
+    x, weight, h0 = inputs((2, 32, 1, 4, 5), torch.bfloat16)
+    frame, h0 = LAYOUTS["channels_last"](x), LAYOUTS["channels_last"](h0.float().unsqueeze(2)).squeeze(2)
+    want = machine.forward(frame, weight, h0)
+    assert "by words" in machine.plan
+    wide = torch.full((32, 36), torch.nan, dtype=torch.bfloat16)[:, :32].copy_(weight)
+    tall = torch.full((2, 1, 8, 5, 32), torch.nan, dtype=torch.bfloat16).permute(0, 4, 1, 2, 3)[..., ::2, :]
+    for other in (
+        (contiguous(frame), weight, h0),
+        (one_number_further(frame), weight, h0),
+        (tall.copy_(frame), weight, h0),  # rows of a frame that do not follow each other
+        (frame, wide, h0),
+        (frame, weight.T.contiguous().T, h0),
+        (frame, weight, contiguous(h0)),
+        (frame, weight, one_number_further(h0)),
+    ):
+        got = machine.forward(*other)
+        assert "by words" not in machine.plan
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    machine.forward(frame, weight, h0.bfloat16())
+    assert "by words" not in machine.plan
+    x, weight, h0 = inputs((1, 512, 1, 1, 3), torch.bfloat16)
+    x, h0 = LAYOUTS["channels_last"](x), LAYOUTS["channels_last"](h0.float().unsqueeze(2)).squeeze(2)
+    machine.device = {"multiprocessors": 32}
+    want = machine.forward(x, weight, h0)
+    assert "by words" in machine.plan
+    machine.device |= {"shared_bytes": 60 * 1024}  # not all input channels at a time
+    got = machine.forward(x, weight, h0)
+    assert "by words" not in machine.plan
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("channels", "layout"), [(24, "contiguous"), (128, "channels_last"), (160, "contiguous")])
 def test_single_frames_continue_a_sequence_exactly(machine, channels, layout, dtype) -> None:
@@ -690,12 +771,12 @@ def test_single_frames_continue_a_sequence_exactly(machine, channels, layout, dt
     assert torch.equal(state, whole_n)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("layout", "channels"), [("contiguous", 280), ("channels_last", 280), ("channels_last", 288)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_more_channels_than_a_scan_holds(machine, layout, dtype, seed) -> None:
+def test_more_channels_than_a_scan_holds(machine, layout, channels, dtype, seed) -> None:
     """Frame after frame on the matrix unit, forward and backward; cut in two, the same bits."""
     machine.seed = seed
-    x, weight, h0 = inputs((1, 280, 4, 3, 3), dtype)
+    x, weight, h0 = inputs((2, channels, 4, 3, 3), dtype)
     x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(x.shape).to(dtype))
     check_forward(machine, x, weight, h0.float(), True, True)
     assert machine.plan.startswith("step: 4 launches of ")
@@ -765,6 +846,8 @@ SANITIZED = [
     ((1, 264, 1, 1, 5), torch.bfloat16, "contiguous", {}),
     ((1, 264, 2, 6, 6), torch.float16, "channels_last", {"multiprocessors": 8}),
     ((1, 136, 1, 3, 5), torch.float32, "channels_last", {}),
+    ((2, 288, 2, 3, 5), torch.bfloat16, "channels_last", {}),
+    ((2, 320, 2, 5, 13), torch.float16, "channels_last", {"multiprocessors": 8}),
     ((1, 12, 2, 3, 6), torch.float32, "channels_last", {"multiprocessors": 1}),
     ((1, 130, 2, 3, 7), torch.float16, "middle_channels", {"shared_bytes": 26 * 1024, "multiprocessors": 1}),
     ((1, 130, 2, 3, 3), torch.float64, "every_other_column", {"shared_bytes": 40 * 1024, "multiprocessors": 1}),

@@ -36,6 +36,8 @@ REGISTERS = {
     "tile_scan": 168,  # 3 blocks of 128
     "step_scan": 128,  # 4 blocks of 128
     "plain_step_scan": 128,  # the same
+    "step_words": 128,  # the same
+    "plain_step_words": 128,  # 8 blocks of 64
     "fast_gru_pass": 64,  # bound by memory: 4 blocks of 256
     "fast_gru_column_steps": 80,  # 1 block of 768, 3 of 256
     "fast_gru_column_steps_backward": 80,  # the same
@@ -101,6 +103,7 @@ MATRIX_INSTRUCTIONS = {
     "tile_scan": "HMMA",
     "wide_scan": "HMMA",
     "step_scan": "HMMA",
+    "step_words": "HMMA",
     "hopper_scan": "HGMMA",
     "tile_relate": "HMMA",
     "cluster_relate": "HMMA",
@@ -232,6 +235,7 @@ def test_all_types_are_there(usage) -> None:
         assert sum(arch == architecture and name.startswith("tile_scan<") for arch, name in usage) == 2 * 2
         assert sum(arch == architecture and name.startswith("wide_scan<") for arch, name in usage) == 2
         assert sum(arch == architecture and name.startswith("plain_step_scan<") for arch, name in usage) == 2
+        assert sum(arch == architecture and name.startswith("step_words<") for arch, name in usage) == 2 * 2
         # Both 16-bit formats in one kernel: see test_matrix_kernels_run_on_the_matrix_unit.
         assert sum(arch == architecture and name.startswith("step_scan<") for arch, name in usage) == 2
         assert sum(arch == architecture and name.startswith("matrix_weight_grad<") for arch, name in usage) == 2 * 2

@@ -44,6 +44,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("recurrent_conv", "wide scan", "bf16 and fp16 with 129 to 256 channels, on the matrix unit", "sm_80"),
     Variant("recurrent_conv", "hopper scan", "the same by warpgroups, where there are many columns", "sm_90a"),
     Variant("recurrent_conv", "step", "one frame after a state; bf16 and fp16 with more than 256 channels", "sm_80"),
+    Variant("recurrent_conv", "step by words", "the same where channels are contiguous, in words of 16 bytes", "sm_80"),
     Variant("recurrent_conv", "chunked", "long clips of few positions, by the library's products; not fp64", "sm_80"),
     Variant("recurrent_conv", "matrix weight gradient", "bf16 and fp16 with any number of channels", "sm_80"),
     Variant("recurrent_conv", "plain weight gradient", "any number of channels, dtype and strides", "sm_80"),
@@ -73,6 +74,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "wide scan": ("wide_scan",),
     "hopper scan": ("hopper_scan",),
     "step": ("step_scan", "plain_step_scan"),
+    "step by words": ("step_words", "plain_step_words"),
     "chunked": (),  # the library's
     "matrix weight gradient": ("matrix_weight_grad", "sum_splits"),
     "plain weight gradient": ("weight_grad_partial", "sum_splits"),
