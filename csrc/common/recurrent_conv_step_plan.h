@@ -53,7 +53,7 @@ inline bool in_step_words(const Scan& p, bool& even) {
   constexpr int64_t most = 0x7fffffff;
   const int64_t positions = p.H * p.W;
   even = true;
-  if (p.G != 1 || (p.W == 1 && p.H > 1) || (!p.x.data && !p.y.data) || p.N * positions > most) return false;
+  if (p.G != 1 || (p.W == 1 && p.H > 1) || (!p.x.data && !p.y.data) || p.N * positions > most - 64) return false;
   for (const View* v : {&p.x, &p.y, &p.residual, &p.first, &p.last}) {
     if (!v->data) continue;
     const int64_t numbers = 16 / element_size(v->dtype);
@@ -98,9 +98,10 @@ inline StepScanPlan plan_step_scan(const Scan& p, const Gpu& gpu) {
   plan.shared_bytes = plan.values_at + plan.outputs * (plan.columns + 1) * size;
   StepWordsPlan& words = plan.words;
   bool even = false;
-  words.possible = p.dtype != DType::f64 && p.C % plan.outputs == 0 && plan.channel_blocks <= 0xffff &&
-                   p.weight_in == 1 && p.weight_out * element_size(p.dtype) % 16 == 0 &&
-                   reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && in_step_words(p, even);
+  words.possible = p.dtype != DType::f64 && p.weight_out >= 0 && p.weight_out <= 0x7fffffff &&
+                   p.C % plan.outputs == 0 && plan.channel_blocks <= 0xffff && p.weight_in == 1 &&
+                   p.weight_out * element_size(p.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 &&
+                   in_step_words(p, even);
   words.samples = static_cast<int>(even ? 1 : p.N);
   words.positions = static_cast<int>(even ? columns : p.H * p.W);
   words.blocks = words.samples * blocks_of(words.positions, plan.columns) * plan.channel_blocks;

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(step_threads, 4) step_words(const Scan p, cons
   };
   load(p.x, x);
   load(p.residual, residual);
-  async_wait<0>();
-  block_barrier();
+  async_wait<0>();  // for W and the state, this thread's part of them
+  block_barrier();  // and everybody's
 
   const unsigned char *weight = dynamic_shared<unsigned char>() + warp / Warps * Tiles * 8 * weight_pitch,
                       *state = dynamic_shared<unsigned char>(plan.words.state_at);

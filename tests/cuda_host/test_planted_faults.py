@@ -208,8 +208,10 @@ def step_by_words(machine: Machine) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             x, weight, h0 = (v.contiguous() for v in inputs(shape, dtype))
             x, h0 = LAYOUTS["channels_last"](x), LAYOUTS["channels_last"](h0.float().unsqueeze(2)).squeeze(2)
-            check_forward(machine, x, weight, h0, False, False)
+            found = machine.forward(x, weight, h0)
             assert "by words" in machine.plan
+            want = machine.forward(x, weight, h0.contiguous())  # by the kernels for any strides
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def short_cycle(machine: Machine) -> None:
@@ -581,9 +583,23 @@ FAULTS = [
         STEP,
     ),
     Fault("a piece is not waited for", "async_wait<1>();", "async_wait<2>();", step, file=STEP),
-    Fault("no wait for W and the state", "async_wait<0>();", "", step_by_words, file=STEP_WORDS),
-    Fault("no barrier after the wait", "block_barrier();", "", step_by_words, "thread", STEP_WORDS),
-    Fault("columns beyond the last", "column0 + j < positions;", "true;", step_by_words, "address", STEP_WORDS),
+    Fault("no wait for W and the state", "async_wait<0>();  // for W", "// for W", step_by_words, file=STEP_WORDS),
+    Fault(
+        "no barrier after the wait",
+        "block_barrier();  // and every",
+        "// and every",
+        step_by_words,
+        "thread",
+        STEP_WORDS,
+    ),
+    Fault(
+        "columns beyond the last",
+        "column0 + j < positions;",
+        "column0 + j < positions + 64;",
+        step_by_words,
+        "address",
+        STEP_WORDS,
+    ),
     Fault(
         "W's rows as they lie in memory",
         "return step_weight_row<Group>(channel);",
