@@ -121,6 +121,7 @@ LARGE = [
     ((2, 128, 40, 480, 481), "float16"),
     ((3, 256, 30, 310, 313), "bfloat16"),
     ((70000, 64, 16, 7, 7), "float32"),
+    ((9, 64, 1, 2000, 2000), "bfloat16"),  # one frame after a state, where channels are contiguous by words
 ]
 
 
@@ -131,8 +132,10 @@ def test_offsets_of_more_than_2_to_the_31_elements(shape, dtype, order, seed) ->
     assert n * c * t * h * w > 2**31
     rng = random.Random(seed)
     stride = strides(shape, order)
-    problem = {"shape": shape, "dtype": dtype, "x": stride, "y": stride, **GPUS[2]}
-    blocks = native.recurrent_conv_gpu_plan(**problem)["blocks"]
+    problem = {"shape": shape, "dtype": dtype, "x": stride, "y": stride, "with_state": t == 1, **GPUS[2]}
+    whole = native.recurrent_conv_gpu_plan(**problem)
+    blocks = whole["blocks"]
+    assert ("by words of contiguous channels" in whole["text"]) == (t == 1 and stride[1] == 1)
     columns = -(-n * h * w // blocks)
     columns += -columns % 8  # of a block, which takes a multiple of 8
     for block in [0, blocks - 1, *(rng.randrange(blocks) for _ in range(3))]:
