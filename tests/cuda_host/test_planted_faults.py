@@ -878,6 +878,7 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         warpgroups_with_residual,
         weight_gradient,
         step,
+        step_by_words,
         relate,
         relate_tiles,
         relate_gradients,
