@@ -208,18 +208,25 @@ void copied_tile(const Scan& p, const Plan& plan, int64_t column0, int threads, 
   for (const View* v : {&p.x, &p.y}) {
     Offset offset[Columns];
     for (int i = 0; i < here; ++i) offset[i] = static_cast<Offset>(cuda::column_offset(p, *v, column0 + i));
-    for (int thread = 0; thread < threads; ++thread)
-      cuda::for_words<PaddedChannels, Columns>(plan.along_channels, bytes / 2, thread, threads, static_cast<int>(p.C),
-                                               here, static_cast<int>(plan.slot_pitch), *v, offset,
-                                               [&](int64_t at, int to) {
-                                                 for (int i = to; i < to + bytes; ++i)
-                                                   if (slot.at(static_cast<size_t>(i)) != (v == &p.y))
-                                                     throw std::logic_error("a byte of a slot is used twice");
-                                                 std::fill_n(slot.begin() + to, bytes, v == &p.x);
-                                                 if (at * 2 % bytes != 0)
-                                                   throw std::logic_error("a word is not aligned");
-                                                 touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, bytes / 2);
-                                               });
+    const int C = static_cast<int>(p.C), pitch = static_cast<int>(plan.slot_pitch);
+    const auto visit = [&](int64_t at, int to) {
+      for (int i = to; i < to + bytes; ++i)
+        if (slot.at(static_cast<size_t>(i)) != (v == &p.y)) throw std::logic_error("a byte of a slot is used twice");
+      std::fill_n(slot.begin() + to, bytes, v == &p.x);
+      if (at * 2 % bytes != 0) throw std::logic_error("a word is not aligned");
+      touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, bytes / 2);
+    };
+    for (int thread = 0; thread < threads; ++thread) {
+      if constexpr (Columns % 16 == 0)  // the tile scan
+        if (bytes == 16) {
+          plan.along_channels
+              ? cuda::for_whole_words<PaddedChannels, Columns, true>(thread, C, here, pitch, *v, offset, visit)
+              : cuda::for_whole_words<PaddedChannels, Columns, false>(thread, C, here, pitch, *v, offset, visit);
+          continue;
+        }
+      cuda::for_words<PaddedChannels, Columns>(plan.along_channels, bytes / 2, thread, threads, C, here, pitch, *v,
+                                               offset, visit);
+    }
   }
 }
 

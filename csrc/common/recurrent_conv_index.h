@@ -180,6 +180,24 @@ RCU_OPS_DEVICE void for_words(bool along_channels, int numbers, int thread, int 
   }
 }
 
+// The same for words of 8 numbers and one warp, every lane's words at once: nothing is divided, and what a lane knows of
+// its first word serves all of them.
+template <int PaddedChannels, int Columns, bool Channels, typename Visit>
+RCU_OPS_DEVICE void for_whole_words(int lane, int C, int columns, int pitch, const View& v, const Offset* offset,
+                                    Visit visit) {
+  constexpr int pieces = (Channels ? PaddedChannels : Columns) / 8, step = 32 / pieces;
+  constexpr int rows = Channels ? Columns : PaddedChannels;
+  static_assert(32 % pieces == 0 && rows % step == 0);
+  const int row0 = lane / pieces, at = lane % pieces * 8, left = Channels ? columns : C;
+  if (at >= (Channels ? C : columns)) return;
+  const Offset along = Channels ? at : offset[at] + row0 * static_cast<Offset>(v.c);
+  RCU_OPS_UNROLL
+  for (int i = 0; i < rows / step; ++i)
+    if (row0 + i * step < left)
+      visit(along + (Channels ? offset[row0 + i * step] : i * step * static_cast<Offset>(v.c)),
+            row0 * pitch + at * 2 + i * step * pitch);
+}
+
 // The sm_90a scan's shared memory, as the 128-byte swizzle of wgmma has it: the number of a 16-byte word in its row is
 // XORed by that of the row, modulo 8, so that eight rows are spread over all banks. W has a row of 64 input channels
 // for each output channel, once for each 64 input channels; a unit of x or y one of hopper_positions columns for each

@@ -1,6 +1,8 @@
 // recurrent_conv on the matrix unit: bf16 and fp16, up to 128 channels, state in registers.
 #include "cuda/recurrent_conv_tile.h"
 
+#include <type_traits>
+
 #include "cuda/device/async_copy.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
@@ -21,9 +23,9 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 
 // One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {4, 8}.
 //
-// Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any
-//           other strides. Which of the two they have, and the width of words, are conditions on loops and on single
-//           instructions: a kernel for each would take as long again to compile.
+// Layout.   x, y and the residual have contiguous channels (AlongChannels) or contiguous columns (otherwise), any other
+//           strides. A frame's instructions bound the kernel next to memory: the two layouts are two kernels, and words
+//           of 16 bytes have a loop of their own.
 // Work.     A block is plan.warps warps: 4, or 2 or 1 where that leaves less to the busiest multiprocessor. A warp owns
 //           M = 32 columns (16 for KT = 8) for all frames and meets the others only after W has been staged, so that no
 //           bit depends on how many there are. Rows of the matrix product are columns of the problem, its columns
@@ -53,7 +55,7 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 // Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s).
 //           Reading b from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and
 //           y need from HBM, the reason why more channels want another kernel.
-template <typename T, int KT>
+template <typename T, int KT, bool AlongChannels>
 __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Scan p, const TileScanPlan plan) {
   constexpr int CP = 16 * KT, M = rows_of_warp<CP>, MT = M / 16, NT = 2 * KT, weight_pitch = CP + 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = static_cast<int>(p.C);
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   const bool with_residual = p.residual.data != nullptr;
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
   constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
-  const int pitch = static_cast<int>(plan.slot_pitch);
+  constexpr int pitch = AlongChannels ? channels_pitch : columns_pitch;
   const int all_slots = plan.stages + plan.residual_slots;
   unsigned char* slots = dynamic_shared<unsigned char>(plan.slots_at + warp * all_slots * plan.slot_bytes);
   // Number `stage` of the slots of the residual. Cheaper to find than to keep.
@@ -134,20 +136,30 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   if (columns == 0) return;
 
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
-  const bool along_channels = plan.along_channels;
   const int numbers = plan.vector_bytes / 2;  // of a word
+  // Calls visit(whether words are whole, element offset in a frame, byte offset in a slot) for this lane's words.
+  const auto for_own_words = [&](const View& v, const Offset* offset, auto visit) {
+    const auto whole = [&](Offset element, int at) { visit(std::true_type(), element, at); };
+    if (numbers < 8)
+      for_words<CP, M>(AlongChannels, numbers, recomputed(lane), 32, C, columns, pitch, v, offset,
+                       [&](Offset element, int at) { visit(std::false_type(), element, at); });
+    else
+      for_whole_words<CP, M, AlongChannels>(recomputed(lane), C, columns, pitch, v, offset, whole);
+  };
   const auto fetch = [&](const View& v, const Offset* offset, int64_t i, unsigned char* slot) {
     const T* from = static_cast<const T*>(v.data) + time_of(i) * v.t;
-    for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, v, offset,
-                     [&](Offset element, int at) { copy_word(numbers, slot + at, from + element); });
+    for_own_words(v, offset, [&](auto whole, Offset element, int at) {
+      copy_word(decltype(whole)::value ? 8 : numbers, slot + at, from + element);
+    });
   };
   // Two groups: the residual of frame i, which only the epilogue wants, and x of the frame that takes `stage`, stages -
   // 1 frames later. For batch normalisation h is wanted with x.
   const auto prefetch = [&](int64_t i, int stage) {
-    const int64_t ahead = i + plan.stages - 1, wanted = p.norm.moments ? ahead : i;
+    const bool early = p.norm.moments != nullptr;
+    const int64_t ahead = i + plan.stages - 1, wanted = early ? ahead : i;
     if (with_residual && wanted >= 0 && wanted < p.T)
-      fetch(p.residual, residual_offset, wanted, residual_slot(p.norm.moments ? stage : 0));
-    if (!p.norm.moments) async_commit();
+      fetch(p.residual, residual_offset, wanted, residual_slot(early ? stage : 0));
+    if (!early) async_commit();
     if (p.x.data && ahead < p.T) fetch(p.x, x_offset, ahead, slots + stage * plan.slot_bytes);
     async_commit();
   };
@@ -155,16 +167,16 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   // The address of this lane's row of the 16 x 16 tile (columns from 16 m, channels from 16 k) in a slot; the four 8 x
   // 8 tiles come in the order of a's registers.
   const int tile = lane / 8, tile_row = lane % 8;
-  const int tile_at = along_channels ? (tile % 2 * 8 + tile_row) * channels_pitch + tile / 2 * 16
-                                     : (tile / 2 * 8 + tile_row) * columns_pitch + tile % 2 * 16;
+  const int tile_at = AlongChannels ? (tile % 2 * 8 + tile_row) * channels_pitch + tile / 2 * 16
+                                    : (tile / 2 * 8 + tile_row) * columns_pitch + tile % 2 * 16;
   const auto load_tiles = [&](uint32_t (&r)[4], const unsigned char* slot, int m, int k) {
-    if (along_channels)
+    if (AlongChannels)
       load_matrix<4, false>(r, slot + tile_at + m * (16 * channels_pitch) + k * 32);
     else
       load_matrix<4, true>(r, slot + tile_at + m * 32 + k * (16 * columns_pitch));
   };
   const auto store_tiles = [&](unsigned char* slot, int m, int k, const uint32_t (&r)[4]) {
-    if (along_channels)
+    if (AlongChannels)
       store_matrix<4, false>(slot + tile_at + m * (16 * channels_pitch) + k * 32, r);
     else
       store_matrix<4, true>(slot + tile_at + m * 32 + k * (16 * columns_pitch), r);
@@ -331,10 +343,11 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
       warp_barrier();  // y is complete
       if (p.norm.partial)
         for (int c = lane; c < C; c += 32)
-          add_statistics<T>(statistics, slot, along_channels, pitch, c, columns, i == 0);
+          add_statistics<T>(statistics, slot, AlongChannels, pitch, c, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
-      for_words<CP, M>(along_channels, numbers, recomputed(lane), 32, C, columns, pitch, p.y, y_offset,
-                       [&](Offset element, int at) { store_word(numbers, to + element, slot + at); });
+      for_own_words(p.y, y_offset, [&](auto whole, Offset element, int at) {
+        store_word(decltype(whole)::value ? 8 : numbers, to + element, slot + at);
+      });
     }
   }
   if (p.norm.partial) {
@@ -352,11 +365,16 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   });
 }
 
-template <typename T>
-Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
-  return launch("recurrent_conv tile_scan", plan.padded_channels == 64 ? tile_scan<T, 4> : tile_scan<T, 8>,
+template <typename T, int KT>
+Error launch_padded(const Scan& p, const TileScanPlan& plan, Stream stream) {
+  return launch("recurrent_conv tile_scan", plan.along_channels ? tile_scan<T, KT, true> : tile_scan<T, KT, false>,
                 dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(32 * plan.warps)),
                 static_cast<size_t>(plan.shared_bytes), stream, p, plan);
+}
+
+template <typename T>
+Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
+  return plan.padded_channels == 64 ? launch_padded<T, 4>(p, plan, stream) : launch_padded<T, 8>(p, plan, stream);
 }
 
 }  // namespace

@@ -412,7 +412,15 @@ FAULTS = [
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
     Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
     Fault("a bf16 state", "rest ? with_rest(v.x, d.x, h[0], h16.x)", "rest ? v.x", tile_long, file=TILE),
-    Fault("words beyond the last column", "32, C, columns, pitch, p.y", "32, C, M, pitch, p.y", tile, file=TILE),
+    Fault("words beyond the last column", "32, C, columns, pitch, v", "32, C, M, pitch, v", tile, file=TILE),
+    Fault(
+        "whole words beyond the last column",
+        "(lane), C, columns, pitch, v",
+        "(lane), C, M, pitch, v",
+        tile_by_words,
+        "address",
+        TILE,
+    ),
     Fault("statistics of the last frame alone", "c, columns, i == 0)", "c, columns, true)", norm_in_tile, file=TILE),
     Fault(
         "a gradient with another channel's statistics",
@@ -809,7 +817,7 @@ FEWER = {
         ("matrix_weight_grad<128,", "matrix_weight_grad<64,"),
     ],
     TILE: [
-        ("tile_scan<T, 8>", "tile_scan<T, 4>"),
+        ("launch_padded<T, 8>", "launch_padded<T, 4>"),
         ("<__half>", "<__nv_bfloat16>"),
     ],
     STEP: [("<double>", "<float>")],
