@@ -418,8 +418,7 @@ FAULTS = [
         "(lane), C, columns, pitch, v",
         "(lane), C, M, pitch, v",
         tile_by_words,
-        "address",
-        TILE,
+        file=TILE,
     ),
     Fault("statistics of the last frame alone", "c, columns, i == 0)", "c, columns, true)", norm_in_tile, file=TILE),
     Fault(
