@@ -199,7 +199,8 @@ def test_interrupted_tests_are_reported(tmp_path, pretended_gpu) -> None:
     assert gpu_check.main([str(tmp_path / "out")], planned) == 1
     (step,) = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["steps"]
     assert step["status"] == "timed out"
-    assert list(step["summary"]["failed"]) == ["test_slow::test_bad"]
+    (failed,) = step["summary"]["failed"]  # with the names of folders before it, where pytest knows of a root
+    assert failed.endswith("test_slow::test_bad")
 
 
 def test_formats_for_slow_tools() -> None:
