@@ -10,6 +10,7 @@
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/device/shuffle.h"
+#include "cuda/device/warp_sums.h"
 
 namespace rcu_ops::cuda {
 namespace {
@@ -40,23 +41,6 @@ __device__ S block_sum(S value, S* memory) {
   for (int w = 0; w < align_warps; ++w) value += memory[w];
   block_barrier();
   return value;
-}
-
-// Sums over the warp of four numbers; lane l gets that of number l / 8.
-template <typename S>
-__device__ __forceinline__ S four_sums(S (&values)[4]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int mask = 16, count = 2; mask > 4; mask /= 2, count /= 2)
-#pragma unroll
-    for (int j = 0; j < count; ++j) {
-      const bool high = lane & mask;
-      const S given = high ? values[j] : values[j + count];
-      values[j] = (high ? values[j + count] : values[j]) + shuffle_xor(given, mask);
-    }
-#pragma unroll
-  for (int mask = 4; mask > 0; mask /= 2) values[0] += shuffle_xor(values[0], mask);
-  return values[0];
 }
 
 // The first of the smallest of values[0 .. count) and its place; -1 where none is less than infinity. Every thread gets
@@ -224,7 +208,7 @@ __global__ void __launch_bounds__(align_threads, 2)
           sum[j] += term(widen(*key[j], bf16) * factor, c);
           key[j] += 32 * to.c;
         }
-      const S all = four_sums(sum);
+      const S all = sums_of_warp(sum);
       const int64_t i = first + lane / 8 * align_warps;
       if (lane % 8 == 0 && i < keys) values[i] = there(mask_to, n, i) ? all : missing;
     }

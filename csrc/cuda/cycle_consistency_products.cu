@@ -36,6 +36,7 @@
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/device/shuffle.h"
+#include "cuda/device/warp_sums.h"
 
 namespace rcu_ops::cuda {
 namespace {
@@ -62,21 +63,6 @@ __device__ __forceinline__ float over_lanes(float value, F function) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value = function(value, shuffle_xor(value, mask));
   return value;
-}
-
-// Sums over the warp of eight numbers, each by the tree of warp_sum: lane l gets that of number l / 4.
-__device__ __forceinline__ float eight_sums(float (&values)[8]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int mask = 16, count = 4; mask > 2; mask /= 2, count /= 2)
-#pragma unroll
-    for (int j = 0; j < count; ++j) {
-      const bool high = lane & mask;
-      const float given = high ? values[j] : values[j + count];
-      values[j] = (high ? values[j + count] : values[j]) + shuffle_xor(given, mask);
-    }
-  values[0] += shuffle_xor(values[0], 2);
-  return values[0] + shuffle_xor(values[0], 1);
 }
 
 // A sequence and its mask.
@@ -403,7 +389,7 @@ struct Tile {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const int j = j0 + lane / 4;
-          const float value = eight_sums(sum[m]);
+          const float value = sums_of_warp(sum[m]);
           if (lane % 4 == 0 && wanted[m] >> j & 1) d[(row0 + m) * plan.pitch + i0 + j] = value;
         }
       }
