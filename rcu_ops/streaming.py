@@ -7,9 +7,9 @@
             scores, state = streamer(frames, state)  # [N,K,t]
 
 The scores are those of one pass over the whole clip, whatever the chunks. The state is a ``dict[str, Tensor]``: one
-entry per recurrent layer (with a trailing window, ``"#window"``: its frames), and ``"#frames"``, the number of frames
-each sample has seen. It belongs to the caller: a call changes neither the state it is given nor anything in the model,
-so streams can be forked, stored and resumed.
+entry per recurrent layer (with a trailing window, ``"#window"``: its frames), ``"#frames"``, the number of frames each
+sample has seen, and ``"#size"`` [N,0,H,W], whose shape is the frames' size. It belongs to the caller: a call changes
+neither the state it is given nor anything in the model, so streams can be forked, stored and resumed.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 FRAMES_KEY = "#frames"
+SIZE_KEY = "#size"
 WINDOW_KEY = "#window"
 
 _FILE_FORMAT = "rcu-ops stream state"
@@ -185,7 +186,18 @@ class Streamer:
 
         if state is not None and (WINDOW_KEY in state) != (self.window is not None):
             raise ValueError("state: expected what this Streamer returned, got that of one with another window")
-        carried = None if state is None else {key: value for key, value in state.items() if key != FRAMES_KEY}
+        if state is not None and self.window is None:
+            # Layers see the size of their own maps only, and frames of 111 and of 112 pixels give maps of one size.
+            size = state.get(SIZE_KEY)
+            if size is None:
+                raise ValueError(f"state: expected what this Streamer returned, got no entry {SIZE_KEY!r}")
+            if size.shape[2:] != frames.shape[3:]:
+                raise ValueError(
+                    f"frames: expected {list(size.shape[2:])} as those of the state, got {list(frames.shape[3:])}: a "
+                    "stream keeps one frame size"
+                )
+        own = (FRAMES_KEY, SIZE_KEY)
+        carried = None if state is None else {key: value for key, value in state.items() if key not in own}
         scores, written = (self._graphs or self._advance)(frames, carried, fresh)
         if carried is not None and (unknown := carried.keys() - written.keys()):
             raise ValueError(f"state: has entries that this model does not: {', '.join(sorted(unknown))}")
@@ -199,6 +211,8 @@ class Streamer:
         elif fresh is not None:
             seen = seen.masked_fill(fresh, 0)
         written[FRAMES_KEY] = seen + t
+        if self.window is None:
+            written[SIZE_KEY] = seen.new_empty(n, 0, *frames.shape[3:])
         return scores, written
 
     def _run(self, frames: Tensor, carried: State | None, fresh: Tensor | None) -> tuple[Tensor, State]:

@@ -102,7 +102,8 @@ def test_states_belong_to_the_caller(model) -> None:
         again, _ = streamer(second, state)
     assert torch.equal(scores, kept_scores) and torch.equal(one, again)
     assert all(torch.equal(kept[key], state[key]) for key in kept)
-    assert len({value.data_ptr() for value in (*state.values(), *later.values())}) == len(state) + len(later)
+    tensors = [value for value in (*state.values(), *later.values()) if value.numel()]
+    assert len({value.data_ptr() for value in tensors}) == len(tensors)
 
 
 def test_resets(model) -> None:
@@ -178,7 +179,7 @@ def test_what_a_chunk_raises_is_raised(model) -> None:
     with torch.no_grad():
         _, state = streamer(clip)
         with pytest.raises(ValueError, match="a stream keeps one batch size and one frame size"):
-            streamer(torch.randn(1, 3, 1, 64, 64, dtype=torch.float64), state)
+            streamer(clip, {**state, "stem.conv": state["stem.conv"][:, :2]})
     assert capture.calls["record"] == 1
 
 

@@ -15,6 +15,7 @@ from rcu_ops.models import VideoResNet, create_model
 from rcu_ops.nn import FeatureGate, FrameConv3d, RecurrentConv3d, RunningMean, active_slot
 from rcu_ops.streaming import (
     FRAMES_KEY,
+    SIZE_KEY,
     State,
     detach_state,
     load_state,
@@ -53,7 +54,7 @@ def test_any_chunks_equal_the_clip(name: str, dtype: torch.dtype) -> None:
             assert scores.dtype == dtype
     assert state[FRAMES_KEY].tolist() == [6, 6]
     expected = torch.float64 if dtype == torch.float64 else torch.float32
-    assert all(value.dtype == expected for key, value in state.items() if key != FRAMES_KEY)
+    assert all(value.dtype == expected for key, value in state.items() if key not in (FRAMES_KEY, SIZE_KEY))
 
 
 @pytest.mark.parametrize("update", ["sum", "mean"])
@@ -92,7 +93,7 @@ def test_state_is_explicit() -> None:
     assert torch.equal(one, again)
     assert all(torch.equal(before[key], state[key]) for key in before)
     recurrent = [name for name, module in model.named_modules() if isinstance(module, RecurrentConv3d)]
-    assert set(state) == {*recurrent, FRAMES_KEY}
+    assert set(state) == {*recurrent, FRAMES_KEY, SIZE_KEY}
     expected = 2 * 8 + sum(8 * state[name].numel() for name in recurrent)
     assert state_bytes(state) == expected
 
@@ -106,7 +107,7 @@ def test_reset_starts_samples_anew(name: str) -> None:
     with torch.no_grad():
         _, state = streamer(first)
         for key, value in state.items():
-            if key != FRAMES_KEY:
+            if key not in (FRAMES_KEY, SIZE_KEY):
                 value[0] = torch.nan
         scores, state = streamer(second, state, reset=reset)
         anew = model.frame_scores(second)
@@ -125,7 +126,7 @@ def test_reset_samples_have_finite_gradients(name: str) -> None:
     with torch.no_grad():
         _, state = streamer(clip)
         for key, value in state.items():
-            if key != FRAMES_KEY:
+            if key not in (FRAMES_KEY, SIZE_KEY):
                 value[0] = torch.nan
     scores, _ = streamer(clip, state, reset=torch.tensor([True, False]))
     scores.square().sum().backward()
@@ -212,7 +213,7 @@ def test_a_layer_called_twice_has_two_states() -> None:
     with torch.no_grad():
         scores, state = stream(Streamer(model), clip, [2, 1, 2])
         torch.testing.assert_close(scores, model(clip))
-    assert set(state) == {"layer", "layer#1", FRAMES_KEY}
+    assert set(state) == {"layer", "layer#1", FRAMES_KEY, SIZE_KEY}
 
 
 def test_a_model_that_is_one_layer() -> None:
@@ -242,7 +243,7 @@ def test_own_recurrent_layers() -> None:
     clip = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64)
     scores, state = stream(Streamer(model), clip, [2, 3])
     torch.testing.assert_close(scores, model(clip))
-    assert set(state) == {"0:total", FRAMES_KEY}
+    assert set(state) == {"0:total", FRAMES_KEY, SIZE_KEY}
 
 
 @pytest.mark.parametrize("kind", [torch.device("cpu"), torch.bfloat16])
@@ -522,14 +523,17 @@ def test_wrong_states() -> None:
         _, state = streamer(frames)
         with pytest.raises(ValueError, match="holds 2 streams"):
             streamer(torch.randn(3, 3, 1, 32, 32), state)
-        with pytest.raises(ValueError, match=r"'stem\.conv' is \[2, 4, 16, 16\], but .* need \[2, 4, 24, 24\]"):
-            streamer(torch.randn(2, 3, 1, 48, 48), state)
+        with pytest.raises(ValueError, match=r"expected \[32, 32\] as those of the state, got \[31, 32\]"):
+            streamer(torch.randn(2, 3, 1, 31, 32), state)  # every layer's maps are of the same size as with 32
+        with pytest.raises(ValueError, match=r"'stem\.conv' is \[2, 4, 8, 16\], but .* need \[2, 4, 16, 16\]"):
+            streamer(frames, {**state, "stem.conv": state["stem.conv"][:, :, :8]})
         with pytest.raises(ValueError, match=r"'stem\.conv' is torch\.float64"):
             streamer(frames, state_to(state, dtype=torch.float64))
         with pytest.raises(ValueError, match="is on meta"):
             streamer(frames, {**state, "stem.conv": state["stem.conv"].to("meta")})
-        with pytest.raises(ValueError, match="no entry"):
-            streamer(frames, {})
+        for missing in (FRAMES_KEY, SIZE_KEY):
+            with pytest.raises(ValueError, match=f"no entry '{missing}'"):
+                streamer(frames, {key: value for key, value in state.items() if key != missing})
         with pytest.raises(ValueError, match=r"'layer1\.0\.conv1'.*got none"):
             streamer(frames, {key: value for key, value in state.items() if key != "layer1.0.conv1"})
         with pytest.raises(ValueError, match=r"entries that this model does not: other$"):

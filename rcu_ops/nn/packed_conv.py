@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from rcu_ops import _library
 from rcu_ops.ops._kept import Kept
+from rcu_ops.ops._transforms import forward_mode
 
 _KEPT_LAYOUTS = 2
 
@@ -124,6 +125,7 @@ def runs_by_itself(frames: Tensor, weight: Tensor) -> bool:
         and not (torch.is_grad_enabled() and (frames.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and not forward_mode()
         and _get_current_dispatch_mode() is None  # counters and tracers know convolutions, not calls on kept weights
     )
 

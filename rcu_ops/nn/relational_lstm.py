@@ -131,12 +131,13 @@ class RelationalLSTM(nn.Module):
         """[N,C,T,H,W] -> (output, last state), from ``state`` or from zeros."""
         check_clip(self, x, self.channels)
         t, height, width = x.shape[2:]
-        query, key, value, query_h = self._maps_of_input(x)
-        from_x = nonlocal_attention(query, key, value, normalize=self.normalize)
+        query_x, key, value, query_h = self._maps_of_input(x)
+        from_x = nonlocal_attention(query_x, key, value, normalize=self.normalize)
         h, c = self._start(from_x, state)
         outputs = []
-        for step in range(t):
-            h, c = self._advance(from_x[:, step], query_h[:, step], h, c)
+        # Not by index: a program of torch.jit.trace would take the first frames of a longer clip for all of it.
+        for step, (gates, query) in enumerate(zip(from_x.unbind(1), query_h.unbind(1), strict=True)):
+            h, c = self._advance(gates, query, h, c)
             if not last_only or step == t - 1:
                 outputs.append(h)
         hidden = torch.stack(outputs, 1)  # [N,T,P,Dv]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def call(operator: Callable[..., Any], *args: Any, function: type[torch.autograd.Function] | None = None) -> Any:
@@ -19,15 +20,29 @@ def call(operator: Callable[..., Any], *args: Any, function: type[torch.autograd
 
     Args:
         function: the operator as a ``torch.autograd.Function`` for transforms, or None if it has no gradient.
+
+    Raises:
+        NotImplementedError: an argument has a tangent. Where no gradient is asked for besides, torch would drop it
+            without a word, and derivatives would miss this operator's part.
     """
     if torch.compiler.is_compiling():
         return operator(*args)
+    if forward_mode() and any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(
+            f"{operator.__name__.partition('.')[0]} has no jvp (forward-mode derivative): take "
+            "rcu_ops.use_backend('reference'), or reverse mode (backward, torch.func.vjp, torch.func.jacrev)"
+        )
     if torch._C._are_functorch_transforms_active():
         return operator(*args) if function is None else function.apply(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return operator(*args) if function is None else _recorded(operator, function).apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have tangents: within ``forward_ad.dual_level``, ``torch.func.jvp`` and their kin."""
+    return forward_ad._current_level >= 0
 
 
 @functools.cache

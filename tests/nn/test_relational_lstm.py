@@ -184,6 +184,15 @@ def test_checkpointing_and_ddp_change_no_gradient() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_program_refuses_another_length() -> None:
+    module, clip = small(), torch.randn(2, 6, 3, 2, 2, dtype=torch.float64)
+    program = torch.jit.trace(module, clip, check_trace=False)
+    torch.testing.assert_close(program(clip[:1]), module(clip[:1]))
+    with pytest.raises(RuntimeError, match="Expected 3 elements in a list but found 4"):
+        program(torch.cat([clip, clip[:, :, :1]], 2))
+
+
 def test_numbers_of_the_paper() -> None:
     module = RelationalLSTM(2048, norm=False, device="meta")
     gates = module.weight_x.numel() + module.weight_h.numel()
