@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from rcu_ops.nn.batch_norm import MovingBatchNorm3d
 from rcu_ops.nn.causality import register_per_frame
 from rcu_ops.nn.frame_kernel import Panels, run_frame
 from rcu_ops.nn.frames import batch_to_frames, check_clip, frames_to_batch
-from rcu_ops.nn.layer_kind import computes_as, has_hooks, take_hooks
+from rcu_ops.nn.layer_kind import computes_as, copied, has_hooks, take_hooks
 from rcu_ops.nn.packed_conv import PackedWeights, conv2d_act
 from rcu_ops.nn.recurrent_conv import FrameConv3d, RecurrentConv3d, conv2d_arguments, frame_conv2d
 from rcu_ops.nn.relational_fold import fold_relations_of
@@ -68,10 +67,10 @@ def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.
             f"model: expected evaluation mode (call model.eval()), but {training[0]}"
             f"{f' and {len(training) - 1} more modules are' if len(training) > 1 else ' is'} in training mode"
         )
-    copied = copy.deepcopy(model)
+    ours = copied(model)
     if fold_relations:
-        copied = fold_relations_of(copied)
-    return fuse_patterns(copied, _FOR_INFERENCE).eval().requires_grad_(False)
+        ours = fold_relations_of(ours)
+    return fuse_patterns(ours, _FOR_INFERENCE).eval().requires_grad_(False)
 
 
 class FusedRecurrentConv3d(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rcu_ops.nn.fuse import Fusion, added_to, called, calls, fuse_module, fuse_patterns, is_relu, only_user
-from rcu_ops.nn.layer_kind import has_hooks
+from rcu_ops.nn.layer_kind import copied, has_hooks
 from rcu_ops.nn.recurrent_conv import RecurrentConv3d
 from rcu_ops.nn.stream_state import active_slot, scan_with_state
 from rcu_ops.ops import recurrent_conv, recurrent_conv_batch_norm
@@ -40,7 +39,7 @@ def fuse_for_training(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return fuse_patterns(copy.deepcopy(model, shared), _FOR_TRAINING)
+    return fuse_patterns(copied(model, shared), _FOR_TRAINING)
 
 
 def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from typing import Any
+
+from torch import Tensor, nn
 
 _CALL_HOOKS = (
     "_forward_hooks",
@@ -36,3 +39,18 @@ def take_hooks(module: nn.Module, before: nn.Module) -> None:
     """Let ``module`` call the hooks of ``before``, whose place it takes."""
     for name in _CALL_HOOKS:
         setattr(module, name, getattr(before, name))
+
+
+def copied(model: nn.Module, known: dict[int, Any] | None = None) -> Any:
+    """A deep copy of ``model``; ``known`` are copies of some of its parts, by ``id``.
+
+    Weights that hooks make at every call (those of ``torch.nn.utils.prune`` and of the old ``weight_norm``) are copied
+    as values: torch refuses to copy what has a graph of gradients.
+    """
+    made = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, {**made, **(known or {})})

@@ -420,6 +420,19 @@ def test_hooks_and_forwards_of_others_are_kept() -> None:
     )
 
 
+@pytest.mark.parametrize("prepare", [fuse_for_inference, fuse_for_training])
+def test_weights_with_a_graph_of_gradients_are_copied(prepare) -> None:
+    model = nn.Sequential(FrameConv3d(3, 4, 1), RecurrentConv3d(4, 8, 3, padding=1), nn.BatchNorm3d(8)).eval()
+    clip = torch.randn(1, 3, 2, 5, 5)
+    for layer, name in ((model[0], "weight"), (model[1], "weight_xh")):
+        prune.l1_unstructured(layer, name, amount=0.5)
+    model(clip)
+    assert not model[1].weight_xh.is_leaf
+    other = prepare(model)
+    with torch.no_grad():
+        torch.testing.assert_close(other(clip), model(clip))
+
+
 def test_models_prepared_for_training_fuse() -> None:
     model = small_model("rcn_resnet18")
     clip = torch.randn(1, 3, 2, 32, 32)
