@@ -6,23 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rcu_ops._version import __version__
-from rcu_ops.ops import (
-    cycle_consistency,
-    explain,
-    fast_gru,
-    fast_gru_step,
-    nonlocal_attention,
-    recurrent_conv,
-    recurrent_conv_affine_act,
-    recurrent_conv_batch_norm,
-    relational_lstm_step,
-    soft_nearest_neighbor,
-    srtg_fuse,
-    srtg_squeeze,
-    temporal_cycle_loss,
-    use_backend,
-    warmup,
-)
+
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError) as _error:  # not installed, or one of its libraries is missing
+    # `rcu-ops` is part of this package and tells it in one line: what needs torch raises when it is asked for.
+    _why_no_torch: Exception | None = _error
+else:
+    _why_no_torch = None
+    from rcu_ops.ops import (
+        cycle_consistency,
+        explain,
+        fast_gru,
+        fast_gru_step,
+        nonlocal_attention,
+        recurrent_conv,
+        recurrent_conv_affine_act,
+        recurrent_conv_batch_norm,
+        relational_lstm_step,
+        soft_nearest_neighbor,
+        srtg_fuse,
+        srtg_squeeze,
+        temporal_cycle_loss,
+        use_backend,
+        warmup,
+    )
 
 if TYPE_CHECKING:
     from rcu_ops import models, nn, reference, streaming
@@ -76,6 +84,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Modules and models load when first touched: importing rcu_ops brings the operators and nothing heavier.
+    if _why_no_torch is not None and name in __all__:
+        raise ImportError(f"rcu_ops.{name}: PyTorch cannot be imported: {_why_no_torch}") from _why_no_torch
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name in _LAZY_MODULES:

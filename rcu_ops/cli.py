@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from rcu_ops._version import __version__
 from rcu_ops.cli_errors import StoppedError, UserError
-from rcu_ops.ops._registry import BackendError, current_backend
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,8 +31,12 @@ COMMAND_MODULES = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+# What no command but the doctor does without.
+REQUIRED = ("torch", "numpy", "safetensors")
+
+
+def build_parser(modules: Sequence[str] = COMMAND_MODULES) -> argparse.ArgumentParser:
+    """The parser of all commands, or of those of some modules."""
     parser = argparse.ArgumentParser(
         prog="rcu-ops",
         description="Recurrent video networks: stream a video through one, measure, analyse, and see what this "
@@ -41,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rcu-ops {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in COMMAND_MODULES:
+    for module in modules:
         importlib.import_module(module).add_parser(subparsers)
     return parser
 
@@ -50,8 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The command's exit code; 2 for bad input and full disks, with one line on standard error; 130 when interrupted.
+        The command's exit code; 2 for bad input, full disks and packages that cannot be imported, with one line on
+        standard error; 130 when interrupted.
     """
+    try:
+        for name in REQUIRED:
+            importlib.import_module(name)
+    except (ImportError, OSError) as error:  # not installed, or one of its libraries is missing
+        return _without_a_requirement(name, error, argv)
+    from rcu_ops.ops._registry import BackendError, current_backend
+
     args = build_parser().parse_args(argv)
     try:
         current_backend()  # a wrong RCU_OPS_BACKEND is told before any work is done
@@ -74,6 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"rcu-ops: error: {place}cannot be written: {error.strerror}", file=sys.stderr)
         return 2
+
+
+def _without_a_requirement(name: str, error: Exception, argv: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given and given[0] in ("doctor", "--version"):
+        args = build_parser(("rcu_ops.doctor",)).parse_args(argv)
+        return args.run(args)
+    reason = " ".join(str(error).split())
+    print(f"rcu-ops: error: {name} cannot be imported ({reason}): pip install {name}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import platform
 import sys
 from typing import Any
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "av", "matplotlib", "opencv-python-headless")
+REQUIRED = ("torch", "numpy", "safetensors")
+PACKAGES = (*REQUIRED, "triton", "av", "matplotlib", "opencv-python-headless", "scikit-learn")
 
 
 def examine(selftest: bool = False) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def examine(selftest: bool = False) -> dict[str, Any]:
             {"device": f"cuda:{index}", "name": properties.name, "arch": f"sm_{properties.major}{properties.minor}"}
         )
 
-    problems = []
+    problems = [f"{name} is not installed: pip install {name}" for name in REQUIRED if versions[name] is None]
     operators: dict[str, Any] = {}
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     with (
@@ -153,7 +154,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = examine(args.selftest)
     except Exception as error:  # an installation so broken that the operators cannot be imported
-        report = {"usable": False, "problems": [f"{type(error).__name__}: {error}"]}
+        hint = f" (pip install {error.name})" if isinstance(error, ModuleNotFoundError) and error.name else ""
+        report = {"usable": False, "problems": [f"{type(error).__name__}: {error}{hint}"]}
         text = f"problem: {report['problems'][0]}\nNOT usable"
     else:
         text = render(report)
