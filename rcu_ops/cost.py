@@ -34,14 +34,14 @@ class Cost:
     """What :func:`measure_cost` found.
 
     Attributes:
-        model: its name. shape: the clip, [N,C,T,H,W]. dtype, device: of the measurement.
+        model: its name. shape: the clip, [N,C,T,H,W], or clip features [N,T,F]. dtype, device: of the measurement.
         parameters: how many.
         gmac: 1e9 multiply-accumulates of convolutions, recurrences and linear layers for the clip.
         gmac_by_kind: shared out to :data:`KINDS`.
         causal: whether the network streams.
         state_bytes: what a stream carries from frame to frame; None when the network does not stream.
         milliseconds_per_frame: median time of one frame of a stream (of the clip's frames together, divided by T, when
-            the network does not stream); None when not measured.
+            the network does not stream), or of the feature of one clip; None when not measured.
         time_by_kind: fractions of the time; empty when not measured.
     """
 
@@ -66,31 +66,51 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     """Multiply-accumulates of ``model`` for a clip of ``shape``, by kind of layer (:data:`KINDS`), counted on ``meta``.
 
+    All products of a layer that carries a state are its recurrence's, but for a recurrent convolution's ``w_xh``.
     Counts what ``torch.utils.flop_counter`` counts (matrix products, convolutions, the package's operators), halved:
     additions of biases, normalisation, activations and pooling are not in it.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from rcu_ops.nn.causality import carries_state
+
     model = _on_meta(model)
     clip = torch.empty(*shape, dtype=_dtype_of(model), device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(clip)
     counts = counter.get_flop_counts()
+
+    def kind(operator: Any) -> str:
+        name = str(operator)
+        return "recurrence" if "rcu_ops" in name else "convolution" if "conv" in name else "other"
+
     by_kind = dict.fromkeys(KINDS, 0)
     for operator, flops in counts.get("Global", {}).items():
-        name = str(operator)
-        kind = "recurrence" if "rcu_ops" in name else "convolution" if "conv" in name else "other"
-        by_kind[kind] += flops // 2
-    # The counter names modules by their path below the root's class.
-    for operator, flops in counts.get(f"{type(model).__name__}.head", {}).items():
-        by_kind["head"] += flops // 2
-        by_kind["convolution" if "conv" in str(operator) else "other"] -= flops // 2
+        by_kind[kind(operator)] += flops // 2
+
+    def move(name: str, to: str, of: Sequence[str]) -> None:
+        # The counter names modules by their path below the root's class.
+        path = f"{type(model).__name__}.{name}" if name else "Global"
+        for operator, flops in counts.get(path, {}).items():
+            if kind(operator) in of:
+                by_kind[kind(operator)] -= flops // 2
+                by_kind[to] += flops // 2
+
+    move("head", "head", KINDS)
+    inside: tuple[str, ...] = ("head.",)
+    for name, module in model.named_modules():
+        if carries_state(module) and name != "head" and not name.startswith(inside):
+            move(name, "recurrence", ("other",))
+            inside = (*inside, f"{name}." if name else "")
     return by_kind
 
 
 def stream_state_bytes(model: nn.Module, shape: Sequence[int]) -> int | None:
-    """Bytes of state that a stream of clips [N,C,T,H,W] = ``shape`` carries; None if the model does not stream."""
+    """Bytes of state that a stream of frames [N,C,T,H,W], or of clip features [N,T,F], of ``shape`` carries.
+
+    None if the model does not stream.
+    """
     import torch
 
     from rcu_ops.nn import streaming_obstacles
@@ -99,6 +119,10 @@ def stream_state_bytes(model: nn.Module, shape: Sequence[int]) -> int | None:
     if streaming_obstacles(model):
         return None
     model = _on_meta(model)
+    if len(shape) == 3:
+        with torch.no_grad():
+            _, last = model.step(torch.empty(shape[0], shape[2], dtype=_dtype_of(model), device="meta"))  # type: ignore[operator]
+        return sum(part.numel() * part.element_size() for part in (last if isinstance(last, tuple) else (last,)))
     n, c, _, h, w = shape
     with torch.no_grad():
         _, state = Streamer(model)(torch.empty(n, c, 1, h, w, dtype=_dtype_of(model), device="meta"))
@@ -114,7 +138,7 @@ def measure_time(
 
     Args:
         model: in evaluation mode, on the device and in the dtype to measure.
-        shape: the clip [N,C,T,H,W].
+        shape: the clip [N,C,T,H,W], or clip features [N,T,F].
         seconds: how long to measure.
         on_step: called after every step with the fraction of ``seconds`` that has passed.
 
@@ -128,16 +152,23 @@ def measure_time(
 
     parameter = next(model.parameters())
     clip = torch.rand(*shape, device=parameter.device).to(parameter.dtype)
-    frames_per_step = shape[2]
-    if streaming_obstacles(model):
+    frames_per_step = 1
+    state: Any = None
+    if len(shape) == 3:
+
+        def step() -> None:
+            nonlocal state
+            _, state = model.step(clip[:, 0], state)  # type: ignore[operator]
+
+    elif streaming_obstacles(model):
+        frames_per_step = shape[2]
 
         def step() -> None:
             model(clip)
 
     else:
         streamer = Streamer(model)
-        frame, state = clip[:, :, :1].contiguous(memory_format=torch.channels_last_3d), None
-        frames_per_step = 1
+        frame = clip[:, :, :1].contiguous(memory_format=torch.channels_last_3d)
 
         def step() -> None:
             nonlocal state
@@ -194,12 +225,17 @@ def measure_cost(
 
 def format_cost(cost: Cost) -> str:
     """The table that the command prints."""
-    n, c, t, h, w = cost.shape
+    if len(cost.shape) == 3:
+        n, t, size = cost.shape
+        unit, given = "clip", ("features", f"N = {n}, {t} clips, {size} numbers each")
+    else:
+        n, c, t, h, w = cost.shape
+        unit, given = "frame", ("clip", f"N = {n}, {c} channels, {t} frames, {h} x {w}")
     rows = [
         ("model", cost.model),
-        ("clip", f"N = {n}, {c} channels, {t} frames, {h} x {w}"),
+        given,
         ("parameters", f"{cost.parameters:,}"),
-        ("multiply-accumulates", f"{cost.gmac:.2f} GMAC ({cost.gmac / (n * t):.2f} per frame)"),
+        ("multiply-accumulates", f"{cost.gmac:.2f} GMAC ({cost.gmac / (n * t):.2f} per {unit})"),
         (
             "state of a stream",
             "none: the network is not causal" if cost.state_bytes is None else f"{cost.state_bytes / 2**20:.2f} MiB",
@@ -207,7 +243,7 @@ def format_cost(cost: Cost) -> str:
     ]
     if cost.milliseconds_per_frame is not None:
         how = "streamed" if cost.causal else f"in clips of {t}"
-        rows.append(("time per frame", f"{cost.milliseconds_per_frame:.2f} ms {how} ({cost.dtype}, {cost.device})"))
+        rows.append((f"time per {unit}", f"{cost.milliseconds_per_frame:.2f} ms {how} ({cost.dtype}, {cost.device})"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", f"{'kind of layer':<30}{'GMAC':>10}" + (f"{'time':>10}" if cost.time_by_kind else "")]
@@ -355,7 +391,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="argument of the network, such as stem_pool=false; may repeat",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="clips at once (default: %(default)s)")
-    parser.add_argument("--frames", type=int, metavar="T", help="frames of the clip (default: 16; FASTER: 256)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="T",
+        help="frames of the clip (default: 16; FASTER: 256), or clips of res_lstm's video (default: 25)",
+    )
     parser.add_argument("--size", type=int, help="side of the frames (default: 112; FASTER: 224)")
     parser.add_argument("--channels", type=int, default=3, help="channels of the frames (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=400, help="number of classes (default: %(default)s)")
@@ -379,7 +420,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from rcu_ops.cost_patterns import format_table, table
-    from rcu_ops.models import Faster
+    from rcu_ops.models import Faster, ResLSTM
     from rcu_ops.nn import fuse_for_inference
     from rcu_ops.nn.relational_fold import fold_relations_of
     from rcu_ops.progress import Progress
@@ -408,7 +449,11 @@ def run(args: argparse.Namespace) -> int:
     name = f"{args.model} (relations folded)" if args.fold_relations else args.model
     frames = args.frames or (model.frames if isinstance(model, Faster) else 16)
     size = args.size or (model.size if isinstance(model, Faster) else 112)
-    shape = (args.batch, args.channels, frames, size, size)
+    shape: tuple[int, ...] = (args.batch, args.channels, frames, size, size)
+    if isinstance(model, ResLSTM):
+        if args.size is not None:
+            raise UserError(f"--size: {args.model} takes features, whose size is --model-option input_size=F")
+        shape = (args.batch, args.frames or model.time_steps, model.rnn.input_size)
     for option in ("json", "plot"):
         if path := getattr(args, option):
             make_folder(Path(path).absolute().parent, f"--{option}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,12 @@ class ResLSTM(nn.Module):
 
     Shape:
         features [N,T,F] -> scores [N,K], before the softmax.
+
+    Attributes:
+        time_steps: T of the paper's experiments.
     """
+
+    time_steps: ClassVar[int] = 25
 
     def __init__(
         self,

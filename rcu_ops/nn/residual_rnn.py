@@ -244,7 +244,7 @@ class ResidualRNN(nn.Module):
         """One time step, x [N,F] -> (output [N,H], state): ``forward`` fed one step at a time."""
         if x.dim() != 2:
             raise ValueError(f"x: expected [N,F] with F = {self.input_size}, got {list(x.shape)}")
-        output, last = self.forward(x[:, None], state)
+        output, last = self(x[:, None], state)  # as a call, for hooks
         return output[:, 0], last
 
     def _parts(self, state: State) -> dict[str, Tensor]:

@@ -72,6 +72,37 @@ def test_any_module() -> None:
     assert found.model == "Sequential"
 
 
+def test_products_of_layers_with_a_state_are_their_recurrence() -> None:
+    """Linear maps within a Relational LSTM or an SRTG's LSTM too, as in the shares of time."""
+    options = {"backbone": "resnet50v2", "width": 2}
+    macs = cost.count_macs(create_model("relational_two_branch", num_classes=5, **options).eval(), (1, 3, 4, 64, 64))
+    positions, channels, hidden = 4, 64, 32
+    maps = 4 * positions * (16 * channels * hidden + 8 * hidden * hidden)
+    attention = 4 * 2 * 4 * 2 * positions * positions * hidden
+    assert macs["recurrence"] == maps + attention + positions * hidden * channels  # the 1x1 after the last step alone
+    assert macs["other"] == 0
+    assert macs["head"] == 5 * 2 * channels
+    gated = create_model("srtg_r3d_resnet34", num_classes=5, width=2).eval()
+    macs = cost.count_macs(gated, (1, 3, 8, 32, 32))
+    assert macs["other"] == 0
+    assert macs["recurrence"] > 0
+
+
+def test_networks_of_features(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", "res_lstm", "--classes", "51", "--time", "--seconds", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "features              N = 1, 25 clips, 1024 numbers each" in out
+    assert "parameters            16,845,824" in out
+    assert "time per clip" in out
+    model = create_model("res_lstm", num_classes=3, input_size=8, num_layers=3).eval()
+    found = cost.measure_cost(model, (2, 5, 8), seconds=0.05)
+    assert found.gmac_by_kind["recurrence"] == pytest.approx(2 * 5 * 3 * 4 * 2 * 8 * 8 / 1e9)
+    assert found.state_bytes == 2 * 2 * 3 * 8 * 4
+    assert found.time_by_kind["recurrence"] > 0.3
+    assert main(["cost", "res_lstm", "--size", "32"]) == 2
+    assert "input_size=F" in capsys.readouterr().err
+
+
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["cost", "rcn_resnet18", "--json", str(tmp_path / "new" / "folder" / "c.json")]) == 0
     out = capsys.readouterr().out
