@@ -114,8 +114,18 @@ inline Tensor as_new(Tensor tensor) {
 
 inline Tensor empty_as(const Tensor& like) { return as_new(torch::stable::empty_like(like)); }
 
+// By the shim of this very operator: torch::stable::new_empty has it looked up by its name, which small calls notice.
 inline Tensor empty_of(const Tensor& like, Sizes sizes, ScalarType dtype) {
-  return as_new(torch::stable::new_empty(like, sizes, dtype));
+  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                   &number, nullptr, nullptr, 0, nullptr, &made));
+  return as_new(Tensor(made));
+}
+
+// torch::stable::contiguous, which is looked up by its name, where there is something for it to do.
+inline Tensor contiguous_of(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> cycle_back_backward(Tensor grad_log_probability, Tens
     check_shape(names[i], *given[i], {p.N, p.T}, "[N,T]");
     check_dtype(names[i], *given[i], state_dtype(a.scalar_type()));
     check_device(names[i], *given[i], a, "a");
-    contiguous[i] = torch::stable::contiguous(*given[i]);
+    contiguous[i] = contiguous_of(*given[i]);
     *taken[i] = pointer(contiguous[i]);
   }
   Tensor d_soft = empty_of(soft, {p.N, p.T, p.C}), da = empty_of(a, {p.N, p.S, p.C});
@@ -136,6 +136,35 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss(Tensor a, Tensor b, std::optional
   return {loss, soft};
 }
 
+// Of frames that are there, and have frames of b to go through.
+int64_t frames_with_loss(const Alignment& p) {
+  const auto frames = [](const FrameMask& mask, int64_t n, int64_t count) {
+    int64_t there = mask.data ? 0 : count;
+    for (int64_t i = 0; mask.data && i < count; ++i) there += mask.data[n * mask.n + i * mask.t] != 0;
+    return there;
+  };
+  int64_t all = 0;
+  for (int64_t n = 0; n < p.N; ++n) all += frames(p.mask_b, n, p.S) > 0 ? frames(p.mask_a, n, p.T) : 0;
+  return all;
+}
+
+// On the CPU: PyTorch's mean and its gradient take a quarter of a short loss's time, most of it for fetching their code.
+std::tuple<Tensor, Tensor> temporal_cycle_loss_mean(Tensor a, Tensor b, std::optional<Tensor> mask_a,
+                                                    std::optional<Tensor> mask_b, double temperature, bool regression,
+                                                    double variance_weight, double min_variance) {
+  Alignment p = loss_problem(Align::loss, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  Tensor loss = empty_of(a, {p.N, p.T}), soft = empty_of(a, {p.N, p.T, p.C}), mean = empty_of(a, {});
+  p.loss = pointer(loss), p.soft = pointer(soft);
+  launch(p, a);
+  const auto add_up = [&]<class S>(S* to) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.N * p.T; ++i) sum += static_cast<const S*>(p.loss)[i];
+    *to = static_cast<S>(sum / static_cast<double>(frames_with_loss(p)));
+  };
+  p.dtype == DType::f64 ? add_up(static_cast<double*>(pointer(mean))) : add_up(static_cast<float*>(pointer(mean)));
+  return {mean, soft};
+}
+
 std::tuple<Tensor, Tensor, Tensor> temporal_cycle_loss_kept(Tensor a, Tensor b, std::optional<Tensor> mask_a,
                                                             std::optional<Tensor> mask_b, double temperature,
                                                             bool regression, double variance_weight,
@@ -149,46 +178,64 @@ std::tuple<Tensor, Tensor, Tensor> temporal_cycle_loss_kept(Tensor a, Tensor b, 
   return {loss, soft, distances};
 }
 
-std::tuple<Tensor, Tensor> loss_gradients(const Tensor& grad_loss, const Tensor& a, const Tensor& b, const Tensor& soft,
-                                          const std::optional<Tensor>& distances, const std::optional<Tensor>& mask_a,
-                                          const std::optional<Tensor>& mask_b, double temperature, bool regression,
-                                          double variance_weight, double min_variance) {
-  Alignment p =
-      loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
-  check_shape("grad_loss", grad_loss, {p.N, p.T}, "[N,T]");
+// From p, which has its gradients.
+std::tuple<Tensor, Tensor> loss_gradients(Alignment p, const Tensor& a, const Tensor& b, const Tensor& soft,
+                                          const std::optional<Tensor>& distances) {
   check_shape("soft", soft, {p.N, p.T, p.C}, "[N,T,C]");
-  const Tensor* given[2] = {&grad_loss, &soft};
-  const char* names[2] = {"grad_loss", "soft"};
-  for (int i = 0; i < 2; ++i) {
-    check_dtype(names[i], *given[i], a.scalar_type());
-    check_device(names[i], *given[i], a, "a");
-  }
-  p.grad_loss = pointer(grad_loss), p.grad_loss_n = grad_loss.stride(0), p.grad_loss_t = grad_loss.stride(1);
-  const Tensor neighbors = torch::stable::contiguous(soft);
+  check_dtype("soft", soft, a.scalar_type());
+  check_device("soft", soft, a, "a");
+  const Tensor neighbors = contiguous_of(soft);
   p.soft = pointer(neighbors);
   Tensor da = empty_of(a, {p.N, p.T, p.C}), db = empty_of(b, {p.N, p.S, p.C});
   p.da = pointer(da), p.db = pointer(db);
   std::optional<Tensor> d_soft;
   if (a.is_cuda() || distances || plan_alignment(p) != AlignForm::within)
     p.d_soft = pointer(d_soft.emplace(empty_of(a, {p.N, p.T, p.C})));
-  Tensor kept;
+  std::optional<Tensor> kept;
   if (distances) {
     check_shape("distances", *distances, {p.N, p.T, p.S + p.T}, "[N,T,S+T]");
     check_dtype("distances", *distances, a.scalar_type());
     check_device("distances", *distances, a, "a");
-    kept = torch::stable::contiguous(*distances);
-    p.distances = pointer(kept), p.distances_pitch = p.S + p.T;
+    p.distances = pointer(kept.emplace(contiguous_of(*distances))), p.distances_pitch = p.S + p.T;
   }
   launch(p, a);
   return {da, db};
+}
+
+void take_gradients(Alignment& p, const Tensor& a, const Tensor& grad_loss) {
+  check_shape("grad_loss", grad_loss, {p.N, p.T}, "[N,T]");
+  check_dtype("grad_loss", grad_loss, a.scalar_type());
+  check_device("grad_loss", grad_loss, a, "a");
+  p.grad_loss = pointer(grad_loss), p.grad_loss_n = grad_loss.stride(0), p.grad_loss_t = grad_loss.stride(1);
 }
 
 std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,
                                                         std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
                                                         double temperature, bool regression, double variance_weight,
                                                         double min_variance) {
-  return loss_gradients(grad_loss, a, b, soft, std::nullopt, mask_a, mask_b, temperature, regression, variance_weight,
-                        min_variance);
+  Alignment p =
+      loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  take_gradients(p, a, grad_loss);
+  return loss_gradients(p, a, b, soft, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> temporal_cycle_loss_mean_backward(Tensor grad_mean, Tensor a, Tensor b, Tensor soft,
+                                                             std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                                             double temperature, bool regression,
+                                                             double variance_weight, double min_variance) {
+  Alignment p =
+      loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  check_shape("grad_mean", grad_mean, {}, "[]");
+  check_dtype("grad_mean", grad_mean, a.scalar_type());
+  check_device("grad_mean", grad_mean, a, "a");
+  const auto frames = static_cast<double>(frames_with_loss(p));
+  double wide;  // every frame's gradient: one number, at strides of 0
+  float narrow;
+  if (p.dtype == DType::f64)
+    wide = *static_cast<const double*>(pointer(grad_mean)) / frames, p.grad_loss = &wide;
+  else
+    narrow = static_cast<float>(*static_cast<const float*>(pointer(grad_mean)) / frames), p.grad_loss = &narrow;
+  return loss_gradients(p, a, b, soft, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> temporal_cycle_loss_kept_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,
@@ -196,8 +243,10 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_kept_backward(Tensor grad_loss, T
                                                              std::optional<Tensor> mask_b, double temperature,
                                                              bool regression, double variance_weight,
                                                              double min_variance) {
-  return loss_gradients(grad_loss, a, b, soft, distances, mask_a, mask_b, temperature, regression, variance_weight,
-                        min_variance);
+  Alignment p =
+      loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  take_gradients(p, a, grad_loss);
+  return loss_gradients(p, a, b, soft, distances);
 }
 
 }  // namespace
@@ -214,6 +263,8 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_kept_backward(Tensor grad_loss, T
 
 STABLE_TORCH_LIBRARY_IMPL(rcu_ops, CPU, m) {
   RCU_OPS_CYCLE_CONSISTENCY_KERNELS(m);
+  m.impl("temporal_cycle_loss_mean", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_mean));
+  m.impl("temporal_cycle_loss_mean_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_mean_backward));
   m.impl("temporal_cycle_loss_kept", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_kept));
   m.impl("temporal_cycle_loss_kept_backward", TORCH_BOX(&rcu_ops::bindings::temporal_cycle_loss_kept_backward));
 }

@@ -222,8 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       check_dtype("hidden, gates", *tensor, p.scalar);
       check_device("hidden, gates", *tensor, x, "x");
     }
-    hidden = torch::stable::contiguous(hidden);
-    gates = torch::stable::contiguous(gates);
+    hidden = contiguous_of(hidden);
+    gates = contiguous_of(gates);
   }
   return gradients(p, grad_o, grad_o_n, x, ux, uo, w, vx, vo, o0, o, hidden, gates, need_x, need_weights);
 }

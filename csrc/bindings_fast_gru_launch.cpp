@@ -8,7 +8,7 @@ namespace {
 // A sequence as cpu::columns takes it, or a dense copy that `memory` keeps.
 fast_gru::View view_of(const Problem& p, const Tensor& sequence, std::optional<Tensor>* memory = nullptr) {
   if (const auto view = view_in_place(sequence)) return *view;
-  *memory = torch::stable::contiguous(sequence);
+  *memory = contiguous_of(sequence);
   return *view_in_place(**memory);
 }
 
@@ -26,7 +26,7 @@ fast_gru::Columns columns_of(const Problem& p, std::array<Tensor, weights>& dens
   all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
   const float** places[weights] = {&all.ux, &all.uo, &all.w, &all.vx, &all.vo};
   for (int i = 0; i < weights; ++i) {
-    dense[i] = torch::stable::contiguous(dense[i]);
+    dense[i] = contiguous_of(dense[i]);
     *places[i] = static_cast<const float*>(pointer(dense[i]));
   }
   return all;
@@ -64,8 +64,8 @@ void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const
 #ifdef RCU_OPS_WITH_CUDA
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
                          const Matrix& state, const Tensor& o, Temporaries& temporaries) {
-  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
-  const Tensor both = torch::stable::contiguous(w_both);
+  const Tensor uo = contiguous_of(w.uo), vo = contiguous_of(w.vo);
+  const Tensor both = contiguous_of(w_both);
   fast_gru::Steps steps;
   steps.dtype = p.dtype;
   steps.rows = p.step_columns(), steps.C = p.C, steps.R = p.R, steps.steps = p.steps, steps.positions = p.P;
@@ -88,9 +88,9 @@ void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_bot
 
 void steps_by_blocks(const Problem& p, const Tensor& x, const Weights& w, const Tensor& w_both, const Saved& s,
                      bool save, const Tensor& start, const Tensor& o, const Tensor& o_n) {
-  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
-  const Tensor ux = torch::stable::contiguous(w.ux), vx = torch::stable::contiguous(w.vx);
-  const Tensor both = torch::stable::contiguous(w_both);
+  const Tensor uo = contiguous_of(w.uo), vo = contiguous_of(w.vo);
+  const Tensor ux = contiguous_of(w.ux), vx = contiguous_of(w.vx);
+  const Tensor both = contiguous_of(w_both);
   std::optional<Tensor> copied, copied_x;
   fast_gru::ColumnSteps all;
   all.dtype = p.dtype, all.start_dtype = dtype_of("o0", start);
@@ -117,8 +117,8 @@ void steps_by_blocks(const Problem& p, const Tensor& x, const Weights& w, const 
 void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& plan, const Weights& w,
                              const Tensor& w_both, const Saved& s, const Matrix& before,
                              const std::optional<Tensor>& grad_o, const Matrix& carry, const Gradients& d) {
-  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
-  const Tensor both = torch::stable::contiguous(w_both);
+  const Tensor uo = contiguous_of(w.uo), vo = contiguous_of(w.vo);
+  const Tensor both = contiguous_of(w_both);
   fast_gru::StepsBackward steps;
   steps.dtype = p.dtype;
   steps.rows = p.step_columns(), steps.C = p.C, steps.R = p.R, steps.steps = p.steps, steps.positions = p.P;
@@ -141,8 +141,8 @@ void gradients_in_one_launch(const Problem& p, const fast_gru::PersistentPlan& p
 void gradients_by_blocks(const Problem& p, const fast_gru::ColumnsPlan& plan, const Weights& w, const Tensor& w_both,
                          const Saved& s, const Matrix& before, const std::optional<Tensor>& grad_o, const Matrix& carry,
                          const Gradients& d) {
-  const Tensor uo = torch::stable::contiguous(w.uo), vo = torch::stable::contiguous(w.vo);
-  const Tensor both = torch::stable::contiguous(w_both);
+  const Tensor uo = contiguous_of(w.uo), vo = contiguous_of(w.vo);
+  const Tensor both = contiguous_of(w_both);
   fast_gru::ColumnStepsBackward all;
   all.dtype = p.dtype;
   all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;

@@ -15,7 +15,7 @@ namespace {
 // are.
 Tensor with_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) < 2 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.size(last) < 2 || tensor.stride(last) == 1 ? tensor : contiguous_of(tensor);
 }
 
 Rows rows_of(const Tensor& tensor) {  // [B,rows,columns] or [B,gates,rows,columns]
@@ -186,7 +186,7 @@ Tensor nonlocal_attention(Tensor query, Tensor key, Tensor value, std::optional<
   if (way == Way::attention) {
     const auto head = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
     std::optional<Tensor> found = library_attention(head(query), head(key), head(value), scale);
-    if (found) found = torch::stable::contiguous(torch::stable::squeeze(*found, 1));
+    if (found) found = contiguous_of(torch::stable::squeeze(*found, 1));
     // Not where autocast made another dtype of it, nor, on the CPU, where a query may be dead.
     if (found && found->scalar_type() == query.scalar_type() &&
         (query.is_cuda() || rows_are_numbers(*found, p.relation))) {
@@ -360,7 +360,7 @@ StepGradients relational_lstm_step_kept_backward(std::optional<Tensor> grad_h, s
     check_dtype(name, tensor, state_dtype(x_gates.scalar_type()));
     check_device(name, tensor, x_gates, "x_gates");
   }
-  const Kept kept{torch::stable::contiguous(weights), torch::stable::contiguous(gates)};
+  const Kept kept{contiguous_of(weights), contiguous_of(gates)};
   return run_step_backward(grad_h, grad_c, x_gates, query, key, value, cell, &kept);
 }
 

@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor> recurrent_conv_affine_act(Tensor x, Tensor weight, Te
     check_shape(names[i], *given[i], {p.C}, "[C]");
     check_dtype(names[i], *given[i], state_dtype(x.scalar_type()));
     check_device(names[i], *given[i], x, "x");
-    contiguous[i] = torch::stable::contiguous(*given[i]);
+    contiguous[i] = contiguous_of(*given[i]);
   }
   p.scale = pointer(contiguous[0]);
   p.shift = pointer(contiguous[1]);

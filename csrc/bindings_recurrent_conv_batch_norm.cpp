@@ -40,7 +40,7 @@ class Table {
     check_shape(name, given, sizes, "of the channels");
     check_dtype(name, given, state_dtype(h.scalar_type()));
     check_device(name, given, h, "h");
-    tensor_ = torch::stable::contiguous(given);
+    tensor_ = contiguous_of(given);
   }
   const void* data() const { return pointer(tensor_); }
 

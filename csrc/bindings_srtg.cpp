@@ -36,7 +36,7 @@ Tensor take_h(GateData& p, const Tensor& x, const Tensor& h, const std::optional
     p.gate = static_cast<const uint8_t*>(pointer(*gate));
     p.gate_stride = gate->stride(0);
   }
-  Tensor contiguous = torch::stable::contiguous(h);
+  Tensor contiguous = contiguous_of(h);
   p.h = pointer(contiguous);
   return contiguous;
 }

@@ -51,10 +51,15 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected {' or '.join(repr(a) for a in allowed)}, got {value!r}")
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    kind = "cpu" if tensor.is_cpu else tensor.device.type  # to put the device into words takes longer than all else
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in autocast's dtype (fp64 is left alone, as torch's own rules do); else unchanged."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not autocasts(tensors[0]):
         return tensors
-    target = torch.get_autocast_dtype(kind)
+    target = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(target) for t in tensors)

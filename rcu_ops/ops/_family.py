@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library
-from rcu_ops.ops import _evidence, _schema, _selftest, _transforms, _triton
+from rcu_ops.ops import _checks, _evidence, _schema, _selftest, _transforms, _triton
 from rcu_ops.ops._registry import Backend, Overtaken
 
 
@@ -83,9 +83,7 @@ class Family:
         setup: Any = definition.setup_context
         assert of_definition is not None and setup is not None
 
-        def gradients(ctx: Any, *grads: Tensor | None) -> Any:
-            return of_definition(self, ctx, *grads)
-
+        gradients = functools.partial(of_definition, self)
         torch.library.register_autograd(f"rcu_ops::{full}", gradients, setup_context=setup, lib=_schema.library)
 
         # For torch.func.grad and its kin, which gradients registered with torch.library do not serve.
@@ -94,10 +92,7 @@ class Family:
             def forward(*args: Any) -> Any:
                 return operator(*args)
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                return gradients(ctx, *grads)
-
+            backward = staticmethod(gradients)
             setup_context = staticmethod(setup)
             vmap = staticmethod(rule)
 
@@ -143,10 +138,10 @@ def transpose_of(function: Callable[..., Any], count: int) -> Callable[..., tupl
 
 def autocast_to_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, 16-bit tensors as fp32, as torch's own rules do for distances, softmax and losses."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    narrow = torch.float16, torch.bfloat16
+    if all(t.dtype not in narrow for t in tensors) or not _checks.autocasts(tensors[0]):
         return tensors
-    return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+    return tuple(t.float() if t.dtype in narrow else t for t in tensors)
 
 
 def kernels_of(file: str, names: dict[str, str]) -> dict[str, Callable[..., Any]]:
@@ -191,10 +186,9 @@ def backends(
         return None
 
     def why_not_cpu(x: Tensor, *_: Any) -> str | None:
-        kind = x.device.type
-        if kind == "cpu":
+        if x.is_cpu:
             return why_not_binary("CPU")
-        return None if kind == "meta" else f"x is on {x.device}"
+        return None if x.is_meta else f"x is on {x.device}"
 
     def why_not_cuda(x: Tensor, *_: Any) -> str | None:
         if x.device.type != "cuda":

@@ -15,11 +15,11 @@ def why_not_cpu(operator: str) -> Callable[..., str | None]:
     """The predicate of the kernels that the binary registers for CPU tensors under ``rcu_ops::operator``."""
 
     def why_not(x: Tensor, *_: Any) -> str | None:
-        if x.device.type not in ("cpu", "meta"):
-            return f"x is on {x.device}"
-        if x.device.type == "cpu" and not _library.has_kernel(operator, "CPU"):
+        if x.is_cpu:
+            if _library.has_kernel(operator, "CPU"):
+                return None
             return _library.load_error() or "the library was built without this CPU kernel"
-        return None
+        return None if x.is_meta else f"x is on {x.device}"
 
     return why_not
 

@@ -100,7 +100,7 @@ class Operator:
             if reason is not None:
                 raise BackendError(f"backend {wanted!r} cannot run {self.name}: {reason}")
             return backend
-        on_cpu = isinstance(args[0], Tensor) and args[0].device.type == "cpu"
+        on_cpu = isinstance(args[0], Tensor) and args[0].is_cpu
         preferred = False
         for backend in self.backends:
             if on_cpu and backend.name in _GPU_BACKENDS:  # wording its reason costs a frame of a stream microseconds

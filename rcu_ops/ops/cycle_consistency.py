@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import _library, reference
-from rcu_ops.ops import _checks, _family, _planner, _selftest, _triton
+from rcu_ops.ops import _checks, _family, _planner, _selftest, _transforms, _triton
 from rcu_ops.ops._family import Definition, Family
 from rcu_ops.ops._registry import Operator, Overtaken, register, settled, wants_gradients
 from rcu_ops.reference.cycle_consistency import CycleConsistency, loss_of_landing, present, squared_distances
@@ -140,12 +140,14 @@ def _positive(name: str, value: Any, *, zero: bool = False) -> Any:
 
 
 def _check_sequences(a: Tensor, b: Tensor, *, same_batch: bool = True) -> tuple[Tensor, Tensor]:
-    for name, value in (("a", a), ("b", b)):
-        _checks.dims(name, _checks.tensor(name, value), f"[N,{'T' if name == 'a' else 'S'},C]")
-        if value.shape[1] == 0 or value.shape[2] == 0:
+    for name, value, meaning in (("a", a, "[N,T,C]"), ("b", b, "[N,S,C]")):
+        _checks.dims(name, _checks.tensor(name, value), meaning)
+        samples, frames, channels = value.shape
+        if frames == 0 or channels == 0:
             raise ValueError(f"{name}: expected at least one frame and one channel, got {list(value.shape)}")
-    batch = a.shape[0] if same_batch else b.shape[0]
-    _checks.shape("b", b, (batch, b.shape[1], a.shape[2]), "[N,S,C] with a's N and C" if same_batch else "[M,S,C]")
+    n, _, c = a.shape
+    meaning = "[N,S,C] with a's N and C" if same_batch else "[M,S,C]"
+    _checks.shape("b", b, (n if same_batch else samples, frames, c), meaning)
     _checks.same_device("b", b, a, "a")
     a, b = _family.autocast_to_fp32(a, b)
     _checks.dtype("b", b, a.dtype)
@@ -203,7 +205,8 @@ def _check_loss(
     a, b = _check_sequences(a, b, same_batch=pairs == "each")
     mask_a, mask_b = _check_mask("mask_a", mask_a, a, "a"), _check_mask("mask_b", mask_b, b, "b")
     state = state_dtype_of(a.dtype)
-    a, b = a.to(state), b.to(state)
+    if a.dtype != state:
+        a, b = a.to(state), b.to(state)
     if pairs == "all":
         (a, mask_a), (b, mask_b) = _all_pairs(a, mask_a, b, mask_b, same)
     weights = _positive("variance_weight", variance_weight, zero=True), _positive("min_variance", min_variance)
@@ -274,6 +277,10 @@ def _fake_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _fake_kept_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     n, t, s = a.shape[0], a.shape[1], b.shape[1]
     return *_fake_loss(a, b), a.new_empty((n, t, s + t))
+
+
+def _fake_mean_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return a.new_empty(()), a.new_empty(a.shape)
 
 
 def _fake_loss_backward(grad_loss: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -367,6 +374,26 @@ def _reference_loss_backward(
     return da.contiguous(), db.contiguous()
 
 
+def _reference_mean_loss(
+    a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    loss, soft = _reference_loss(a, b, mask_a, mask_b, *numbers)
+    return _reduced(loss, mask_a, mask_b, "mean"), soft
+
+
+def _reference_mean_loss_backward(
+    grad_mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    soft: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    frames = a.shape[0] * a.shape[1] if mask_a is None and mask_b is None else _frames(a, mask_a, mask_b).sum()
+    return _reference_loss_backward((grad_mean / frames).expand(a.shape[:2]), a, b, soft, mask_a, mask_b, *numbers)
+
+
 def _reference_kept_loss(
     a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,11 +442,16 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.save_for_backward(a, b, output[1], mask_a, mask_b)
 
 
-def _loss_gradients(family: Family, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    da, db = family["temporal_cycle_loss_backward"](grad, *ctx.saved_tensors, *ctx.numbers)
-    return da, db, *(None,) * 6
+def _gradients_by(name: str) -> Any:
+    """The gradients of a loss by the operator ``name``, from all that was saved."""
+
+    def gradients(family: Family, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        da, db = family[name](grad, *ctx.saved_tensors, *ctx.numbers)
+        return da, db, None, None, None, None, None, None
+
+    return gradients
 
 
 def _save_kept_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -427,13 +459,6 @@ def _save_kept_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, b, *output[1:], mask_a, mask_b)
-
-
-def _kept_loss_gradients(family: Family, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    da, db = family["temporal_cycle_loss_kept_backward"](grad, *ctx.saved_tensors, *ctx.numbers)
-    return da, db, *(None,) * 6
 
 
 def _save_loss_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -452,19 +477,15 @@ _transpose_soft_backward = _family.transpose_of(_reference_soft_backward, 3)
 _transpose_back_backward = _family.transpose_of(_reference_back_backward, 5)
 
 
-# Not with respect to soft and distances, which are functions of a and b.
-_transpose_loss_backward = _family.transpose_of(_reference_loss_backward, 3)
-_transpose_kept_loss_backward = _family.transpose_of(_reference_kept_loss_backward, 3)
+def _second_of(backward: Any) -> Any:
+    """Gradients of a loss's gradients; not with respect to soft and distances, which are functions of a and b."""
+    transpose = _family.transpose_of(backward, 3)
 
+    def gradients(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        numbers = ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance
+        return transpose((*ctx.saved_tensors, *numbers), cotangents)
 
-def _loss_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    numbers = ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance
-    return _transpose_loss_backward((*ctx.saved_tensors, *numbers), cotangents)
-
-
-def _kept_loss_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    numbers = ctx.temperature, ctx.regression, ctx.variance_weight, ctx.min_variance
-    return _transpose_kept_loss_backward((*ctx.saved_tensors, *numbers), cotangents)
+    return gradients
 
 
 def _soft_second(family: Family, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -582,6 +603,11 @@ _DEFINITIONS = {
     ),
 }
 
+
+def _one_call_per_sample(operator: Any) -> Any:
+    return functools.partial(_transforms.one_call_per_sample, operator)
+
+
 # The loss as one operator, of the binary alone: Triton's is put together from those above.
 _LOSS = Family(
     {
@@ -591,7 +617,7 @@ _LOSS = Family(
             _fake_loss,
             _reference_loss,
             _loss_flops,
-            _loss_gradients,
+            _gradients_by("temporal_cycle_loss_backward"),
             _save_loss,
         ),
         "temporal_cycle_loss_backward": Definition(
@@ -600,18 +626,40 @@ _LOSS = Family(
             _fake_loss_backward,
             _reference_loss_backward,
             _loss_backward_flops,
-            _loss_second,
+            _second_of(_reference_loss_backward),
             _save_loss_arguments,
         ),
-        # The same with distances kept for the gradients: [N,T,S+T], of a's frames to b's and of soft neighbours to a's,
-        # zero where there are no frames.
+        # Its mean over the frames that are there, [], for CPUs: PyTorch's own operations for it, and for its gradient,
+        # are a quarter of a short loss's time.
+        "temporal_cycle_loss_mean": Definition(
+            "(Tensor a, Tensor b, Tensor? mask_a, Tensor? mask_b, float temperature, bool regression, "
+            "float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            _fake_mean_loss,
+            _reference_mean_loss,
+            _loss_flops,
+            _gradients_by("temporal_cycle_loss_mean_backward"),
+            _save_loss,
+            _one_call_per_sample,
+        ),
+        "temporal_cycle_loss_mean_backward": Definition(
+            "(Tensor grad_mean, Tensor a, Tensor b, Tensor soft, Tensor? mask_a, Tensor? mask_b, float temperature, "
+            "bool regression, float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            _fake_loss_backward,
+            _reference_mean_loss_backward,
+            _loss_backward_flops,
+            _second_of(_reference_mean_loss_backward),
+            _save_loss_arguments,
+            _one_call_per_sample,
+        ),
+        # The first with distances kept for the gradients: [N,T,S+T], of a's frames to b's and of soft neighbours to
+        # a's, zero where there are no frames.
         "temporal_cycle_loss_kept": Definition(
             "(Tensor a, Tensor b, Tensor? mask_a, Tensor? mask_b, float temperature, bool regression, "
             "float variance_weight, float min_variance) -> (Tensor, Tensor, Tensor)",
             _fake_kept_loss,
             _reference_kept_loss,
             _loss_flops,
-            _kept_loss_gradients,
+            _gradients_by("temporal_cycle_loss_kept_backward"),
             _save_kept_loss,
         ),
         "temporal_cycle_loss_kept_backward": Definition(
@@ -620,7 +668,7 @@ _LOSS = Family(
             _fake_loss_backward,
             _reference_kept_loss_backward,
             _kept_loss_backward_flops,
-            _kept_loss_second,
+            _second_of(_reference_kept_loss_backward),
             _save_loss_arguments,
         ),
     }
@@ -661,26 +709,37 @@ def _loss_at_once(
     reduction: str,
 ) -> Tensor:
     numbers = temperature, kind == "regression", variance_weight, min_variance
-    name = "temporal_cycle_loss_kept" if _keeps_distances(a, b) else "temporal_cycle_loss"
+    name = _loss_operator(a, b, reduction)
     loss = _LOSS[name](a, b, mask_a, mask_b, *numbers)[0]
-    return _reduced(loss, mask_a, mask_b, reduction)
+    return loss if name.endswith("mean") else _reduced(loss, mask_a, mask_b, reduction)
+
+
+def _loss_operator(a: Tensor, b: Tensor, reduction: str) -> str:
+    """Which operator finds a loss: one that finds its mean, too, one that keeps distances, or the plain one.
+
+    Tracers and transforms see the plain operator and PyTorch's mean, which they fuse and map.
+    """
+    if a.is_cpu:
+        if _keeps_distances(a, b):
+            return "temporal_cycle_loss_kept"
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if reduction == "mean" and not traced and _library.has_kernel("temporal_cycle_loss_mean", "CPU"):
+            return "temporal_cycle_loss_mean"
+    return "temporal_cycle_loss"
 
 
 def _keeps_distances(a: Tensor, b: Tensor) -> bool:
-    """Whether a loss on the CPU keeps its distances for the gradients.
+    """Whether a loss keeps its distances for the gradients, as CPUs can.
 
     They are two products of eleven. They take up to four times what a, b and the soft neighbours do, which are kept in
     any case: less than half of what eager PyTorch keeps. Short sequences are quicker in one pass.
     """
-    if (
-        a.device.type != "cpu"
-        or not wants_gradients(a, b)
-        or not _library.has_kernel("temporal_cycle_loss_kept", "CPU")
-    ):
-        return False
     frames, others, channels = a.shape[1], b.shape[1], a.shape[2]
-    long = settled(frames > _SHORT) or settled(others > _SHORT)
-    return long and settled(frames * (frames + others) <= 4 * (2 * frames + others) * channels)
+    if not settled(frames > _SHORT) and not settled(others > _SHORT):
+        return False
+    little = settled(frames * (frames + others) <= 4 * (2 * frames + others) * channels)
+    on_cpu = a.is_cpu and _library.has_kernel("temporal_cycle_loss_kept", "CPU")
+    return little and on_cpu and wants_gradients(a, b)
 
 
 def _reduced(loss: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, reduction: str) -> Tensor:
@@ -688,10 +747,13 @@ def _reduced(loss: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, reducti
         return loss
     if mask_a is None and mask_b is None:
         return loss.mean()
-    there = torch.ones_like(loss, dtype=torch.bool) if mask_a is None else mask_a
-    if mask_b is not None:
-        there = there & mask_b.any(1, keepdim=True)
-    return loss.sum() / there.sum()
+    return loss.sum() / _frames(loss, mask_a, mask_b).sum()
+
+
+def _frames(like: Tensor, mask_a: Tensor | None, mask_b: Tensor | None) -> Tensor:
+    """Which frames have a loss, [N,T] as ``like`` begins: those that are there, with frames of b to go through."""
+    there = like.new_ones(like.shape[:2], dtype=torch.bool) if mask_a is None else mask_a
+    return there if mask_b is None else there & mask_b.any(1, keepdim=True)
 
 
 def _loss_by_reference(

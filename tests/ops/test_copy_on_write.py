@@ -59,6 +59,8 @@ def call_what_only_others_call() -> None:
     ops.cycle_back(soft, a, mask, 1.0)
     ops.cycle_back_backward(randn(2, 5), randn(2, 5), randn(2, 5), soft, a, mask, 1.0)
     numbers = (mask, mask, 1.0, True, 0.001, 1e-6)
+    mean, near = ops.temporal_cycle_loss_mean(soft, a, *numbers)
+    ops.temporal_cycle_loss_mean_backward(mean, soft, a, near, *numbers)
     _, near, distances = ops.temporal_cycle_loss_kept(soft, a, *numbers)
     ops.temporal_cycle_loss_kept_backward(randn(2, 5), soft, a, near, distances, *numbers)
     x, weight, h0, gamma, beta = randn(2, 8, 3, 4, 4), torch.eye(8), randn(2, 8, 4, 4), randn(8), randn(8)

@@ -606,9 +606,60 @@ def test_opcheck(dtype, masked) -> None:
         check(ops.temporal_cycle_loss.default, (*leaves, *numbers))
         grad = grads[0].T.contiguous().T
         check(ops.temporal_cycle_loss_backward.default, (grad, *leaves, soft.detach(), *numbers))
+        check(ops.temporal_cycle_loss_mean.default, (*leaves, *numbers))
+        check(ops.temporal_cycle_loss_mean_backward.default, (grad[0, 0], *leaves, soft.detach(), *numbers))
         check(ops.temporal_cycle_loss_kept.default, (*leaves, *numbers))
         kept = torch.rand(2, 4, 9)
         check(ops.temporal_cycle_loss_kept_backward.default, (grad, *leaves, soft.detach(), kept, *numbers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", ["", "a", "b", "ab", "all of b"])
+def test_mean_of_a_loss_in_one_operator(masked, dtype) -> None:
+    a, b = (x.requires_grad_() for x in inputs((3, 6, 5, 7), dtype))
+    mask_a = masks(3, 6) if "a" in masked else None
+    mask_b = masks(3, 5) if masked.endswith("b") else None
+    if masked == "all of b":
+        mask_b = torch.zeros(3, 5, dtype=torch.bool)
+    elif mask_b is not None:
+        mask_b[1] = False  # no way: its frames have no loss, and do not count
+    there = torch.ones(3, 6, dtype=torch.bool) if mask_a is None else mask_a
+    there = there if mask_b is None else there & mask_b.any(1, keepdim=True)
+    ops, numbers = torch.ops.rcu_ops, (mask_a, mask_b, 0.7, True, 0.001, 1e-2)
+
+    rows, soft = ops.temporal_cycle_loss(a, b, *numbers)
+    mean, same = ops.temporal_cycle_loss_mean(a, b, *numbers)
+    assert mean.shape == () and mean.dtype == dtype and torch.equal(same, soft)
+    torch.testing.assert_close(mean, rows[there].sum() / there.sum(), equal_nan=True)
+    grad = torch.tensor(3.0, dtype=dtype)
+    got = torch.autograd.grad(mean, (a, b), grad)
+    for x, want in zip(got, torch.autograd.grad(rows, (a, b), (grad / there.sum()).expand(3, 6)), strict=True):
+        torch.testing.assert_close(x, want, equal_nan=True)
+    again = ops.temporal_cycle_loss_mean(a, b, *numbers)[0]
+    assert torch.equal(again, mean) or mean.isnan()
+    mapped = torch.vmap(lambda x: ops.temporal_cycle_loss_mean(x, b, *numbers)[0])(torch.stack([a, 2 * a]).detach())
+    torch.testing.assert_close(mapped[0], mean.detach(), equal_nan=True)
+    if "cpu" in BACKENDS:
+        with pytest.raises(RuntimeError, match="grad_mean: expected"):
+            ops.temporal_cycle_loss_mean_backward(rows.detach(), a, b, soft.detach(), *numbers)
+
+
+def test_which_operator_finds_the_mean_of_a_loss() -> None:
+    """The one that finds it too on CPUs, for short sequences; traced and mapped it is the plain one."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("the CPU kernels are not built")
+
+    def operators(frames: int, call=rcu_ops.temporal_cycle_loss, **options) -> set[str]:
+        a, b = (x.requires_grad_() for x in inputs((1, frames, frames, 64)))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call(a, b, **options)
+        return {e.key.removeprefix("rcu_ops::") for e in profile.key_averages() if e.key.startswith("rcu_ops::")}
+
+    assert operators(8) == {"temporal_cycle_loss_mean"}
+    assert operators(8, reduction="none") == {"temporal_cycle_loss"}
+    assert operators(70) == {"temporal_cycle_loss_kept"}
+    mapped = torch.vmap(lambda x, y: rcu_ops.temporal_cycle_loss(x[None], y[None]))
+    assert operators(8, mapped) == {"temporal_cycle_loss"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
