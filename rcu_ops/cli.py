@@ -12,6 +12,7 @@ from rcu_ops._version import __version__
 from rcu_ops.cli_errors import StoppedError, UserError
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The command's exit code; 2 for bad input, full disks and packages that cannot be imported, with one line on
-        standard error; 130 when interrupted.
+        The command's exit code; 2 for bad input, full disks, places that cannot be written and packages that cannot be
+        imported, with one line on standard error; 130 when interrupted.
     """
     try:
         for name in REQUIRED:
@@ -80,10 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
+        if error.errno not in (*_DISK_IS_FULL, *_NOT_ALLOWED):
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"rcu-ops: error: {place}cannot be written: {error.strerror}", file=sys.stderr)
+        # The file that is replaced, where there are two names: the other one is a temporary one's.
+        place = f"{error.filename2 or error.filename}: " if error.filename else ""
+        what = "cannot be written: " if error.errno in _DISK_IS_FULL else ""
+        print(f"rcu-ops: error: {place}{what}{error.strerror}", file=sys.stderr)
         return 2
 
 

@@ -38,6 +38,10 @@ class Faster(nn.Module):
         pattern: (1, x), or (0, 1).
         clip_length: L.
 
+    An aggregator that takes features leaves the networks' classifiers without gradients: to train all of it under
+    ``DistributedDataParallel`` needs ``find_unused_parameters=True``, without which its first step is not averaged;
+    after :meth:`freeze_backbones` nothing is needed.
+
     Shape:
         frames [N,3,T,H,W], T a multiple of L, one clip after the other -> scores [N,classes] after the last clip.
 

@@ -327,8 +327,8 @@ class VideoResNet(nn.Module):
             looks at the whole clip.
         dropout: probability before convC.
         memory_format: clips are brought into it on entry, and weights are kept in it; ``torch.contiguous_format``
-            leaves both as they come (what views weights as one row, as torch.nn.utils.prune and parameters_to_vector
-            do, needs that, or ``model.to(memory_format=torch.contiguous_format)``).
+            leaves both as they come (what views weights as one row, as torch.nn.utils.prune, parameters_to_vector and
+            FSDP's fully_shard do, needs that, or ``model.to(memory_format=torch.contiguous_format)``).
 
     Shape:
         clip [N,C,T,H,W] -> scores [N,K]. T' = T unless there are temporal strides.
