@@ -1,8 +1,8 @@
 // A case as main.cpp reads it, for the run_<op>.cpp files, which turn cases into launches.
 //
 // A case is CASE.txt, lines of a key and its values, and CASE.bin, the storages one after the other. Every storage
-// becomes a heap block of exactly its size. Values: a tensor is STORAGE BYTE_OFFSET DTYPE STRIDE... (DTYPE -1: not one
-// of rcu_ops::DType), anything else is a word or a number.
+// becomes device memory of exactly its size (allocate in machine.h). Values: a tensor is STORAGE BYTE_OFFSET DTYPE
+// STRIDE... (DTYPE -1: not one of rcu_ops::DType), anything else is a word or a number.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 
 #include "common/types.h"
 #include "cuda/scratch.h"
+#include "machine.h"
 
 namespace cuda_host {
 
@@ -56,10 +57,9 @@ template <typename Run>
 std::string with_scratch(const rcu_ops::cuda::Scratch& wanted, Run run) {
   if (!wanted.error.empty()) return wanted.error.c_str();
   void* scratch = nullptr;
-  if (wanted.bytes > 0 && posix_memalign(&scratch, 16, static_cast<size_t>(wanted.bytes)) != 0) return "out of memory";
-  if (scratch) std::memset(scratch, 0xff, static_cast<size_t>(wanted.bytes));
+  if (wanted.bytes > 0) scratch = allocate(static_cast<size_t>(wanted.bytes));
   std::string error = run(scratch).c_str();
-  std::free(scratch);
+  if (scratch) deallocate(scratch);
   return error;
 }
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -22,6 +23,7 @@
 #if defined(CUDA_HOST_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_write_range(void* address, unsigned long size);
+extern "C" void __tsan_read2(void* address);
 #endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -30,6 +32,35 @@ extern "C" void __tsan_write_range(void* address, unsigned long size);
 namespace cuda_host {
 
 Options options;
+
+#if defined(__SANITIZE_ADDRESS__)
+void* allocate(size_t bytes) {
+  void* memory = std::malloc(bytes);
+  return memory ? std::memset(memory, 0xff, bytes) : memory;
+}
+void deallocate(void* memory) { std::free(memory); }
+#else
+namespace {
+std::map<void*, std::pair<void*, size_t>> mappings;  // by what allocate() gave
+}
+void* allocate(size_t bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), words = (bytes + 15) / 16 * 16;
+  const size_t size = (words + page - 1) / page * page;  // and a page that nobody can access
+  void* all = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED || mprotect(static_cast<char*>(all) + size, page, PROT_NONE) != 0) {
+    std::perror("device memory");
+    std::abort();
+  }
+  void* memory = static_cast<char*>(all) + size - words;
+  mappings[memory] = {all, size + page};
+  return std::memset(memory, 0xff, words);
+}
+void deallocate(void* memory) {
+  const auto found = mappings.find(memory);
+  munmap(found->second.first, found->second.second);
+  mappings.erase(found);
+}
+#endif
 
 namespace {
 
@@ -143,6 +174,11 @@ void release([[maybe_unused]] void* token) {
 #endif
 }
 
+// What orders memory at a barrier: for the threads themselves, and for what the matrix unit sees through them.
+struct Token {
+  char threads = 0, products = 0;
+};
+
 // ---- threads, warps, blocks -----------------------------------------------------------------------------------------
 
 struct Copy {
@@ -174,6 +210,11 @@ struct Fiber {
   uint64_t exchanges = 0, block_barriers = 0, warp_barriers = 0, cluster_barriers = 0;
   bool arrived_at_cluster = false, first_poll = false;
   int group = 0;  // the barrier at which it waits
+  // To ThreadSanitizer the matrix unit is a thread beside each of ours: its reads of shared memory are in order with
+  // what that one knows to have been fenced (async_proxy_fence), by itself or before a barrier that it has passed.
+  void* products_sanitizer = nullptr;
+  bool products_began = false;  // in this block
+  char fenced = 0, read = 0;
 };
 
 // Tokens name what orders memory. Barriers take turns with two of them: a thread may leave for the next barrier before
@@ -181,7 +222,7 @@ struct Fiber {
 struct Warp {
   int members = 0, waiting = 0;
   alignas(64) unsigned char contributions[2][32 * contribution_bytes];
-  char barrier[2] = {};
+  Token barrier[2];
 };
 
 // Blocks that run together: one, where nothing was said about clusters.
@@ -190,13 +231,13 @@ struct Cluster {
   size_t arrived = 0, exited = 0;  // threads, of `threads`
   size_t threads = 0, blocks_exited = 0;
   uint64_t barriers = 0;  // completed
-  char barrier[2] = {};
+  Token barrier[2];
 };
 
 struct GroupBarrier {
   int waiting = 0;
   uint64_t completed = 0;
-  char token[2] = {};
+  Token token[2];
 };
 
 struct Block {
@@ -209,7 +250,8 @@ struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
   unsigned char* shared = nullptr;
   size_t waiting = 0, exited = 0;
-  char begin = 0, end = 0, barrier[2] = {};
+  char begin = 0, end = 0;
+  Token barrier[2];
   GroupBarrier groups[16];
 };
 
@@ -218,6 +260,7 @@ struct Launch {
   Shape shape;
   const std::function<void()>* kernel;
   std::string error;
+  bool fenced = false;  // some thread has made an async_proxy_fence
 };
 
 Context scheduler;
@@ -228,6 +271,27 @@ std::vector<Fiber*> polling;
 std::vector<std::unique_ptr<Cluster>> resident;
 std::vector<Fiber*> idle;  // finished fibers, with their stacks
 std::mt19937_64 random_source;
+
+// Calls function() as the matrix unit beside the running thread.
+template <typename Function>
+void as_products([[maybe_unused]] Function function) {
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  Fiber& f = *running;
+  if (!f.products_sanitizer) return;  // the device has no such products
+  __tsan_switch_to_fiber(f.products_sanitizer, __tsan_switch_to_fiber_no_sync);
+  if (!std::exchange(f.products_began, true)) acquire(&f.block->begin);
+  function();
+  __tsan_switch_to_fiber(f.context.sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+void arrive(Token& token) {
+  release(&token.threads);
+  if (launch->fenced) as_products([&] { release(&token.products); });
+}
+void leave(Token& token) {
+  acquire(&token.threads);
+  if (launch->fenced) as_products([&] { acquire(&token.products); });
+}
 
 size_t draw(size_t count) { return std::uniform_int_distribution<size_t>(0, count - 1)(random_source); }
 
@@ -344,7 +408,11 @@ std::unique_ptr<Block> start_block(Cluster& cluster, uint64_t number) {
     f->number = i;
     f->index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
     f->exchanges = f->block_barriers = f->warp_barriers = f->cluster_barriers = 0;
-    f->arrived_at_cluster = f->product_fenced = false;
+    f->arrived_at_cluster = f->product_fenced = f->products_began = false;
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+    // Made here: it begins with what its maker knows, which is nothing that the block does.
+    if (!f->products_sanitizer && options.architecture >= 90) f->products_sanitizer = __tsan_create_fiber(0);
+#endif
     f->accumulators.clear();
     f->open_products.clear();
     f->product_groups.clear();
@@ -494,7 +562,7 @@ std::string run(const char* name, const Shape& shape, const std::function<void()
       shape.cooperative && static_cast<int64_t>(blocks) > most)
     return refuse(std::to_string(blocks) + " blocks of a cooperative launch, the device holds " + std::to_string(most));
 
-  Launch current{name, shape, &kernel, {}};
+  Launch current{name, shape, &kernel, {}, false};
   launch = &current;
   random_source.seed(options.seed);
 #if defined(CUDA_HOST_THREAD_SANITIZER)
@@ -604,7 +672,7 @@ void cluster_arrive(const Location& where) {
   if (running->arrived_at_cluster) fail("a thread arrives twice at a cluster barrier", where);
   running->arrived_at_cluster = true;
   Cluster& cluster = *running->block->cluster;
-  release(&cluster.barrier[running->cluster_barriers % 2]);
+  arrive(cluster.barrier[running->cluster_barriers % 2]);
   ++cluster.arrived;
   release_cluster_if_complete(cluster);
 }
@@ -614,7 +682,7 @@ void cluster_wait(const Location& where) {
   Cluster& cluster = *running->block->cluster;
   const uint64_t mine = running->cluster_barriers;
   sleep(Wait::cluster, "cluster_wait", where);
-  acquire(&cluster.barrier[mine % 2]);
+  leave(cluster.barrier[mine % 2]);
   running->cluster_barriers = mine + 1;
   running->arrived_at_cluster = false;
 }
@@ -640,26 +708,26 @@ void* map_shared(const void* own, int rank, const Location& where) {
 }
 
 void block_barrier(const Location& where) {
-  char* token = &running->block->barrier[running->block_barriers++ % 2];
-  release(token);
+  Token& token = running->block->barrier[running->block_barriers++ % 2];
+  arrive(token);
   ++running->block->waiting;
   sleep(Wait::block, "block_barrier", where);
-  acquire(token);
+  leave(token);
 }
 
 void warp_barrier(const Location& where) {
-  char* token = &running->warp->barrier[running->warp_barriers++ % 2];
-  release(token);
+  Token& token = running->warp->barrier[running->warp_barriers++ % 2];
+  arrive(token);
   meet_warp("warp_barrier", where);
-  acquire(token);
+  leave(token);
 }
 
 void group_barrier(int id, int threads, const Location& where) {
   if (id < 1 || id > 15 || threads <= 0 || threads % 32 != 0)
     fail("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads", where);
   GroupBarrier& barrier = running->block->groups[id];
-  char* token = &barrier.token[barrier.completed % 2];
-  release(token);
+  Token& token = barrier.token[barrier.completed % 2];
+  arrive(token);
   running->group = id;
   if (++barrier.waiting == threads) {
     for (Fiber* f : running->block->fibers)
@@ -669,7 +737,20 @@ void group_barrier(int id, int threads, const Location& where) {
   } else {
     sleep(Wait::group, "group_barrier", where);
   }
-  acquire(token);
+  leave(token);
+}
+
+void async_proxy_fence() {
+  launch->fenced = true;
+  release(&running->fenced);
+  as_products([&] { acquire(&running->fenced); });
+}
+
+uint16_t read_of_product(const void* from) {
+#if defined(CUDA_HOST_THREAD_SANITIZER)
+  as_products([&] { __tsan_read2(const_cast<void*>(from)); });
+#endif
+  return *static_cast<const uint16_t*>(from);
 }
 
 void product_fence() { running->product_fenced = true; }
@@ -707,6 +788,8 @@ void product_wait(size_t groups, const Location& where) {
     running->product_groups.pop_front();
     for (const auto& complete : due) complete(where);
   }
+  as_products([&] { release(&running->read); });
+  acquire(&running->read);
 }
 
 void copy_quietly(void* to, const void* from, size_t size) {

@@ -18,14 +18,14 @@
 // Warps.       Warp-wide operations meet at exchange(): all 32 lanes, the same operation, the same source line.
 // Products.    wgmma computes when its thread waits for it and not before, from what its operands hold then; until then
 //              the accumulators hold NaN. One that is issued without a fence after the last wait, or that is still in
-//              flight when its thread exits, is reported.
+//              flight when its thread exits, is reported. To ThreadSanitizer it is a thread of its own that knows only
+//              what an async_proxy_fence came after.
 // Copies.      An asynchronous copy lands when its thread waits for it and not before, in random order within what the
 //              wait covers; until then its destination holds 0xff bytes. Copies still in flight when a thread exits are
 //              reported.
 //
 // What this does not show: timing, bank conflicts, coalescing, registers, the rounding of the matrix unit (a product
-// sum is computed exactly and truncated to fp32), a missing async_proxy_fence, and races between blocks that were not
-// in flight together.
+// sum is computed exactly and truncated to fp32), and races between blocks that were not in flight together.
 #pragma once
 
 #include <vector_types.h>
@@ -62,6 +62,11 @@ struct Shape {
 // Runs every block of the grid. Returns what went wrong, or an empty string.
 std::string run(const char* name, const Shape& shape, const std::function<void()>& kernel);
 
+// Device memory of exactly so many bytes, aligned to 16, with 0xff in each. AddressSanitizer sees the first byte beyond;
+// without it an access beyond the last 16 is a fault.
+void* allocate(size_t bytes);
+void deallocate(void* memory);
+
 // How many blocks the device can hold at once; it is short of threads and shared memory alone, and never of registers.
 int64_t resident_blocks(int64_t threads, size_t shared_bytes);
 
@@ -93,6 +98,7 @@ void block_barrier(const Location& where);
 void warp_barrier(const Location& where);
 // Of `threads` threads of the block that name the same barrier, 1 to 15.
 void group_barrier(int id, int threads, const Location& where);
+void async_proxy_fence();
 
 // The most that one lane contributes to an exchange.
 inline constexpr size_t contribution_bytes = 64;
@@ -139,6 +145,9 @@ void product_fence();
 Accumulators& begin_product(float* accumulators, size_t count, const Location& where);
 void issue_product(std::function<void(const Location&)> complete);
 void end_product(float* accumulators);
+// A number of an operand in shared memory, read as the matrix unit reads it: to ThreadSanitizer out of order with what
+// has been written there without an async_proxy_fence.
+uint16_t read_of_product(const void* from);
 void product_commit();
 void product_wait(size_t groups, const Location& where);
 

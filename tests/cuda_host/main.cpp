@@ -26,7 +26,7 @@ Case::Case(const std::string& path) {
   }
   std::ifstream data(path + ".bin", std::ios::binary);
   for (const std::string& size : values_["storages"]) {
-    storages.push_back(std::malloc(std::stoull(size)));
+    storages.push_back(allocate(std::stoull(size)));
     sizes_.push_back(std::stoull(size));
     data.read(static_cast<char*>(storages.back()), static_cast<std::streamsize>(sizes_.back()));
     if (!data) throw std::runtime_error(path + ".bin is too short");
@@ -34,7 +34,7 @@ Case::Case(const std::string& path) {
 }
 
 Case::~Case() {
-  for (void* storage : storages) std::free(storage);
+  for (void* storage : storages) deallocate(storage);
 }
 
 void Case::write(const std::string& path) const {

@@ -190,6 +190,24 @@ __global__ void one_past_shared_memory(int* out) {
   out[threadIdx.x] = memory[threadIdx.x];
 }
 
+// A word of 16 bytes, 4 bytes on.
+__global__ void misaligned_word(int* out) {
+  const float4 word = *reinterpret_cast<const float4*>(out + 4 * threadIdx.x + 1);
+  out[threadIdx.x] = static_cast<int>(word.x);
+}
+// The sixteenth number beyond the last.
+__global__ void beyond_the_tensor(int* out) { out[threadIdx.x] = out[blockDim.x + 15]; }
+
+// numbers [4][threads]: the first three in, a b + c out.
+__global__ void product_and_sum_probe(float* numbers) {
+  const unsigned i = threadIdx.x, n = blockDim.x;
+  numbers[3 * n + i] = numbers[i] * numbers[n + i] + numbers[2 * n + i];
+}
+Error product_and_sum(const std::vector<void*>& s) {
+  return launch("product_and_sum_probe", product_and_sum_probe, dim3(1), dim3(64), 0, Stream(),
+                static_cast<float*>(s[0]));
+}
+
 // One row of 16.
 __global__ void misaligned_row(int* out) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -321,6 +339,9 @@ const Probes& probes() {
       {"chain_without_order", chain<false>},
       {"tickets", tickets},
       {"wait_for_nobody", fault<wait_for_nobody, 64, 0>},
+      {"misaligned_word", fault<misaligned_word, 8, 0>},
+      {"beyond_the_tensor", fault<beyond_the_tensor, 64, 0>},
+      {"product_and_sum", product_and_sum},
       {"misaligned_row", fault<misaligned_row, 32, 512>},
       {"row_outside_of_shared_memory", fault<row_outside_of_shared_memory, 32, 512>},
       {"one_past_shared_memory", fault<one_past_shared_memory, 32, 128>},

@@ -36,7 +36,7 @@ __global__ void cluster_probe(int* out) {
 
 // a [128 threads][4], shared memory [bytes] in; d [128][N / 2] in and out. b, and a unless it is in registers, begin at
 // the bytes that `at` names: a, b, and how far the next 8 rows and (without a swizzle) the next 8 numbers along k are.
-enum class Missing { nothing, fence, wait };
+enum class Missing { nothing, proxy_fence, fence, wait };
 template <typename T, int N, Swizzle Mode, bool SharedA, Missing Left = Missing::nothing>
 __global__ void wgmma_probe(const uint32_t* a, const uint32_t* shared, const int* at, float* d, int words) {
   auto* memory = dynamic_shared<uint32_t>();
@@ -46,7 +46,7 @@ __global__ void wgmma_probe(const uint32_t* a, const uint32_t* shared, const int
   uint32_t x[4];
   for (int i = 0; i < N / 2; ++i) sum[i] = d[N / 2 * thread + i];
   for (int i = 0; i < 4; ++i) x[i] = a[4 * thread + i];
-  async_proxy_fence();
+  if constexpr (Left != Missing::proxy_fence) async_proxy_fence();
   group_barrier(3, 128);
   const SharedMatrix left(dynamic_shared<char>(at[0]), Mode, static_cast<unsigned>(at[2]),
                           static_cast<unsigned>(at[3]));
@@ -157,6 +157,7 @@ const Probes& probes_sm90() {
       {"wgmma_64_bf16_registers_16", products<bf16, 64, Swizzle::none, false>},
       {"wgmma_64_f16_shared_64", products<__half, 64, Swizzle::row64, true>},
       {"wgmma_64_bf16_shared_128", products<bf16, 64, Swizzle::row128, true>},
+      {"wgmma_without_proxy_fence", products<bf16, 64, Swizzle::row128, false, Missing::proxy_fence>},
       {"wgmma_without_fence", products<bf16, 64, Swizzle::row128, false, Missing::fence>},
       {"wgmma_without_wait", products<bf16, 64, Swizzle::row128, false, Missing::wait>},
       {"descriptor", descriptor},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cuda_host import harness
 from tests.cuda_host.harness import LaunchError, SanitizerReport
 
 
@@ -396,6 +397,32 @@ def test_thread_sanitizer_sees_a_missing_acquire_and_a_missing_cluster_barrier(m
         machine.probe("chain_without_order", torch.zeros(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int32))
     with pytest.raises(SanitizerReport, match=r"data race.*\n.*\n +#0 .*cluster_probe"):
         machine.probe("cluster_without_a_barrier", torch.zeros(6, 4, dtype=torch.int32))
+
+
+def test_misaligned_words_and_accesses_beyond_a_tensor_end_every_run(machine) -> None:
+    with pytest.raises(SanitizerReport, match="misaligned address"):
+        machine.probe("misaligned_word", torch.zeros(64, dtype=torch.int32))
+    out = torch.zeros(64, dtype=torch.int32)
+    machine.probe("barrier", out)
+    with pytest.raises(SanitizerReport):
+        machine.probe("beyond_the_tensor", out)
+
+
+def test_a_product_and_a_sum_round_once_where_the_processor_can(machine) -> None:
+    numbers = torch.randn(4, 64)
+    machine.probe("product_and_sum", numbers)
+    a, b, c, found = numbers
+    once = (a.double() * b.double() + c.double()).float()
+    assert torch.equal(found, once if harness.contracted() else a * b + c)
+    assert not torch.equal(once, a * b + c)
+
+
+def test_thread_sanitizer_sees_a_missing_proxy_fence(machine_with) -> None:
+    machine = machine_with("thread", device={"architecture": 90})
+    *arguments, d, _ = wgmma_case(64, torch.bfloat16, 128)
+    machine.probe("wgmma_64_bf16_shared_128", *arguments, d.clone())  # correct: no report
+    with pytest.raises(SanitizerReport, match=r"Previous write .*\n +#0 wgmma_probe"):
+        machine.probe("wgmma_without_proxy_fence", *arguments, d)
 
 
 def test_address_sanitizer_sees_the_first_byte_beyond_shared_memory(machine_with) -> None:

@@ -494,6 +494,7 @@ FAULTS = [
         "thread",
         SM90,
     ),
+    Fault("no proxy fence after W", "  async_proxy_fence();\n", "", warpgroups, "thread", SM90),
     Fault(
         "dW without the first state",
         "offset < 0 ? load_number",

@@ -12,7 +12,7 @@ inline void warp_barrier(cuda_host::Location where = cuda_host::Location::curren
 inline void group_barrier(int id, int threads, cuda_host::Location where = cuda_host::Location::current()) {
   cuda_host::group_barrier(id, threads, where);
 }
-inline void async_proxy_fence() {}
+inline void async_proxy_fence() { cuda_host::async_proxy_fence(); }
 inline void require_resident_grid(cuda_host::Location where = cuda_host::Location::current()) {
   cuda_host::require_cooperative(where);
 }

@@ -31,7 +31,7 @@ class Reader {
     uint32_t at = field(0) + row / 8 * field(32) + row % 8 * row_bytes;
     at += mode == 0 ? k / 8 * field(16) + k % 8 * 2 : 2 * k;
     at ^= (at >> 7 & (row_bytes / 16 - 1)) << 4;
-    return *static_cast<const uint16_t*>(cuda_host::shared_at(at, 2, where_));
+    return cuda_host::read_of_product(cuda_host::shared_at(at, 2, where_));
   }
 
  private:
