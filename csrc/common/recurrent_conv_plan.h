@@ -18,10 +18,15 @@ struct Blocking {
 // Whether the instruction set's kernel for this dtype is the one of recurrent_conv_bf16_core.h.
 constexpr bool multiplies_pairs(Isa isa, DType dtype) { return isa >= Isa::avx512_bf16 && dtype == DType::bf16; }
 
+// fp64 is for gradient checks and for what little of the time-parallel form is computed in it: AVX2 is the widest
+// instruction set that has code for it, since each one costs the build.
+constexpr Isa isa_for(Isa isa, DType dtype) { return dtype == DType::f64 && isa > Isa::avx2 ? Isa::avx2 : isa; }
+
 constexpr Blocking blocking(Isa isa, DType dtype) {
+  isa = isa_for(isa, dtype);
   if (multiplies_pairs(isa, dtype)) return {32, 32, 1, 32, 1};  // blocks of four 16 x 16 tiles
   const bool f64 = dtype == DType::f64;
-  return isa >= Isa::avx512 ? Blocking{f64 ? 8 : 16, 8, 3, 14, 2}
+  return isa >= Isa::avx512 ? Blocking{16, 8, 3, 14, 2}
          : isa == Isa::avx2 ? Blocking{f64 ? 4 : 8, 4, 3, 6, 2}
                             : Blocking{f64 ? 2 : 4, 4, 3, 6, 2};
 }
@@ -191,6 +196,7 @@ inline TaskRange task_range(const Plan& plan, int64_t columns, int64_t C, int64_
 // One sentence for people.
 inline std::string describe(const PlanInput& in, const Plan& plan, Isa isa) {
   const auto number = [](double v) { return std::to_string(static_cast<int64_t>(v + 0.5)); };
+  isa = isa_for(isa, in.dtype);
   const bool plain = isa > Isa::avx512 && !multiplies_pairs(isa, in.dtype);
   std::string text = std::string(isa_name(plain ? Isa::avx512 : isa)) + ", vectors along " +
                      (plan.channels ? "channels" : "positions") + ", " + std::to_string(task_count(plan, in.columns)) +

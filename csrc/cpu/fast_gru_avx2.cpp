@@ -16,6 +16,7 @@ static constexpr int vector_bytes = 32;
 
 #include "scalar.h"
 #include "vector.h"
+#define RCU_OPS_NO_F64
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 

@@ -27,6 +27,7 @@ static inline Lanes reciprocal_of(Lanes d) {
 
 #include "scalar.h"
 #include "vector.h"
+#define RCU_OPS_NO_F64
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 

@@ -144,9 +144,11 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
 
 void elementwise_range(const fast_gru::Elementwise& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
+#ifndef RCU_OPS_NO_F64
     case DType::f64: return run_pass<double>(p, begin, end);
+#endif
     case DType::f32: return run_pass<float>(p, begin, end);
     case DType::bf16: return run_pass<bf16_t>(p, begin, end);
-    case DType::f16: return run_pass<f16_t>(p, begin, end);
+    default: return run_pass<f16_t>(p, begin, end);
   }
 }

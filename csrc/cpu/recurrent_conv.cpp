@@ -20,6 +20,7 @@ bool channels_contiguous(const Scan& p) {
 }
 
 void scan_as(Isa isa, const Scan& p, const Plan& plan, const Parallel& parallel) {
+  isa = isa_for(isa, p.dtype);
 #if defined(__x86_64__)
 #if defined(__linux__)
   if (isa == Isa::amx && p.dtype == DType::bf16) return amx::scan(p, plan, parallel);
@@ -203,7 +204,7 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
     return;
   }
 #if defined(__x86_64__)
-  const Isa isa = current_isa();
+  const Isa isa = isa_for(current_isa(), p.dtype);
   // Not with the matrix unit: its processors multiply pairs at half the rate of fp32 (see cpu_isa.h).
   if (isa == Isa::avx512_bf16 && p.dtype == DType::bf16) return avx512_bf16::weight_grad(p, parallel);
   if (isa >= Isa::avx512) return avx512::weight_grad(p, parallel);

@@ -1,4 +1,4 @@
-// recurrent_conv for AVX-512 (F, BW, DQ, VL).
+// recurrent_conv for AVX-512 (F, BW, DQ, VL), all but fp64.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -21,10 +21,8 @@ namespace rcu_ops::cpu::avx512 {
 struct F32 : Floats {
   static constexpr int planar_rows = 8, planar_vectors = 3, channels_rows = 14, channels_vectors = 2;
 };
-struct F64 : Doubles {
-  static constexpr int planar_rows = 8, planar_vectors = 3, channels_rows = 14, channels_vectors = 2;
-};
 
+#define RCU_OPS_NO_F64
 #include "recurrent_conv_core.h"
 
 }  // namespace rcu_ops::cpu::avx512

@@ -7,6 +7,7 @@ namespace rcu_ops::cpu {
 void batch_norm(const Norm& problem, const Parallel& parallel) {
   const Isa isa = current_isa();
 #if defined(__x86_64__)
+  if (problem.dtype == DType::f64) return portable::batch_norm(problem, parallel);  // for gradient checks
   if (isa >= Isa::avx512) return avx512::batch_norm(problem, parallel);
   if (isa == Isa::avx2) return avx2::batch_norm(problem, parallel);
 #endif

@@ -14,6 +14,7 @@ namespace rcu_ops::cpu::avx512 {
 
 #include "scalar.h"
 #include "vectors_avx512.h"
+#define RCU_OPS_NO_F64
 #include "recurrent_conv_batch_norm_core.h"
 
 }  // namespace rcu_ops::cpu::avx512

@@ -397,7 +397,9 @@ struct NormTask {
 
 void batch_norm(const Norm& p, const Parallel& parallel) {
   switch (p.dtype) {
+#ifndef RCU_OPS_NO_F64
     case DType::f64: return NormTask<Doubles, double>::run_task(p, parallel);
+#endif
     case DType::f32: return NormTask<Floats, float>::run_task(p, parallel);
     case DType::bf16: return NormTask<Floats, bf16_t>::run_task(p, parallel);
     default: return NormTask<Floats, f16_t>::run_task(p, parallel);

@@ -22,7 +22,8 @@
 // Bound.    Per element 2 C FLOP and, beyond the caches, x read + y written once (+ the read that a write of a line
 //           costs): memory below C of about bytes_per_element * FLOP_rate / (2 * bandwidth), arithmetic above it.
 //
-// The including file defines, in the namespace: the vector types F32 and F64, after scalar.h.
+// The including file defines, in the namespace: the vector types F32 and F64, after scalar.h; or F32 and
+// RCU_OPS_NO_F64, if it has no fp64.
 
 // ---- the block: C[MR][NV vectors] += A(m, k) B(k, n), and what follows the last k ---------------------------------
 
@@ -598,7 +599,9 @@ static void scan_of(const Scan& p, const Plan& plan, const Parallel& parallel) {
 
 void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
   switch (p.dtype) {
+#ifndef RCU_OPS_NO_F64
     case DType::f64: return scan_of<F64, double>(p, plan, parallel);
+#endif
     case DType::f32: return scan_of<F32, float>(p, plan, parallel);
     case DType::bf16: return scan_of<F32, bf16_t>(p, plan, parallel);
     default: return scan_of<F32, f16_t>(p, plan, parallel);
@@ -740,7 +743,9 @@ struct WidenedGrad {
 
 void weight_grad(const WeightGrad& p, const Parallel& parallel) {
   switch (p.dtype) {
+#ifndef RCU_OPS_NO_F64
     case DType::f64: return WeightGradTasks<WidenedGrad<F64, double>>::run(p, parallel);
+#endif
     case DType::f32: return WeightGradTasks<WidenedGrad<F32, float>>::run(p, parallel);
     case DType::bf16: return WeightGradTasks<WidenedGrad<F32, bf16_t>>::run(p, parallel);
     default: return WeightGradTasks<WidenedGrad<F32, f16_t>>::run(p, parallel);
