@@ -1,7 +1,4 @@
 // cycle_consistency in rcu_ops._native: how the kernels would run a call, and why.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <string>
 
 #include "common/cpu_isa.h"
@@ -9,8 +6,6 @@
 #include "common/cycle_consistency_gpu_plan.h"
 #include "common/cycle_consistency_products.h"
 #include "native.h"
-
-namespace py = pybind11;
 
 namespace {
 
