@@ -69,7 +69,7 @@ def align_maps(index_ab: Any, index_ba: Any) -> Alignment:
 def plot_distances(
     path: str | Path, distances: Any, alignment: Alignment, *, names: tuple[str, str], title: str = ""
 ) -> None:
-    """The map of squared distances [T,S] with both index maps over it, as a PNG.
+    """The map of squared distances [T,S], in units of their mean, with both index maps over it, as a PNG.
 
     The twentieth part that is largest is all white: a few frames unlike all others would leave the rest black.
     """
@@ -82,7 +82,7 @@ def plot_distances(
     cut = brightest < distances.max()
     image = axes.imshow(distances, cmap="Greys_r", aspect="auto", interpolation="nearest", vmax=brightest)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, extend="max" if cut else "neither")
-    bar.set_label("squared distance", size=10, color=INK)
+    bar.set_label("squared distance / its mean", size=10, color=INK)
     bar.ax.tick_params(labelsize=9, labelcolor=INK)
     t = np.arange(len(alignment.index_ab))
     axes.plot(alignment.index_ab, t, color=PALETTE[5], linewidth=1.6, label="A to B")
