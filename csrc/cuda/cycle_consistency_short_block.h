@@ -59,6 +59,7 @@ __device__ __forceinline__ void fill_stage(const Alignment& p, int64_t n, int fr
   const auto copy = [&](auto bytes) {
     constexpr int Bytes = decltype(bytes)::value, per = Bytes / static_cast<int>(sizeof(T)),
                   words = stage_channels / per;
+#pragma unroll(Bytes == 16 ? 2 : 1)
     for (int i = static_cast<int>(threadIdx.x); i < frames * words; i += short_threads) {
       const int f = i / words, at = i % words * per;
       const T* from = frame_at<T>(p, n, f) + c + at;
@@ -75,7 +76,7 @@ __device__ __forceinline__ void fill_stage(const Alignment& p, int64_t n, int fr
   } else if (word == 4) {
     copy(std::integral_constant<int, 4>());
   } else {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < frames * stage_channels; i += short_threads) {
       const int f = i / stage_channels, at = i % stage_channels;
       const int64_t stride = f < p.T ? p.a.c : p.b.c;
@@ -192,6 +193,7 @@ __device__ float measure_sample(const Alignment& p, int64_t n, uint64_t here, fl
     if (!(here >> f & 1)) continue;
     const T* at = frame_at<T>(p, n, f);
     const int64_t stride = f < p.T ? p.a.c : p.b.c;
+#pragma unroll 1
     for (int64_t c = threadIdx.x; c < p.C; c += short_threads) {
       const float value = widen(at[c * stride]), size = value < 0 ? -value : value;
       if (size > largest) largest = size;
@@ -324,16 +326,19 @@ __device__ __forceinline__ void align_short_block(const Alignment& p, const Shor
   // Calls take(place in a block's numbers, the two frames) for every pair of which this thread finishes the sum.
   const auto each_pair = [&](auto take) {
     if (tile.group < plan.groups)
+#pragma unroll 1
       for (int k = tile.group; k < ShortCycle::entries; k += plan.groups)
         take(k * plan.tiles + tile.number, tile.row + k / ShortCycle::tile * plan.side,
              tile.column + k % ShortCycle::tile * plan.side);
   };
-  const auto of_groups = [&](int at) {
+  // The sum of `count` blocks' or groups' numbers in this place.
+  const auto sum_of = [&](const float* from, int count, int at) {
     float sum = 0;
 #pragma unroll 4
-    for (int g = 0; g < plan.groups; ++g) sum += sums[g * numbers + at];
+    for (int i = 0; i < count; ++i) sum += from[i * numbers + at];
     return sum;
   };
+  const auto of_groups = [&](int at) { return sum_of(sums, plan.groups, at); };
   bool wild = false, large = false;  // a distance is no finite number; one is large enough
   const auto put = [&](float sum, int from, int to) {
     if (from >= frames || to >= frames || (tile.row == tile.column && from > to)) return;  // there, both are the tile's
@@ -361,20 +366,14 @@ __device__ __forceinline__ void align_short_block(const Alignment& p, const Shor
         cluster_barrier();  // and have been read
         if (split > 0) return;
       }
-    } else if (!summing) {
-      const float* of_sample = partial + n * splits * numbers;
-      each_pair([&](int at, int from, int to) {
-        float sum = 0;
-#pragma unroll 4
-        for (int s = 0; s < splits; ++s) sum += of_sample[s * numbers + at];
-        put(sum, from, to);
-      });
     } else if (!Clustered && !last && splits > 1) {
       float* of_block = partial + static_cast<int64_t>(blockIdx.x) * numbers;
       each_pair([&](int at, int, int) { of_block[at] = of_groups(at); });
       return;
     } else {
-      each_pair([&](int at, int from, int to) { put(of_groups(at), from, to); });
+      const float* from_there = summing ? sums : partial + n * splits * numbers;
+      const int count = summing ? plan.groups : splits;
+      each_pair([&](int at, int from, int to) { put(sum_of(from_there, count, at), from, to); });
     }
     const uint32_t any_wild = ballot(wild), any_large = ballot(large);
     if (lane == 0) memory[threadIdx.x / 32] = any_wild ? 2.f : any_large ? 1.f : 0.f;
