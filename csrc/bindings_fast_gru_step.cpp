@@ -101,7 +101,7 @@ Elementwise over(const Problem& p, Pass kind, int64_t features, int64_t columns,
 void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const Matrix& in) {
   // Columns of a piece: no more than the sums of PyTorch's gradient are long, which adds up step after step; on a GPU,
   // where a library's sum is one chain of additions. And pieces in one call.
-  const int64_t piece = p.step_columns() < 128 && out.is_cuda() ? 16 : 64;
+  const int64_t piece = fast_gru::columns_of_piece(d.columns, p.step_columns() < 128 && out.is_cuda() ? 16 : 64);
   constexpr int64_t small = 1 << 16;
   const int64_t size = d.features * in.features, pieces = d.columns / piece;
   const int64_t few = (int64_t{1} << 22) / (size ? size : 1);  // 16 MB of results

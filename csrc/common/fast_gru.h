@@ -150,6 +150,17 @@ struct ColumnStepsBackward {
   View dc, dr, dz, du, gated;
 };
 
+// Columns of a piece of a sum over `columns`, `most` (a multiple of 8) at most: as many as leave no rest, which would be
+// products and an addition of its own (on an H200 6 to 10 us for a weight), if half of `most` or more do; whole 16-byte
+// words of fp32.
+constexpr int64_t columns_of_piece(int64_t columns, int64_t most) {
+  for (int64_t piece = most; piece >= most / 2; piece -= 4)
+    if (columns % piece == 0) return piece;
+  return most;
+}
+static_assert(columns_of_piece(15 * 784, 64) == 60 && columns_of_piece(15 * 196, 64) == 60);
+static_assert(columns_of_piece(97, 64) == 64 && columns_of_piece(36, 16) == 12);
+
 // A sequence copied from one order of memory into the other: in one view positions are adjacent, in the other channels.
 // fp32. Nothing overlaps.
 struct Reorder {
