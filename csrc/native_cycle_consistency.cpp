@@ -46,9 +46,9 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
                                   : (plan.cluster ? "a cluster of " : "") + blocks(plan.splits) + " per sample, " +
                                         std::to_string(plan.channels_per_split) + " channels each" +
                                         (plan.cluster ? "" : ", and a second launch that adds them up"));
-  } else if (const char* why_not = ProductTiles::why_not(p.kind, p.dtype, t, s, c)) {
+  } else if (const char* why_not = ProductTiles::why_not(p, gpu)) {
     d["form"] = "query rows";
-    d["text"] = std::string("query rows: distances by differences, a block per query: ") + why_not;
+    d["text"] = std::string("query rows: distances by differences, a block per 4 queries (2 of float64): ") + why_not;
   } else {
     const ProductTiles plan(p.kind, n, t, s, c, gpu);
     d["form"] = "product tiles";

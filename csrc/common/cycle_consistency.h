@@ -60,6 +60,9 @@ struct Alignment {
   FrameMask mask_through;  // back: frames of the sequence between; a sample without any has no way back
   int64_t frames_through = 0;
   bool add_to_da = false;  // soft_backward: da is added to what is there
+  // On CUDA devices: multiplications of a multiprocessor up to which soft and back take distances by differences however
+  // long sequences are (ProductTiles in cycle_consistency_gpu_plan.h).
+  int64_t most_by_differences = 1 << 18;
   // On the CPU: squared distances, times the square of the scale at which the kernel takes frames, in the precision of
   // sums. loss leaves and loss_backward takes rows [N,T][S + T]: of a's frames to b's, and of soft neighbours to a's.
   // soft and back leave, and their gradients take, rows of as many, the first S of which are theirs.

@@ -30,14 +30,24 @@ struct ProductTiles {
   bool in_shared = false;
   int64_t mean_at = 0, largest_at = 0, size_at = 0, factor_at = 0, parts_at = 0, rows_at = 0, scratch_bytes = 0;
 
-  static constexpr const char* why_not(Align kind, DType dtype, int64_t T, int64_t S, int64_t C) {
+  // Soft neighbours and landings of few pairs are found by differences all the same: a block of 4 queries spends about 15
+  // instructions on a pair and channel, est. 16 us for 2^18 of them per multiprocessor, where tiles of 16 queries leave
+  // half of the multiprocessors idle and find most distances twice (N = 4, T = 256, C = 128: 127 and 286 us on an H200,
+  // benchmarks/results/nvidia-h200/). For cycles, which look for two nearest frames, nothing was measured.
+  static constexpr const char* why_not(const Alignment& p, const Gpu& gpu) {
+    const Align kind = p.kind;
+    const DType dtype = p.dtype;
+    const int64_t T = p.T, S = p.S, C = p.C;
     if (kind == Align::soft_backward || kind == Align::back_backward)
       return "gradients take every pair's difference as it is";
     if (dtype == DType::f64) return "float64";
     if ((kind == Align::cycle && T < S ? T : S) < least_keys) return "fewer than 33 frames";
-    return C < least_channels ? "fewer than 16 channels" : nullptr;
+    if (C < least_channels) return "fewer than 16 channels";
+    const double multiplications = static_cast<double>(p.N * T) * static_cast<double>(S * C);
+    const bool few = multiplications <= static_cast<double>(p.most_by_differences) * gpu.multiprocessors;
+    return kind != Align::cycle && few ? "few enough for differences" : nullptr;
   }
-  static constexpr bool takes(const Alignment& p) { return !why_not(p.kind, p.dtype, p.T, p.S, p.C); }
+  static constexpr bool takes(const Alignment& p, const Gpu& gpu) { return !why_not(p, gpu); }
 
   // Numbers of a block beside its rows: weights of 32 keys, the keys that have some, six numbers per query, one per
   // warp.

@@ -1,6 +1,8 @@
 // Soft nearest neighbours, cycle consistency, and their gradients on CUDA devices.
 #include "cuda/cycle_consistency.h"
 
+#include <type_traits>
+
 #include "common/cycle_consistency_loss.h"
 #include "cuda/cycle_consistency_products.h"
 #include "cuda/cycle_consistency_short.h"
@@ -16,10 +18,20 @@ namespace rcu_ops::cuda {
 namespace {
 
 constexpr int align_threads = 256, align_warps = align_threads / 32;
-constexpr int at_once = 4;  // keys of a warp
-// Numbers of a block's reductions, at the start of its shared memory; of align_query's, sums of its threads follow.
-constexpr int64_t reduction_numbers = 2 * align_warps, static_numbers = reduction_numbers + align_threads;
 constexpr int keys_at_once = 4, queries_at_once = align_threads / (2 * keys_at_once);  // of key_gradient
+constexpr int64_t reduction_numbers = 2 * align_warps;  // of a block, at the start of its shared memory
+
+// A number of every query of a block, as one 16-byte word.
+template <typename S>
+struct alignas(16) PerQuery {
+  static constexpr int count = 16 / static_cast<int>(sizeof(S));
+  S of[count];
+};
+// Of align_query's shared memory: the reductions, and sums of its threads.
+template <typename S>
+constexpr int64_t static_numbers = reduction_numbers + align_threads * PerQuery<S>::count;
+// Channels of a row, to whole steps of align_query.
+constexpr int64_t step_channels = 64;
 
 // Threads side by side along channels: a power of two.
 __device__ __forceinline__ int threads_along(int64_t channels) {
@@ -30,30 +42,35 @@ __device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t 
   return !mask.data || mask.data[n * mask.n + t * mask.t];
 }
 
-// Sum over the block, in an order of its own that never changes. Every thread gets it. `memory`: align_warps numbers.
+// Sum over `count` warps of the block from `first` on, in an order of its own that never changes. Each of their threads
+// gets it; all threads of the block come here. `memory`: align_warps numbers.
 template <typename S>
-__device__ S block_sum(S value, S* memory) {
+__device__ S sum_of_warps(S value, S* memory, int first = 0, int count = align_warps) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = value;
   block_barrier();
   value = 0;
-  for (int w = 0; w < align_warps; ++w) value += memory[w];
+#pragma unroll 1
+  for (int w = first; w < first + count; ++w) value += memory[w];
   block_barrier();
   return value;
 }
 
-// The first of the smallest of values[0 .. count) and its place; -1 where none is less than infinity. Every thread gets
-// it. `memory`: 2 * align_warps numbers. Places are exact in fp32 up to 2^24.
+// The first of the smallest of a query's values[0], values[PerQuery::count], ... of `count` keys, and its place; -1 where
+// none is less than infinity. The query's warps look for it, as many as any other's from `first_warp` on, and get it.
+// `memory`: 2 * align_warps numbers. Places are exact in fp32 up to 2^24.
 template <typename S>
-__device__ int64_t block_first_smallest(const S* values, int64_t count, S* memory, S& least) {
+__device__ int64_t first_smallest(const S* values, int64_t count, S* memory, int first_warp, S& least) {
+  constexpr int Q = PerQuery<S>::count, warps = align_warps / Q;
   const S infinity = static_cast<S>(INFINITY);
   S best = infinity, place = -1;
   const auto take = [&](S value, S at) {
     if (at >= 0 && (value < best || (value == best && (place < 0 || at < place)))) best = value, place = at;
   };
-  for (int64_t i = threadIdx.x; i < count; i += align_threads)
-    if (values[i] < infinity) take(values[i], static_cast<S>(i));
+#pragma unroll 1
+  for (int64_t i = static_cast<int>(threadIdx.x) - 32 * first_warp; i < count; i += 32 * warps)
+    if (values[i * Q] < infinity) take(values[i * Q], static_cast<S>(i));
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     const S value = shuffle_xor(best, mask), at = shuffle_xor(place, mask);
@@ -61,7 +78,8 @@ __device__ int64_t block_first_smallest(const S* values, int64_t count, S* memor
   }
   if (threadIdx.x % 32 == 0) memory[threadIdx.x / 32] = best, memory[align_warps + threadIdx.x / 32] = place;
   block_barrier();
-  for (int w = 0; w < align_warps; ++w) take(memory[w], memory[align_warps + w]);
+#pragma unroll
+  for (int w = 0; w < warps; ++w) take(memory[first_warp + w], memory[align_warps + first_warp + w]);
   block_barrier();
   least = best;
   return static_cast<int64_t>(place);
@@ -128,149 +146,225 @@ __device__ S scale_of(const S* largest_of, int parts, int64_t n) {
   return static_cast<S>(factor);
 }
 
-// ---- one query -----------------------------------------------------------------------------------------------------
+// ---- a few queries -------------------------------------------------------------------------------------------------
 
-// A query against all keys, T in {double, float, uint16_t: bf16 or fp16}, arithmetic in S = Accumulator<T>.
+// Queries against all keys, T in {double, float, uint16_t: bf16 or fp16}, arithmetic in S = Accumulator<T>.
 //
-// Work.     A block owns one query: a frame of a, or, with `cycle`, also one of b (rows from N T on). Distances: a warp
-//           takes every 8th key, its lanes every 32nd channel, by differences. Softmax: all threads. Sums of keys: a
+// Work.     A block owns 4 neighbouring queries (2 in fp64): frames of a, or, with `cycle`, also of b (after a's), so
+//           that a key is read once for all of them. Distances: a warp takes 4 keys of every 32, its lanes every 32nd
+//           channel, by differences. Softmax: the block's warps in equal parts, one for each query. Sums of keys: a
 //           thread owns a channel, or shares it with others where channels are few: runs of 16 keys in turn. Soft
 //           neighbours are kept as the sum u as it comes out and the rest, sum_i z_i (b_i - u): right under offsets and
 //           scene cuts, where rounding u loses the differences between frames (see csrc/cpu/cycle_consistency_core.h).
-// Memory.   `row`: z or distances [S], weights [S], u [C], rest [C], in shared memory where they fit; for gradients z
-//           and the weights stay in the scratch, [N T][2 S], for key_gradient. Sums of threads beside the reductions.
-// Order.    Fixed; no atomics; equal keys have equal distances wherever they stand.
-// Output.   Every element has one writer. Rows of frames that are not there: index -1, results and gradients 0.
-// Code.     A warp has four keys on their way at a time, a thread 16 of those that it adds up. A thread's own keys and
-//           channels are a few: those loops are not unrolled, which would be a quarter of the kernel.
-// Bound.    Two to five passes over b per query, from L2: S C numbers each. T S C differences and multiply-adds per
-//           pass.
+// Memory.   A block's row, in shared memory where it fits, of words that hold a number of every query: z or distances
+//           [keys], weights [keys], u [padded], rest [padded]; before u and the rest there are the queries and their
+//           gradients in their places. Channels beyond the last are zeros. For gradients z and the weights are left in
+//           the scratch, [blocks][2][keys], for key_gradient. Sums of threads beside the reductions.
+// Aligned.  Words are 16 bytes from a multiple of 16: the row's parts have whole words, and so has what lies before it.
+// Barriers. All threads of a block return together or come to every barrier: what they branch on is the block's.
+// Order.    Fixed; no atomics; equal keys have equal distances wherever they stand, and so have equal queries.
+// Output.   Every element has one writer. Queries beyond the last are the last again, and not written. Rows of frames
+//           that are not there: index -1, results and gradients 0.
+// Code.     A warp has 8 numbers of keys on their way at a time, a thread 16 of those that it adds up. A thread's own
+//           keys and channels are a few: those loops are not unrolled, which would be a quarter of the kernel.
+// Bound.    Issue. Of a pair and channel four instructions find a distance, and three and a half add a key up; two to
+//           five passes over b per four queries, from L2: S C numbers each.
 template <typename T>
 __global__ void __launch_bounds__(align_threads, 2)
     align_query(const Alignment p, const Accumulator<T>* largest_of, int parts, Accumulator<T>* scratch,
                 int64_t row_numbers, bool in_shared) {
   using S = Accumulator<T>;
+  using Word = PerQuery<S>;
+  constexpr int Q = Word::count, K = 4, steps = static_cast<int>(step_channels) / 32;
+  constexpr int warps_of_query = align_warps / Q, threads_of_query = align_threads / Q;
   S* memory = dynamic_shared<S>();
   const bool bf16 = p.dtype == DType::bf16;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool turned = static_cast<int64_t>(blockIdx.x) >= p.N * p.T;  // a and b change places
-  const int64_t task = turned ? blockIdx.x - p.N * p.T : blockIdx.x;
-  const int64_t queries = turned ? p.S : p.T, keys = turned ? p.T : p.S, n = task / queries, t = task % queries;
+  const int lane = threadIdx.x % 32;
+  const int64_t blocks_a = (p.T + Q - 1) / Q, blocks_b = (p.S + Q - 1) / Q;
+  const bool turned = static_cast<int64_t>(blockIdx.x) >= p.N * blocks_a;  // a and b change places
+  const int64_t block = turned ? blockIdx.x - p.N * blocks_a : blockIdx.x, blocks = turned ? blocks_b : blocks_a;
+  const int64_t queries = turned ? p.S : p.T, keys = turned ? p.T : p.S;
+  const int64_t n = block / blocks, t0 = (block - n * blocks) * Q;
   const Sequence &from = turned ? p.b : p.a, &to = turned ? p.a : p.b;
   const FrameMask &mask_from = turned ? p.mask_b : p.mask_a, &mask_to = turned ? p.mask_a : p.mask_b;
   const bool back = p.kind == Align::back || p.kind == Align::back_backward;
   const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
-  S* z = in_shared ? memory + static_numbers : scratch + static_cast<int64_t>(blockIdx.x) * row_numbers;
-  S *w = z + keys, *centre = w + keys, *rest = centre + p.C;
-  int64_t* index = turned ? p.index_ba : p.index_ab;
+  const auto in_scratch = [&] { return reinterpret_cast<Word*>(scratch + blockIdx.x * row_numbers); };
+  Word* z = in_shared ? reinterpret_cast<Word*>(memory + static_numbers<S>) : in_scratch();
+  const int64_t padded = (p.C + step_channels - 1) / step_channels * step_channels;
+  Word *w = z + keys, *centre = w + keys, *rest = centre + padded;
+  const auto index = [&] { return turned ? p.index_ba : p.index_ab; };
+  const uint8_t* seen = mask_to.data ? mask_to.data + n * mask_to.n : nullptr;
+  const auto key_there = [&](int64_t i) { return !seen || seen[i * mask_to.t]; };
+  T* vector = static_cast<T*>(gradients ? p.da : p.soft);
+  const int count = queries - t0 < Q ? static_cast<int>(queries - t0) : Q;
 
   const auto some = [&](const FrameMask& mask, int64_t frames) {
     if (!mask.data) return true;
-    S count = 0;
+    S number = 0;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < frames; i += align_threads) count += there(mask, n, i) ? S(1) : S(0);
-    return block_sum(count, memory) > 0;
+    for (int64_t i = threadIdx.x; i < frames; i += align_threads) number += there(mask, n, i) ? S(1) : S(0);
+    return sum_of_warps(number, memory) > 0;
   };
-  if (!there(mask_from, n, t) || !some(mask_to, keys) || !some(p.mask_through, p.frames_through)) {
-    if (threadIdx.x == 0) {
-      if (index) index[task] = -1;
-      if (p.kind == Align::back && p.loss)
-        static_cast<S*>(p.loss)[task] = 0;
-      else if (p.kind == Align::back)
-        static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] =
-            0;
+  const bool any = some(mask_to, keys) && some(p.mask_through, p.frames_through);
+  const auto query_there = [&](int q) { return any && q < count && there(mask_from, n, t0 + q); };
+  // This thread's query, where queries are dealt with one by one.
+  const int mine = static_cast<int>(threadIdx.x) / threads_of_query, first_warp = mine * warps_of_query;
+  const int start = static_cast<int>(threadIdx.x) % threads_of_query;
+  const int64_t t = t0 + (mine < count ? mine : count - 1), task = n * queries + t;
+  const bool here = query_there(mine);
+  if (mine < count && !here && start == 0) {
+    if (index()) index()[task] = -1;
+    if (p.kind == Align::back && p.loss)
+      static_cast<S*>(p.loss)[task] = 0;
+    else if (p.kind == Align::back)
+      static_cast<S*>(p.log_probability)[task] = static_cast<S*>(p.mean)[task] = static_cast<S*>(p.variance)[task] = 0;
+  }
+  if (mine < count && !here && vector && !(gradients && p.add_to_da))
+#pragma unroll 1
+    for (int64_t c = start; c < p.C; c += threads_of_query) vector[task * p.C + c] = 0;
+  // z and weights as key_gradient reads them.
+  const auto leave_weights = [&] {
+    Word* to_scratch = in_scratch();
+    bool keep[Q];
+#pragma unroll
+    for (int q = 0; q < Q; ++q) keep[q] = any && q < count && there(p.mask_a, n, t0 + q);  // never turned
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < 2 * keys; i += align_threads) {
+      Word both{};
+      if (any) both = z[i];
+#pragma unroll
+      for (int q = 0; q < Q; ++q) both.of[q] = keep[q] ? both.of[q] : S(0);
+      to_scratch[i] = both;
     }
-    T* vector = static_cast<T*>(!gradients ? p.soft : p.add_to_da ? nullptr : p.da);
-#pragma unroll 1
-    for (int64_t c = threadIdx.x; vector && c < p.C; c += align_threads) vector[task * p.C + c] = 0;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; gradients && i < keys; i += align_threads) z[i] = w[i] = 0;
+  };
+  if (!any) {
+    if (gradients) leave_weights();
     return;
   }
 
   const S factor = scale_of(largest_of, parts, n);
-  const T* query = static_cast<const T*>(from.data) + n * from.n + t * from.t;
   const T* key0 = static_cast<const T*>(to.data) + n * to.n;
-  // values[i] = sum over channels of term(key i, c); infinity (or 0 for products) for keys that are not there.
-  const auto for_keys = [&](S* values, S missing, auto term) {
-    for (int64_t first = warp; first < keys; first += at_once * align_warps) {
-      S sum[at_once] = {};
-      const T* key[at_once];
+  // Numbers of the block's queries, times `by`, and zeros beyond the last channel.
+  const auto fetch = [&](const Sequence& v, S by, Word* words) {
+#pragma unroll 1
+    for (int64_t c = threadIdx.x; c < padded; c += align_threads) {
+      Word word{};
+      const T* at = static_cast<const T*>(v.data) + n * v.n + c * v.c;
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) {  // those beyond the last are the last again, and not written
-        const int64_t i = first + j * align_warps;
-        key[j] = key0 + (i < keys ? i : keys - 1) * to.t + lane * to.c;
-      }
-#pragma unroll 4
-      for (int64_t c = lane; c < p.C; c += 32)
+      for (int q = 0; q < Q; ++q)
+        if (c < p.C) word.of[q] = widen(at[(t0 + (q < count ? q : count - 1)) * v.t], bf16) * by;
+      words[c] = word;
+    }
+  };
+  // values[i] = sum over channels of term(key i, c, query q); infinity (or 0 for products) for keys that are not there.
+  const auto for_keys = [&](Word* values, S missing, auto term) {
+#pragma unroll 1
+    for (int64_t first = threadIdx.x / 32 * K; first < keys; first += K * align_warps) {
+      S sum[K * Q] = {};
+      const int there_are = keys - first < K ? static_cast<int>(keys - first) : K;
+      const T* key = key0 + first * to.t + lane * to.c;
+#pragma unroll 1
+      for (int64_t c0 = 0; c0 < p.C; c0 += step_channels) {
+        T numbers[steps][K];
 #pragma unroll
-        for (int j = 0; j < at_once; ++j) {
-          sum[j] += term(widen(*key[j], bf16) * factor, c);
-          key[j] += 32 * to.c;
+        for (int u = 0; u < steps; ++u, key += 32 * to.c) {
+          const bool inside = c0 + 32 * u + lane < p.C;
+          const T* at = key;
+#pragma unroll
+          for (int j = 0; j < K; ++j, at += to.t) numbers[u][j] = inside && j < there_are ? *at : T();
         }
+#pragma unroll
+        for (int u = 0; u < steps; ++u)
+          term(c0 + 32 * u + lane, [&](auto add) {
+#pragma unroll
+            for (int j = 0; j < K; ++j) {
+              const S k = widen(numbers[u][j], bf16) * factor;
+#pragma unroll
+              for (int q = 0; q < Q; ++q) add(sum[j * Q + q], k, q);
+            }
+          });
+      }
       const S all = sums_of_warp(sum);
-      const int64_t i = first + lane / 8 * align_warps;
-      if (lane % 8 == 0 && i < keys) values[i] = there(mask_to, n, i) ? all : missing;
+      constexpr int lanes = 32 / (K * Q);  // that get the same sum
+      const int64_t i = first + lane / lanes / Q;
+      if (lane % lanes == 0 && i < keys) values[i].of[lane / lanes % Q] = key_there(i) ? all : missing;
     }
     block_barrier();
   };
   // values[c] = sum over keys of weights[i] (key - around[c]), around == nullptr: 0. Groups of threads take runs of 16
   // keys in turn.
-  const auto for_channels = [&](S* values, const S* weights, const S* around) {
+  const auto for_channels = [&](Word* values, const Word* weights, auto around) {
+    constexpr bool centred = std::is_pointer_v<decltype(around)>;
     const int along = threads_along(p.C), groups = align_threads / along, group = static_cast<int>(threadIdx.x) / along;
-    S* sums = memory + reduction_numbers;
+    Word* sums = reinterpret_cast<Word*>(memory + reduction_numbers);
 #pragma unroll 1
     for (int64_t c0 = 0; c0 < p.C; c0 += along) {
       const int64_t c = c0 + static_cast<int>(threadIdx.x) % along, read = c < p.C ? c : p.C - 1;
-      S sum = 0;
-      const S centre_of_key = around ? around[read] : S(0);
+      Word sum{}, centre_of_key{};
+      if constexpr (centred) centre_of_key = around[read];
       const T* key = key0 + read * to.c + group * 16 * to.t;
 #pragma unroll 1
       for (int64_t first = group * 16; first < keys; first += groups * 16, key += (groups - 1) * 16 * to.t) {
-        S part = 0;
-        if (!mask_to.data && first + 16 <= keys) {
+        Word part{};
+        const auto add = [&](const Word* at, T number) {
+          const Word weight = *at;  // in one read
+          const S k = widen(number, bf16) * factor;
 #pragma unroll
-          for (int j = 0; j < 16; ++j, key += to.t)
-            part += weights[first + j] * (widen(*key, bf16) * factor - centre_of_key);
+          for (int q = 0; q < Q; ++q) part.of[q] += weight.of[q] * (centred ? k - centre_of_key.of[q] : k);
+        };
+        if (!seen && first + 16 <= keys) {
+#pragma unroll
+          for (int j = 0; j < 16; ++j, key += to.t) add(weights + first + j, *key);
         } else {
 #pragma unroll 1
           for (int j = 0; j < 16; ++j, key += to.t)
-            if (first + j < keys && there(mask_to, n, first + j))
-              part += weights[first + j] * (widen(*key, bf16) * factor - centre_of_key);
+            if (first + j < keys && key_there(first + j)) add(weights + first + j, *key);
         }
-        sum += part;
+#pragma unroll
+        for (int q = 0; q < Q; ++q) sum.of[q] += part.of[q];
       }
       sums[threadIdx.x] = sum;
       block_barrier();
       if (group == 0 && c < p.C) {
 #pragma unroll 1
-        for (int other = 1; other < groups; ++other) sum += sums[threadIdx.x + other * along];
+        for (int other = 1; other < groups; ++other)
+#pragma unroll
+          for (int q = 0; q < Q; ++q) sum.of[q] += sums[threadIdx.x + other * along].of[q];
         values[c] = sum;
       }
       block_barrier();
     }
   };
 
-  for_keys(z, static_cast<S>(INFINITY), [&](S k, int64_t c) {
-    const S difference = k - widen(query[c * from.c], bf16) * factor;
-    return difference * difference;
+  fetch(from, factor, centre);
+  block_barrier();
+  for_keys(z, static_cast<S>(INFINITY), [&](int64_t c, auto each) {
+    const Word query = centre[c];
+    each([&](S& sum, S k, int q) {
+      const S difference = k - query.of[q];
+      sum += difference * difference;
+    });
   });
   const double sharp = 1 / static_cast<double>(factor) / static_cast<double>(factor) / p.temperature;
   const double most = sizeof(S) == 8 ? 1.7e308 : 3.4e38;
   const S sharpness = static_cast<S>(sharp < most ? sharp : most);
+  // Of this thread's query from here on: z and weights, a word apart.
+  S *z_own = &z->of[mine], *w_own = &w->of[mine];
+  const auto sum_of_query = [&](S value) { return sum_of_warps(value, memory, first_warp, warps_of_query); };
   S least;
-  const int64_t likely = block_first_smallest(z, keys, memory, least);
-  const S own = back ? z[t] : S(0);
+  const int64_t likely = first_smallest(z_own, keys, memory, first_warp, least);
+  const S own = back ? z_own[t * Q] : S(0);
   block_barrier();
   S sum = 0;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
-    z[i] = there(mask_to, n, i) ? exp((least - z[i]) * sharpness) : S(0);
-    sum += z[i];
+  for (int64_t i = start; i < keys; i += threads_of_query) {
+    const S share = key_there(i) ? exp((least - z_own[i * Q]) * sharpness) : S(0);
+    z_own[i * Q] = share, sum += share;
   }
-  sum = block_sum(sum, memory);
+  sum = sum_of_query(sum);
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < keys; i += align_threads) z[i] /= sum;
+  for (int64_t i = start; i < keys; i += threads_of_query) z_own[i * Q] /= sum;
   block_barrier();
 
   if (back) {
@@ -278,16 +372,16 @@ __global__ void __launch_bounds__(align_threads, 2)
     S mean = 0, variance = 0;
     const S origin = static_cast<S>(likely < 0 ? 0 : likely);
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * (static_cast<S>(i) - origin);
-    mean = block_sum(mean, memory);
+    for (int64_t i = start; i < keys; i += threads_of_query) mean += z_own[i * Q] * (static_cast<S>(i) - origin);
+    mean = sum_of_query(mean);
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
+    for (int64_t i = start; i < keys; i += threads_of_query) {
       const S away = (static_cast<S>(i) - origin) - mean;
-      variance += z[i] * (away * away);
+      variance += z_own[i * Q] * (away * away);
     }
-    variance = block_sum(variance, memory);
+    variance = sum_of_query(variance);
     if (p.kind == Align::back) {
-      if (threadIdx.x > 0) return;
+      if (start > 0 || !here) return;
       const S log_probability = (least - own) * sharpness - log(sum);
       if (p.loss) {
         static_cast<S*>(p.loss)[task] = Landing<S>(p).loss(log_probability, (static_cast<S>(t) - origin) - mean,
@@ -309,45 +403,53 @@ __global__ void __launch_bounds__(align_threads, 2)
     }
     const S by = static_cast<S>(2 / static_cast<double>(factor) / p.temperature);
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < keys; i += align_threads) {
+    for (int64_t i = start; i < keys; i += threads_of_query) {
       const S away = (static_cast<S>(i) - origin) - mean;
-      w[i] = by * (z[i] * (g_mean * away + g_variance * (away * away - variance) - g) + (i == t ? g : S(0)));
+      w_own[i * Q] =
+          by * (z_own[i * Q] * (g_mean * away + g_variance * (away * away - variance) - g) + (i == t ? g : S(0)));
     }
     block_barrier();
   }
 
   for_channels(centre, z, nullptr);
   if (p.kind == Align::soft_backward) {
-    const T* grad = static_cast<const T*>(p.grad.data) + n * p.grad.n + t * p.grad.t;
-    for_keys(w, S(0), [&](S k, int64_t c) { return (k - centre[c]) * widen(grad[c * p.grad.c], bf16); });
+    fetch(p.grad, S(1), rest);
+    block_barrier();
+    for_keys(w, S(0), [&](int64_t c, auto each) {
+      const Word around = centre[c], grad = rest[c];
+      each([&](S& sum, S k, int q) { sum += (k - around.of[q]) * grad.of[q]; });
+    });
     S mean = 0;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < keys; i += align_threads) mean += z[i] * w[i];
-    mean = block_sum(mean, memory);
+    for (int64_t i = start; i < keys; i += threads_of_query) mean += z_own[i * Q] * w_own[i * Q];
+    mean = sum_of_query(mean);
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < keys; i += align_threads) w[i] = z[i] * (w[i] - mean) * (2 * sharpness);
+    for (int64_t i = start; i < keys; i += threads_of_query)
+      w_own[i * Q] = z_own[i * Q] * (w_own[i * Q] - mean) * (2 * sharpness);
     block_barrier();
   }
-  for_channels(rest, gradients ? w : z, centre);
-  if (gradients) {
+  for_channels(rest, gradients ? w : z, static_cast<const Word*>(centre));
+  if (vector && here)
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; c < p.C; c += align_threads) {
-      T* da = static_cast<T*>(p.da) + task * p.C + c;
-      *da = narrow<T>(p.add_to_da ? widen(*da, bf16) + rest[c] : rest[c], bf16);
+    for (int64_t c = start; c < p.C; c += threads_of_query) {
+      T* out = vector + task * p.C + c;
+      const S value = gradients ? rest[c].of[mine] : (centre[c].of[mine] + rest[c].of[mine]) / factor;
+      *out = narrow<T>(p.add_to_da ? widen(*out, bf16) + value : value, bf16);
     }
-    return;
-  }
-  if (p.soft)
+  if (gradients) return leave_weights();
+  if (!index()) return;
 #pragma unroll 1
-    for (int64_t c = threadIdx.x; c < p.C; c += align_threads)
-      static_cast<T*>(p.soft)[task * p.C + c] = narrow<T>((centre[c] + rest[c]) / factor, bf16);
-  if (!index) return;
-  for_keys(w, static_cast<S>(INFINITY), [&](S k, int64_t c) {
-    const S difference = (k - centre[c]) - rest[c];
-    return difference * difference;
+  for (int64_t c = p.C + threadIdx.x; c < padded; c += align_threads) rest[c] = Word{};
+  block_barrier();
+  for_keys(w, static_cast<S>(INFINITY), [&](int64_t c, auto each) {
+    const Word around = centre[c], more = rest[c];
+    each([&](S& sum, S k, int q) {
+      const S difference = (k - around.of[q]) - more.of[q];
+      sum += difference * difference;
+    });
   });
-  const int64_t nearest = block_first_smallest(w, keys, memory, least);
-  if (threadIdx.x == 0) index[task] = nearest;
+  const int64_t nearest = first_smallest(w_own, keys, memory, first_warp, least);
+  if (start == 0 && here) index()[task] = nearest;
 }
 
 template <typename S>
@@ -374,10 +476,13 @@ __global__ void __launch_bounds__(align_threads, 2)
   const bool bf16 = p.dtype == DType::bf16, soft = p.kind == Align::soft_backward;
   const int along = threads_along(p.C), groups = align_threads / along, group = static_cast<int>(threadIdx.x) / along;
   const int share = Q / groups;  // of a group
-  // Of the weight that this thread fetches.
-  const int of_query = static_cast<int>(threadIdx.x) / (2 * K), of_key = static_cast<int>(threadIdx.x) % K;
-  const bool fetches = i0 + of_key < p.S && (soft || threadIdx.x / K % 2 == 1);
-  const S* weight = rows + n * p.T * row_numbers + threadIdx.x / K % 2 * p.S + i0 + of_key;
+  // Of the weight that this thread fetches: neighbours have a word's queries, then keys, as they lie.
+  constexpr int per_word = PerQuery<S>::count;
+  const int number = static_cast<int>(threadIdx.x), of_key = number / per_word % K, which = number / (Q * K);
+  const int of_query = number % per_word + number / (per_word * K) % (Q / per_word) * per_word;
+  const bool fetches = i0 + of_key < p.S && (soft || which == 1);
+  const S* weight = rows + (n * ((p.T + per_word - 1) / per_word) + of_query / per_word) * row_numbers +
+                    (which * p.S + i0 + of_key) * per_word + of_query % per_word;
 #pragma unroll 1
   for (int64_t c0 = 0; c0 < p.C; c0 += along) {
     const int64_t c = c0 + static_cast<int>(threadIdx.x) % along, read = c < p.C ? c : p.C - 1;
@@ -392,9 +497,9 @@ __global__ void __launch_bounds__(align_threads, 2)
 #pragma unroll 1
     for (int64_t t0 = 0; t0 < p.T; t0 += Q) {
       const int64_t t = t0 + of_query;
-      const S fetched = fetches && t < p.T ? weight[t * row_numbers] : S(0);
+      const S fetched = fetches && t < p.T ? weight[t0 / per_word * row_numbers] : S(0);
       block_barrier();  // the weights before these have been read
-      weights[threadIdx.x] = fetched;
+      weights[(of_query * 2 + which) * K + of_key] = fetched;
       block_barrier();
       S part[K] = {};
       const int q0 = group * share;
@@ -455,7 +560,7 @@ __global__ void __launch_bounds__(align_threads, 4) gate_of(const Alignment p) {
     away += there(p.mask_a, n, t) && p.index_ab[n * p.T + t] != t ? 1.f : 0.f;
   for (int64_t t = threadIdx.x; t < p.S; t += align_threads)
     away += there(p.mask_b, n, t) && p.index_ba[n * p.S + t] != t ? 1.f : 0.f;
-  away = block_sum(away, memory);
+  away = sum_of_warps(away, memory);
   if (threadIdx.x == 0) p.gate[n] = p.T == p.S && away == 0;
 }
 
@@ -464,29 +569,32 @@ Error launch_gate(const Alignment& p, Stream stream) {
                 reduction_numbers * sizeof(float), stream, p);
 }
 
-// Numbers of a query's row, and whether rows lie in shared memory.
+// Numbers of a block's row, and whether rows lie in shared memory.
 struct RowPlan {
-  int64_t numbers, rows, scratch_numbers;
+  int64_t numbers, blocks, scratch_numbers, shared_numbers;
   bool in_shared;
   int parts;  // of a sample, that are measured by themselves: as many as fill the device, of four runs at least
   int64_t rows_at;
 };
 
 RowPlan plan_rows(const Alignment& p, const Gpu& gpu) {
-  const int64_t keys = p.T > p.S ? p.T : p.S, size = state_size(p.dtype);
+  const int64_t keys = p.kind == Align::cycle && p.T > p.S ? p.T : p.S, size = state_size(p.dtype), Q = 16 / size;
   const bool gradients = p.kind == Align::soft_backward || p.kind == Align::back_backward;
-  RowPlan plan{2 * (p.kind == Align::cycle ? keys : p.S) + 2 * p.C,
-               p.N * (p.T + (p.kind == Align::cycle ? p.S : 0)),
+  const int64_t fixed = size == 8 ? static_numbers<double> : static_numbers<float>;
+  RowPlan plan{Q * 2 * (keys + round_up(p.C, step_channels)),
+               p.N * (ceil_div(p.T, Q) + (p.kind == Align::cycle ? ceil_div(p.S, Q) : 0)),
                0,
+               fixed,
                false,
                1,
                0};
-  plan.in_shared = !gradients && (plan.numbers + static_numbers) * size <= gpu.shared_bytes;
+  plan.in_shared = (plan.numbers + fixed) * size <= gpu.shared_bytes;
+  if (plan.in_shared) plan.shared_numbers += plan.numbers;
   const int64_t most = p.N > 0 ? gpu.multiprocessors / p.N : 1, runs = (p.T + p.S) * p.C / (4 * align_threads);
   const int64_t parts = most < runs ? most : runs;
   plan.parts = static_cast<int>(parts < 1 ? 1 : parts > 16 ? 16 : parts);
   plan.rows_at = round_up(p.N * plan.parts, 4);
-  plan.scratch_numbers = plan.rows_at + (plan.in_shared ? 0 : plan.numbers * plan.rows);
+  plan.scratch_numbers = plan.rows_at + (plan.in_shared && !gradients ? 0 : plan.numbers * plan.blocks);
   return plan;
 }
 
@@ -496,11 +604,10 @@ Error align_as(const Alignment& p, const RowPlan& plan, void* scratch, Stream st
   S *largest_of = static_cast<S*>(scratch), *rows = largest_of + plan.rows_at;
   Error error = launch("cycle_consistency measure", measure<T>, dim3(static_cast<unsigned>(p.N * plan.parts)),
                        dim3(align_threads), reduction_numbers * sizeof(S), stream, p, plan.parts, largest_of);
-  const int64_t numbers = static_numbers + (plan.in_shared ? plan.numbers : 0);
   if (error.empty())
-    error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.rows)),
-                   dim3(align_threads), static_cast<size_t>(numbers) * sizeof(S), stream, p, largest_of, plan.parts,
-                   rows, plan.numbers, plan.in_shared);
+    error = launch("cycle_consistency align_query", align_query<T>, dim3(static_cast<unsigned>(plan.blocks)),
+                   dim3(align_threads), static_cast<size_t>(plan.shared_numbers) * sizeof(S), stream, p, largest_of,
+                   plan.parts, rows, plan.numbers, plan.in_shared);
   if (error.empty() && p.db)
     error =
         launch("cycle_consistency key_gradient", key_gradient<T>,
@@ -527,7 +634,7 @@ Scratch align_scratch(const Alignment& p) {
     scratch.bytes = ShortCycle(p.N, p.T, p.S, p.C, gpu).partial_numbers * 4;
     return scratch;
   }
-  if (ProductTiles::takes(p)) {
+  if (ProductTiles::takes(p, gpu)) {
     scratch.bytes = ProductTiles(p.kind, p.N, p.T, p.S, p.C, gpu).scratch_bytes;
     return scratch;
   }
@@ -546,12 +653,12 @@ Text align(const Alignment& p, void* scratch, Stream stream) {
   Gpu gpu;
   if (Error error = current_gpu(gpu); !error.empty()) return error;
   if (ShortCycle::takes(p)) return align_short(p, gpu, scratch, stream);
-  if (ProductTiles::takes(p)) {
+  if (ProductTiles::takes(p, gpu)) {
     Error error = align_products(p, ProductTiles(p.kind, p.N, p.T, p.S, p.C, gpu), scratch, stream);
     return error.empty() && p.gate ? launch_gate(p, stream) : error;
   }
   const RowPlan plan = plan_rows(p, gpu);
-  if (plan.rows > INT32_MAX || p.N * p.S > INT32_MAX) return "cycle_consistency: too many frames for one launch";
+  if (plan.blocks > INT32_MAX || p.N * p.S > INT32_MAX) return "cycle_consistency: too many frames for one launch";
   switch (p.dtype) {
     case DType::f64: return align_as<double>(p, plan, scratch, stream);
     case DType::f32: return align_as<float>(p, plan, scratch, stream);

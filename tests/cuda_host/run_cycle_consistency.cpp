@@ -38,6 +38,7 @@ std::string run_align(const Case& c, std::string&) {
   if (p.kind == rcu_ops::Align::loss || p.kind == rcu_ops::Align::loss_backward)
     p.regression = c.integer("regression"), p.variance_weight = c.number("variance_weight"),
     p.min_variance = c.number("min_variance");
+  if (c.has("most_by_differences")) p.most_by_differences = c.integer("most_by_differences");
   return with_scratch(rcu_ops::cuda::align_scratch(p),
                       [&](void* scratch) { return rcu_ops::cuda::align(p, scratch, nullptr); });
 }

@@ -42,7 +42,10 @@ def align(
     numbers: dict[str, float] | None = None,
     **tensors: Tensor | None,
 ):
-    """One problem, as the bindings put it; returns the outputs in the operator's order."""
+    """One problem, as the bindings put it; returns the outputs in the operator's order.
+
+    Small as it is, it goes to the kernel for long sequences where that takes it, but for ``numbers``.
+    """
     n, t, c = a.shape
     s = b.shape[1]
     indices = {"index_ab": torch.full((n, t), -7), "index_ba": torch.full((n, s), -7)}
@@ -63,7 +66,7 @@ def align(
         "align",
         {"a": a, "b": b, **tensors, **outputs},
         kind=KINDS.index(kind), N=n, T=t, S=s, C=c, dtype=DTYPES.index(a.dtype), temperature=temperature,
-        **(numbers or {}),
+        **{"most_by_differences": 0, **(numbers or {})},
     )  # fmt: skip
     return tuple(outputs.values())
 
@@ -263,7 +266,7 @@ def test_rows_in_the_scratch_and_strides(machine) -> None:
     """A device with little shared memory keeps rows in the scratch; the result is the same, bit for bit."""
     a, b = inputs((2, 6, 9, 40), torch.float32)
     want = align(machine, "soft", a, b)
-    machine.device = {"shared_bytes": 1200}
+    machine.device = {"shared_bytes": 5 * 1024}
     views = a.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([b, b], -1)[..., 0]
     assert all(torch.equal(x, y) for x, y in zip(align(machine, "soft", *views), want, strict=True))
 
@@ -306,6 +309,29 @@ def test_long_sequences(machine, shape, dtype, masked, seed) -> None:
         for sample in range(n):
             rows, mask = there[sample], None if other is None else other[sample][None]
             alignment.check_indices(got[sample][rows][None], x[sample][rows][None], y[sample][None], 0.3, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_long_sequences_of_few_pairs(machine, shape, masked, seed) -> None:
+    """By differences, as the planner has it: soft neighbours and where they land, of queries that fill no block."""
+    a, b = inputs(shape, torch.float32)
+    n, s, _ = b.shape
+    mask = masks(n, s) if masked else None
+    machine.seed = seed
+    run = functools.partial(align, machine, temperature=0.3, numbers={"most_by_differences": 2**18})
+    soft, index = run("soft", a, b, mask_b=mask)
+    eager, _ = reference.soft_nearest_neighbor(a, b, mask_b=mask, temperature=0.3, state_dtype=torch.float32)
+    exact = alignment.soft_neighbors(a, b, temperature=0.3, mask_b=mask)
+    assert_close_to_reference(soft, exact, eager, "soft")
+    alignment.check_indices(index, a, b, 0.3, mask)
+    landing = run("back", b, b, mask_a=mask, mask_b=mask)
+    found = [
+        reference.cycle_back(b.to(state), b.to(state), mask_a=mask, temperature=0.3, state_dtype=state)
+        for state in (torch.float64, torch.float32)
+    ]
+    for values in zip(landing, *found, strict=True):
+        assert_close_to_reference(*values)
 
 
 def moving(frames: int, channels: int) -> tuple[Tensor, Tensor]:

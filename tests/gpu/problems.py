@@ -278,9 +278,9 @@ def _batch_norm_problems(name: str) -> Iterator[Problem]:
 def _alignment_problems(name: str) -> Iterator[Problem]:
     """Soft neighbours or losses per frame, with their gradients."""
 
-    def make(dtype: torch.dtype, t: int, s: int) -> Tensors:
-        sequences = {"a": torch.randn(3, t, 40), "b": torch.randn(3, s, 40), "grad": torch.randn(3, t, 40)}
-        return {key: (value / 80**0.5).to(dtype) for key, value in sequences.items()}
+    def make(dtype: torch.dtype, t: int, s: int, c: int) -> Tensors:
+        sequences = {"a": torch.randn(3, t, c), "b": torch.randn(3, s, c), "grad": torch.randn(3, t, c)}
+        return {key: (value / (2 * c) ** 0.5).to(dtype) for key, value in sequences.items()}
 
     def with_gradients(run: Callable[[Tensor, Tensor], Any], given: Tensors) -> Outputs:
         leaves = [given[key].detach().requires_grad_() for key in ("a", "b")]
@@ -303,11 +303,12 @@ def _alignment_problems(name: str) -> Iterator[Problem]:
     def eager(a: Tensor, b: Tensor) -> Any:
         return eager_loss(a, b) if losses else reference.soft_nearest_neighbor(a, b, state_dtype=a.dtype)
 
-    for title, t, s in (("probe", 13, 17), ("long", 70, 100)):
+    # many pairs: more than a GPU of up to 132 multiprocessors takes by differences
+    for title, t, s, c in (("probe", 13, 17, 40), ("long", 70, 100, 40), ("many pairs", 350, 352, 100)):
         yield Problem(
             name,
             title,
-            functools.partial(make, t=t, s=s),
+            functools.partial(make, t=t, s=s, c=c),
             lambda given: with_gradients(ours, given),
             lambda given: with_gradients(exact, given),
             lambda given: with_gradients(eager, given),

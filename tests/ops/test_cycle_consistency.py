@@ -255,6 +255,8 @@ def test_the_plan_for_a_gpu_covers_every_task_and_keeps_within_its_shared_memory
         (("soft_backward", 1, 100, 100, 64, "float32"), "gradients"),
         (("soft", 1, 100, 32, 64, "float32"), "fewer than 33 frames"),
         (("back", 1, 100, 100, 15, "float32"), "fewer than 16 channels"),
+        (("soft", 4, 256, 256, 128, "float32"), "few enough for differences"),
+        (("back", 1, 512, 512, 128, "bfloat16"), "few enough for differences"),
     ):
         found = plan(*arguments)
         assert found["form"] == "query rows" and why in found["text"]
@@ -271,7 +273,8 @@ def test_the_plan_for_a_gpu_covers_every_task_and_keeps_within_its_shared_memory
             rows = 0 if found["in_shared"] else found["blocks"] * found["row_bytes"]
             assert found["scratch_bytes"] == places[5] + rows
             assert ("the scratch" in found["text"]) == (not found["in_shared"])
-    assert plan("soft", 1, 512, 512, 128, "float32")["in_shared"]
+    assert plan("soft", 2, 512, 512, 128, "float32")["in_shared"]
+    assert plan("back", 1, 512, 512, 128, "float32", multiprocessors=108)["form"] == "product tiles"
     assert plan("soft", 8, 2048, 2048, 128, "float32", shared_bytes=163 * 1024)["in_shared"]
 
 

@@ -6,22 +6,25 @@
 
 namespace rcu_ops::cuda {
 
-// Sums over the warp of Count numbers of every lane, a power of two: of lanes 16 apart, then 8, and so on. Lane l gets that
-// of number l / (32 / Count). Uses `values` up.
-template <int Count, typename T>
+// Sums over the warp of Count numbers of every lane, a power of two up to 32: of lanes 16 apart, then 8, and so on. Lane l
+// gets that of number l / (32 / Count). Uses `values` up. Each halving is a function of its own: in a loop whose bounds
+// change from turn to turn 32 values would not stay in registers.
+template <int Mask = 16, int Count, typename T>
 __device__ __forceinline__ T sums_of_warp(T (&values)[Count]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (Count == 1) {
 #pragma unroll
-  for (int mask = 16, count = Count / 2; count > 0; mask /= 2, count /= 2)
+    for (int mask = Mask; mask > 0; mask /= 2) values[0] += shuffle_xor(values[0], mask);
+    return values[0];
+  } else {
+    const bool high = static_cast<int>(threadIdx.x) & Mask;
+    T half[Count / 2];
 #pragma unroll
-    for (int j = 0; j < count; ++j) {
-      const bool high = lane & mask;
-      const T given = high ? values[j] : values[j + count];
-      values[j] = (high ? values[j + count] : values[j]) + shuffle_xor(given, mask);
+    for (int j = 0; j < Count / 2; ++j) {
+      const T given = high ? values[j] : values[j + Count / 2];
+      half[j] = (high ? values[j + Count / 2] : values[j]) + shuffle_xor(given, Mask);
     }
-#pragma unroll
-  for (int mask = 16 / Count; mask > 0; mask /= 2) values[0] += shuffle_xor(values[0], mask);
-  return values[0];
+    return sums_of_warp<Mask / 2>(half);
+  }
 }
 
 }  // namespace rcu_ops::cuda
