@@ -261,14 +261,12 @@ void tile_block(const Scan& p, const cuda::TileScanPlan& plan, int64_t block, To
 void fp32_block(const Scan& p, const cuda::Fp32ScanPlan& plan, int64_t block, Touched& touched) {
   const int64_t column0 = block * plan.positions, left = p.N * p.H * p.W - column0;
   const int columns = static_cast<int>(std::min<int64_t>(left, plan.positions));
-  const int groups = plan.positions / cuda::fp32_columns;
   for (const View* v : {&p.x, &p.y}) {
     std::vector<int64_t> offset;
     for (int i = 0; i < columns; ++i) offset.push_back(cuda::column_offset(p, *v, column0 + i));
     for (int thread = 0; thread < plan.threads; ++thread)
-      cuda::for_part(v == &p.x ? plan.x : plan.y, *v, offset.data(), thread / groups * cuda::fp32_outputs,
-                     thread % groups * cuda::fp32_columns, static_cast<int>(p.C), columns,
-                     [&](auto quad, int, int, int64_t at) {
+      cuda::for_part(v == &p.x ? plan.x : plan.y, *v, offset.data(), 0, cuda::fp32_part(plan, thread),
+                     static_cast<int>(p.C), columns, [&](auto quad, int, int, int64_t at) {
                        const int numbers = quad == cuda::Quad::none ? 1 : 4;
                        if (at % numbers != 0) throw std::logic_error("a word is not aligned");
                        touched.frames(p, v == &p.x ? at : -1, v == &p.x ? -1 : at, numbers);

@@ -16,7 +16,7 @@ namespace rcu_ops::cuda {
 inline constexpr int fp32_least_channels = 8, fp32_most_channels = 128;
 // Of a thread: 32 multiply-adds for three 16-byte words of shared memory.
 inline constexpr int fp32_outputs = 8, fp32_columns = 4;
-inline constexpr int fp32_most_positions = 64, fp32_most_threads = 256;
+inline constexpr int fp32_most_positions = 64, fp32_balanced_positions = 48, fp32_most_threads = 256;
 // Of a part of batch normalisation's statistics, at most: every thread then has one to add up, or two.
 inline constexpr int fp32_norm_columns = 32;
 // Numbers in a row of shared memory: of W, one row per input channel, and of the state, one per channel. Known to the
@@ -27,8 +27,9 @@ inline constexpr int fp32_weight_pitch = fp32_most_channels + 4, fp32_state_pitc
 enum class Quad : int { none, columns, channels };
 
 struct Fp32ScanPlan {
-  int positions = 0;     // columns of a block
-  int norm_columns = 0;  // that have a part of batch normalisation's statistics to themselves
+  int positions = 0;      // columns of a block
+  int norm_columns = 0;   // that have a part of batch normalisation's statistics to themselves
+  int warp_channels = 0;  // of a warp, 32 or 64, so that its threads have 32 or 16 columns
   int threads = 0;
   Quad x = Quad::none, y = Quad::none, residual = Quad::none, first = Quad::none, last = Quad::none;
   int64_t blocks = 0;
@@ -51,16 +52,24 @@ inline Quad quad_of(const Scan& p, const View& v) {
 inline std::optional<Fp32ScanPlan> plan_fp32_scan(const Scan& p, const Gpu& gpu) {
   if (p.dtype != DType::f32 || p.C < fp32_least_channels || p.C > fp32_most_channels) return std::nullopt;
   const int64_t columns = p.N * p.G * p.H * p.W;
+  const auto blocks = [&](int positions) { return ceil_div(columns, positions); };
+  // Columns of the multiprocessor that has most to do.
+  const auto most = [&](int positions) { return ceil_div(blocks(positions), gpu.multiprocessors) * positions; };
   Fp32ScanPlan plan;
+  plan.warp_channels = ceil_div(p.C, 32) % 2 == 0 ? 64 : 32;
   for (plan.positions = fp32_most_positions; plan.positions >= 16; plan.positions /= 2) {
-    plan.blocks = ceil_div(columns, plan.positions);
-    const int64_t parts = plan.positions / fp32_columns * ceil_div(p.C, fp32_outputs);
-    plan.threads = static_cast<int>(round_up(parts, 32));
+    // Three warps beside each other instead of four, where that is shared out better.
+    if (plan.positions == fp32_most_positions && plan.warp_channels == 64 &&
+        blocks(fp32_most_positions) >= gpu.multiprocessors && most(fp32_balanced_positions) < most(fp32_most_positions))
+      plan.positions = fp32_balanced_positions;
+    plan.blocks = blocks(plan.positions);
+    const int64_t warps = ceil_div(p.C, plan.warp_channels) * ceil_div(plan.positions, 1024 / plan.warp_channels);
+    plan.threads = static_cast<int>(32 * warps);
     plan.weight_at = 5 * 8 * plan.positions;
     plan.state_at = plan.weight_at + p.C * fp32_weight_pitch * 4;
     plan.numbers_at = plan.state_at + p.C * fp32_state_pitch * 4;
     // Whether batch normalisation is asked for must not change how a scan is cut: there is room for it, or no plan.
-    plan.norm_columns = plan.positions < fp32_norm_columns ? plan.positions : fp32_norm_columns;
+    plan.norm_columns = plan.positions > fp32_norm_columns ? plan.positions / 2 : plan.positions;
     const int64_t parts_of_norm = plan.positions / plan.norm_columns;
     const int64_t norm_bytes = parts_of_norm * statistics_floats * round_up(p.C, fp32_outputs) * 4;
     plan.shared_bytes = plan.numbers_at + (p.norm.present() ? norm_bytes : 0);
@@ -72,31 +81,69 @@ inline std::optional<Fp32ScanPlan> plan_fp32_scan(const Scan& p, const Gpu& gpu)
   return std::nullopt;
 }
 
-// Calls visit(quad, m, n, element offset in the frame) for the words of a thread's part of a tensor: 8 channels from
-// `channel` on, of C, 4 columns from `column` on, of `columns`. (m, n) is the word's first number in the part; quad, a
-// std::integral_constant, says which way the word goes.
+// A thread's part of a block: channels channel .. channel + 3 and as many `apart` further on, columns column ..
+// column + 3. A warp has 4 x 8 or (64 channels) 8 x 4 of them. Of the words of shared memory that it reads at once, the
+// lanes of a pair (0 and 1, 2 and 3, ...) share a word of the state, and lanes 0 and 2, 1 and 3, ... one of W: of 16
+// lanes, 8 words of 16 bytes at most, which lie side by side and so are read in one cycle. Lanes 0 to 7 have adjacent
+// words of channels and of columns, so that either way whole sectors are read and written.
+struct Fp32Part {
+  int channel, apart, column;
+};
+RCU_OPS_DEVICE Fp32Part fp32_part(const Fp32ScanPlan& plan, int thread) {
+  const bool wide = plan.warp_channels == 64;
+  const int lane = thread % 32, warp = thread / 32, warp_columns = wide ? 16 : 32;
+  const int warps = (plan.positions + warp_columns - 1) / warp_columns;
+  const int row = wide ? (lane & 1) | (lane >> 1 & 6) : (lane & 1) | (lane >> 3 & 2);
+  const int column = wide ? (lane >> 1 & 1) | (lane >> 3 & 2) : lane >> 1 & 7;
+  return {warp / warps * plan.warp_channels + 4 * row, plan.warp_channels / 2,
+          warp % warps * warp_columns + 4 * column};
+}
+RCU_OPS_DEVICE int fp32_channel(const Fp32Part& part, int m) { return part.channel + m % 4 + m / 4 * part.apart; }
+
+// Which of the part's 8 channels and 4 columns number `number` of word `word` is, of 8 words along columns (or of as
+// many single numbers) or along channels.
+struct Fp32Number {
+  int m, n;
+};
+template <Quad Way>
+RCU_OPS_DEVICE constexpr Fp32Number fp32_number(int word, int number) {
+  if (Way == Quad::channels) return {word % 2 * 4 + number, word / 2};
+  return {word, number};
+}
+
+// Calls visit(quad, word, number, element offset) for the words of a thread's part of a tensor of C channels, of which
+// the block has `columns` and whose frame begins at element `frame`. quad, a std::integral_constant, says which way the
+// word goes; `number` is zero where it goes one. Offsets are added up, not multiplied out for each word.
 template <typename Visit>
-RCU_OPS_DEVICE void for_part(Quad quad, const View& v, const int64_t* offset, int channel, int column, int C,
-                             int columns, Visit visit) {
-  if (quad == Quad::columns) {
-    if (column >= columns) return;
+RCU_OPS_DEVICE void for_part(Quad quad, const View& v, const int64_t* offset, int64_t frame, const Fp32Part& part,
+                             int C, int columns, Visit visit) {
+  const int C_left = C - part.channel;
+  if (C_left <= 0) return;
+  if (quad == Quad::channels) {
     RCU_OPS_UNROLL
-    for (int m = 0; m < fp32_outputs; ++m)
-      if (channel + m < C)
-        visit(std::integral_constant<Quad, Quad::columns>(), m, 0, offset[column] + (channel + m) * v.c);
-  } else if (quad == Quad::channels) {
-    RCU_OPS_UNROLL
-    for (int n = 0; n < fp32_columns; ++n) RCU_OPS_UNROLL
-    for (int m = 0; m < fp32_outputs; m += 4)
-      if (column + n < columns && channel + m < C)
-        visit(std::integral_constant<Quad, Quad::channels>(), m, n, offset[column + n] + channel + m);
-  } else {
-    RCU_OPS_UNROLL
-    for (int n = 0; n < fp32_columns; ++n) RCU_OPS_UNROLL
-    for (int m = 0; m < fp32_outputs; ++m)
-      if (column + n < columns && channel + m < C)
-        visit(std::integral_constant<Quad, Quad::none>(), m, n, offset[column + n] + (channel + m) * v.c);
+    for (int n = 0; n < fp32_columns; ++n) {
+      if (part.column + n >= columns) continue;
+      const int64_t at = frame + offset[part.column + n] + part.channel;
+      visit(std::integral_constant<Quad, Quad::channels>(), 2 * n, 0, at);
+      if (part.apart < C_left) visit(std::integral_constant<Quad, Quad::channels>(), 2 * n + 1, 0, at + part.apart);
+    }
+    return;
   }
+  const auto down = [&](int column, auto visit_at) {
+    if (column >= columns) return;
+    int64_t at = frame + offset[column] + part.channel * v.c;
+    RCU_OPS_UNROLL
+    for (int i = 0; i < fp32_outputs; ++i) {
+      if (i % 4 + i / 4 * part.apart < C_left) visit_at(i, at);
+      at += i == 3 ? (part.apart - 3) * v.c : v.c;
+    }
+  };
+  if (quad == Quad::columns)
+    down(part.column, [&](int i, int64_t at) { visit(std::integral_constant<Quad, Quad::columns>(), i, 0, at); });
+  else
+    RCU_OPS_UNROLL
+  for (int j = 0; j < fp32_columns; ++j)
+    down(part.column + j, [&](int i, int64_t at) { visit(std::integral_constant<Quad, Quad::none>(), i, j, at); });
 }
 
 inline Text describe(const Fp32ScanPlan& plan) {

@@ -414,7 +414,7 @@ inline ScanPlan plan_scan(const Scan& p, const Gpu& gpu, Kernel kernel) {
   // where the plain scan would read W in pieces; frame after frame where only the plain scan, which knows no matrix
   // unit, can hold the channels.
   const StepScanPlan step = plan_step_scan(p, gpu);
-  const bool small_blocks = plan.fp32 && plan.fp32->positions < fp32_most_positions;
+  const bool small_blocks = plan.fp32 && plan.fp32->positions < fp32_balanced_positions;
   const bool in_pieces = plan.is_plain() && !plan.plain.weight_resident;
   const bool single = p.T == 1 && p.init == Init::state && p.last_kind != Last::projected;
   if (step.shared_bytes <= gpu.shared_bytes && step.blocks <= most_blocks &&

@@ -226,6 +226,19 @@ RCU_OPS_DEVICE void for_unit_words(int thread, bool along_channels, int numbers,
     }
 }
 
+// A thread's part of the plain weight gradient's 64 x 64 elements, M x M of them: channels from these on, and where M is
+// 8 four of them weight_grad_apart further on. Of the 8 x 8 threads of fp32 lanes are laid out as in fp32_part.
+inline constexpr int weight_grad_apart = 32;
+struct WeightGradPart {
+  int output, input;
+};
+template <int M>
+RCU_OPS_DEVICE WeightGradPart weight_grad_part(int thread) {
+  static_assert(M == 4 || M == 8);
+  if (M == 4) return {thread / 16 * 4, thread % 16 * 4};
+  return {((thread & 1) | (thread >> 1 & 6)) * 4, ((thread >> 1 & 1) | (thread >> 3 & 6)) * 4};
+}
+
 // A row of the weight gradient's sum: a frame, in the order of processing, and a position.
 struct WeightGradRow {
   int64_t dx, before;  // offsets; before < 0: -1 - offset in p.first

@@ -21,6 +21,8 @@ struct WeightGradPlan {
   int64_t rows_per_split = 0;  // a multiple of weight_grad_depth
   int64_t scratch_bytes = 0;   // [splits][C][C] partial sums; none for a single split
   bool small = false;          // rows can be counted in 32 bits
+  // The plain kernel: whether it reads dx and h by words of four channels.
+  bool dx_words = false, h_words = false;
   // Shared memory: two tables of rows' offsets in dx and in h, one for the stage in use and one for the next; then the
   // stages.
   int64_t slots_at = 0, shared_bytes = 0;
@@ -35,12 +37,27 @@ struct WeightGradPlan {
 inline constexpr int weight_grad_depth = 32;  // rows staged at a time
 inline constexpr int weight_grad_threads = 256;
 inline constexpr int plain_weight_grad_tile = 64;
+// The plain kernel's arithmetic is in S: a side of a thread's square of dW, and threads.
+template <typename S>
+inline constexpr int plain_weight_grad_outputs = sizeof(S) == 8 ? 4 : 8;
+template <typename S>
+inline constexpr int plain_weight_grad_threads =
+    plain_weight_grad_tile / plain_weight_grad_outputs<S> * (plain_weight_grad_tile / plain_weight_grad_outputs<S>);
+// Rows of a split at most: 256 stages, whose sums are added one by one.
+inline constexpr int64_t most_plain_weight_grad_rows = 8192;
 inline constexpr int matrix_weight_grad_stages = 3;
 // The matrix unit truncates when it adds: after so many rows, 1024 additions, a sum may have lost 2^-13 of its largest
 // value, an eighth of what rounding to fp16 loses.
 inline constexpr int64_t matrix_weight_grad_rows = 16384;
 
 inline constexpr int64_t most_splits = 65535;  // along y of a grid
+
+// Whether four channels from a multiple of four on are one aligned word, in every row.
+inline bool weight_grad_words(const WeightGrad& p, const View& v) {
+  const auto whole = [](int64_t size, int64_t stride) { return size == 1 || stride % 4 == 0; };
+  return p.dtype == DType::f32 && v.c == 1 && p.C % 4 == 0 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0 &&
+         whole(p.N, v.n) && whole(p.T, v.t) && whole(p.H, v.h) && whole(p.W, v.w);
+}
 
 inline WeightGradPlan plan_weight_grad(const WeightGrad& p, const Gpu& gpu, Kernel kernel = Kernel::best) {
   WeightGradPlan plan;
@@ -62,16 +79,17 @@ inline WeightGradPlan plan_weight_grad(const WeightGrad& p, const Gpu& gpu, Kern
     plan.vector_bytes = words.bytes;
   } else {
     plan.tile = plain_weight_grad_tile;
-    plan.shared_bytes = plan.slots_at + 2 * weight_grad_depth * (plan.tile + plain_lanes) * state_size(p.dtype);
+    plan.shared_bytes = plan.slots_at + 4 * weight_grad_depth * (plan.tile + plain_lanes) * state_size(p.dtype);
+    plan.dx_words = weight_grad_words(p, p.dx), plan.h_words = weight_grad_words(p, p.h);
   }
   const int64_t per_side = ceil_div(p.C, plan.tile);
   plan.tiles = per_side * per_side;
   // As many blocks as a large GPU holds at once, but none with less than eight stages of rows.
-  int64_t splits = ceil_div(plan.tile == 128 ? 264 : 528, plan.tiles);
+  int64_t splits = ceil_div(!matrix ? 792 : plan.tile == 128 ? 264 : 528, plan.tiles);
   const int64_t most = ceil_div(plan.rows, 8 * weight_grad_depth);
   if (splits > most) splits = most;
-  if (matrix && splits < ceil_div(plan.rows, matrix_weight_grad_rows))
-    splits = ceil_div(plan.rows, matrix_weight_grad_rows);
+  const int64_t least = ceil_div(plan.rows, matrix ? matrix_weight_grad_rows : most_plain_weight_grad_rows);
+  if (splits < least) splits = least;
   if (splits < 1) splits = 1;
   plan.rows_per_split = round_up(ceil_div(plan.rows, splits), weight_grad_depth);
   plan.splits = plan.rows == 0 ? 1 : ceil_div(plan.rows, plan.rows_per_split);
@@ -85,7 +103,8 @@ inline Text describe(const WeightGradPlan& plan) {
   if (plan.vector_bytes)
     return "matrix: " + cut + (plan.along_channels ? ", along channels by " : ", along columns by ") +
            to_text(plan.vector_bytes) + " bytes";
-  return "plain: " + cut + " (not the matrix unit: " + plan.why_not_matrix + ")";
+  return "plain: " + cut + (plan.dx_words && plan.h_words ? ", by words of channels" : "") +
+         " (not the matrix unit: " + plan.why_not_matrix + ")";
 }
 
 }  // namespace rcu_ops::cuda

@@ -12,8 +12,9 @@ namespace {
 // One scan over time (common/recurrent_conv.h), fp32, 8 to 128 channels, any strides.
 //
 // Work.     A block owns plan.positions columns for all frames and all channels of them; a thread 8 channels x 4
-//           columns, in registers: x is read into them before the product, which hides its latency, and y is written
-//           from them.
+//           columns (fp32_part), in registers: x is read into them before the product, which hides its latency, and y
+//           is written from them. x stays as its words came until the product is there: a register moved before would
+//           wait for the load.
 // Memory.   Shared: five offsets per column; W as [input][output]; one copy of the state [channel][column]. Per frame
 //           two barriers: the state has been read, the new one is there.
 // Order.    Runs of sum_run channels, each added to x: plain_scan's, and so its bits.
@@ -21,11 +22,12 @@ namespace {
 //           shared memory, up to 32 columns of a channel by one thread, frame after frame, about the first frame's
 //           mean: about 110 instructions of a thread beside 35 C of its product. Its gradient is taken of x and of h
 //           before the product, in the registers that the product needs afterwards.
-// Padding.  Threads beyond the last channel only meet the others. Columns beyond the last start from zero, read zeros
+// Padding.  Threads beyond the last channel or column of the block only meet the others. Columns beyond the last start from zero, read zeros
 //           and are not stored; what a thread computes for a channel beyond the last it neither reads nor stores.
 // Aliasing. y and last overlap no input. Every output element has one writer.
-// Banks.    A warp reads 256 neighbouring bytes of the state and two rows of 8 outputs of W: 4 cycles of shared memory
-//           for 32 multiply-adds, which take the multiprocessor 8.
+// Banks.    For 32 multiply-adds a warp reads a word of the state and two of W, each in two cycles of shared memory, one
+//           per 16 lanes (fp32_part): four warps take 24 cycles of it where the multiply-adds take 32. Global words are
+//           aligned to 16 bytes where they are words at all (quad_of), and 8 lanes' make whole sectors.
 // Bound.    2 C FLOP per element against 8 bytes: arithmetic from C = 62 on (67 TFLOP/s of fp32, 4.3 TB/s). Of 4 steps
 //           of the inner loop 128 instructions are multiply-adds and 12 loads: at most 0.9 of the FMA rate.
 __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, const Fp32ScanPlan plan) {
@@ -36,8 +38,8 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
   const int P = plan.positions, C = static_cast<int>(p.C), thread = threadIdx.x, threads = static_cast<int>(blockDim.x);
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * P, columns_left = p.N * p.G * p.H * p.W - column0;
   const int columns = columns_left < P ? static_cast<int>(columns_left) : P;
-  const int my_column = thread % (P / L) * L, my_channel = thread / (P / L) * M;
-  const bool active = my_channel < C;
+  const Fp32Part mine = fp32_part(plan, thread);
+  const bool active = mine.channel < C && mine.column < P;
 
   int64_t* x_offset = dynamic_shared<int64_t>();
   int64_t *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
@@ -62,61 +64,91 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
     }
   };
   const float* w = static_cast<const float*>(p.weight);
-#pragma unroll 8
-  for (int i = thread; i < C * C; i += threads) {
-    const int slow = i / C, fast = i % C;
-    const int input = p.weight_in == 1 ? fast : slow, output = p.weight_in == 1 ? slow : fast;
-    weight[input * fp32_weight_pitch + output] = w[output * p.weight_out + input * p.weight_in];
-  }
+  int outputs = fp32_least_channels;
+  while (outputs < C) outputs *= 2;
+  for_tile_loaded<8>(
+      thread, threads, p.weight_in == 1, C, outputs,
+      [&](int input, int output) { return w[(output < C ? output : C - 1) * p.weight_out + input * p.weight_in]; },
+      [&](int input, int output, float value) {
+        if (output < C) weight[input * fp32_weight_pitch + output] = value;
+      });
 
-  // This thread's part of a tensor, zero where there is nothing. Addresses are cheaper than registers to keep them.
+  // The words of this thread's part of a tensor, zero where there is nothing. Addresses are cheaper than registers to
+  // keep them.
+  const auto here = [&] { return Fp32Part{recomputed(mine.channel), mine.apart, recomputed(mine.column)}; };
   const auto read = [&](const View& v, const void* data, Quad quad, const int64_t* offset, int64_t frame,
-                        float (&part)[M][L]) {
+                        float (&words)[M][L]) {
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+    for (int i = 0; i < M; ++i)
 #pragma unroll
-      for (int n = 0; n < L; ++n) part[m][n] = 0;
+      for (int j = 0; j < L; ++j) words[i][j] = 0;
     if (!data) return;
-    const float* from = static_cast<const float*>(data) + frame * v.t;
-    const int channel = recomputed(my_channel), column = recomputed(my_column);
-    for_part(quad, v, offset, channel, column, C, columns, [&](auto word_along, int m, int n, int64_t at) {
-      constexpr Quad way = decltype(word_along)::value;
-      if constexpr (way == Quad::none) {
-        part[m][n] = from[at];
+    const float* from = static_cast<const float*>(data);
+    for_part(quad, v, offset, recomputed(frame * v.t), here(), C, columns, [&](auto way, int i, int j, int64_t at) {
+      if constexpr (decltype(way)::value == Quad::none) {
+        words[i][j] = from[at];
       } else {
         const Word word = *reinterpret_cast<const Word*>(from + at);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) part[way == Quad::channels ? m + j : m][way == Quad::channels ? n : j] = word.v[j];
+        for (int k = 0; k < L; ++k) words[i][k] = word.v[k];
       }
     });
   };
+  // Calls visit(number of the words, channel and column of the part) for all of them.
+  const auto for_words_of = [&](Quad quad, float (&words)[M][L], auto visit) {
+    const auto all = [&](auto way) {
+#pragma unroll
+      for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < L; ++j) {
+          const Fp32Number at = fp32_number<decltype(way)::value>(i, j);
+          visit(words[i][j], at.m, at.n);
+        }
+    };
+    if (quad == Quad::channels)
+      all(std::integral_constant<Quad, Quad::channels>());
+    else
+      all(std::integral_constant<Quad, Quad::columns>());
+  };
+  const auto arrange = [&](Quad quad, float (&words)[M][L]) {  // from words to [channel][column]
+    if (quad != Quad::channels) return;
+    float part[M][L];
+    for_words_of(Quad::channels, words, [&](float number, int m, int n) { part[m][n] = number; });
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < L; ++n) words[m][n] = part[m][n];
+  };
   const auto write = [&](const View& v, Quad quad, const int64_t* offset, int64_t frame, const float (&part)[M][L]) {
-    float* to = static_cast<float*>(v.data) + frame * v.t;
-    const int channel = recomputed(my_channel), column = recomputed(my_column);
-    for_part(quad, v, offset, channel, column, C, columns, [&](auto word_along, int m, int n, int64_t at) {
-      constexpr Quad way = decltype(word_along)::value;
-      if constexpr (way == Quad::none) {
-        to[at] = part[m][n];
+    float* to = static_cast<float*>(v.data);
+    for_part(quad, v, offset, recomputed(frame * v.t), here(), C, columns, [&](auto way, int i, int j, int64_t at) {
+      if constexpr (decltype(way)::value == Quad::none) {
+        to[at] = part[i][j];
       } else {
         Word word;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) word.v[j] = part[way == Quad::channels ? m + j : m][way == Quad::channels ? n : j];
+        for (int k = 0; k < L; ++k) {
+          const Fp32Number number = fp32_number<decltype(way)::value>(i, k);
+          word.v[k] = part[number.m][number.n];
+        }
         *reinterpret_cast<Word*>(to + at) = word;
       }
     });
   };
-  float* own = state + my_channel * fp32_state_pitch + my_column;
   const auto keep_state = [&](const float (&part)[M][L]) {
+    const Fp32Part at = here();
 #pragma unroll
     for (int m = 0; m < M; ++m)
-      if (my_channel + m < C)
-        *reinterpret_cast<Word*>(own + m * fp32_state_pitch) = Word{part[m][0], part[m][1], part[m][2], part[m][3]};
+      if (const int c = fp32_channel(at, m); c < C)
+        *reinterpret_cast<Word*>(state + c * fp32_state_pitch + at.column) =
+            Word{part[m][0], part[m][1], part[m][2], part[m][3]};
   };
 
   float v[M][L], x[M][L];
   block_barrier();  // offsets and W are here
   if (p.init != Init::none && active) {
     read(p.first, p.first.data, plan.first, first_offset, 0, v);
+    arrange(plan.first, v);
     keep_state(v);
   }
   block_barrier();
@@ -132,12 +164,13 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
       read(p.x, extra ? nullptr : p.x.data, plan.x, x_offset, t, x);
       if (p.norm.moments && !extra) {
         read(p.residual, p.residual.data, plan.residual, residual_offset, t, v);
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int n = 0; n < L; ++n) x[m][n] = norm_gradient(norm, my_channel + m, x[m][n], v[m][n], p.norm.relu);
+        arrange(plan.residual, v);
+        for_words_of(plan.x, x, [&](float& number, int m, int n) {
+          number = norm_gradient(norm, fp32_channel(mine, m), number, v[m][n], p.norm.relu);
+        });
       }
-      const float *a = weight + my_channel, *b = state + my_column;
+      const Fp32Part at = here();
+      const float *low_at = weight + at.channel, *high_at = low_at + at.apart, *state_at = state + at.column;
 #pragma unroll 1
       for (int run = 0; product && run < C; run += sum_run) {
 #pragma unroll
@@ -146,29 +179,23 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
           for (int n = 0; n < L; ++n) v[m][n] = -0.0f;
         const int run_end = C - run < sum_run ? C : run + sum_run;
 #pragma unroll 4
-        for (int k = run; k < run_end; ++k, a += fp32_weight_pitch, b += fp32_state_pitch) {
-          const Word low = *reinterpret_cast<const Word*>(a), high = *reinterpret_cast<const Word*>(a + 4);
-          const Word h = *reinterpret_cast<const Word*>(b);
+        for (int k = run; k < run_end; ++k) {
+          const Word low = *reinterpret_cast<const Word*>(low_at), high = *reinterpret_cast<const Word*>(high_at);
+          const Word h = *reinterpret_cast<const Word*>(state_at);
+          low_at += fp32_weight_pitch, high_at += fp32_weight_pitch, state_at += fp32_state_pitch;
 #pragma unroll
           for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int n = 0; n < L; ++n) v[m][n] = fma(m < 4 ? low.v[m % 4] : high.v[m % 4], h.v[n], v[m][n]);
         }
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int n = 0; n < L; ++n) x[m][n] += v[m][n];
+        for_words_of(plan.x, x, [&](float& number, int m, int n) { number += v[m][n]; });
       }
       if (i == 0 && p.init == Init::added)
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int n = 0; n < L; ++n)
-            if (my_channel + m < C) x[m][n] += own[m * fp32_state_pitch + n];
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int n = 0; n < L; ++n) v[m][n] = alpha * x[m][n];
+        for_words_of(plan.x, x, [&](float& number, int m, int n) {
+          const int c = fp32_channel(mine, m);
+          if (c < C) number += state[c * fp32_state_pitch + mine.column + n];
+        });
+      for_words_of(plan.x, x, [&](float number, int m, int n) { v[m][n] = alpha * number; });
     }
     block_barrier();  // the state has been read
     if (active) keep_state(v);
@@ -189,9 +216,10 @@ __global__ void __launch_bounds__(fp32_most_threads, 2) fp32_scan(const Scan p, 
     if (!active || !p.y.data || extra) continue;
     const float *scale = static_cast<const float*>(p.scale), *shift = static_cast<const float*>(p.shift);
     read(p.residual, scale ? p.residual.data : nullptr, plan.residual, residual_offset, t, x);
+    arrange(plan.residual, x);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const int c = my_channel + m < C ? my_channel + m : C - 1;
+      const int c = fp32_channel(mine, m) < C ? fp32_channel(mine, m) : C - 1;
       const float gain = scale ? scale[c] : 0.0f, offset = scale ? shift[c] : 0.0f;
 #pragma unroll
       for (int n = 0; n < L; ++n) {

@@ -13,6 +13,7 @@
 #include "cuda/device/launch.h"
 #include "cuda/device/matrix_copy.h"
 #include "cuda/device/mma.h"
+#include "cuda/device/registers.h"
 #include "cuda/device/runtime.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/recurrent_conv.h"
@@ -180,6 +181,169 @@ Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan,
 
 // ---- any dtype and strides -----------------------------------------------------------------------------------------
 
+// Partial sums of dW (above), any C, any strides, arithmetic in S: double for fp64, float for all
+// others.
+//
+// Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time
+//           through shared memory; a thread adds up M x M elements (WeightGradPart).
+// Memory.   Shared: 2 x 2 tables of the rows' offsets, and two stages of both factors, [32][68] each. Stage s + 1 is
+//           copied by cp.async while stage s is computed: by words of four channels where they are contiguous and
+//           aligned in all rows (plan.dx_words, h_words), else by single numbers, which are aligned to their own size;
+//           16-bit numbers and the state before the first frame by ordinary loads. A warp copies single numbers of 8
+//           rows x 4 channels: whole sectors where columns are contiguous, and no two lanes in one bank.
+// Order.    One block barrier per stage, met by all threads: before it every thread has waited for its part of the
+//           stage, has read the stage before it, whose slot is rewritten next, and has written the next stage's rows.
+//           Rows are added in ascending order within a stage, stages within a split, at most
+//           most_plain_weight_grad_rows rows; splits in sum_splits. No atomics: the same bits on every run and every
+//           GPU.
+// Padding.  Rows beyond the last are zero in both factors. Channels beyond the last are whatever the slot held: they
+//           reach only elements that are not stored.
+// Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
+// Banks.    In fp32 a warp reads two words of either factor for 64 multiply-adds per thread, 16 lanes' in a cycle
+//           (fp32_part says why): four warps take 32 cycles of shared memory where the multiply-adds take 64.
+// Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor
+//           again, mostly from L2): arithmetic from C = 64 on. Of a row's 68 instructions 64 are multiply-adds; the
+//           copies and the sums of the stages are a tenth.
+template <typename S>
+__global__ void __launch_bounds__(plain_weight_grad_threads<S>, sizeof(S) == 8 ? 1 : 6)
+    weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, S* partial) {
+  using Quad = Lanes<S>;
+  constexpr int L = plain_lanes, R = weight_grad_depth, B = plain_weight_grad_tile, pitch = B + L;
+  constexpr int M = plain_weight_grad_outputs<S>, threads = plain_weight_grad_threads<S>;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, C = static_cast<int>(p.C);
+  const int per_side = (C + B - 1) / B, split = static_cast<int>(blockIdx.y);
+  const int output0 = static_cast<int>(blockIdx.x) / per_side * B, input0 = static_cast<int>(blockIdx.x) % per_side * B;
+  const int64_t begin = split * plan.rows_per_split;
+  const int64_t left = plan.rows - begin;
+  const int split_rows = static_cast<int>(left < plan.rows_per_split ? left : plan.rows_per_split);
+  const int stage_count = (split_rows + R - 1) / R;
+
+  int64_t* dx_offset = dynamic_shared<int64_t>();  // [2][R]
+  int64_t* before_offset = dx_offset + 2 * R;      // [2][R]; -1 - offset: in p.first
+  S* slots = dynamic_shared<S>(plan.slots_at);
+
+  const auto find_rows = [&](int s) {
+    const int index = s * R + lane;
+    if (warp != s % (threads / 32) || index >= split_rows) return;
+    const WeightGradRow row = weight_grad_row(p, begin + index, plan.small);
+    dx_offset[s % 2 * R + lane] = row.dx;
+    before_offset[s % 2 * R + lane] = row.before;
+  };
+  const bool own_format = p.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32);
+  const auto fetch_factor = [&](S* slot, const View& v, bool words, const int64_t* offsets, int channel0, int rows) {
+    const int channels = C - channel0 < B ? C - channel0 : B;
+    const S* data = static_cast<const S*>(v.data);
+    if (words) {
+      constexpr int per_row = B / L, step = threads / per_row;
+      const int c = thread % per_row * L, r0 = thread / per_row;
+      if (c >= channels) return;
+      data += channel0 + c;
+#pragma unroll
+      for (int i = 0; i < R / step; ++i) {
+        const int r = r0 + i * step;
+        if (r >= rows) break;
+        if (const int64_t offset = offsets[r]; offset >= 0) async_copy<16>(slot + r * pitch + c, data + offset);
+      }
+      return;
+    }
+    constexpr int step = threads / 8, copies = (B + step - 1) / step;  // channels
+    const int c0 = thread / 8;
+#pragma unroll 1
+    for (int r = thread % 8; r < rows; r += 8) {
+      const int64_t offset = offsets[r];
+      if (offset < 0) continue;
+      S* to = slot + r * pitch + c0;
+      int64_t at = offset + (channel0 + c0) * v.c;
+      if (own_format) {
+#pragma unroll
+        for (int i = 0; i < copies; ++i, at += step * v.c)
+          if (c0 + i * step < channels) async_copy<sizeof(S)>(to + i * step, data + at);
+      } else {
+#pragma unroll 4
+        for (int i = 0; i < copies; ++i, at += step * v.c)
+          if (c0 + i * step < channels) to[i * step] = load_number<S>(v.data, p.dtype, at);
+      }
+    }
+  };
+  const auto slot_of = [&](int s) { return slots + s % 2 * (2 * R * pitch); };
+  const auto fetch = [&](int s) {
+    if (s < stage_count) {
+      const int rows = split_rows - s * R < R ? split_rows - s * R : R;
+      S *dx_slot = slot_of(s), *before_slot = dx_slot + R * pitch;
+      fetch_factor(dx_slot, p.dx, plan.dx_words, dx_offset + s % 2 * R, output0, rows);
+      fetch_factor(before_slot, p.h, plan.h_words, before_offset + s % 2 * R, input0, rows);
+      // Rows of the state before the first frame, in either format: a warp takes one.
+#pragma unroll 1
+      for (int r = warp; p.first.data && r < rows; r += threads / 32)
+        if (const int64_t offset = before_offset[s % 2 * R + r]; offset < 0)
+#pragma unroll 1
+          for (int c = lane; c < B && input0 + c < C; c += 32)
+            before_slot[r * pitch + c] =
+                load_number<S>(p.first.data, p.first.dtype, -1 - offset + (input0 + c) * p.first.c);
+#pragma unroll 1
+      for (int e = rows * pitch + thread; e < R * pitch; e += threads) dx_slot[e] = before_slot[e] = 0;
+    }
+    async_commit();
+  };
+
+  S total[M][M] = {};
+  for (int s = -2; s < stage_count; ++s) {  // before stage 0 there are rows to find and a stage to copy
+    async_wait<0>();
+    block_barrier();  // this stage and the rows of the next are here, the one before has been read
+    if (s > -2) fetch(s + 1);
+    find_rows(s + 2);
+    if (s < 0) continue;
+    S acc[M][M] = {};
+    const WeightGradPart mine = weight_grad_part<M>(recomputed(thread));
+    const S *a = slot_of(s) + mine.output, *b = slot_of(s) + R * pitch + mine.input;
+#pragma unroll 2
+    for (int r = 0; r < R; ++r, a += pitch, b += pitch) {
+      S dx[M], before[M];
+#pragma unroll
+      for (int m = 0; m < M; m += L) {
+        const Quad dx_word = *reinterpret_cast<const Quad*>(a + m / L * weight_grad_apart);
+        const Quad before_word = *reinterpret_cast<const Quad*>(b + m / L * weight_grad_apart);
+#pragma unroll
+        for (int j = 0; j < L; ++j) dx[m + j] = dx_word.v[j], before[m + j] = before_word.v[j];
+      }
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < M; ++n) acc[m][n] = fma(dx[m], before[n], acc[m][n]);
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < M; ++n) total[m][n] += acc[m][n];
+  }
+  // By shared memory, so that neighbours store neighbours, and once whatever the format.
+  block_barrier();  // the last stage has been read
+  const WeightGradPart mine = weight_grad_part<M>(recomputed(thread));
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < M; n += L) {
+      Quad word;
+#pragma unroll
+      for (int j = 0; j < L; ++j) word.v[j] = total[m][n + j];
+      const int output = mine.output + m % L + m / L * weight_grad_apart;
+      *reinterpret_cast<Quad*>(slots + output * pitch + mine.input + n / L * weight_grad_apart) = word;
+    }
+  block_barrier();
+#pragma unroll 4
+  for (int e = thread; e < B * B; e += threads) {
+    const int output = output0 + e / B, input = input0 + e % B;
+    if (output >= C || input >= C) continue;
+    const S value = slots[e / B * pitch + e % B];
+    if (plan.splits > 1)
+      partial[(split * p.C + output) * p.C + input] = value;
+    else
+      store_number<S>(p.dweight, p.dtype, output * p.C + input, value);
+  }
+}
+
+// ---- the sum of the splits -----------------------------------------------------------------------------------------
+
 // Kahan's sum: what rounding cut off is added with the next term. Nothing here is compiled with fast-math, so it stays.
 // An infinite sum has no such rest.
 template <typename S>
@@ -191,100 +355,6 @@ struct CompensatedSum {
     sum = next;
   }
 };
-
-// Partial sums of dW (above), any C, any strides, arithmetic in S: double for fp64, float for all
-// others.
-//
-// Work.     Block (x, y): 64 x 64 elements (x: tile) of dW from rows_per_split rows (y: split), 32 rows at a time
-//           through shared memory; a thread adds up 4 x 4 elements.
-// Memory.   Shared: 2 x 2 tables of the rows' offsets (the stage in use and the next one), and both factors [32][68].
-// Order.    Rows in ascending order within a stage of 32, stages within a split, splits in sum_splits, the latter two
-//           with the rounding error carried along (CompensatedSum): no atomics, the same bits on every run and every
-//           GPU.
-// Output.   Split s writes its tile of partial[s][C][C], or dW itself when there is one split. One writer per element.
-// Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor
-//           again, mostly from L2): arithmetic from C = 64 on.
-template <typename S>
-__global__ void __launch_bounds__(weight_grad_threads, sizeof(S) == 8 ? 1 : 2)
-    weight_grad_partial(const WeightGrad p, const WeightGradPlan plan, S* partial) {
-  using Quad = Lanes<S>;
-  constexpr int L = plain_lanes, R = weight_grad_depth, B = plain_weight_grad_tile, pitch = B + L;
-  const int thread = threadIdx.x;
-  const int64_t per_side = (p.C + B - 1) / B, split = blockIdx.y;
-  const int64_t output0 = blockIdx.x / per_side * B, input0 = blockIdx.x % per_side * B;
-  const int64_t begin = split * plan.rows_per_split;
-  const int64_t end = begin + plan.rows_per_split < plan.rows ? begin + plan.rows_per_split : plan.rows;
-
-  int64_t* dx_offset = dynamic_shared<int64_t>();  // [2][R]
-  int64_t* before_offset = dx_offset + 2 * R;      // [2][R]; -1 - offset: in p.first
-  S* dx_tile = dynamic_shared<S>(plan.slots_at);
-  S* before_tile = dx_tile + R * pitch;
-
-  const auto find_rows = [&](int64_t row0, int stage) {
-    if (thread >= R || row0 + thread >= end) return;
-    const WeightGradRow row = weight_grad_row(p, row0 + thread, plan.small);
-    dx_offset[stage * R + thread] = row.dx;
-    before_offset[stage * R + thread] = row.before;
-  };
-  CompensatedSum<S> total[L][L];
-  const int my_output = thread / (B / L) * L, my_input = thread % (B / L) * L;
-  int stage = 1;
-  for (int64_t row0 = begin - R; row0 < end; row0 += R, stage ^= 1) {
-    find_rows(row0 + R, stage ^ 1);
-    if (row0 < begin) {  // nothing but the first rows to find
-      block_barrier();
-      continue;
-    }
-    const int rows = end - row0 < R ? static_cast<int>(end - row0) : R;
-    const int64_t *from_dx = dx_offset + stage * R, *from_before = before_offset + stage * R;
-    constexpr int batch = B * R / weight_grad_threads;
-    const auto existing = [&](int r) { return r < rows ? r : rows - 1; };
-    const auto channel = [&](int64_t c) { return c < p.C ? c : p.C - 1; };
-    for_tile_loaded<batch>(
-        p.dx.c == 1, B, R,
-        [&](int64_t c, int r) {
-          return load_number<S>(p.dx.data, p.dtype, from_dx[existing(r)] + channel(output0 + c) * p.dx.c);
-        },
-        [&](int64_t c, int r, S value) { dx_tile[r * pitch + c] = r < rows && output0 + c < p.C ? value : S(0); });
-    for_tile_loaded<batch>(
-        p.h.c == 1, B, R,
-        [&](int64_t c, int r) {
-          const int64_t offset = from_before[existing(r)], input = channel(input0 + c);
-          return offset < 0 ? load_number<S>(p.first.data, p.first.dtype, -1 - offset + input * p.first.c)
-                            : load_number<S>(p.h.data, p.dtype, offset + input * p.h.c);
-        },
-        [&](int64_t c, int r, S value) { before_tile[r * pitch + c] = r < rows && input0 + c < p.C ? value : S(0); });
-    block_barrier();
-    S acc[L][L] = {};
-#pragma unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Quad a = *reinterpret_cast<const Quad*>(dx_tile + r * pitch + my_output);
-      const Quad b = *reinterpret_cast<const Quad*>(before_tile + r * pitch + my_input);
-#pragma unroll
-      for (int m = 0; m < L; ++m)
-#pragma unroll
-        for (int n = 0; n < L; ++n) acc[m][n] = fma(a.v[m], b.v[n], acc[m][n]);
-    }
-#pragma unroll
-    for (int m = 0; m < L; ++m)
-#pragma unroll
-      for (int n = 0; n < L; ++n) total[m][n].add(acc[m][n]);
-    block_barrier();
-  }
-#pragma unroll
-  for (int m = 0; m < L; ++m)
-#pragma unroll
-    for (int n = 0; n < L; ++n) {
-      const int64_t output = output0 + my_output + m, input = input0 + my_input + n;
-      if (output >= p.C || input >= p.C) continue;
-      if (plan.splits > 1)
-        partial[(split * p.C + output) * p.C + input] = total[m][n].sum;
-      else
-        store_number<S>(p.dweight, p.dtype, output * p.C + input, total[m][n].sum);
-    }
-}
-
-// ---- the sum of the splits -----------------------------------------------------------------------------------------
 
 inline constexpr int sum_elements = 32, sum_ranges = weight_grad_threads / sum_elements;
 
@@ -312,8 +382,9 @@ __global__ void __launch_bounds__(weight_grad_threads, 2)
 template <typename S>
 Error launch_plain_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
   return launch("recurrent_conv weight_grad_partial", weight_grad_partial<S>,
-                dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)), dim3(weight_grad_threads),
-                static_cast<size_t>(plan.shared_bytes), stream, p, plan, static_cast<S*>(scratch));
+                dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)),
+                dim3(plain_weight_grad_threads<S>), static_cast<size_t>(plan.shared_bytes), stream, p, plan,
+                static_cast<S*>(scratch));
 }
 
 template <typename S>

@@ -379,12 +379,16 @@ class Machine:
             alpha_first=alpha if h.shape[2] > 1 else final,
             alpha_final=final,
         )
+        device = self.device
+        if "shared_bytes" in device:  # of which the weight gradient's kernel for all formats needs what every GPU has
+            self.device = device | {"shared_bytes": max(device["shared_bytes"], 48 * 1024)}
         self._recurrent_conv(
             "weight_grad",
             {"dx": dx, "h": h, "first": h0, "dweight": dweight},
             shape=h,
             reverse=int(reverse),
         )
+        self.device = device
         return dx, dweight, dh0
 
     def _recurrent_conv(self, op: str, tensors: dict[str, Tensor | None], shape: Tensor, **fields: float) -> None:

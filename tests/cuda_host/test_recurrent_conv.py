@@ -320,8 +320,8 @@ def test_every_way_to_cut_the_plain_scan(machine, shared_bytes, plan, dtype, see
     check_backward(machine, x, h0.to(torch.float32), LAYOUTS["channels_last"](x), weight, h0, True, False)
 
 
-# For the fp32 scan: shape, layout, multiprocessors, plan. Words along either dimension and none; blocks of 64, 32 and
-# 16 columns that end with the last one and before; whole and partial parts of 8 channels.
+# For the fp32 scan: shape, layout, multiprocessors, plan. Words along either dimension and none; blocks of 64, 48, 32
+# and 16 columns that end with the last one and before; whole and partial parts of 8 channels; warps of 32 and of 64.
 FP32 = [
     ((2, 32, 3, 4, 8), "contiguous", 1, "1 blocks of 64 columns, * x by words along columns, y by words along columns"),
     ((1, 61, 2, 7, 9), "contiguous", 2, "2 blocks of 32 columns, * x by single numbers, y by single numbers"),
@@ -331,7 +331,8 @@ FP32 = [
         4,
         "5 blocks of 16 columns, * x by words along channels, y by words along channels",
     ),
-    ((1, 128, 2, 5, 4), "channels_last", 1, "1 blocks of 64 columns, * x by words along channels"),
+    ((1, 128, 2, 5, 4), "channels_last", 1, "1 blocks of 48 columns, * x by words along channels"),
+    ((1, 64, 2, 7, 9), "contiguous", 1, "1 blocks of 64 columns, * x by single numbers"),
     ((3, 9, 4, 5, 5), "every_other_column", 1, "2 blocks of 64 columns, * x by single numbers"),
     ((2, 8, 4, 4, 6), "middle_channels", 1, "1 blocks of 64 columns, * x by words along columns"),
 ]

@@ -125,7 +125,7 @@ FUSED_FP32 = [
     ((2, 20, 3, 5, 7), "contiguous", "fp32: 2 blocks of 64", 32, 2),
     ((3, 9, 3, 6, 6), "contiguous", "fp32: 4 blocks of 32", 32, 4),
     ((1, 64, 2, 6, 7), "channels_last_3d", "fp32: 3 blocks of 16", 16, 3),
-    ((1, 128, 2, 5, 5), "every_other_column", "fp32: 1 blocks of 64", 32, 1),
+    ((1, 128, 2, 5, 5), "every_other_column", "fp32: 1 blocks of 48", 24, 1),
 ]
 
 

@@ -31,7 +31,7 @@ REGISTERS = {
     "plain_scan": 128,  # 2 blocks of 256
     "fp32_scan": 128,  # the same
     "matrix_weight_grad": 128,  # 4 blocks of 128 or 2 of 256
-    "weight_grad_partial": 128,  # 2 blocks of 256
+    "weight_grad_partial": 168,  # 6 blocks of 64
     "weight_grad_partial<double>": 200,  # 1 block of 256
     "tile_scan": 168,  # 3 blocks of 128
     "step_scan": 128,  # 4 blocks of 128

@@ -1,6 +1,8 @@
 // What the compiler keeps in registers.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -9,6 +11,10 @@ namespace rcu_ops::cuda {
 // kept from one iteration of a loop to the next.
 __device__ __forceinline__ int recomputed(int value) {
   asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t recomputed(int64_t value) {
+  asm volatile("" : "+l"(value));
   return value;
 }
 
