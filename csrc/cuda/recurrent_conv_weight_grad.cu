@@ -202,7 +202,7 @@ Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan,
 // Banks.    In fp32 a warp reads two words of either factor for 64 multiply-adds per thread, 16 lanes' in a cycle
 //           (fp32_part says why): four warps take 32 cycles of shared memory where the multiply-adds take 64.
 // Bound.    2 C^2 FLOP per row against 2 C numbers read (times C / 64: every tile row and column reads its factor
-//           again, mostly from L2): arithmetic from C = 64 on. Of a row's 68 instructions 64 are multiply-adds; the
+//           again, mostly from L2): arithmetic from C = 64 on. Of a row's 73 instructions 64 are multiply-adds; the
 //           copies and the sums of the stages are a tenth.
 template <typename S>
 __global__ void __launch_bounds__(plain_weight_grad_threads<S>, sizeof(S) == 8 ? 1 : 6)
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(plain_weight_grad_threads<S>, sizeof(S) == 8 ?
       const int c = thread % per_row * L, r0 = thread / per_row;
       if (c >= channels) return;
       data += channel0 + c;
-#pragma unroll
+#pragma unroll 2
       for (int i = 0; i < R / step; ++i) {
         const int r = r0 + i * step;
         if (r >= rows) break;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(plain_weight_grad_threads<S>, sizeof(S) == 8 ?
     S acc[M][M] = {};
     const WeightGradPart mine = weight_grad_part<M>(recomputed(thread));
     const S *a = slot_of(s) + mine.output, *b = slot_of(s) + R * pitch + mine.input;
-#pragma unroll 2
+#pragma unroll 1
     for (int r = 0; r < R; ++r, a += pitch, b += pitch) {
       S dx[M], before[M];
 #pragma unroll
