@@ -149,7 +149,7 @@ class Torch:
 
     @property
     def include(self) -> Path:
-        """The directory of torch's headers."""
+        """The directory of torch's headers; pybind11's are there too."""
         return self.path / "include"
 
     @property
@@ -584,11 +584,11 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
 
 
 def native_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str, str] = os.environ) -> Target:
-    """Return how to build ``rcu_ops._native``, which needs Python's headers and nothing of torch's."""
+    """Return how to build ``rcu_ops._native``, which needs pybind11 (torch ships it) and no other part of torch."""
     assert plan.compiler is not None
     headers = find_python_headers()
     assert headers is not None
-    # Planners and tests: nothing here needs more than -Og.
+    # Planners and tests: nothing here needs more than -Og, which makes less of pybind11's templates than -O1.
     command = [*_cxx_command(plan.compiler, torch, environ), "-Og", f"-isystem{headers}"]
     key = f"{plan.compiler.version} torch {torch.version} python {sys.version}"
     facts = {
@@ -615,7 +615,7 @@ def _job(source: str, command: Sequence[str], objects: Path, key: str) -> Job:
 def _job_of_all(
     sources: Sequence[str], command: Sequence[str], objects: Path, key: str, option: str = "-include"
 ) -> Job:
-    """Compile files as one: the headers of torch, Python and CUDA take the compilers as long as the files do."""
+    """Compile files as one: the headers of torch, pybind11 and CUDA take the compilers as long as the files do."""
     first, *others = sources
     included = [word for source in others for word in (option, source)]
     return _job(first, [*command, *included], objects, key)

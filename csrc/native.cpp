@@ -4,11 +4,14 @@
 // One bind_<op> function per op, each defined in native_<op>.cpp; all of these files are compiled as one. Neither torch
 // nor CUDA is needed to compile or to import it, and the package works without it.
 
-#include <algorithm>
+#include <pybind11/pybind11.h>
+
+#include <sstream>
 #include <string>
 
 #include "build_facts.h"
-#include "python.h"
+
+namespace py = pybind11;
 
 void bind_cycle_consistency(py::module_& m);
 void bind_fast_gru(py::module_& m);
@@ -18,26 +21,22 @@ void bind_recurrent_conv(py::module_& m);
 namespace {
 
 std::string compiler_version() {
-  [[maybe_unused]] const auto dotted = [](int major, int minor, int patch) {
-    return std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(patch);
-  };
+  std::ostringstream text;
 #if defined(__clang__)
-  return "clang " + dotted(__clang_major__, __clang_minor__, __clang_patchlevel__);
+  text << "clang " << __clang_major__ << '.' << __clang_minor__ << '.' << __clang_patchlevel__;
 #elif defined(__GNUC__)
-  return "gcc " + dotted(__GNUC__, __GNUC_MINOR__, __GNUC_PATCHLEVEL__);
+  text << "gcc " << __GNUC__ << '.' << __GNUC_MINOR__ << '.' << __GNUC_PATCHLEVEL__;
 #else
-  return "unknown";
+  text << "unknown";
 #endif
+  return text.str();
 }
 
 // "a,b" -> ["a", "b"]; "" -> []
 py::list split(const std::string& text) {
   py::list parts;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    parts.append(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.append(part);
   return parts;
 }
 
@@ -49,8 +48,8 @@ py::dict build_info() {
   info["version"] = facts.version;
   info["commit"] = facts.commit;
   info["compiler"] = compiler_version();
-  info["cuda"] = cuda.empty() ? py::none() : py::to_python(cuda);
-  info["architectures"] = cuda.empty() ? py::none() : split(facts.cuda_architectures);
+  info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
+  info["architectures"] = cuda.empty() ? py::object(py::none()) : py::object(split(facts.cuda_architectures));
   info["torch"] = facts.torch;
   info["python"] = PY_VERSION;
   return info;
@@ -64,21 +63,11 @@ void bind_build_info(py::module_& m) {
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "rcu_ops._native",
-                                   "Build info, planners and index maths of rcu_ops.", -1};
-  try {
-    py::object module(PyModule_Create(&definition));
-    py::module_ m(module.get());
-    bind_build_info(m);
-    bind_cycle_consistency(m);
-    bind_fast_gru(m);
-    bind_nonlocal_gates(m);
-    bind_recurrent_conv(m);
-    return module.release();
-  } catch (const py::raised&) {
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ImportError, error.what());
-  }
-  return nullptr;
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Build info, planners and index maths of rcu_ops.";
+  bind_build_info(m);
+  bind_cycle_consistency(m);
+  bind_fast_gru(m);
+  bind_nonlocal_gates(m);
+  bind_recurrent_conv(m);
 }

@@ -1,12 +1,13 @@
 // What the native_<op>.cpp files share: names from Python to what the planners take.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstdint>
 #include <string>
 
 #include "common/gpu.h"
 #include "common/types.h"
-#include "python.h"
 
 namespace rcu_ops {
 
@@ -15,7 +16,7 @@ inline DType parse_dtype(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
-  throw py::value_error("dtype: expected float64, float32, bfloat16 or float16, got '" + name + "'");
+  throw pybind11::value_error("dtype: expected float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
 // sm90a: the library has code for sm_90a; whoever asks about the library at hand reads that off its build's record.

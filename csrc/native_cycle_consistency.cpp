@@ -1,4 +1,7 @@
 // cycle_consistency in rcu_ops._native: how the kernels would run a call, and why.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <string>
 
 #include "common/cpu_isa.h"
@@ -6,6 +9,8 @@
 #include "common/cycle_consistency_gpu_plan.h"
 #include "common/cycle_consistency_products.h"
 #include "native.h"
+
+namespace py = pybind11;
 
 namespace {
 

@@ -1,5 +1,8 @@
 // fast_gru in rcu_ops._native: for any GPU, there or not, whether one launch would run all steps, and how it would cut
 // them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <string>
 
@@ -7,6 +10,8 @@
 #include "common/fast_gru.h"
 #include "common/fast_gru_gpu_plan.h"
 #include "native.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -22,7 +27,7 @@ py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string
   const auto plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu, backward, cluster);
   py::dict d;
   d["text"] = fast_gru::describe(plan).c_str();
-  d["why_not"] = plan.why_not.empty() ? py::none() : py::to_python(plan.why_not.c_str());
+  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
   d["blocks"] = plan.blocks;
   d["cluster"] = plan.cluster;
   d["slice"] = plan.slice;
@@ -54,7 +59,7 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
   const auto plan = fast_gru::plan_columns(columns, c, r, parse_dtype(dtype), gpu, backward);
   py::dict d;
   d["text"] = fast_gru::describe(plan).c_str();
-  d["why_not"] = plan.why_not.empty() ? py::none() : py::to_python(plan.why_not.c_str());
+  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
   d["blocks"] = plan.blocks;
   d["shared_bytes"] = plan.shared_bytes;
   d["threads"] = plan.threads;
@@ -115,7 +120,7 @@ void bind_fast_gru(py::module_& m) {
         "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
   m.def(
       "fast_gru_in_fp32",
-      +[](int64_t columns, int64_t c, int64_t r, int64_t steps, const std::string& dtype) {
+      [](int64_t columns, int64_t c, int64_t r, int64_t steps, const std::string& dtype) {
         const cpu::Isa isa = cpu::current_isa();
         return fast_gru::in_fp32(parse_dtype(dtype), columns, c, r, steps, isa == cpu::Isa::amx,
                                  isa == cpu::Isa::avx512_bf16);

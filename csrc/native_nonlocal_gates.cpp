@@ -1,5 +1,8 @@
 // nonlocal_gates in rcu_ops._native: for any GPU, there or not, how the CUDA kernels would run a call, and what each
 // block owns.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -8,6 +11,8 @@
 #include "common/nonlocal_gates_gpu_plan.h"
 #include "common/nonlocal_gates_library.h"
 #include "native.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -78,7 +83,7 @@ py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n
   const cuda::TileRelatePlan plan = cuda::plan_tile_relate(relation_of(b, g, n, m, d, e, dtype, misalignment), step,
                                                            gpu_of(architecture, multiprocessors, shared_bytes, sm90a));
   py::dict found;
-  found["why_not"] = plan.why_not ? py::to_python(plan.why_not) : py::none();
+  found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
   found["cluster"] = plan.cluster;
   found["rows"] = plan.rows;
   found["padded"] = plan.padded;
@@ -96,7 +101,7 @@ py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, in
   const cuda::TileGradientPlan plan = cuda::plan_tile_gradient(
       nonlocal_gates_gradients(r), of_keys, gpu_of(architecture, multiprocessors, shared_bytes, false));
   py::dict found;
-  found["why_not"] = plan.why_not ? py::to_python(plan.why_not) : py::none();
+  found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
   found["padded"] = plan.padded;
   found["shares"] = plan.shares;
   found["tiles"] = plan.tiles;

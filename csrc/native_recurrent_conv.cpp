@@ -1,5 +1,8 @@
 // recurrent_conv in rcu_ops._native: the instruction set that runs, how a call is planned and cut into tasks on a CPU,
 // and, for any GPU, there or not, how the CUDA kernels would run it and which elements each block touches.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -16,6 +19,8 @@
 #include "common/recurrent_conv_plan.h"
 #include "common/recurrent_conv_weight_grad_plan.h"
 #include "native.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -412,11 +417,11 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
 
 void bind_recurrent_conv(py::module_& m) {
   m.def(
-      "cpu_isa", +[] { return std::string(cpu::isa_name(cpu::current_isa())); },
+      "cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
       "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
   m.def("cpu_isas", &available_isas, "The instruction sets this machine can run, best last.");
   m.def(
-      "cpu_multiplies_pairs", +[] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
+      "cpu_multiplies_pairs", [] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
       "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
   m.def("recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
         py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,

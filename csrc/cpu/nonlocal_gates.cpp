@@ -11,7 +11,6 @@ static void run_as(const P& problem, const Parallel& parallel, Entry<P> portable
                    [[maybe_unused]] Entry<P> avx512, [[maybe_unused]] Entry<P> avx512_bf16) {
   const Isa isa = current_isa();
 #if defined(__x86_64__)
-  if (problem.relation.dtype == DType::f64) return portable(problem, parallel);  // for gradient checks
   if (isa > Isa::avx512 && problem.relation.dtype == DType::bf16) return avx512_bf16(problem, parallel);
   if (isa >= Isa::avx512) return avx512(problem, parallel);
   if (isa == Isa::avx2) return avx2(problem, parallel);

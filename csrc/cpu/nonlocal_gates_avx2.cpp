@@ -19,7 +19,6 @@ namespace {
 constexpr int score_rows = 3, score_columns = 3, sum_rows = 4, sum_vectors = 2;
 }  // namespace
 
-#define RCU_OPS_NO_F64
 #include "nonlocal_gates_core.h"
 
 }  // namespace rcu_ops::cpu::avx2

@@ -19,7 +19,6 @@ namespace {
 constexpr int score_rows = 5, score_columns = 5, sum_rows = 7, sum_vectors = 3;
 }  // namespace
 
-#define RCU_OPS_NO_F64
 #include "nonlocal_gates_core.h"
 
 }  // namespace rcu_ops::cpu::avx512

@@ -1140,16 +1140,10 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
 #define RCU_OPS_ENTRY_POINT(name, Problem) \
   void name(const Problem& p, const Parallel& parallel) { name##_as<RCU_OPS_BF16_ONLY, bf16_t>(p, parallel); }
 #else
-#ifdef RCU_OPS_NO_F64
-#define RCU_OPS_F64_CASE(name)
-#else
-#define RCU_OPS_F64_CASE(name) \
-  case DType::f64: return name##_as<Doubles, double>(p, parallel);
-#endif
 #define RCU_OPS_ENTRY_POINT(name, Problem)                             \
   void name(const Problem& p, const Parallel& parallel) {              \
     switch (p.relation.dtype) {                                        \
-      RCU_OPS_F64_CASE(name)                                           \
+      case DType::f64: return name##_as<Doubles, double>(p, parallel); \
       case DType::f32: return name##_as<Floats, float>(p, parallel);   \
       case DType::bf16: return name##_as<Floats, bf16_t>(p, parallel); \
       default: return name##_as<Floats, f16_t>(p, parallel);           \
