@@ -381,7 +381,8 @@ class Machine:
         )
         device = self.device
         if "shared_bytes" in device:  # of which the weight gradient's kernel for all formats needs what every GPU has
-            self.device = device | {"shared_bytes": max(device["shared_bytes"], 48 * 1024)}
+            fewest = (72 if h.dtype == torch.float64 else 48) * 1024
+            self.device = device | {"shared_bytes": max(device["shared_bytes"], fewest)}
         self._recurrent_conv(
             "weight_grad",
             {"dx": dx, "h": h, "first": h0, "dweight": dweight},

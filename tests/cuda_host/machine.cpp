@@ -277,7 +277,13 @@ template <typename Function>
 void as_products([[maybe_unused]] Function function) {
 #if defined(CUDA_HOST_THREAD_SANITIZER)
   Fiber& f = *running;
-  if (!f.products_sanitizer) return;  // the device has no such products
+  if (!f.products_sanitizer) {
+    // Only where it is wanted: ThreadSanitizer has eight thousand threads. It begins with what its maker knows, which
+    // of the scheduler is nothing that blocks do.
+    __tsan_switch_to_fiber(scheduler.sanitizer, __tsan_switch_to_fiber_no_sync);
+    f.products_sanitizer = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(f.context.sanitizer, __tsan_switch_to_fiber_no_sync);
+  }
   __tsan_switch_to_fiber(f.products_sanitizer, __tsan_switch_to_fiber_no_sync);
   if (!std::exchange(f.products_began, true)) acquire(&f.block->begin);
   function();
@@ -409,10 +415,6 @@ std::unique_ptr<Block> start_block(Cluster& cluster, uint64_t number) {
     f->index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
     f->exchanges = f->block_barriers = f->warp_barriers = f->cluster_barriers = 0;
     f->arrived_at_cluster = f->product_fenced = f->products_began = false;
-#if defined(CUDA_HOST_THREAD_SANITIZER)
-    // Made here: it begins with what its maker knows, which is nothing that the block does.
-    if (!f->products_sanitizer && options.architecture >= 90) f->products_sanitizer = __tsan_create_fiber(0);
-#endif
     f->accumulators.clear();
     f->open_products.clear();
     f->product_groups.clear();
