@@ -136,35 +136,6 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss(Tensor a, Tensor b, std::optional
   return {loss, soft};
 }
 
-// Of frames that are there, and have frames of b to go through.
-int64_t frames_with_loss(const Alignment& p) {
-  const auto frames = [](const FrameMask& mask, int64_t n, int64_t count) {
-    int64_t there = mask.data ? 0 : count;
-    for (int64_t i = 0; mask.data && i < count; ++i) there += mask.data[n * mask.n + i * mask.t] != 0;
-    return there;
-  };
-  int64_t all = 0;
-  for (int64_t n = 0; n < p.N; ++n) all += frames(p.mask_b, n, p.S) > 0 ? frames(p.mask_a, n, p.T) : 0;
-  return all;
-}
-
-// On the CPU: PyTorch's mean and its gradient take a quarter of a short loss's time, most of it for fetching their code.
-std::tuple<Tensor, Tensor> temporal_cycle_loss_mean(Tensor a, Tensor b, std::optional<Tensor> mask_a,
-                                                    std::optional<Tensor> mask_b, double temperature, bool regression,
-                                                    double variance_weight, double min_variance) {
-  Alignment p = loss_problem(Align::loss, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
-  Tensor loss = empty_of(a, {p.N, p.T}), soft = empty_of(a, {p.N, p.T, p.C}), mean = empty_of(a, {});
-  p.loss = pointer(loss), p.soft = pointer(soft);
-  launch(p, a);
-  const auto add_up = [&]<class S>(S* to) {
-    double sum = 0;
-    for (int64_t i = 0; i < p.N * p.T; ++i) sum += static_cast<const S*>(p.loss)[i];
-    *to = static_cast<S>(sum / static_cast<double>(frames_with_loss(p)));
-  };
-  p.dtype == DType::f64 ? add_up(static_cast<double*>(pointer(mean))) : add_up(static_cast<float*>(pointer(mean)));
-  return {mean, soft};
-}
-
 std::tuple<Tensor, Tensor, Tensor> temporal_cycle_loss_kept(Tensor a, Tensor b, std::optional<Tensor> mask_a,
                                                             std::optional<Tensor> mask_b, double temperature,
                                                             bool regression, double variance_weight,
@@ -219,23 +190,71 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor
   return loss_gradients(p, a, b, soft, std::nullopt);
 }
 
-std::tuple<Tensor, Tensor> temporal_cycle_loss_mean_backward(Tensor grad_mean, Tensor a, Tensor b, Tensor soft,
+// Of frames that are there, and have frames of b to go through.
+int64_t frames_with_loss(const Alignment& p) {
+  const auto frames = [](const FrameMask& mask, int64_t n, int64_t count) {
+    int64_t there = mask.data ? 0 : count;
+    for (int64_t i = 0; mask.data && i < count; ++i) there += mask.there(n, i);
+    return there;
+  };
+  int64_t all = 0;
+  for (int64_t n = 0; n < p.N; ++n) all += frames(p.mask_b, n, p.S) > 0 ? frames(p.mask_a, n, p.T) : 0;
+  return all;
+}
+
+// On the CPU, with its gradients for a gradient of 1.
+std::tuple<Tensor, Tensor, Tensor> temporal_cycle_loss_mean(Tensor a, Tensor b, std::optional<Tensor> mask_a,
+                                                            std::optional<Tensor> mask_b, double temperature,
+                                                            bool regression, double variance_weight,
+                                                            double min_variance) {
+  Alignment p = loss_problem(Align::loss, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
+  const auto frames = static_cast<double>(frames_with_loss(p));
+  Tensor loss = empty_of(a, {p.N, p.T}), mean = empty_of(a, {}), da, db;
+  p.loss = pointer(loss);
+  // Every frame's gradient: one number, at strides of 0.
+  const double wide = 1 / frames;
+  const auto narrow = static_cast<float>(wide);
+  p.grad_loss = p.dtype == DType::f64 ? static_cast<const void*>(&wide) : &narrow;
+  if (plan_alignment(p) == AlignForm::within) {
+    da = empty_of(a, {p.N, p.T, p.C}), db = empty_of(b, {p.N, p.S, p.C});
+    p.da = pointer(da), p.db = pointer(db);
+    launch(p, a);
+  } else {
+    const Tensor soft = empty_of(a, {p.N, p.T, p.C});
+    p.soft = pointer(soft);
+    launch(p, a);
+    p.kind = Align::loss_backward;
+    std::tie(da, db) = loss_gradients(p, a, b, soft, std::nullopt);
+  }
+  const auto add_up = [&]<class S>(S* to) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.N * p.T; ++i) sum += static_cast<const S*>(p.loss)[i];
+    *to = static_cast<S>(sum / frames);
+  };
+  p.dtype == DType::f64 ? add_up(static_cast<double*>(pointer(mean))) : add_up(static_cast<float*>(pointer(mean)));
+  return {mean, da, db};
+}
+
+std::tuple<Tensor, Tensor> temporal_cycle_loss_mean_backward(Tensor grad_mean, Tensor a, Tensor b, Tensor da, Tensor db,
                                                              std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
                                                              double temperature, bool regression,
                                                              double variance_weight, double min_variance) {
   Alignment p =
       loss_problem(Align::loss_backward, a, b, mask_a, mask_b, temperature, regression, variance_weight, min_variance);
   check_shape("grad_mean", grad_mean, {}, "[]");
-  check_dtype("grad_mean", grad_mean, a.scalar_type());
-  check_device("grad_mean", grad_mean, a, "a");
-  const auto frames = static_cast<double>(frames_with_loss(p));
-  double wide;  // every frame's gradient: one number, at strides of 0
-  float narrow;
-  if (p.dtype == DType::f64)
-    wide = *static_cast<const double*>(pointer(grad_mean)) / frames, p.grad_loss = &wide;
-  else
-    narrow = static_cast<float>(*static_cast<const float*>(pointer(grad_mean)) / frames), p.grad_loss = &narrow;
-  return loss_gradients(p, a, b, soft, std::nullopt);
+  check_shape("da", da, {p.N, p.T, p.C}, "[N,T,C]");
+  check_shape("db", db, {p.N, p.S, p.C}, "[N,S,C]");
+  const Tensor* given[3] = {&grad_mean, &da, &db};
+  const char* names[3] = {"grad_mean", "da", "db"};
+  for (int i = 0; i < 3; ++i)
+    check_dtype(names[i], *given[i], a.scalar_type()), check_device(names[i], *given[i], a, "a");
+  const double factor = p.dtype == DType::f64 ? *static_cast<const double*>(pointer(grad_mean))
+                                              : *static_cast<const float*>(pointer(grad_mean));
+  const Tensor of_a = contiguous_of(da), of_b = contiguous_of(db);
+  Tensor to_a = empty_of(a, {p.N, p.T, p.C}), to_b = empty_of(b, {p.N, p.S, p.C});
+  p.da = pointer(to_a), p.db = pointer(to_b);
+  cpu::scale_gradients(p, pointer(of_a), pointer(of_b), factor, cpu_threads());
+  return {to_a, to_b};
 }
 
 std::tuple<Tensor, Tensor> temporal_cycle_loss_kept_backward(Tensor grad_loss, Tensor a, Tensor b, Tensor soft,

@@ -20,6 +20,7 @@ struct Sequence {
 struct FrameMask {
   const uint8_t* data = nullptr;
   int64_t n = 0, t = 0;
+  bool there(int64_t sample, int64_t frame) const { return !data || data[sample * n + frame * t]; }
 };
 
 // With d_ti = |a_t - b_i|^2 and z_t = softmax_i(-d_ti / temperature) over the frames that mask_b lets through:
@@ -30,7 +31,8 @@ enum class Align : int32_t {
   soft_backward,  // gradients da, db of soft for grad
   back_backward,  // gradients da, db of back for its three gradients
   // fp32 and fp64:
-  loss,           // soft of a's frames (zeros for those that are not there), and the loss of its way back to a
+  loss,  // soft of a's frames (zeros for those that are not there), and the loss of its way back to a; of the
+         // CPU's short sequences (AlignForm::within) also the gradients, where da is given, and no soft need be
   loss_backward,  // gradients da, db of loss for grad_loss, from soft
 };
 
@@ -167,6 +169,9 @@ struct ShortCycle {
 
 namespace cpu {
 void align(const Alignment& problem, const Parallel& parallel);
+// The da and db of `problem`, whose samples, frames and masks count: those given, contiguous, times `factor`, which is
+// rounded to their dtype, fp32 or fp64. Zeros for frames without a gradient, whatever the factor.
+void scale_gradients(const Alignment& problem, const void* da, const void* db, double factor, const Parallel& parallel);
 }  // namespace cpu
 
 }  // namespace rcu_ops

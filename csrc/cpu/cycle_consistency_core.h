@@ -130,7 +130,7 @@ static void pack(DType dtype, const Sequence& from, int64_t n, int64_t C, int64_
 static int64_t find_frames(const FrameMask& mask, int64_t n, int64_t frames, int64_t* place) {
   int64_t count = 0;
   for (int64_t t = 0; t < frames; ++t)
-    if (!mask.data || mask.data[n * mask.n + t * mask.t]) place[count++] = t;
+    if (mask.there(n, t)) place[count++] = t;
   return count;
 }
 
@@ -765,7 +765,7 @@ static void cycle_of_short(const Alignment& p, const Sizes& s, int64_t n) {
 
 static bool in_place(const FrameMask& mask, int64_t n, int64_t frames, const int64_t* index) {
   for (int64_t t = 0; t < frames; ++t)
-    if (index[t] != t && (!mask.data || mask.data[n * mask.n + t * mask.t])) return false;
+    if (index[t] != t && mask.there(n, t)) return false;
   return true;
 }
 
@@ -1119,8 +1119,8 @@ static void losses(const Alignment& p, const Parallel& parallel) {
   if (!backward && masked) clear(p.loss, p.N * p.T);
   if (!backward && masked && p.distances) clear(p.distances, p.N * p.T * p.distances_pitch);
   if (!p.distances && plan_alignment(p) == AlignForm::within) {
-    if (masked) clear(backward ? p.da : p.soft, p.N * p.T * p.C);
-    if (masked && backward) clear(p.db, p.N * p.S * p.C);
+    if (masked && !backward && p.soft) clear(p.soft, p.N * p.T * p.C);
+    if (masked && p.da) clear(p.da, p.N * p.T * p.C), clear(p.db, p.N * p.S * p.C);
     return short_losses<V>(p, parallel);
   }
   const LossParts parts = parts_of_loss(p);

@@ -4,7 +4,8 @@
 // Short     sequences (AlignForm::within): everything of a sample stays in the caches. Packed once, then blocks of M
 //           frames: distances, softmax, soft neighbours, distances back, loss. The gradients need two more passes,
 //           over blocks of frames of a and of b, since what a frame gets as a key comes from all queries. A task is a
-//           sample, or a block where there are fewer samples than threads and enough to do.
+//           sample, or a block where there are fewer samples than threads and enough to do. Loss and gradients in one
+//           pass share distances, softmaxes and packing: two products of eleven, and more of the time.
 // Long      ones are the problems `soft` and `back` one after the other, and their gradients in the opposite order.
 // Saved     for the gradients: soft neighbours, and of long sequences distances, where the caller has room for them. Both
 //           softmaxes are computed again. With distances or without, gradients have the same bits.
@@ -20,7 +21,7 @@ struct Logarithm {
 static bool no_way(const FrameMask& through, int64_t n, int64_t frames) {
   if (!through.data) return false;
   for (int64_t i = 0; i < frames; ++i)
-    if (through.data[n * through.n + i * through.t]) return false;
+    if (through.there(n, i)) return false;
   return true;
 }
 
@@ -34,7 +35,7 @@ struct ShortLoss {
   const Alignment& p;
   const Sizes& s;
   const int64_t n;
-  const bool backward;
+  const bool forward, backward;
   Sample<S> sample;
   S *soft, *d_soft, *da;  // rows
   S *z, *w, *back;        // [T][pitch]: weights of b's frames, gradients of their logits, and those of the way back
@@ -50,7 +51,7 @@ struct ShortLoss {
   }
 
   ShortLoss(const Alignment& problem, const Sizes& sizes, int64_t number, char* at)
-      : p(problem), s(sizes), n(number), backward(p.kind == Align::loss_backward) {
+      : p(problem), s(sizes), n(number), forward(p.kind == Align::loss), backward(p.da) {
     sample = lay_out<V>(p, s, true, false, at);
     S* next = reinterpret_cast<S*>(at);
     for (S** rows : {&soft, &d_soft, &da}) *rows = next, next += (s.T + M) * s.C;
@@ -59,7 +60,7 @@ struct ShortLoss {
     a_to_soft = next, next += (s.T / M + 1) * (s.T + M), b_to_a = next;
     fill_sample<V>(p, s, n, sample);
     nothing = sample.a.count == 0 || sample.b.count == 0;
-    if (!backward || nothing) return;
+    if (forward || nothing) return;
     for (int64_t t = 0; t < sample.a.count; ++t) {
       const int64_t from = (n * p.T + sample.a.place[t]) * p.C;
       if (sample.scale == 1)
@@ -126,9 +127,9 @@ struct ShortLoss {
     }
   }
 
-  void forward_block(int64_t t0) {
+  // Soft neighbours of queries from t0 on, by their weights.
+  void find_neighbors(int64_t t0) const {
     const Frames<S>&a = sample.a, &b = sample.b;
-    match(t0);
     const Weights<false, V> of(z + t0 * s.pitch, s.pitch);
     // Weights add up to 1, so that what b's frames have in common need not go through the sum.
     const S* const one = b.rows + middle<M>(t0, b.count) * s.C;
@@ -137,25 +138,24 @@ struct ShortLoss {
     for (int m = 0; m < rows_of(t0, a); ++m) {
       S* const sum = rest.out[m];
       for (int64_t c = 0; c < s.C; c += L) V::store(sum + c, V::load(sum + c) + V::load(one + c));
-      write(p.soft, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
+      if (p.soft) write(p.soft, p.dtype, (n * p.T + a.place[t0 + m]) * p.C, sum, p.C, 1 / sample.scale);
     }
-    const Landing<S> landing(p);
-    S* const losses = static_cast<S*>(p.loss) + n * p.T;
-    land(t0, [&](int m, S*, S log_p, S away, S, S variance, int64_t) {
-      losses[a.place[t0 + m]] = landing.loss(log_p, away, variance, Logarithm());
-    });
   }
 
-  // Gradients of the logits on both ways, of soft neighbours, and of a's frames as queries.
-  void backward_block(int64_t t0) {
+  // The loss of a block, and gradients of the logits on both ways, of soft neighbours, and of a's frames as queries.
+  void query_block(int64_t t0) {
     const Frames<S>&a = sample.a, &b = sample.b;
     match(t0);
+    if (forward) find_neighbors(t0);
     const Landing<S> landing(p);
     const S factor = static_cast<S>(2 / sample.scale / p.temperature);
     const S* near[M];
     for (int m = 0; m < M; ++m) near[m] = a.rows;
     const int rows = rows_of(t0, a);
-    land(t0, [&](int m, S* row, S, S away, S mean, S variance, int64_t likely) {
+    land(t0, [&](int m, S* row, S log_p, S away, S mean, S variance, int64_t likely) {
+      if (forward)
+        static_cast<S*>(p.loss)[n * p.T + a.place[t0 + m]] = landing.loss(log_p, away, variance, Logarithm());
+      if (!backward) return;
       S g, g_mean, g_variance;
       landing.gradients(grad_of_loss<S>(p, n, a.place[t0 + m]), away, variance, g, g_mean, g_variance);
       near[m] = a.rows + likely * s.C;
@@ -169,6 +169,7 @@ struct ShortLoss {
       }
       row[t0 + m] += factor * g;
     });
+    if (!backward) return;
     for (int m = rows; m < M; ++m) memset(back + (t0 + m) * s.pitch, 0, static_cast<size_t>(s.pitch) * sizeof(S));
     const Weights<false, V> of_back(back + t0 * s.pitch, s.pitch), of(w + t0 * s.pitch, s.pitch);
     const int64_t block = t0 / M, mid = middle<M>(t0, a.count);
@@ -218,8 +219,8 @@ struct ShortLoss {
   // All blocks, by `each(count, function)`, which returns when all are done.
   template <class Each>
   void run_blocks(const Each& each) {
-    if (!backward) return each(blocks(), [&](int64_t i) { forward_block(i * M); });
-    each(blocks(), [&](int64_t i) { backward_block(i * M); });
+    each(blocks(), [&](int64_t i) { query_block(i * M); });
+    if (!backward) return;
     each(blocks() + key_blocks(), [&](int64_t i) {
       if (i < blocks())
         frame_block(i * M);

@@ -136,12 +136,15 @@ def transpose_of(function: Callable[..., Any], count: int) -> Callable[..., tupl
     return gradients
 
 
+_NARROW = torch.float16, torch.bfloat16
+
+
 def autocast_to_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, 16-bit tensors as fp32, as torch's own rules do for distances, softmax and losses."""
-    narrow = torch.float16, torch.bfloat16
-    if all(t.dtype not in narrow for t in tensors) or not _checks.autocasts(tensors[0]):
-        return tensors
-    return tuple(t.float() if t.dtype in narrow else t for t in tensors)
+    for tensor in tensors:  # no generator: calls of a few microseconds notice what it costs
+        if tensor.dtype in _NARROW and _checks.autocasts(tensors[0]):
+            return tuple(t.float() if t.dtype in _NARROW else t for t in tensors)
+    return tensors
 
 
 def kernels_of(file: str, names: dict[str, str]) -> dict[str, Callable[..., Any]]:

@@ -175,7 +175,11 @@ def settled(condition: bool | torch.SymBool) -> bool:
 
 def wants_gradients(*tensors: Any) -> bool:
     """Whether autograd will ask for gradients of any of them."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # no generator: calls of a few microseconds notice what it costs
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
 def passed_over(requested: str) -> str:

@@ -111,7 +111,8 @@ def temporal_cycle_loss(
             the same tensor as a, with every other one.
         reduction: "mean" over the frames that are there, or "none".
 
-    On a CPU long sequences keep their distances for the gradients, [N,T,S] and [N,T,T], where they take little memory;
+    On a CPU sequences of up to 64 frames find the gradients of their mean loss along with it, where any will be asked
+    for; longer ones keep their distances for them, [N,T,S] and [N,T,T], where they take little memory:
     :func:`rcu_ops.explain` says how much.
 
     Returns:
@@ -140,14 +141,17 @@ def _positive(name: str, value: Any, *, zero: bool = False) -> Any:
 
 
 def _check_sequences(a: Tensor, b: Tensor, *, same_batch: bool = True) -> tuple[Tensor, Tensor]:
-    for name, value, meaning in (("a", a, "[N,T,C]"), ("b", b, "[N,S,C]")):
-        _checks.dims(name, _checks.tensor(name, value), meaning)
-        samples, frames, channels = value.shape
-        if frames == 0 or channels == 0:
-            raise ValueError(f"{name}: expected at least one frame and one channel, got {list(value.shape)}")
-    n, _, c = a.shape
-    meaning = "[N,S,C] with a's N and C" if same_batch else "[M,S,C]"
-    _checks.shape("b", b, (n if same_batch else samples, frames, c), meaning)
+    # What a right call goes through is kept short: before a kernel of a few microseconds it is felt.
+    if _checks.tensor("a", a).dim() != 3 or _checks.tensor("b", b).dim() != 3:
+        _checks.dims("a", a, "[N,T,C]")
+        _checks.dims("b", b, "[N,S,C]")
+    (n, frames, c), (samples, others, channels) = a.shape, b.shape
+    if frames == 0 or c == 0 or others == 0 or channels == 0:
+        name, value = ("a", a) if frames == 0 or c == 0 else ("b", b)
+        raise ValueError(f"{name}: expected at least one frame and one channel, got {list(value.shape)}")
+    if channels != c or (same_batch and samples != n):
+        meaning = "[N,S,C] with a's N and C" if same_batch else "[M,S,C]"
+        _checks.shape("b", b, (n if same_batch else samples, others, c), meaning)
     _checks.same_device("b", b, a, "a")
     a, b = _family.autocast_to_fp32(a, b)
     _checks.dtype("b", b, a.dtype)
@@ -279,8 +283,8 @@ def _fake_kept_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tens
     return *_fake_loss(a, b), a.new_empty((n, t, s + t))
 
 
-def _fake_mean_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return a.new_empty(()), a.new_empty(a.shape)
+def _fake_mean_loss(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return a.new_empty(()), *_fake_gradients(a, b)
 
 
 def _fake_loss_backward(grad_loss: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -376,22 +380,26 @@ def _reference_loss_backward(
 
 def _reference_mean_loss(
     a: Tensor, b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, *numbers: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     loss, soft = _reference_loss(a, b, mask_a, mask_b, *numbers)
-    return _reduced(loss, mask_a, mask_b, "mean"), soft
+    one = a.new_ones(())
+    gradients = _reference_mean_loss_backward(one, a, b, soft, soft, mask_a, mask_b, *numbers)
+    return _reduced(loss, mask_a, mask_b, "mean"), *gradients
 
 
 def _reference_mean_loss_backward(
     grad_mean: Tensor,
     a: Tensor,
     b: Tensor,
-    soft: Tensor,
+    da: Tensor,
+    db: Tensor,
     mask_a: Tensor | None,
     mask_b: Tensor | None,
     *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
+    # From a and b alone: da and db are functions of them.
     frames = a.shape[0] * a.shape[1] if mask_a is None and mask_b is None else _frames(a, mask_a, mask_b).sum()
-    return _reference_loss_backward((grad_mean / frames).expand(a.shape[:2]), a, b, soft, mask_a, mask_b, *numbers)
+    return _reference_loss_backward((grad_mean / frames).expand(a.shape[:2]), a, b, da, mask_a, mask_b, *numbers)
 
 
 def _reference_kept_loss(
@@ -435,13 +443,6 @@ def _soft_gradients(family: Family, ctx: Any, grad: Tensor | None, _: Tensor | N
     return da, db, None, None, None
 
 
-def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, mask_a, mask_b, *ctx.numbers = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, output[1], mask_a, mask_b)
-
-
 def _gradients_by(name: str) -> Any:
     """The gradients of a loss by the operator ``name``, from all that was saved."""
 
@@ -454,7 +455,7 @@ def _gradients_by(name: str) -> Any:
     return gradients
 
 
-def _save_kept_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a, b, mask_a, mask_b, *ctx.numbers = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -559,6 +560,10 @@ def _kept_loss_backward_flops(
     return _loss_backward_flops(grad, a, b, soft, *rest) - known
 
 
+def _mean_loss_flops(a: Any, b: Any, *rest: Any, out_shape: Any = None) -> int:
+    return _loss_flops(a, b, *rest) + _kept_loss_backward_flops(a, a, b, a, a, *rest)
+
+
 # ---- registration -------------------------------------------------------------------------------------------------
 
 _DEFINITIONS = {
@@ -629,24 +634,25 @@ _LOSS = Family(
             _second_of(_reference_loss_backward),
             _save_loss_arguments,
         ),
-        # Its mean over the frames that are there, [], for CPUs: PyTorch's own operations for it, and for its gradient,
-        # are a quarter of a short loss's time.
+        # Its mean over the frames that are there, [], and that mean's gradients, for short sequences on CPUs: much of
+        # their work is the loss's own, and around kernels of so few microseconds every further call is felt.
         "temporal_cycle_loss_mean": Definition(
             "(Tensor a, Tensor b, Tensor? mask_a, Tensor? mask_b, float temperature, bool regression, "
-            "float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            "float variance_weight, float min_variance) -> (Tensor, Tensor, Tensor)",
             _fake_mean_loss,
             _reference_mean_loss,
-            _loss_flops,
+            _mean_loss_flops,
             _gradients_by("temporal_cycle_loss_mean_backward"),
             _save_loss,
             _one_call_per_sample,
         ),
+        # Those gradients times what the mean's is.
         "temporal_cycle_loss_mean_backward": Definition(
-            "(Tensor grad_mean, Tensor a, Tensor b, Tensor soft, Tensor? mask_a, Tensor? mask_b, float temperature, "
-            "bool regression, float variance_weight, float min_variance) -> (Tensor, Tensor)",
+            "(Tensor grad_mean, Tensor a, Tensor b, Tensor da, Tensor db, Tensor? mask_a, Tensor? mask_b, "
+            "float temperature, bool regression, float variance_weight, float min_variance) -> (Tensor, Tensor)",
             _fake_loss_backward,
             _reference_mean_loss_backward,
-            _loss_backward_flops,
+            None,
             _second_of(_reference_mean_loss_backward),
             _save_loss_arguments,
             _one_call_per_sample,
@@ -660,7 +666,7 @@ _LOSS = Family(
             _reference_kept_loss,
             _loss_flops,
             _gradients_by("temporal_cycle_loss_kept_backward"),
-            _save_kept_loss,
+            _save_loss,
         ),
         "temporal_cycle_loss_kept_backward": Definition(
             "(Tensor grad_loss, Tensor a, Tensor b, Tensor soft, Tensor distances, Tensor? mask_a, Tensor? mask_b, "
@@ -715,17 +721,17 @@ def _loss_at_once(
 
 
 def _loss_operator(a: Tensor, b: Tensor, reduction: str) -> str:
-    """Which operator finds a loss: one that finds its mean, too, one that keeps distances, or the plain one.
+    """Which operator finds a loss: the plain one, one that finds mean and gradients, or one that keeps distances.
 
     Tracers and transforms see the plain operator and PyTorch's mean, which they fuse and map.
     """
-    if a.is_cpu:
-        if _keeps_distances(a, b):
-            return "temporal_cycle_loss_kept"
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if reduction == "mean" and not traced and _library.has_kernel("temporal_cycle_loss_mean", "CPU"):
-            return "temporal_cycle_loss_mean"
-    return "temporal_cycle_loss"
+    if not a.is_cpu or not wants_gradients(a, b):
+        return "temporal_cycle_loss"
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    short = not traced and a.shape[1] <= _SHORT and b.shape[1] <= _SHORT
+    if short and reduction == "mean" and _library.has_kernel("temporal_cycle_loss_mean", "CPU"):
+        return "temporal_cycle_loss_mean"
+    return "temporal_cycle_loss_kept" if _keeps_distances(a, b) else "temporal_cycle_loss"
 
 
 def _keeps_distances(a: Tensor, b: Tensor) -> bool:

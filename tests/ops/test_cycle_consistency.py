@@ -610,7 +610,8 @@ def test_opcheck(dtype, masked) -> None:
         grad = grads[0].T.contiguous().T
         check(ops.temporal_cycle_loss_backward.default, (grad, *leaves, soft.detach(), *numbers))
         check(ops.temporal_cycle_loss_mean.default, (*leaves, *numbers))
-        check(ops.temporal_cycle_loss_mean_backward.default, (grad[0, 0], *leaves, soft.detach(), *numbers))
+        saved = torch.randn(2, 4, 3), torch.randn(2, 5, 3)
+        check(ops.temporal_cycle_loss_mean_backward.default, (grad[0, 0], *leaves, *saved, *numbers))
         check(ops.temporal_cycle_loss_kept.default, (*leaves, *numbers))
         kept = torch.rand(2, 4, 9)
         check(ops.temporal_cycle_loss_kept_backward.default, (grad, *leaves, soft.detach(), kept, *numbers))
@@ -618,37 +619,67 @@ def test_opcheck(dtype, masked) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("masked", ["", "a", "b", "ab", "all of b"])
-def test_mean_of_a_loss_in_one_operator(masked, dtype) -> None:
-    a, b = (x.requires_grad_() for x in inputs((3, 6, 5, 7), dtype))
-    mask_a = masks(3, 6) if "a" in masked else None
-    mask_b = masks(3, 5) if masked.endswith("b") else None
+@pytest.mark.parametrize("shape", [(3, 6, 5, 7), (9, 64, 60, 130), (2, 70, 50, 33)], ids=str)
+def test_mean_of_a_loss_in_one_operator(shape, masked, dtype) -> None:
+    """With its gradients: for a gradient of 1 those that the plain operator's are, bit for bit."""
+    a, b = (x.requires_grad_() for x in inputs(shape, dtype))
+    n, t, s, _ = shape
+    mask_a = masks(n, t) if "a" in masked else None
+    mask_b = masks(n, s) if masked.endswith("b") else None
     if masked == "all of b":
-        mask_b = torch.zeros(3, 5, dtype=torch.bool)
+        mask_b = torch.zeros(n, s, dtype=torch.bool)
     elif mask_b is not None:
         mask_b[1] = False  # no way: its frames have no loss, and do not count
-    there = torch.ones(3, 6, dtype=torch.bool) if mask_a is None else mask_a
+    there = torch.ones(n, t, dtype=torch.bool) if mask_a is None else mask_a
     there = there if mask_b is None else there & mask_b.any(1, keepdim=True)
     ops, numbers = torch.ops.rcu_ops, (mask_a, mask_b, 0.7, True, 0.001, 1e-2)
 
-    rows, soft = ops.temporal_cycle_loss(a, b, *numbers)
-    mean, same = ops.temporal_cycle_loss_mean(a, b, *numbers)
-    assert mean.shape == () and mean.dtype == dtype and torch.equal(same, soft)
+    rows, _ = ops.temporal_cycle_loss(a, b, *numbers)
+    mean, *gradients = ops.temporal_cycle_loss_mean(a, b, *numbers)
+    assert mean.shape == () and mean.dtype == dtype
     torch.testing.assert_close(mean, rows[there].sum() / there.sum(), equal_nan=True)
-    grad = torch.tensor(3.0, dtype=dtype)
-    got = torch.autograd.grad(mean, (a, b), grad)
-    for x, want in zip(got, torch.autograd.grad(rows, (a, b), (grad / there.sum()).expand(3, 6)), strict=True):
-        torch.testing.assert_close(x, want, equal_nan=True)
+    assert not any(gradient.requires_grad for gradient in gradients)
+    share = (1 / there.sum().to(torch.float64)).to(dtype).expand(n, t)
+    wanted = torch.autograd.grad(rows, (a, b), share)
+    if "cpu" in BACKENDS:  # the reference divides what comes in
+        assert all(torch.equal(x, want) for x, want in zip(gradients, wanted, strict=True))
+    for factor in (1.0, 3.0, math.nan):
+        grad = torch.tensor(factor, dtype=dtype)
+        got = torch.autograd.grad(mean, (a, b), grad, retain_graph=True)
+        for x, want in zip(got, wanted, strict=True):
+            expected = torch.where(want == 0, want, want * factor)  # no frame: no gradient, of whatever
+            torch.testing.assert_close(x, expected, equal_nan=True)
     again = ops.temporal_cycle_loss_mean(a, b, *numbers)[0]
     assert torch.equal(again, mean) or mean.isnan()
     mapped = torch.vmap(lambda x: ops.temporal_cycle_loss_mean(x, b, *numbers)[0])(torch.stack([a, 2 * a]).detach())
     torch.testing.assert_close(mapped[0], mean.detach(), equal_nan=True)
     if "cpu" in BACKENDS:
+        given = [g.detach() for g in gradients]
         with pytest.raises(RuntimeError, match="grad_mean: expected"):
-            ops.temporal_cycle_loss_mean_backward(rows.detach(), a, b, soft.detach(), *numbers)
+            ops.temporal_cycle_loss_mean_backward(rows.detach(), a, b, *given, *numbers)
+        with pytest.raises(RuntimeError, match="db: expected"):
+            ops.temporal_cycle_loss_mean_backward(mean.detach(), a, b, given[0], given[0][:, :1], *numbers)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_gradients_of_a_mean(masked) -> None:
+    """They go through a and b, not through the gradients that were kept."""
+    leaves = [x.requires_grad_() for x in inputs((2, 4, 5, 3), torch.float64)]
+    options = {"mask_a": masks(2, 4), "mask_b": masks(2, 5)} if masked else {}
+    there = options["mask_a"].sum() if masked else 8
+
+    def second(reduction: str) -> tuple[Tensor, ...]:
+        rows = rcu_ops.temporal_cycle_loss(*leaves, reduction=reduction, **options)
+        first = torch.autograd.grad(rows if reduction == "mean" else rows.sum() / there, leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    for x, want in zip(second("mean"), second("none"), strict=True):
+        torch.testing.assert_close(x, want)
+        assert (x != 0).any()
 
 
 def test_which_operator_finds_the_mean_of_a_loss() -> None:
-    """The one that finds it too on CPUs, for short sequences; traced and mapped it is the plain one."""
+    """The one that finds it too on CPUs, for short sequences with gradients; traced and mapped it is the plain one."""
     if "cpu" not in BACKENDS:
         pytest.skip("the CPU kernels are not built")
 
@@ -658,7 +689,8 @@ def test_which_operator_finds_the_mean_of_a_loss() -> None:
             call(a, b, **options)
         return {e.key.removeprefix("rcu_ops::") for e in profile.key_averages() if e.key.startswith("rcu_ops::")}
 
-    assert operators(8) == {"temporal_cycle_loss_mean"}
+    assert operators(8) == operators(64) == {"temporal_cycle_loss_mean"}
+    assert operators(8, torch.no_grad()(rcu_ops.temporal_cycle_loss)) == {"temporal_cycle_loss"}
     assert operators(8, reduction="none") == {"temporal_cycle_loss"}
     assert operators(70) == {"temporal_cycle_loss_kept"}
     mapped = torch.vmap(lambda x, y: rcu_ops.temporal_cycle_loss(x[None], y[None]))
