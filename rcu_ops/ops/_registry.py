@@ -93,8 +93,9 @@ class Operator:
 
     def select(self, *args: Any) -> Backend:
         """The backend that runs these (checked) arguments. Raises BackendError when an explicit choice cannot."""
-        wanted = current_backend()
-        if wanted != "auto":
+        # Few calls on the way of "auto": after a kernel has gone through megabytes, every function is fetched again.
+        if _choice.name != "auto":
+            wanted = current_backend()
             backend = self.backend(wanted)
             reason = backend.why_not(*args)
             if reason is not None:
@@ -105,7 +106,7 @@ class Operator:
         for backend in self.backends:
             if on_cpu and backend.name in _GPU_BACKENDS:  # wording its reason costs a frame of a stream microseconds
                 continue
-            if backend.why_passed(args) is not None:
+            if backend.overtaken is not None and backend.why_passed(args) is not None:
                 preferred = True
             elif backend.why_not(*args) is None:
                 if backend.name == "reference" and not preferred and _device_of(args) == "cuda":

@@ -27,17 +27,22 @@ def call(operator: Callable[..., Any], *args: Any, function: type[torch.autograd
     """
     if torch.compiler.is_compiling():
         return operator(*args)
-    if forward_mode() and any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
-        raise NotImplementedError(
-            f"{operator.__name__.partition('.')[0]} has no jvp (forward-mode derivative): take "
-            "rcu_ops.use_backend('reference'), or reverse mode (backward, torch.func.vjp, torch.func.jacrev)"
-        )
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(operator, args)
     if torch._C._are_functorch_transforms_active():
         return operator(*args) if function is None else function.apply(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return operator(*args) if function is None else _recorded(operator, function).apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def _refuse_tangents(operator: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(
+            f"{operator.__name__.partition('.')[0]} has no jvp (forward-mode derivative): take "
+            "rcu_ops.use_backend('reference'), or reverse mode (backward, torch.func.vjp, torch.func.jacrev)"
+        )
 
 
 def forward_mode() -> bool:

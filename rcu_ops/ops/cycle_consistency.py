@@ -871,7 +871,7 @@ SOFT = register(
         _family.backends(
             "cycle_consistency",
             ("soft_nearest_neighbor",),
-            lambda *args: _BINARY["soft_nearest_neighbor"](*args),
+            _BINARY["soft_nearest_neighbor"],
             _soft_by_reference,
             triton=lambda *args: _TRITON["soft_nearest_neighbor"](*args),
             **_plans("soft"),
@@ -886,7 +886,7 @@ CYCLE = register(
         _family.backends(
             "cycle_consistency",
             ("cycle_consistency",),
-            lambda *args: _BINARY["cycle_consistency"](*args),
+            _BINARY["cycle_consistency"],
             _reference_cycle,
             triton=lambda *args: _TRITON["cycle_consistency"](*args),
             **_plans("cycle"),

@@ -199,7 +199,7 @@ SQUEEZE = register(
         _family.backends(
             "srtg",
             ("srtg_squeeze",),
-            lambda *args: _BINARY["srtg_squeeze"](*args),
+            _BINARY["srtg_squeeze"],
             _reference_squeeze,
             triton=lambda *args: _TRITON["srtg_squeeze"](*args),
         ),
@@ -213,7 +213,7 @@ FUSE = register(
         _family.backends(
             "srtg",
             ("srtg_fuse",),
-            lambda *args: _BINARY["srtg_fuse"](*args),
+            _BINARY["srtg_fuse"],
             _fuse_by_reference,
             triton=lambda *args: _TRITON["srtg_fuse"](*args),
         ),
