@@ -34,5 +34,7 @@ static uint32_t lanes_set(Mask v) {
 #include "cycle_consistency_core.h"
 #include "srtg_core.h"
 
+void gate_data_path(const GateData& p, const Parallel& parallel) { gate_any<F32>(p, parallel); }
+
 }  // namespace rcu_ops::cpu::avx2
 #endif

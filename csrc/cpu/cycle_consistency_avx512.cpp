@@ -1,4 +1,4 @@
-// cycle_consistency for AVX-512 (F, BW, DQ, VL).
+// cycle_consistency, and srtg in 16 bits, for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -33,6 +33,8 @@ static uint32_t lanes_set(Mask v) {
 #include "vectors.h"
 #include "cycle_consistency_core.h"
 #include "srtg_core.h"
+
+void gate_data_path_narrow(const GateData& p, const Parallel& parallel) { gate_narrow<F32>(p, parallel); }
 
 }  // namespace rcu_ops::cpu::avx512
 #endif

@@ -22,7 +22,7 @@ void gate_data_path(const GateData&, const Parallel&);
 }  // namespace avx2
 namespace avx512 {
 void align(const Alignment&, const Parallel&);
-void gate_data_path(const GateData&, const Parallel&);
+void gate_data_path_narrow(const GateData&, const Parallel&);  // of 16-bit numbers
 }  // namespace avx512
 
 }  // namespace rcu_ops::cpu

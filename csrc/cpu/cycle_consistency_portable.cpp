@@ -30,6 +30,8 @@ static uint32_t lanes_set(Mask v) {
 #include "cycle_consistency_core.h"
 #include "srtg_core.h"
 
+void gate_data_path(const GateData& p, const Parallel& parallel) { gate_any<F32>(p, parallel); }
+
 // fp64 is for checking gradients: one instruction set is enough, and the others' compile time is saved.
 void align_f64(const Alignment& p, const Parallel& parallel) { align_any<F64>(p, parallel); }
 void gate_data_path_f64(const GateData& p, const Parallel& parallel) { GateTask<F64, double>::run_task(p, parallel); }

@@ -484,10 +484,14 @@ struct GateTask {
   }
 };
 
-void gate_data_path(const GateData& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::f32: return GateTask<F32, float>::run_task(p, parallel);
-    case DType::bf16: return GateTask<F32, bf16_t>::run_task(p, parallel);
-    default: return GateTask<F32, f16_t>::run_task(p, parallel);
-  }
+// Numbers of 16 bits; any up to fp32.
+template <class V>
+static void gate_narrow(const GateData& p, const Parallel& parallel) {
+  if (p.dtype == DType::bf16) return GateTask<V, bf16_t>::run_task(p, parallel);
+  GateTask<V, f16_t>::run_task(p, parallel);
+}
+template <class V>
+static void gate_any(const GateData& p, const Parallel& parallel) {
+  if (p.dtype == DType::f32) return GateTask<V, float>::run_task(p, parallel);
+  gate_narrow<V>(p, parallel);
 }
