@@ -1,6 +1,5 @@
 // cycle_consistency in rcu_ops._native: how the kernels would run a call, and why.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <string>
 
@@ -32,16 +31,16 @@ std::string cycle_consistency_plan(const std::string& kind, int64_t t, int64_t s
 }
 
 // The same for any GPU, there or not.
-py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t t, int64_t s, int64_t c,
-                                    const std::string& dtype, int architecture, int multiprocessors,
-                                    int64_t shared_bytes, bool sm90a) {
+Facts cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t t, int64_t s, int64_t c,
+                                 const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes,
+                                 bool sm90a) {
   if (n < 1 || t < 1 || s < 1 || c < 1 || multiprocessors < 1)
     throw py::value_error("expected n, t, s, c, multiprocessors >= 1");
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   Alignment p;
   p.kind = parse_kind(kind), p.dtype = parse_dtype(dtype), p.N = n, p.T = t, p.S = s, p.C = c;
   const auto blocks = [](int64_t count) { return std::to_string(count) + (count == 1 ? " block" : " blocks"); };
-  py::dict d;
+  Facts d;
   if (ShortCycle::takes(p)) {
     const ShortCycle plan(n, t, s, c, gpu);
     d["form"] = "short cycle";
@@ -73,11 +72,11 @@ py::dict cycle_consistency_gpu_plan(const std::string& kind, int64_t n, int64_t 
 }
 
 // Bounds of a kernel that adds up so many operations, and what they make of one query (cycle_consistency_products.h).
-py::dict cycle_consistency_bounds(int64_t c, int64_t product_steps, int64_t difference_steps, float end, float largest,
-                                  float sharpness, int64_t keys, bool moments) {
+Facts cycle_consistency_bounds(int64_t c, int64_t product_steps, int64_t difference_steps, float end, float largest,
+                               float sharpness, int64_t keys, bool moments) {
   const Rounding<float> rounding(c, product_steps, difference_steps);
   const Settling<float> settling(rounding, end, largest, sharpness, keys, moments);
-  py::dict d;
+  Facts d;
   d["products"] = rounding.products, d["differences"] = rounding.differences, d["least"] = rounding.least;
   d["reach"] = settling.reach, d["allowed"] = settling.allowed, d["flat"] = settling.flat;
   return d;
@@ -86,20 +85,28 @@ py::dict cycle_consistency_bounds(int64_t c, int64_t product_steps, int64_t diff
 }  // namespace
 
 void bind_cycle_consistency(py::module_& m) {
-  m.def("cycle_consistency_plan", &cycle_consistency_plan, py::arg("kind"), py::arg("t"), py::arg("s"), py::arg("c"),
-        py::arg("dtype"),
-        "In one sentence, how the CPU kernels find distances between [t, c] and [s, c] of a dtype ('float32', ...) for "
-        "a kind of alignment ('soft', 'cycle', 'back', 'soft_backward', 'back_backward'), and why.");
-  m.def("cycle_consistency_gpu_plan", &cycle_consistency_gpu_plan, py::arg("kind"), py::arg("n"), py::arg("t"),
-        py::arg("s"), py::arg("c"), py::arg("dtype"), py::kw_only(), py::arg("architecture") = 80,
-        py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("sm90a") = true,
-        "How such a GPU would run an alignment: its 'form' ('short cycle', 'product tiles' or 'query rows'), the same "
-        "in a sentence ('text'), the numbers of its blocks, and byte offsets in the scratch. sm90a: the library holds "
-        "code for it.");
-  m.def("cycle_consistency_bounds", &cycle_consistency_bounds, py::arg("c"), py::arg("product_steps"),
-        py::arg("difference_steps"), py::arg("end"), py::arg("largest"), py::arg("sharpness"), py::arg("keys"),
-        py::arg("moments"),
-        "The bounds on the rounding of fp32 distances of c channels ('products', 'differences', 'least'), and for a "
-        "query whose smallest upper end and largest error these are, which distances must be found again ('reach', "
-        "'allowed', 'flat').");
+  define(
+      m, "cycle_consistency_plan", cycle_consistency_plan, {"kind", "t", "s", "c", "dtype"},
+      "In one sentence, how the CPU kernels find distances between [t, c] and [s, c] of a dtype ('float32', ...) for "
+      "a kind of alignment ('soft', 'cycle', 'back', 'soft_backward', 'back_backward'), and why.");
+  define(m, "cycle_consistency_gpu_plan", cycle_consistency_gpu_plan,
+         {"kind",
+          "n",
+          "t",
+          "s",
+          "c",
+          "dtype",
+          keyword_only,
+          {"architecture", 80},
+          {"multiprocessors", 108},
+          {"shared_bytes", 163 * 1024},
+          {"sm90a", true}},
+         "How such a GPU would run an alignment: its 'form' ('short cycle', 'product tiles' or 'query rows'), the same "
+         "in a sentence ('text'), the numbers of its blocks, and byte offsets in the scratch. sm90a: the library holds "
+         "code for it.");
+  define(m, "cycle_consistency_bounds", cycle_consistency_bounds,
+         {"c", "product_steps", "difference_steps", "end", "largest", "sharpness", "keys", "moments"},
+         "The bounds on the rounding of fp32 distances of c channels ('products', 'differences', 'least'), and for a "
+         "query whose smallest upper end and largest error these are, which distances must be found again ('reach', "
+         "'allowed', 'flat').");
 }

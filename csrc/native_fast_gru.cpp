@@ -1,7 +1,6 @@
 // fast_gru in rcu_ops._native: for any GPU, there or not, whether one launch would run all steps, and how it would cut
 // them.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
@@ -17,17 +16,17 @@ namespace {
 
 using namespace rcu_ops;
 
-py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture,
-                           int multiprocessors, int64_t shared_bytes, bool backward, bool sm90a, int cluster) {
+Facts fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string& dtype, int architecture,
+                        int multiprocessors, int64_t shared_bytes, bool backward, bool sm90a, int cluster) {
   if (rows < 1 || c < 1 || r < 1 || multiprocessors < 1)
     throw py::value_error("expected rows, c, r, multiprocessors >= 1");
   if (cluster != 0 && cluster != 1 && cluster != fast_gru::persistent_cluster)
     throw py::value_error("cluster: expected 0, 1 or 8");
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   const auto plan = fast_gru::plan_persistent(rows, c, r, parse_dtype(dtype), gpu, backward, cluster);
-  py::dict d;
+  Facts d;
   d["text"] = fast_gru::describe(plan).c_str();
-  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
+  d["why_not"] = plan.why_not.empty() ? nullptr : plan.why_not.c_str();
   d["blocks"] = plan.blocks;
   d["cluster"] = plan.cluster;
   d["slice"] = plan.slice;
@@ -51,15 +50,15 @@ py::dict fast_gru_gpu_plan(int64_t rows, int64_t c, int64_t r, const std::string
   return d;
 }
 
-py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
-                                   int64_t shared_bytes, bool backward) {
+Facts fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int64_t shared_bytes,
+                                bool backward) {
   if (columns < 1 || c < 1 || r < 1) throw py::value_error("expected columns, c, r >= 1");
   Gpu gpu;
   gpu.shared_bytes = shared_bytes;
   const auto plan = fast_gru::plan_columns(columns, c, r, parse_dtype(dtype), gpu, backward);
-  py::dict d;
+  Facts d;
   d["text"] = fast_gru::describe(plan).c_str();
-  d["why_not"] = plan.why_not.empty() ? py::object(py::none()) : py::object(py::str(plan.why_not.c_str()));
+  d["why_not"] = plan.why_not.empty() ? nullptr : plan.why_not.c_str();
   d["blocks"] = plan.blocks;
   d["shared_bytes"] = plan.shared_bytes;
   d["threads"] = plan.threads;
@@ -71,7 +70,7 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
   py::list products;
   for (int i = 0; i < plan.products; ++i) {
     const fast_gru::ColumnProduct& product = plan.product[i];
-    py::dict one;
+    Facts one;
     one["halves"] = product.halves;
     one["outputs"] = product.outputs;
     one["inputs"] = product.inputs;
@@ -85,7 +84,7 @@ py::dict fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const 
     one["half_weights"] = product.half_weights;
     one["operand_at"] = product.operand_at;
     one["half_operands"] = product.half_operands;
-    products.append(one);
+    products.append(one.dict());
   }
   d["products"] = products;
   return d;
@@ -101,32 +100,40 @@ bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
 }  // namespace
 
 void bind_fast_gru(py::module_& m) {
-  m.def("fast_gru_gpu_plan", &fast_gru_gpu_plan, py::arg("rows"), py::arg("c"), py::arg("r"), py::arg("dtype"),
-        py::kw_only(), py::arg("architecture") = 80, py::arg("multiprocessors") = 108,
-        py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false, py::arg("sm90a") = true,
-        py::arg("cluster") = 0,
-        "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or "
-        "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory. sm90a: "
-        "the library holds code for it. cluster: 1 or 8 blocks share the inputs; 0: chosen.");
-  m.def("fast_gru_gpu_columns_plan", &fast_gru_gpu_columns_plan, py::arg("columns"), py::arg("c"), py::arg("r"),
-        py::arg("dtype"), py::kw_only(), py::arg("shared_bytes") = 163 * 1024, py::arg("backward") = false,
-        "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
-        "weights, why not, and its cut: the products, and numbers of the data's type in shared memory.");
-  m.def("fast_gru_by_columns", &by_columns, py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("dtype"),
-        py::kw_only(), py::arg("threads"), py::arg("avx512") = py::none(), py::arg("pairs") = py::none(),
-        "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "
-        "whether it has these vectors; pairs: whether it multiplies pairs of bf16 fast; None: as this one.");
-  m.def("fast_gru_few_weights", &fast_gru::few_weights, py::arg("c"), py::arg("r"),
-        "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
-  m.def(
-      "fast_gru_in_fp32",
-      [](int64_t columns, int64_t c, int64_t r, int64_t steps, const std::string& dtype) {
+  define(m, "fast_gru_gpu_plan", fast_gru_gpu_plan,
+         {"rows",
+          "c",
+          "r",
+          "dtype",
+          keyword_only,
+          {"architecture", 80},
+          {"multiprocessors", 108},
+          {"shared_bytes", 163 * 1024},
+          {"backward", false},
+          {"sm90a", true},
+          {"cluster", 0}},
+         "Whether one launch on such a GPU would run all steps of so many rows (columns of a step), forward or "
+         "backward, why not, and its cut: features per block, and byte offsets in shared and scratch memory. sm90a: "
+         "the library holds code for it. cluster: 1 or 8 blocks share the inputs; 0: chosen.");
+  define(m, "fast_gru_gpu_columns_plan", fast_gru_gpu_columns_plan,
+         {"columns", "c", "r", "dtype", keyword_only, {"shared_bytes", 163 * 1024}, {"backward", false}},
+         "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
+         "weights, why not, and its cut: the products, and numbers of the data's type in shared memory.");
+  define(m, "fast_gru_by_columns", by_columns,
+         {"columns", "c", "r", "dtype", keyword_only, "threads", {"avx512", nullptr}, {"pairs", nullptr}},
+         "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "
+         "whether it has these vectors; pairs: whether it multiplies pairs of bf16 fast; None: as this one.");
+  define(m, "fast_gru_few_weights", fast_gru::few_weights, {"c", "r"},
+         "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
+  define(
+      m, "fast_gru_in_fp32",
+      +[](int64_t columns, int64_t c, int64_t r, int64_t steps, const std::string& dtype) {
         const cpu::Isa isa = cpu::current_isa();
         return fast_gru::in_fp32(parse_dtype(dtype), columns, c, r, steps, isa == cpu::Isa::amx,
                                  isa == cpu::Isa::avx512_bf16);
       },
-      py::arg("columns"), py::arg("c"), py::arg("r"), py::arg("steps"), py::arg("dtype"),
+      {"columns", "c", "r", "steps", "dtype"},
       "Whether this CPU makes the library's products of so many columns in fp32.");
-  m.def("fast_gru_panel_vectors", &fast_gru::panel_vectors, py::arg("columns"), py::arg("lanes"), py::arg("threads"),
-        "The width of the panels that tasks take through all steps, in vectors of so many lanes.");
+  define(m, "fast_gru_panel_vectors", fast_gru::panel_vectors, {"columns", "lanes", "threads"},
+         "The width of the panels that tasks take through all steps, in vectors of so many lanes.");
 }

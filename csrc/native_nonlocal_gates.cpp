@@ -1,7 +1,6 @@
 // nonlocal_gates in rcu_ops._native: for any GPU, there or not, how the CUDA kernels would run a call, and what each
 // block owns.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
@@ -28,7 +27,9 @@ Relation relation_of(int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int6
   r.B = b, r.G = g, r.N = n, r.M = m, r.D = d, r.E = e;
   const auto rows = [&](int64_t count, int64_t columns) {
     void* data = reinterpret_cast<void*>(static_cast<uintptr_t>(4096 + misalignment));  // never followed
-    return Rows{.data = data, .batch = g * count * columns, .gate = count * columns, .row = columns};
+    Rows rows;
+    rows.data = data, rows.batch = g * count * columns, rows.gate = count * columns, rows.row = columns;
+    return rows;
   };
   r.query = rows(n, d), r.key = rows(m, d), r.value = rows(m, e);
   return r;
@@ -40,10 +41,10 @@ AttentionGrad nonlocal_gates_gradients(const Relation& r) {  // with contiguous 
   return {r, grad, r.query, r.key, r.value};
 }
 
-py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d,
-                                 int64_t e, const std::string& dtype, int architecture, int multiprocessors,
-                                 int64_t shared_bytes, int64_t misalignment, bool sm90a, int64_t begin, int64_t end,
-                                 bool masked, bool count, bool attention) {
+Facts nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                              const std::string& dtype, int architecture, int multiprocessors, int64_t shared_bytes,
+                              int64_t misalignment, bool sm90a, int64_t begin, int64_t end, bool masked, bool count,
+                              bool attention) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment, masked, count);
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   cuda::PlainRelatePlan plan;
@@ -56,12 +57,12 @@ py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, 
     plan = cuda::plan_plain_key_gradient(r, gpu);
   else
     throw py::value_error("kind: expected attend, step, query_gradient or key_gradient, got '" + kind + "'");
-  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> places;
+  py::list places;
   for (int64_t block = begin; block < end && block < plan.blocks; ++block) {
     const cuda::PlainRelatePlace at = cuda::place_of(plan, block, kind == "key_gradient" ? r.M : r.N);
-    places.emplace_back(at.problem, at.row0, at.rows, at.split);
+    places.append(py::make_tuple(at.problem, at.row0, at.rows, at.split));
   }
-  py::dict found;
+  Facts found;
   const Text gradients = cuda::describe_gradients(nonlocal_gates_gradients(r), gpu);
   found["text"] = (forward ? std::string(cuda::describe_forward(r, step, gpu).c_str()) + "; " : "") + gradients.c_str();
   found["said"] = cuda::explain_relate(nonlocal_gates_gradients(r), step, attention, gpu).c_str();
@@ -77,13 +78,13 @@ py::dict nonlocal_gates_gpu_plan(const std::string& kind, int64_t b, int64_t g, 
   return found;
 }
 
-py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
-                                      const std::string& dtype, int architecture, int multiprocessors,
-                                      int64_t shared_bytes, int64_t misalignment, bool sm90a) {
+Facts nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                                   const std::string& dtype, int architecture, int multiprocessors,
+                                   int64_t shared_bytes, int64_t misalignment, bool sm90a) {
   const cuda::TileRelatePlan plan = cuda::plan_tile_relate(relation_of(b, g, n, m, d, e, dtype, misalignment), step,
                                                            gpu_of(architecture, multiprocessors, shared_bytes, sm90a));
-  py::dict found;
-  found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
+  Facts found;
+  found["why_not"] = plan.why_not;
   found["cluster"] = plan.cluster;
   found["rows"] = plan.rows;
   found["padded"] = plan.padded;
@@ -94,14 +95,14 @@ py::dict nonlocal_gates_gpu_tile_plan(bool step, int64_t b, int64_t g, int64_t n
   return found;
 }
 
-py::dict nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d,
-                                          int64_t e, const std::string& dtype, int architecture, int multiprocessors,
-                                          int64_t shared_bytes, int64_t misalignment) {
+Facts nonlocal_gates_gpu_gradient_plan(bool of_keys, int64_t b, int64_t g, int64_t n, int64_t m, int64_t d, int64_t e,
+                                       const std::string& dtype, int architecture, int multiprocessors,
+                                       int64_t shared_bytes, int64_t misalignment) {
   const Relation r = relation_of(b, g, n, m, d, e, dtype, misalignment);
   const cuda::TileGradientPlan plan = cuda::plan_tile_gradient(
       nonlocal_gates_gradients(r), of_keys, gpu_of(architecture, multiprocessors, shared_bytes, false));
-  py::dict found;
-  found["why_not"] = plan.why_not ? py::object(py::str(plan.why_not)) : py::object(py::none());
+  Facts found;
+  found["why_not"] = plan.why_not;
   found["padded"] = plan.padded;
   found["shares"] = plan.shares;
   found["tiles"] = plan.tiles;
@@ -121,18 +122,40 @@ std::optional<std::string> nonlocal_gates_why_not_library(int64_t b, int64_t n, 
 }  // namespace
 
 void bind_nonlocal_gates(py::module_& m) {
-  m.def("nonlocal_gates_why_not_library", &nonlocal_gates_why_not_library, py::arg("b"), py::arg("n"), py::arg("m"),
-        py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("masked") = false, py::arg("count") = false,
-        py::arg("architecture") = py::none(), py::arg("misalignment") = 0,
-        "Why the forward pass of nonlocal_attention with query [b, n, d], key [b, m, d], value [b, m, e] is not left "
-        "to PyTorch's scaled_dot_product_attention, or None where it is faster and taken. architecture: of a GPU; "
-        "None: the CPU.");
-  m.def(
-      "nonlocal_gates_gpu_plan", &nonlocal_gates_gpu_plan, py::arg("kind"), py::arg("b"), py::arg("g"), py::arg("n"),
-      py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,
-      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
-      py::arg("sm90a") = true, py::arg("begin") = 0, py::arg("end") = 0, py::arg("masked") = false,
-      py::arg("count") = false, py::arg("attention") = true,
+  define(m, "nonlocal_gates_why_not_library", nonlocal_gates_why_not_library,
+         {"b",
+          "n",
+          "m",
+          "d",
+          "e",
+          "dtype",
+          {"masked", false},
+          {"count", false},
+          {"architecture", nullptr},
+          {"misalignment", 0}},
+         "Why the forward pass of nonlocal_attention with query [b, n, d], key [b, m, d], value [b, m, e] is not left "
+         "to PyTorch's scaled_dot_product_attention, or None where it is faster and taken. architecture: of a GPU; "
+         "None: the CPU.");
+  define(
+      m, "nonlocal_gates_gpu_plan", nonlocal_gates_gpu_plan,
+      {"kind",
+       "b",
+       "g",
+       "n",
+       "m",
+       "d",
+       "e",
+       "dtype",
+       {"architecture", 80},
+       {"multiprocessors", 108},
+       {"shared_bytes", 163 * 1024},
+       {"misalignment", 0},
+       {"sm90a", true},
+       {"begin", 0},
+       {"end", 0},
+       {"masked", false},
+       {"count", false},
+       {"attention", true}},
       "How the CUDA kernels run query [b, g, n, d], key [b, g, m, d], value [b, g, m, e] on a GPU of these limits. "
       "kind: attend, step, query_gradient or key_gradient. sm90a: the library holds code for it. text: one sentence "
       "(of a forward pass and its gradients two); said: the same with what is left to PyTorch, whose attention may be "
@@ -140,17 +163,36 @@ void bind_nonlocal_gates(py::module_& m) {
       "shared_bytes, scratch_bytes (of the device's memory), and, for blocks [begin, end), what each owns: (problem, "
       "first row, rows, split). map_bytes: of the maps that products by PyTorch have at once; gradients have two such. "
       "misalignment: of the addresses, in bytes modulo 16.");
-  m.def(
-      "nonlocal_gates_gpu_tile_plan", &nonlocal_gates_gpu_tile_plan, py::arg("step"), py::arg("b"), py::arg("g"),
-      py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"), py::arg("architecture") = 80,
-      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024, py::arg("misalignment") = 0,
-      py::arg("sm90a") = true,
+  define(
+      m, "nonlocal_gates_gpu_tile_plan", nonlocal_gates_gpu_tile_plan,
+      {"step",
+       "b",
+       "g",
+       "n",
+       "m",
+       "d",
+       "e",
+       "dtype",
+       {"architecture", 80},
+       {"multiprocessors", 108},
+       {"shared_bytes", 163 * 1024},
+       {"misalignment", 0},
+       {"sm90a", true}},
       "The same of the matrix-unit kernels: why_not (None: they run it), cluster, rows, padded, shares, tiles, blocks, "
       "shared_bytes.");
-  m.def("nonlocal_gates_gpu_gradient_plan", &nonlocal_gates_gpu_gradient_plan, py::arg("of_keys"), py::arg("b"),
-        py::arg("g"), py::arg("n"), py::arg("m"), py::arg("d"), py::arg("e"), py::arg("dtype"),
-        py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
-        py::arg("misalignment") = 0,
-        "The same of the gradients on the matrix unit, of the queries or of_keys: why_not, padded, shares, tiles, "
-        "blocks, shared_bytes.");
+  define(m, "nonlocal_gates_gpu_gradient_plan", nonlocal_gates_gpu_gradient_plan,
+         {"of_keys",
+          "b",
+          "g",
+          "n",
+          "m",
+          "d",
+          "e",
+          "dtype",
+          {"architecture", 80},
+          {"multiprocessors", 108},
+          {"shared_bytes", 163 * 1024},
+          {"misalignment", 0}},
+         "The same of the gradients on the matrix unit, of the queries or of_keys: why_not, padded, shares, tiles, "
+         "blocks, shared_bytes.");
 }

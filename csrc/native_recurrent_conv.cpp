@@ -1,7 +1,6 @@
 // recurrent_conv in rcu_ops._native: the instruction set that runs, how a call is planned and cut into tasks on a CPU,
 // and, for any GPU, there or not, how the CUDA kernels would run it and which elements each block touches.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
@@ -57,17 +56,17 @@ std::string recurrent_conv_plan(int64_t n, int64_t c, int64_t t, int64_t positio
   return cpu::describe(in, cpu::plan_scan(in, on), on);
 }
 
-py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype,
-                                     int threads, bool channels_last, bool with_state, bool dense,
-                                     const std::string& isa) {
+Facts recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t positions, const std::string& dtype,
+                                  int threads, bool channels_last, bool with_state, bool dense,
+                                  const std::string& isa) {
   const cpu::PlanInput in = plan_input(n, c, t, positions, dtype, threads, channels_last, with_state, dense);
   const cpu::Plan plan = cpu::plan_scan(in, parse_isa(isa));
-  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> tasks;
+  py::list tasks;
   for (int64_t i = 0, count = cpu::task_count(plan, in.columns); i < count; ++i) {
     const cpu::TaskRange r = cpu::task_range(plan, in.columns, in.C, i);
-    tasks.emplace_back(r.column_begin, r.column_end, r.channel_begin, r.channel_end);
+    tasks.append(py::make_tuple(r.column_begin, r.column_end, r.channel_begin, r.channel_end));
   }
-  py::dict d;
+  Facts d;
   d["lanes"] = plan.channels ? "channels" : "positions";
   d["tile"] = plan.tile;
   d["k_block"] = plan.k_block;
@@ -78,16 +77,14 @@ py::dict recurrent_conv_plan_details(int64_t n, int64_t c, int64_t t, int64_t po
   return d;
 }
 
-std::vector<std::string> available_isas() {
-  std::vector<std::string> names;
+Names available_isas() {
+  Names names;
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i)
     names.emplace_back(cpu::isa_name(static_cast<cpu::Isa>(i)));
   return names;
 }
 
 // ---- CUDA --------------------------------------------------------------------------------------------------------
-
-using Strides = std::array<int64_t, 5>;
 
 View gpu_view(DType dtype, const Strides& strides, int64_t misalignment) {
   View v;
@@ -112,10 +109,6 @@ Scan gpu_scan(const Strides& shape, const std::string& dtype, const Strides& x, 
   p.last_kind = Last::state;
   p.reverse = reverse;
   return p;
-}
-
-py::bytes as_bytes(const std::vector<int64_t>& values) {
-  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t)};
 }
 
 // Offsets, in elements and in the order of the kernel's own loops, that a range of blocks reads of x and writes of y.
@@ -290,11 +283,10 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
                                      : tile_block<128>(p, *plan.tile, block, touched);
 }
 
-py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
-                                 const std::optional<Strides>& residual, int64_t misalignment, bool with_state,
-                                 bool reverse, bool plain, bool warpgroups, bool statistics, bool powers_kept,
-                                 bool sm90a, int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin,
-                                 int64_t end) {
+Facts recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
+                              const std::optional<Strides>& residual, int64_t misalignment, bool with_state,
+                              bool reverse, bool plain, bool warpgroups, bool statistics, bool powers_kept, bool sm90a,
+                              int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
   Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
   if (statistics) p.norm.partial = static_cast<double*>(p.y.data);  // never followed
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
@@ -313,7 +305,7 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
     else
       plan.is_plain() ? plain_block(p, plan.plain, block, touched) : matrix_block(p, plan, block, touched);
   }
-  py::dict d;
+  Facts d;
   const cuda::ChunkPlan chunks = cuda::plan_chunks(p, plan, gpu, powers_kept);
   const int64_t columns = chunks.frames ? 0 : cuda::fused_norm_columns(plan);
   d["text"] = std::string(cuda::describe(p, plan, chunks).c_str()) +
@@ -328,8 +320,8 @@ py::dict recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype,
   d["blocks"] = blocks;
   d["shared_bytes"] = plan.shared_bytes();
   d["scratch_bytes"] = plan.scratch_bytes();
-  d["read"] = as_bytes(touched.read);
-  d["written"] = as_bytes(touched.written);
+  d["read"] = touched.read;
+  d["written"] = touched.written;
   return d;
 }
 
@@ -373,10 +365,9 @@ void weight_grad_block(const WeightGrad& p, const cuda::WeightGradPlan& plan, in
   }
 }
 
-py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
-                         const std::optional<Strides>& first, int64_t misalignment, bool reverse, bool plain,
-                         int64_t shared_bytes, int64_t begin, int64_t end,
-                         const std::optional<std::tuple<int64_t, int64_t>>& block) {
+Facts gpu_weight_grad(const Strides& shape, const std::string& dtype, const Strides& dx, const Strides& h,
+                      const std::optional<Strides>& first, int64_t misalignment, bool reverse, bool plain,
+                      int64_t shared_bytes, int64_t begin, int64_t end, const std::optional<Pair>& block) {
   WeightGrad p;
   p.N = shape[0], p.C = shape[1], p.T = shape[2], p.H = shape[3], p.W = shape[4];
   p.dtype = parse_dtype(dtype);
@@ -397,7 +388,7 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
                           : (plan.along_channels ? weight_grad_block<128, true> : weight_grad_block<128, false>);
     walk(p, plan, tile, split, block_dx, block_states);
   }
-  py::dict d;
+  Facts d;
   d["text"] = cuda::describe(plan).c_str();
   d["rows"] = plan.rows;
   d["tile"] = plan.tile;
@@ -406,55 +397,94 @@ py::dict gpu_weight_grad(const Strides& shape, const std::string& dtype, const S
   d["rows_per_split"] = plan.rows_per_split;
   d["shared_bytes"] = plan.shared_bytes;
   d["scratch_bytes"] = plan.scratch_bytes;
-  d["dx"] = as_bytes(from_dx);
-  d["before"] = as_bytes(before);
-  d["block_dx"] = as_bytes(block_dx);
-  d["block_states"] = as_bytes(block_states);
+  d["dx"] = from_dx;
+  d["before"] = before;
+  d["block_dx"] = block_dx;
+  d["block_states"] = block_states;
   return d;
 }
 
 }  // namespace
 
 void bind_recurrent_conv(py::module_& m) {
-  m.def(
-      "cpu_isa", [] { return std::string(cpu::isa_name(cpu::current_isa())); },
+  define(
+      m, "cpu_isa", +[] { return std::string(cpu::isa_name(cpu::current_isa())); }, {},
       "The instruction set the CPU kernels use: the fastest available, or the one that RCU_OPS_CPU_ISA names.");
-  m.def("cpu_isas", &available_isas, "The instruction sets this machine can run, best last.");
-  m.def(
-      "cpu_multiplies_pairs", [] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; },
+  define(m, "cpu_isas", available_isas, {}, "The instruction sets this machine can run, best last.");
+  define(
+      m, "cpu_multiplies_pairs", +[] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; }, {},
       "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
-  m.def("recurrent_conv_plan", &recurrent_conv_plan, py::arg("n"), py::arg("c"), py::arg("t"), py::arg("positions"),
-        py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false, py::arg("with_state") = false,
-        py::arg("dense") = true, py::arg("isa") = "",
-        "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: "
-        "instruction set, orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; "
-        "with_state: an h0 is given; dense: where channels are adjacent, they are in every tensor.");
-  m.def("recurrent_conv_plan_details", &recurrent_conv_plan_details, py::arg("n"), py::arg("c"), py::arg("t"),
-        py::arg("positions"), py::arg("dtype"), py::arg("threads") = 0, py::arg("channels_last") = false,
-        py::arg("with_state") = false, py::arg("dense") = true, py::arg("isa") = "",
-        "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column "
-        "end, channel begin, channel end).");
-  m.def("recurrent_conv_gpu_plan", &recurrent_conv_gpu_plan, py::arg("shape"), py::arg("dtype"), py::arg("x"),
-        py::arg("y"), py::arg("residual") = py::none(), py::arg("misalignment") = 0, py::arg("with_state") = false,
-        py::arg("reverse") = false, py::arg("plain") = false, py::arg("warpgroups") = false,
-        py::arg("statistics") = false, py::arg("powers_kept") = false, py::arg("sm90a") = true,
-        py::arg("architecture") = 80, py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 163 * 1024,
-        py::arg("begin") = 0, py::arg("end") = 0,
-        "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one "
-        "sentence); chunk, the frames of the library form's chunks, 0 where it is not taken, and the two times "
-        "compared, chunked_us and sequential_us (predictions, 0 where none was made); of the scan's kernel blocks, "
-        "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are "
-        "written, as int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: "
-        "that kernel, wherever it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's "
-        "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none. powers_kept: "
-        "those that the library form needs of the weight are there already.");
-  m.def("recurrent_conv_gpu_weight_grad", &gpu_weight_grad, py::arg("shape"), py::arg("dtype"), py::arg("dx"),
-        py::arg("h"), py::arg("first") = py::none(), py::arg("misalignment") = 0, py::arg("reverse") = false,
-        py::arg("plain") = false, py::arg("shared_bytes") = 163 * 1024, py::arg("begin") = 0, py::arg("end") = 0,
-        py::arg("block") = py::none(),
-        "How the CUDA kernels cut the weight gradient's sum: text (one sentence), rows, tile, tiles, splits, "
-        "rows_per_split, shared_bytes, scratch_bytes; for rows [begin, end), dx and before, the offsets of the two "
-        "factors' first channels in dx and in h (below 0: -1 - offset in first), as int64s; and what block (tile, "
-        "split) of the matrix unit's kernel reads, block_dx and block_states, in the same way. misalignment: of h's "
-        "address, in bytes modulo 16.");
+  define(m, "recurrent_conv_plan", recurrent_conv_plan,
+         {"n",
+          "c",
+          "t",
+          "positions",
+          "dtype",
+          {"threads", 0},
+          {"channels_last", false},
+          {"with_state", false},
+          {"dense", true},
+          {"isa", ""}},
+         "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: "
+         "instruction set, orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; "
+         "with_state: an h0 is given; dense: where channels are adjacent, they are in every tensor.");
+  define(m, "recurrent_conv_plan_details", recurrent_conv_plan_details,
+         {"n",
+          "c",
+          "t",
+          "positions",
+          "dtype",
+          {"threads", 0},
+          {"channels_last", false},
+          {"with_state", false},
+          {"dense", true},
+          {"isa", ""}},
+         "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column "
+         "end, channel begin, channel end).");
+  define(
+      m, "recurrent_conv_gpu_plan", recurrent_conv_gpu_plan,
+      {"shape",
+       "dtype",
+       "x",
+       "y",
+       {"residual", nullptr},
+       {"misalignment", 0},
+       {"with_state", false},
+       {"reverse", false},
+       {"plain", false},
+       {"warpgroups", false},
+       {"statistics", false},
+       {"powers_kept", false},
+       {"sm90a", true},
+       {"architecture", 80},
+       {"multiprocessors", 108},
+       {"shared_bytes", 163 * 1024},
+       {"begin", 0},
+       {"end", 0}},
+      "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one "
+      "sentence); chunk, the frames of the library form's chunks, 0 where it is not taken, and the two times "
+      "compared, chunked_us and sequential_us (predictions, 0 where none was made); of the scan's kernel blocks, "
+      "shared_bytes, scratch_bytes, and, for blocks [begin, end), the offsets of x that are read and of y that are "
+      "written, as int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: "
+      "that kernel, wherever it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's "
+      "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none. powers_kept: "
+      "those that the library form needs of the weight are there already.");
+  define(m, "recurrent_conv_gpu_weight_grad", gpu_weight_grad,
+         {"shape",
+          "dtype",
+          "dx",
+          "h",
+          {"first", nullptr},
+          {"misalignment", 0},
+          {"reverse", false},
+          {"plain", false},
+          {"shared_bytes", 163 * 1024},
+          {"begin", 0},
+          {"end", 0},
+          {"block", nullptr}},
+         "How the CUDA kernels cut the weight gradient's sum: text (one sentence), rows, tile, tiles, splits, "
+         "rows_per_split, shared_bytes, scratch_bytes; for rows [begin, end), dx and before, the offsets of the two "
+         "factors' first channels in dx and in h (below 0: -1 - offset in first), as int64s; and what block (tile, "
+         "split) of the matrix unit's kernel reads, block_dx and block_states, in the same way. misalignment: of h's "
+         "address, in bytes modulo 16.");
 }
