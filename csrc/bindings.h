@@ -11,8 +11,9 @@
 
 #include <array>
 #include <atomic>
+#include <cstdio>
+#include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -36,24 +37,52 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // ---- checks ----------------------------------------------------------------------------------------------------
 
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) [[likely]]
-    return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+// A part of a message. It becomes text where a message is made of it: checks that pass, several at every call, make
+// none.
+class Part {
+ public:
+  Part(const char* text) : kind_(Kind::text), text_(text) {}
+  Part(int number) : Part(static_cast<int64_t>(number)) {}
+  Part(size_t number) : Part(static_cast<int64_t>(number)) {}
+  Part(int64_t number) : kind_(Kind::integer), integer_(number) {}
+  Part(double number) : kind_(Kind::real), real_(number) {}
+  Part(Sizes shape) : kind_(Kind::shape), shape_(shape) {}
+
+  std::string str() const {
+    switch (kind_) {
+      case Kind::text: return text_;
+      case Kind::integer: return std::to_string(integer_);
+      case Kind::real: {
+        char digits[32];
+        std::snprintf(digits, sizeof digits, "%g", real_);
+        return digits;
+      }
+      case Kind::shape: break;
+    }
+    std::string text = "[";
+    for (size_t i = 0; i < shape_.size(); ++i) text += (i ? ", " : "") + std::to_string(shape_[i]);
+    return text + "]";
+  }
+
+ private:
+  enum class Kind { text, integer, real, shape };
+  Kind kind_;
+  const char* text_ = nullptr;
+  int64_t integer_ = 0;
+  double real_ = 0;
+  Sizes shape_;
+};
+
+[[noreturn, gnu::cold, gnu::noinline]] inline void refuse(std::initializer_list<Part> parts) {
+  std::string message;
+  for (const Part& part : parts) message += part.str();
+  throw std::runtime_error(message);
 }
 
-// Becomes text where a message is made of it: checks that pass, several at every call, make none.
-struct ShapeText {
-  Sizes sizes;
-};
-inline ShapeText shape_text(Sizes sizes) { return {sizes}; }
-inline std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
-  out << "[";
-  for (size_t i = 0; i < shape.sizes.size(); ++i) out << (i ? ", " : "") << shape.sizes[i];
-  return out << "]";
+template <class... Parts>
+void check(bool ok, Parts... parts) {
+  if (!ok) [[unlikely]]
+    refuse({parts...});
 }
 
 inline const char* dtype_text(ScalarType dtype) { return torch::headeronly::toString(dtype); }
@@ -63,8 +92,7 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   const Sizes sizes = tensor.sizes();
   bool same = sizes.size() == expected.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected.begin()[i];
-  check(same, name, ": expected shape ", what, " = ", shape_text(Sizes(expected.begin(), expected.size())), ", got ",
-        shape_text(sizes));
+  check(same, name, ": expected shape ", what, " = ", Sizes(expected.begin(), expected.size()), ", got ", sizes);
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {

@@ -30,8 +30,8 @@ Alignment problem_of(Align kind, const Tensor& a, const Tensor& b, const std::op
   p.N = a.size(0), p.T = a.size(1), p.C = a.size(2);
   check(b.dim() == 3, "b: expected [N,S,C], got ", b.dim(), " dimensions");
   p.S = b.size(1);
-  check(p.T > 0 && p.S > 0 && p.C > 0, "a, b: expected at least one frame and one channel, got ", shape_text(a.sizes()),
-        " and ", shape_text(b.sizes()));
+  check(p.T > 0 && p.S > 0 && p.C > 0, "a, b: expected at least one frame and one channel, got ", a.sizes(), " and ",
+        b.sizes());
   check_shape("b", b, {p.N, p.S, p.C}, "[N,S,C]");
   check_dtype("b", b, a.scalar_type());
   check_device("b", b, a, "a");

@@ -43,9 +43,8 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.N = x.size(0), p.K = x.size(1), p.C = x.size(2);
   for (int i = 0; i < 3; ++i) p.sizes[i] = x.size(3 + i);
   p.P = p.sizes[0] * p.sizes[1] * p.sizes[2];
-  check(p.K > 0 && p.C > 0, "x: expected at least one clip and one channel, got ", shape_text(x.sizes()));
-  check(ux.dim() == 2 && ux.size(0) > 0 && ux.size(0) % 2 == 0, "weight_ux: expected [2R,C], got ",
-        shape_text(ux.sizes()));
+  check(p.K > 0 && p.C > 0, "x: expected at least one clip and one channel, got ", x.sizes());
+  check(ux.dim() == 2 && ux.size(0) > 0 && ux.size(0) % 2 == 0, "weight_ux: expected [2R,C], got ", ux.sizes());
   p.R = ux.size(0) / 2;
   const Tensor* given[weights] = {&ux, &uo, &w, &vx, &vo};
   const char* names[weights] = {"weight_ux", "weight_uo", "weight_w", "weight_vx", "weight_vo"};

@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_backward(Tensor grad, Tens
 // What the step and its backward pass have in common.
 template <class P>
 P step_of(const Tensor& x_gates, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cell) {
-  check(x_gates.dim() == 4 && x_gates.size(1) == 4, "x_gates: expected [B,4,P,Dv], got ", shape_text(x_gates.sizes()));
+  check(x_gates.dim() == 4 && x_gates.size(1) == 4, "x_gates: expected [B,4,P,Dv], got ", x_gates.sizes());
   check(query.dim() == 4, "query: expected [B,4,P,D], got ", query.dim(), " dimensions");
   P p{};
   Relation& r = p.relation;
@@ -340,7 +340,7 @@ StepGradients relational_lstm_step_backward(std::optional<Tensor> grad_h, std::o
 std::tuple<Tensor, Tensor, Tensor, Tensor> relational_lstm_step_kept(Tensor x_gates, Tensor query, Tensor key,
                                                                      Tensor value, Tensor cell, int64_t gates) {
   check(gates >= 0 && gates <= 4, "gates: expected 0 to 4, got ", gates);
-  check(x_gates.dim() == 4, "x_gates: expected [B,4,P,Dv], got ", shape_text(x_gates.sizes()));
+  check(x_gates.dim() == 4, "x_gates: expected [B,4,P,Dv], got ", x_gates.sizes());
   const Sizes s = x_gates.sizes();
   const Kept kept{empty_state_of(x_gates, {s[0], s[1], s[2], padded_keys(x_gates)}),
                   empty_state_of(x_gates, {s[0], gates, s[2], s[3]})};
@@ -351,10 +351,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_lstm_step_kept(Tensor x_ga
 StepGradients relational_lstm_step_kept_backward(std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
                                                  Tensor x_gates, Tensor query, Tensor key, Tensor value, Tensor cell,
                                                  Tensor weights, Tensor gates) {
-  check(x_gates.dim() == 4, "x_gates: expected [B,4,P,Dv], got ", shape_text(x_gates.sizes()));
+  check(x_gates.dim() == 4, "x_gates: expected [B,4,P,Dv], got ", x_gates.sizes());
   const Sizes s = x_gates.sizes();
   check_shape("weights", weights, {s[0], s[1], s[2], padded_keys(x_gates)}, "[B,4,P,padded P]");
-  check(gates.dim() == 4 && gates.size(1) <= 4, "gates: expected [B,0 to 4,P,Dv], got ", shape_text(gates.sizes()));
+  check(gates.dim() == 4 && gates.size(1) <= 4, "gates: expected [B,0 to 4,P,Dv], got ", gates.sizes());
   check_shape("gates", gates, {s[0], gates.size(1), s[2], s[3]}, "[B,0 to 4,P,Dv]");
   for (const auto& [name, tensor] : {std::pair{"weights", weights}, std::pair{"gates", gates}}) {
     check_dtype(name, tensor, state_dtype(x_gates.scalar_type()));

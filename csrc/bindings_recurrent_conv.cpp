@@ -149,7 +149,7 @@ Scan forward_problem(const Tensor& x, const Tensor& weight, const std::optional<
   Scan p;
   p.dtype = dtype_of("x", x);
   p.N = x.size(0), p.C = x.size(1), p.T = x.size(2), p.H = x.size(3), p.W = x.size(4);
-  check(p.T > 0 && p.C > 0, "x: expected at least one frame and one channel, got ", shape_text(x.sizes()));
+  check(p.T > 0 && p.C > 0, "x: expected at least one frame and one channel, got ", x.sizes());
   check_shape("weight", weight, {p.C, p.C}, "[C,C]");
   check_dtype("weight", weight, x.scalar_type());
   check_device("weight", weight, x, "x");

@@ -11,7 +11,7 @@ namespace {
 
 ConvFrame::View frame_view(const char* name, const Tensor& tensor) {  // [N,C,H,W]
   const Sizes s = tensor.strides();
-  check(s[1] == 1, name, ": expected adjacent channels, got strides ", shape_text(s));
+  check(s[1] == 1, name, ": expected adjacent channels, got strides ", s);
   return {.data = pointer(tensor), .n = s[0], .h = s[2], .w = s[3]};
 }
 
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> recurrent_conv_frame(Tensor frame, Tensor panels, std
   p.padding_h = geometry[4], p.padding_w = geometry[5];
   check(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0 && p.padding_h >= 0 && p.padding_w >= 0 &&
             p.H + 2 * p.padding_h >= p.kernel_h && p.W + 2 * p.padding_w >= p.kernel_w,
-        "geometry: a kernel of ", p.kernel_h, "x", p.kernel_w, " does not fit into ", shape_text(frame.sizes()));
+        "geometry: a kernel of ", p.kernel_h, "x", p.kernel_w, " does not fit into ", frame.sizes());
   p.OH = (p.H + 2 * p.padding_h - p.kernel_h) / p.stride_h + 1;
   p.OW = (p.W + 2 * p.padding_w - p.kernel_w) / p.stride_w + 1;
   check(p.C > 0 && p.O > 0 && p.O % frame_channels == 0, "channels: expected a multiple of ", frame_channels, ", got ",
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> recurrent_conv_frame(Tensor frame, Tensor panels, std
     check_shape("panels", panels, {panel_count, p.panel_rows(), frame_panel}, "[ceil(O/32),K,32]");
     check_dtype("panels", panels, ScalarType::Float);
   }
-  check(panels.is_contiguous(), "panels: expected a contiguous tensor, got strides ", shape_text(panels.strides()));
+  check(panels.is_contiguous(), "panels: expected a contiguous tensor, got strides ", panels.strides());
   p.panels = pointer(panels);
   p.alpha = mean ? 0.5f : 1.0f;
   p.relu = relu;

@@ -50,7 +50,7 @@ void launch(const GateData& problem, [[maybe_unused]] const Tensor& like) {
 
 Tensor srtg_squeeze(Tensor x) {
   GateData p = problem_of(GatePass::squeeze, x);
-  check(p.C > 0 && p.H * p.W > 0, "x: expected at least one channel and one position, got ", shape_text(x.sizes()));
+  check(p.C > 0 && p.H * p.W > 0, "x: expected at least one channel and one position, got ", x.sizes());
   const std::array<int64_t, 3> sizes{p.N, p.T, p.C};
   Tensor mean = empty_of(x, Sizes(sizes.data(), 3), state_dtype(x.scalar_type()));
   p.sums = pointer(mean);
