@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcu_ops.triton_kernels.launch import Launch, ceil_div
+from rcu_ops.triton_kernels.launch import MOST_SAMPLES, Launch, by_samples, ceil_div
 
 #: The most frames of a sequence that the one-kernel cycle takes.
 SHORT = 32
@@ -1024,9 +1024,12 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 
 
 def _planned(plan: Any, a: Tensor, *arguments: Any) -> Any:
-    results, launches = plan(a, *arguments)
-    _run(launches, a.device)
-    return results
+    def run(a: Tensor, *arguments: Any) -> Any:
+        results, launches = plan(a, *arguments)
+        _run(launches, a.device)
+        return results
+
+    return by_samples(MOST_SAMPLES, run, a, *arguments)
 
 
 def plan_soft(
@@ -1082,7 +1085,9 @@ def cycle_consistency(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``rcu_ops::cycle_consistency``."""
     if max(a.shape[1], b.shape[1]) <= SHORT or a.shape[0] == 0:
-        return _planned(plan_short_cycle, a, b, mask_a, mask_b, temperature)
+        results, launches = plan_short_cycle(a, b, mask_a, mask_b, temperature)
+        _run(launches, a.device)
+        return results
     indices = _planned(plan_cycle, a, b, mask_a, mask_b, temperature)
     gate = torch.full((a.shape[0],), a.shape[1] == b.shape[1], device=a.device)
     for index, mask in zip(indices, (mask_a, mask_b), strict=True):
@@ -1107,14 +1112,20 @@ def cycle_back(soft: Tensor, a: Tensor, mask_a: Tensor | None, temperature: floa
 
 
 def plan_back_backward(
-    soft: Tensor, a: Tensor, grads: tuple[Tensor, ...], mask_a: Tensor | None, temperature: float
+    soft: Tensor,
+    a: Tensor,
+    grad_log_probability: Tensor,
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    mask_a: Tensor | None,
+    temperature: float,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
-    """The same for its gradients; grads: of log probability, mean and variance, contiguous."""
+    """The same for its gradients; those given are contiguous."""
     d_soft, da = soft.new_empty(soft.shape), a.new_empty(a.shape)
     if a.shape[0] == 0:
         return (d_soft, da), []
     problem = _Problem(soft, a, mask_a, mask_a, temperature, "back_backward")
-    z, (w,) = problem.softmax(problem.pairs(soft), LANDING_GRADIENT, grads)
+    z, (w,) = problem.softmax(problem.pairs(soft), LANDING_GRADIENT, (grad_log_probability, grad_mean, grad_variance))
     centre = problem.sums(z, None, problem.vectors())
     problem.sums(w, centre, d_soft)
     problem.key_sums(z, w, None, da)
@@ -1131,5 +1142,5 @@ def cycle_back_backward(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """``rcu_ops::cycle_back_backward``."""
-    grads = tuple(g.contiguous() for g in (grad_log_probability, grad_mean, grad_variance))
-    return _planned(plan_back_backward, soft, a, grads, mask_a, temperature)
+    grads = (g.contiguous() for g in (grad_log_probability, grad_mean, grad_variance))
+    return _planned(plan_back_backward, soft, a, *grads, mask_a, temperature)

@@ -288,7 +288,8 @@ def hidden_gradient_kernel(
     FUSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``du = [dr W_r, dz W_z] where hidden > 0``: dr [rows, C], the same of z dz elements on; hidden, du [rows, 2R].
+    """``du = [dr W_r, dz W_z]``, 0 where hidden <= 0; dr [rows, C], the same of z dz elements on; hidden, du
+    [rows, 2R].
 
     The programs of the first half own tiles of the first R features, the others of the second. Not FUSED: ``product``
     [2, rows, R].
@@ -305,8 +306,8 @@ def hidden_gradient_kernel(
         )  # fmt: skip
     else:
         value = _get(product + tl.where(second, tl.cast(rows, tl.int64) * R, 0), within, mask, ALIGNED)
-    there = _get(hidden, at, mask, ALIGNED) > 0.0
-    _put(du, at, tl.where(there, value, 0.0), mask, ALIGNED)
+    off = _get(hidden, at, mask, ALIGNED) <= 0.0  # not where it is NaN
+    _put(du, at, tl.where(off, 0.0, value), mask, ALIGNED)
 
 
 # ---- configurations and launches ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,22 @@ def precision_of(dtype: torch.dtype) -> str:
 def ceil_div(count: int, block: int) -> int:
     """How many blocks hold ``count``: what ``triton.cdiv`` takes 2 us of the host for when called from Python."""
     return -(-count // block)
+
+
+#: The largest size of a grid along y, where kernels of several sizes have the samples.
+MOST_SAMPLES = 65535
+
+
+def by_samples(most: int, operator: Callable[..., Any], *arguments: Any) -> Any:
+    """``operator(*arguments)``, of no more than ``most`` samples at a time: the first dimension of every tensor."""
+    samples = next(value.shape[0] for value in arguments if isinstance(value, Tensor))
+    if samples <= most:
+        return operator(*arguments)
+    parts = [
+        operator(*(value[at : at + most] if isinstance(value, Tensor) else value for value in arguments))
+        for at in range(0, samples, most)
+    ]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)

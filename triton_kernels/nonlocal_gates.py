@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rcu_ops.triton_kernels.device import add_product, sigmoid, tanh
-from rcu_ops.triton_kernels.launch import Launch, ceil_div
+from rcu_ops.triton_kernels.launch import MOST_SAMPLES, Launch, by_samples, ceil_div
 
 #: The most keys whose weights are one tile; in fp32, whose products may be without the matrix unit, what registers
 #: hold.
@@ -425,8 +425,8 @@ def _gate_weights(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     scores = _products(
-        query + gate * query_gate, rows, p, query_row,
-        key + gate * key_gate, keys, p, key_row, d, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
+        query + tl.cast(query_gate, tl.int64) * gate, rows, p, query_row,
+        key + tl.cast(key_gate, tl.int64) * gate, keys, p, key_row, d, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
     )  # fmt: skip
     visible = (rows < p)[:, None] & (keys < p)[None, :]
     weights, _, total = _row_weights(scores, visible, False)
@@ -439,15 +439,15 @@ def _gate(
     x_gate, x_row, value_gate, value_row, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The pre-activation of one gate for a slice of channels.
-    values = _load(value + gate * value_gate, keys, p, value_row, channel, e)
-    x = _load(x_gates + gate * x_gate, rows, p, x_row, channel, e)
+    values = _load(value + tl.cast(value_gate, tl.int64) * gate, keys, p, value_row, channel, e)
+    x = _load(x_gates + tl.cast(x_gate, tl.int64) * gate, rows, p, x_row, channel, e)
     relation = add_product(tl.zeros((weights.shape[0], values.shape[1]), tl.float32), weights, values, PRECISION)
     return x.to(tl.float32) + tl.where((total == 0.0)[:, None], 0.0, relation)
 
 
 @triton.jit
 def _pre_activation(gate, x_gates, relations, rows, p, channel, e, x_gate, x_row, plane):
-    x = _load(x_gates + gate * x_gate, rows, p, x_row, channel, e).to(tl.float32)
+    x = _load(x_gates + tl.cast(x_gate, tl.int64) * gate, rows, p, x_row, channel, e).to(tl.float32)
     return x + _load(relations + gate * plane, rows, p, e, channel, e).to(tl.float32)
 
 
@@ -564,6 +564,9 @@ def cell_kernel(
 
 
 # ---- configurations and launches ----------------------------------------------------------------------------------
+
+#: The most samples of a step at a time: its four gates are samples of an attention.
+MOST_STEPS = MOST_SAMPLES // 4
 
 #: Programs that fill a GPU of any size we meet; more slices of channels are given away until there are as many.
 PROGRAMS = 256
@@ -737,6 +740,11 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool) -> Tensor:
     """``rcu_ops::nonlocal_attention``."""
+    found: Tensor = by_samples(MOST_SAMPLES, _attention, query, key, value, mask, scale, count)
+    return found
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool) -> Tensor:
     out, launches = plan_attention(query, key, value, mask, scale, count)
     _run(launches, query.device)
     return out
@@ -746,6 +754,15 @@ def attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``rcu_ops::nonlocal_attention_backward``."""
+    found: tuple[Tensor, Tensor, Tensor] = by_samples(
+        MOST_SAMPLES, _attention_backward, grad, query, key, value, mask, scale, count
+    )
+    return found
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     results, launches = plan_attention_backward(grad, query, key, value, mask, scale, count)
     _run(launches, query.device)
     return results
@@ -753,6 +770,11 @@ def attention_backward(
 
 def step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """``rcu_ops::relational_lstm_step``."""
+    found: tuple[Tensor, Tensor] = by_samples(MOST_STEPS, _step, x_gates, query, key, value, cell)
+    return found
+
+
+def _step(x_gates: Tensor, query: Tensor, key: Tensor, value: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     results, launches = plan_step(None, x_gates, query, key, value, cell)
     _run(launches, x_gates.device)
     return results
@@ -768,6 +790,21 @@ def step_backward(
     cell: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``rcu_ops::relational_lstm_step_backward``."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = by_samples(
+        MOST_STEPS, _step_backward, grad_h, grad_c, x_gates, query, key, value, cell
+    )
+    return found
+
+
+def _step_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    x_gates: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cell: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (dx_gates, dcell), launches = plan_step((grad_h, grad_c), x_gates, query, key, value, cell)
     _run(launches, x_gates.device)
     flat = (t.flatten(0, 1) for t in (dx_gates, query, key, value))

@@ -37,7 +37,7 @@ enum class Pass : int32_t {
   // 0 carry (S, in and out), 1 q, 2 r, 3 before (T), 4 dr, 5 gated (T, out):
   //   dr = q before r (1 - r); gated = r before; carry += q r
   d_gates,
-  // 0 d (T, in and out), 1 h (T):  d = h > 0 ? d : 0
+  // 0 d (T, in and out), 1 h (T):  d = h <= 0 ? 0 : d, which passes NaN
   d_hidden,
   // 0 out (T, or S if wide), 1 a (S), 2 b, 3 c (T, each may be absent):  out = a + b + c
   sum,

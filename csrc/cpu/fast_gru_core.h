@@ -120,7 +120,7 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
       case Pass::d_hidden: {
         T* d = data(0);
         const T* h = data(1);
-        each([=](int64_t i, auto n) { put(d, i, get(h, i, n) > 0 ? get(d, i, n) : V{}, n); });
+        each([=](int64_t i, auto n) { put(d, i, get(h, i, n) <= 0 ? V{} : get(d, i, n), n); });
         break;
       }
       case Pass::sum: {

@@ -179,7 +179,7 @@ def planned_cycle_consistency(
         yield from kernels.plan_back(x, x, None, 1.0)[1]
         if training:
             yield from kernels.plan_soft_backward(x, x, x, None, 1.0)[1]
-            yield from kernels.plan_back_backward(x, x, tuple(grads), None, 1.0)[1]
+            yield from kernels.plan_back_backward(x, x, *grads, None, 1.0)[1]
 
 
 def planned_fast_gru(

@@ -95,7 +95,7 @@ def fast_gru_backward(
     From the last step to the first, with g the gradient of the step's result and d· those before the activations::
 
         dc = g z (1 - c^2)        dz = g (c - o) z (1 - z)        q = V_o^T dc        dr = q o r (1 - r)
-        du = [W_r^T dr, W_z^T dz] where r', z' > 0
+        du = [W_r^T dr, W_z^T dz], 0 where r', z' <= 0
         dx = U_x^T du + V_x^T dc        g <- g (1 - z) + q r + U_o^T du
 
     Args:
@@ -130,7 +130,7 @@ def fast_gru_backward(
         dz = g * (c - before) * z * (1 - z)
         q = mix_channels(vo.T, dc)
         dr = q * before * r * (1 - r)
-        du = torch.cat([mix_channels(w[0].T, dr), mix_channels(w[1].T, dz)], dim=1) * (hidden > 0)
+        du = torch.cat([mix_channels(w[0].T, dr), mix_channels(w[1].T, dz)], dim=1).masked_fill(hidden <= 0, 0)
         dx[k] = mix_channels(ux.T, du) + mix_channels(vx.T, dc)
         g = g * (1 - z) + q * r + mix_channels(uo.T, du)
         halves = hidden.chunk(2, dim=1)

@@ -277,6 +277,22 @@ def test_nan_and_inf_propagate_like_the_reference(backend) -> None:
         assert got.isnan().any() and got.isfinite().any()
 
 
+@pytest.mark.parametrize("where", ["x", "weight_ux"])
+def test_nan_reaches_every_gradient_that_it_reaches_in_eager_pytorch(backend, where) -> None:
+    tensors = inputs((2, 4, 8, 1, 2, 3), 4)
+    if where == "x":
+        tensors[0][0, 1, 1, 0, 0, 0] = torch.nan
+    else:
+        tensors[1][2, 3] = torch.nan  # one feature of hidden: the others of its columns are numbers
+    grad, found = torch.randn_like(tensors[0]), []
+    for run in (lambda leaves: rcu_ops.fast_gru(*leaves), eager):
+        leaves = leaves_of(tensors)
+        found.append(torch.autograd.grad(run(leaves)[0], leaves, grad))
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+    assert found[0][1].isnan().any()
+
+
 # ---- gradients ----------------------------------------------------------------------------------------------------
 
 

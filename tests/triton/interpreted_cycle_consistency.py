@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -210,6 +211,28 @@ def data_path(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
         )
 
 
+def many_samples() -> None:
+    """More samples than a grid has places along y are run in parts, and give the same bits."""
+    a, b = torch.randn(3, 5, 4), torch.randn(3, 34, 4)
+    mask, grads = torch.rand(3, 34) < 0.8, [torch.randn(3, 5) for _ in range(3)]
+
+    def results() -> list[torch.Tensor]:
+        found = [*kernels.soft_nearest_neighbor(a, b, mask, 1.0, True), *kernels.cycle_back(a, a, None, 1.0)]
+        found += kernels.soft_nearest_neighbor_backward(a, a, b, mask, 1.0)
+        return [
+            *found,
+            *kernels.cycle_back_backward(*grads, a, a, None, 1.0),
+            *kernels.cycle_consistency(a, b, None, mask, 1.0),
+        ]
+
+    want = results()
+    with mock.patch.object(kernels, "MOST_SAMPLES", 2), mock.patch.object(kernels, "_run", wraps=kernels._run) as run:
+        got = results()
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    launched = [launch for call in run.call_args_list for launch in call.args[0]]
+    assert {launch.grid[1] for launch in launched} == {1, 2}
+
+
 def means() -> None:
     x = torch.randn(1, 5, 2, 19, 21)
     assert_close_to_reference(srtg.squeeze(x), x.double().mean((3, 4)).mT, x.mean((3, 4)).mT)
@@ -266,6 +289,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         arguments = (shape, (fp32, fp16)[index % 2], layout)
         yield f"data {arguments}", lambda a=arguments: data_path(*a)
     yield "means", means
+    yield "many samples", many_samples
     yield "self-tests", self_tests_pass
 
 

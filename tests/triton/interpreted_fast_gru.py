@@ -87,6 +87,18 @@ def nan_stays_at_its_position(kind: str) -> None:
     assert o[..., bad].isnan().all() and o_n[..., bad].isnan().all() and o[..., ~bad].isfinite().all()
 
 
+def nan_reaches_every_gradient(kind: str) -> None:
+    """One feature of hidden is NaN everywhere, as a weight's row is: PyTorch's ReLU hands its gradient on."""
+    precision(kind)
+    tensors = inputs((1, 3, 8, 1, 1, 3), 4, torch.float16 if kind == "fp16" else torch.float32)
+    tensors[1][3] = torch.nan
+    o, _, *saved = kernels.forward(*tensors, True)
+    leaves = leaves_of(tensors)
+    want = torch.autograd.grad(eager(leaves)[0].sum(), leaves)
+    got = kernels.backward(torch.ones_like(o), None, *tensors, o, *saved, True, True)
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got, want, strict=True))
+
+
 def empty(shape: tuple[int, ...]) -> None:
     tensors = inputs(shape, 2, with_o0=shape[1] > 1)
     o, o_n, *saved = kernels.forward(*tensors, True)
@@ -131,6 +143,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "asked", only_what_is_asked
     for kind in ("ieee", "fp16"):
         yield f"nan {kind}", lambda kind=kind: nan_stays_at_its_position(kind)
+        yield f"gradients of nan {kind}", lambda kind=kind: nan_reaches_every_gradient(kind)
     for shape in ((0, 3, 4, 1, 2, 2), (2, 3, 4, 0, 2, 2), (2, 1, 5, 1, 2, 3), (0, 1, 4, 1, 2, 2)):
         yield f"empty {shape}", lambda shape=shape: empty(shape)
     yield "self-test", self_test_passes

@@ -85,6 +85,43 @@ def limited(name: str, value: int, call: Callable[[], None]) -> None:
         call()
 
 
+def many_samples() -> None:
+    """More samples than a grid has places along y are run in parts, and give the same bits."""
+    (query, key, value), mask, grad = inputs((7, 5, 6, 8, 9), torch.float32), random_mask(7, 5, 6), torch.randn(7, 5, 9)
+    steps = step_inputs((7, 5, 8, 9), torch.float32)
+    grads = torch.randn(7, 5, 9), None
+
+    def results() -> list[torch.Tensor]:
+        found = [kernels.attention(query, key, value, mask, 0.8, False), *kernels.step(*steps)]
+        found += kernels.attention_backward(grad, query, key, value, mask, 0.8, False)
+        return [*found, *kernels.step_backward(*grads, *steps)]
+
+    want, launched = results(), []
+    with mock.patch.multiple(kernels, MOST_SAMPLES=3, MOST_STEPS=2):
+        run = kernels._run
+        with mock.patch.object(
+            kernels, "_run", lambda launches, device: (launched.extend(launches), run(launches, device))
+        ):
+            got = results()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert max(launch.grid[1] for launch in launched if launch.kernel is not kernels.step_kernel) == 3
+    assert all(launch.grid[1] <= 2 for launch in launched if launch.kernel is kernels.step_kernel)
+
+
+def far_gates(p: int) -> None:
+    """Gates further apart than 32 bits reach. Nothing but the gates is touched of the memory between them."""
+    near = step_inputs((1, p, 4, 4), torch.float16)
+    apart = (1 << 31) // 3 + 4096
+    store = torch.empty(4 * apart, dtype=torch.float16)
+    far = []
+    for index, tensor in enumerate(near[:4]):
+        rows, columns = tensor.shape[2:]
+        far.append(store.as_strided((1, 4, rows, columns), (4 * apart, apart, columns, 1), index * p * 4))
+        far[-1].copy_(tensor)
+    for got, want in zip(kernels.step(*far, near[4]), kernels.step(*near), strict=True):
+        assert torch.equal(got, want)
+
+
 def dead_queries(dtype: torch.dtype) -> None:
     """A masked row full of infinities, with a gradient full of NaN, gives zeros and reaches nobody."""
     query, key, value = inputs((2, 6, 5, 9, 7), dtype)
@@ -167,6 +204,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"nan {dtype}", lambda dtype=dtype: nan_stays_in_its_row(dtype)
     for shape in ((0, 3, 4, 5, 6), (2, 0, 4, 5, 6), (2, 3, 0, 5, 6), (2, 3, 4, 0, 6), (2, 3, 4, 5, 0)):
         yield f"empty {shape}", lambda shape=shape: empty(shape)
+    yield "many samples", many_samples
+    for p in (5, 70):
+        yield f"far gates, {p} positions", lambda p=p: far_gates(p)
     yield "self-tests", self_tests_pass
 
 

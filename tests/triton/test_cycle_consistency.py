@@ -73,7 +73,7 @@ def launches(kind: str, dtype: torch.dtype) -> list:
         return [*kernels.plan_soft(a, a, mask, 1.0, True)[1], *kernels.plan_cycle(a, a, mask, None, 1.0)[1], *backward]
     grads = tuple(torch.empty(8, 200, device="meta") for _ in range(3))
     return [
-        *kernels.plan_back_backward(a, a, grads, mask, 1.0)[1],
+        *kernels.plan_back_backward(a, a, *grads, mask, 1.0)[1],
         *kernels.plan_soft_backward(a, a, a, mask, 1.0)[1],
     ]
 
