@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,12 +202,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"source: {path} is not a readable safetensors file: {error}") from error
+            reason = str(error) if path.stat().st_size else "it is empty"
+            raise ValueError(f"source: {path} is not a readable safetensors file: {reason}") from error
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's errors have no common base
-        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"source: {path} is not a readable file of weights: {reason}") from error
+        raise ValueError(f"source: {path} is not a readable file of weights: {_what_it_is(path, error)}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -215,6 +216,19 @@ def _read(path: Path) -> dict[str, Tensor]:
     if content and all(name.startswith("module.") for name in content):  # saved from a DataParallel wrapper
         content = {name[len("module.") :]: tensor for name, tensor in content.items()}
     return content
+
+
+def _what_it_is(path: Path, error: Exception) -> str:
+    """Why ``torch.load`` refused a file, from what it begins with: PyTorch's own words are about its arguments."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "it is empty"
+    if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
+        return "it is cut off, or a zip archive that torch.save did not write"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "it holds other objects than tensors; save the state dict alone"
+    return "neither torch.save nor safetensors wrote it"
 
 
 def _is_2d_resnet(weights: dict[str, Tensor]) -> bool:

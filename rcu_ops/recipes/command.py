@@ -41,8 +41,9 @@ end, for --weights of all commands), metrics.csv, loss.png (with matplotlib), an
 best.safetensors. Runs on one GPU or CPU, or on many under torchrun; --batch is always the whole batch of a step.
 
 {_LISTS}
-Exit codes: 0 done; 1 the loss stopped being finite (the last good checkpoint is kept); 2 bad arguments; 130 or 143
-stopped by a signal, after a checkpoint.
+Exit codes: 0 done; 1 the loss stopped being finite (the last good checkpoint is kept); 2 bad arguments; 3 done, but
+some videos could not be used, in whole or in part (listed in broken_videos.csv; 0 under torchrun, which takes 3 for a
+crash); 130 or 143 stopped by a signal, after a checkpoint.
 """
 
 _EVALUATE = f"""\

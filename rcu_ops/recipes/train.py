@@ -43,7 +43,7 @@ CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.safetensors"
 BEST = "best.safetensors"
 
-EXIT_NOT_FINITE = 1
+EXIT_NOT_FINITE, EXIT_INCOMPLETE = 1, 3
 
 # mAP@8 is what validation of dense labels looks at: neighbouring frames say the same at an eighth of the cost.
 _VALIDATION_EVERY = 8
@@ -235,7 +235,8 @@ class Training:
         An interrupt or termination signal is answered after the current step, with a checkpoint.
 
         Returns:
-            0 done; 1 the loss stopped being finite (the last good checkpoint is kept); 128 + the signal's number.
+            0 done; 1 the loss stopped being finite (the last good checkpoint is kept); 3 done by one process,
+            but some videos could not be used, in whole or in part; 128 + the signal's number.
 
         Raises:
             UserError: no video can be used; the GPU's memory is not enough.
@@ -264,7 +265,8 @@ class Training:
         broken = {name: reason for found in self._processes.gather(self._broken) for name, reason in found.items()}
         if self._processes.first:
             self._finish(broken, problem, code, self.step - start, time.monotonic() - began)
-        return code
+        alone = self._processes.count == 1  # torchrun takes any other code than 0 for a crash
+        return EXIT_INCOMPLETE if broken and code == 0 and alone else code
 
     def _sampler(self) -> ClipSampler:
         return ClipSampler(

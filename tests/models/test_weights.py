@@ -239,11 +239,22 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"not weights")
         with pytest.raises(ValueError, match=rf"{name} is not a readable"):
             load_weights(model, tmp_path / name)
+    torch.save(model.state_dict(), tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for name, content, reason in (
+        ("video.mp4", b"\0\0\0\x20ftypisom", "neither torch.save nor safetensors wrote it"),
+        ("empty.pth", b"", "it is empty"),
+        ("empty.safetensors", b"", "it is empty"),
+        ("cut.pth", whole[: len(whole) // 2], "it is cut off, or a zip archive"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"source: .*{name} is not a readable .*: {reason}"):
+            load_weights(model, tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no state dict"):
         load_weights(model, tmp_path / "list.pth")
     torch.save(nn.Linear(2, 3), tmp_path / "pickled.pth")  # arbitrary code: refused by weights_only
-    with pytest.raises(ValueError, match="not a readable"):
+    with pytest.raises(ValueError, match="not a readable file of weights: it holds other objects than tensors"):
         load_weights(model, tmp_path / "pickled.pth")
     torch.save(model.state_dict(), tmp_path / "good.pth")
     with pytest.raises(ValueError, match="sha256: expected 0000"):
