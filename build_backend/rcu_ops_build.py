@@ -557,8 +557,8 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     cuda = [] if plan.cuda is None else ["-DRCU_OPS_WITH_CUDA", f"-isystem{plan.cuda.include}"]
     bindings = [source for source in library_sources() if source.startswith("csrc/bindings")]
     kernels, portable = ((), ()) if "clang" in plan.compiler.version else (KERNEL_FLAGS, PORTABLE_FLAGS)
-    # -Og: what bindings do besides calling others does not show in a call.
-    binding = [*command, "-Og", *_template_flags(plan.compiler), *cuda]
+    # -O1: what bindings do besides calling others does not show in a call.
+    binding = [*command, "-O1", *_template_flags(plan.compiler), *cuda]
     jobs = [_job_of_all(bindings, binding, objects, key)] + [
         _job(source, [*command, *(portable if source.endswith("_portable.cpp") else kernels)], objects, key)
         for source in library_sources()
