@@ -311,7 +311,7 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) { WeightGradTask
 #include "recurrent_conv_frame_core.h"
 
 void conv_frame(const ConvFrame& p, const FramePlan& plan, const Parallel& parallel) {
-  FrameTask<bf16_t, FrameArithmetic>::run_all(p, plan, parallel);
+  FrameTask<FrameArithmetic>::run_all(p, plan, parallel);
 }
 
 }  // namespace rcu_ops::cpu::avx512_bf16

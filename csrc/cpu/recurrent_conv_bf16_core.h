@@ -519,9 +519,9 @@ struct Task {
           const int64_t next_g = same_group ? g0 : same_frame ? g1 : lane_begin, next_i = same_frame ? i : i + 1;
           if (next_i < p.T) {
             const auto add = [&](const Stream<bf16_t>& s) {
-              each_line<bf16_t>(s.base + next_i * s.t, s.rows + next_m, min_of<int64_t>(block, row_end - next_m),
-                                s.lanes[next_g * block], min_of(group_lanes, lanes - next_g * block),
-                                [&](const char* line) { *asked++ = line; });
+              each_line(sizeof(bf16_t), s.base + next_i * s.t, s.rows + next_m,
+                        min_of<int64_t>(block, row_end - next_m), s.lanes[next_g * block],
+                        min_of(group_lanes, lanes - next_g * block), [&](const char* line) { *asked++ = line; });
             };
             if (x.base) add(x);
             if (residual.base) add(residual);

@@ -27,7 +27,7 @@
 
 // ---- the block: C[MR][NV vectors] += A(m, k) B(k, n), and what follows the last k ---------------------------------
 
-template <class S, class T>
+template <class S>
 struct Block {
   const S* a = nullptr;  // planar: W rows, lda apart; channels: the state panel
   int64_t lda = 0;
@@ -38,10 +38,12 @@ struct Block {
   bool last = false;    // nothing of k is left: finish
   bool relu = false;
   S alpha = 1;
-  const T *x = nullptr, *residual = nullptr;  // [MR] rows, where they lie in the tensor or in a stage; absent: zero
-  T* y = nullptr;
+  DType dtype = DType::f32;                      // of x, residual and y
+  bool wide = true;                              // which is the state's
+  const void *x = nullptr, *residual = nullptr;  // [MR] rows, where they lie in the tensor or in a stage; absent: zero
+  void* y = nullptr;
   const int64_t *x_at = nullptr, *residual_at = nullptr, *y_at = nullptr;  // of each row
-  S* state = nullptr;  // where the last state belongs in its tensor, instead of c
+  S* state = nullptr;                                                      // where the last state belongs in its tensor
   const int64_t* state_at = nullptr;
   bool around = false, around_state = false;  // y, or the state, goes past the caches; its rows are aligned to lines
   const char* const* ahead = nullptr;         // lines to ask for meanwhile, `share` after every ahead_step of k
@@ -51,12 +53,12 @@ struct Block {
 };
 
 // Whether the instruction set writes past the caches from a register.
-template <class V, class T>
-constexpr bool streams = requires(T* p, typename V::R v) { V::stream(p, v); };
+template <class V>
+constexpr bool streams = requires(typename V::S* p, typename V::R v) { V::stream(p, v); };
 
 template <class V, int NV, class T>
 [[gnu::always_inline]] static inline void store_row(T* to, const typename V::R* row, bool around) {
-  if constexpr (streams<V, T>) {
+  if constexpr (streams<V>) {
     if (around) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) V::stream(to + v * V::L, row[v]);
@@ -70,8 +72,11 @@ template <class V, int NV, class T>
 // Lines are asked for one by one between the products: in one go, more than a core can wait for would hold it up.
 static constexpr int ahead_step = 4;
 
-template <class V, class T, int MR, int NV, bool Channels>
-static void run_block(const Block<typename V::S, T>& p) {
+// The new state, and y where memory's numbers are as wide as the state; else finish_block makes y of the new state, so
+// that there is one product for all formats. What follows the product takes the new state from memory, too: for sums
+// that live on in registers the compiler keeps some in memory in the product's loop, which takes a twentieth longer.
+template <class V, int MR, int NV, bool Channels>
+[[gnu::noinline]] static void run_block(const Block<typename V::S>& p) {
   using S = typename V::S;
   using R = typename V::R;
   constexpr int L = V::L, NR = NV * L;
@@ -126,50 +131,115 @@ static void run_block(const Block<typename V::S, T>& p) {
       for (int v = 0; v < NV; ++v) acc[m][v] = V::add(V::load(p.c + m * c_row + v * c_vector), acc[m][v]);
   }
   if (p.last) {
-    if (p.x) {
+    if (p.x)
+      as_numbers<S>(p.dtype, [&](auto number) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        const T* x = p.x + p.x_at[m];
+        for (int m = 0; m < MR; ++m) {
+          const auto* x = static_cast<const decltype(number)*>(p.x) + p.x_at[m];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[m][v] = V::add(acc[m][v], V::load(x + v * L));
-      }
-    }
+          for (int v = 0; v < NV; ++v) acc[m][v] = V::add(acc[m][v], V::load(x + v * L));
+        }
+      });
     const R alpha = V::set1(p.alpha);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[m][v] = V::mul(acc[m][v], alpha);
   }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) V::store(p.c + m * c_row + v * c_vector, acc[m][v]);
+  if (!p.last || !(p.state || (p.y && p.wide))) return;
+  __asm__ volatile("" ::: "memory");
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::load(p.c + m * c_row + v * c_vector);
   if (p.state) {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) store_row<V, NV>(p.state + p.state_at[m], acc[m], p.around_state);
-  } else {
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) V::store(p.c + m * c_row + v * c_vector, acc[m][v]);
   }
-  if (!p.last || !p.y) return;
+  if (!p.y || !p.wide) return;
+  S* const y = static_cast<S*>(p.y);
   if (p.scale) {
+    const S* const residual = static_cast<const S*>(p.residual);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const R scale = Channels ? V::load(p.scale + v * L) : V::set1(p.scale[m]);
         const R shift = Channels ? V::load(p.shift + v * L) : V::set1(p.shift[m]);
-        R y = V::fma(scale, acc[m][v], shift);
-        if (p.residual) y = V::add(y, V::load(p.residual + p.residual_at[m] + v * L));
-        if (p.relu) y = V::relu(y);
-        acc[m][v] = y;
+        R value = V::fma(scale, acc[m][v], shift);
+        if (residual) value = V::add(value, V::load(residual + p.residual_at[m] + v * L));
+        if (p.relu) value = V::relu(value);
+        acc[m][v] = value;
       }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) store_row<V, NV>(p.y + p.y_at[m], acc[m], p.around);
+  for (int m = 0; m < MR; ++m) store_row<V, NV>(y + p.y_at[m], acc[m], p.around);
+}
+
+// y from the new state, row by row.
+template <class V, class T, int MR, int NV, bool Channels>
+static void finish_block(const Block<typename V::S>& p) {
+  using R = typename V::R;
+  constexpr int L = V::L, c_row = Channels ? L : NV * L, c_vector = Channels ? MR * L : L;
+  // Copies, which the stores below cannot change.
+  const auto *const c = p.c, *const scale = p.scale, *const shift = p.shift;
+  const T* const residual = static_cast<const T*>(p.residual);
+  T* const y = static_cast<T*>(p.y);
+  const int64_t *const residual_at = p.residual_at, *const y_at = p.y_at;
+  const bool relu = p.relu, around = p.around;
+  for (int m = 0; m < MR; ++m) {
+    R value[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) value[v] = V::load(c + m * c_row + v * c_vector);
+    if (scale) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const R factor = Channels ? V::load(scale + v * L) : V::set1(scale[m]);
+        const R offset = Channels ? V::load(shift + v * L) : V::set1(shift[m]);
+        value[v] = V::fma(factor, value[v], offset);
+        if (residual) value[v] = V::add(value[v], V::load(residual + residual_at[m] + v * L));
+        if (relu) value[v] = V::relu(value[v]);
+      }
+    }
+    store_row<V, NV>(y + y_at[m], value, around);
+  }
+}
+
+// Elements of `size` bytes between tensors and stages, whatever they mean.
+struct [[gnu::may_alias]] Half {
+  uint16_t bits;
+};
+template <class S, class Call>
+static inline void as_units(int64_t size, Call call) {
+  if (size == sizeof(S))
+    call(S());
+  else
+    call(Half());
+}
+template <class S>
+static void copy_in(int64_t size, const void* frame, const int64_t* rows, int64_t row_count, const int64_t* lanes,
+                    int64_t lane_count, void* stage, int64_t width) {
+  as_units<S>(size, [&](auto unit) {
+    using U = decltype(unit);
+    copy_in(static_cast<const U*>(frame), rows, row_count, lanes, lane_count, static_cast<U*>(stage), width);
+  });
+}
+template <class S>
+static void copy_out(int64_t size, void* frame, const int64_t* rows, int64_t row_count, const int64_t* lanes,
+                     int64_t lane_count, const void* stage, int64_t width, bool around) {
+  as_units<S>(size, [&](auto unit) {
+    using U = decltype(unit);
+    copy_out(static_cast<U*>(frame), rows, row_count, lanes, lane_count, static_cast<const U*>(stage), width, around);
+  });
 }
 
 // ---- a task: one tile of columns, all frames -------------------------------------------------------------------
 
-template <class V, class T, bool Channels>
+template <class V, bool Channels>
 struct Tile {
   using S = typename V::S;
   static constexpr int L = V::L;
@@ -192,20 +262,27 @@ struct Tile {
     return static_cast<int>(left);
   }
 
-  static void dispatch(const Block<S, T>& b, int vectors) {
+  static void dispatch(const Block<S>& b, int vectors) {
     if (vectors == 1)
-      run_block<V, T, MR, 1, Channels>(b);
+      compute<1>(b);
     else if (vectors == 2)
-      run_block<V, T, MR, 2, Channels>(b);
+      compute<2>(b);
     else if constexpr (NV >= 3)
-      run_block<V, T, MR, 3, Channels>(b);
+      compute<3>(b);
+  }
+  template <int Vectors>
+  static void compute(const Block<S>& b) {
+    run_block<V, MR, Vectors, Channels>(b);
+    if constexpr (sizeof(S) == 4)
+      if (!b.wide && b.last && b.y)
+        as_narrow(b.dtype, [&](auto number) { finish_block<V, decltype(number), MR, Vectors, Channels>(b); });
   }
 
-  template <class E>
-  void make_stream(const View& view, Stream<E>& s, int64_t q0, int64_t columns, int64_t* table) const {
+  // Of elements of `size` bytes, of which base and t count in bytes.
+  void make_stream(const View& view, int64_t size, Stream<char>& s, int64_t q0, int64_t columns, int64_t* table) const {
     if (!view.data) return;
-    s.base = static_cast<E*>(view.data) + (p.reverse ? (p.T - 1) * view.t : 0);
-    s.t = p.reverse ? -view.t : view.t;
+    s.base = static_cast<char*>(view.data) + (p.reverse ? (p.T - 1) * view.t : 0) * size;
+    s.t = (p.reverse ? -view.t : view.t) * size;
     int64_t* channels = table + columns;
     column_offsets(p, view, q0, columns, table);
     for (int64_t c = 0; c < p.C; ++c) channels[c] = c * view.c;
@@ -220,27 +297,22 @@ struct Tile {
   }
 
   // Whether a stream's tensor holds vectors [v0, v1) as the block does: nothing is missing and all lanes are adjacent.
-  template <class E>
-  static bool dense(const Stream<E>& s, int64_t v0, int64_t v1, int64_t lanes) {
+  static bool dense(const Stream<char>& s, int64_t v0, int64_t v1, int64_t lanes) {
     return v1 * L <= lanes && s.ends[v0 * L] >= v1 * L;
   }
 
   // Past the caches only whole lines are worth writing: panels of them, and rows that all begin one.
-  template <class E>
-  static bool whole_lines(const View& v) {
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
-    return streams<V, E> && NV * L % line == 0 && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 &&
+  static bool whole_lines(const View& v, int64_t size) {
+    const int64_t line = 64 / size;
+    return streams<V> && NV * L % line == 0 && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 &&
            (v.t | v.n | v.g | (Channels ? v.h | v.w : v.c)) % line == 0;
   }
-  template <class E>
-  static bool starts_line(const Stream<E>& s, int64_t v) {
-    return s.lanes[v * L] * static_cast<int64_t>(sizeof(E)) % 64 == 0;
-  }
+  static bool starts_line(const Stream<char>& s, int64_t v, int64_t size) { return s.lanes[v * L] * size % 64 == 0; }
 
   // Columns [q0, q1), all frames. Output channels [c0, c1) (multiples of the block) only when there is a single product
   // to compute: several tasks then share the columns.
   void run(int64_t q0, int64_t q1, int64_t c0, int64_t c1) const {
-    const int64_t columns = q1 - q0, C = p.C;
+    const int64_t columns = q1 - q0, C = p.C, element = element_size(p.dtype);
     const int64_t padded_columns = round_up(columns, Channels ? MR : L);
     const int64_t padded_channels = round_up(C, Channels ? L : MR);
     const int64_t lanes = Channels ? C : columns, rows = Channels ? columns : C;
@@ -257,25 +329,25 @@ struct Tile {
     };
     const size_t at_state = reserve(2 * state_size * sizeof(S)),
                  at_table = reserve((4 * table + 2 * columns) * sizeof(int64_t));
-    const size_t at_stage = reserve(3 * stage_size * sizeof(T));
-    const size_t at_lines = reserve(3 * MR * (stage_width * sizeof(T) / 64 + 2) * sizeof(char*));
+    const size_t at_stage = reserve(3 * stage_size * element);
+    const size_t at_lines = reserve(3 * MR * (stage_width * element / 64 + 2) * sizeof(char*));
     char* memory = static_cast<char*>(scratch(1, bytes));
     S* old_state = reinterpret_cast<S*>(memory + at_state);
     S* new_state = old_state + state_size;
     int64_t* tables = reinterpret_cast<int64_t*>(memory + at_table);
     int64_t* const state_table = tables + 3 * table;
-    T* stage = reinterpret_cast<T*>(memory + at_stage);
+    char* const stage = memory + at_stage;
     const char** const lines = reinterpret_cast<const char**>(memory + at_lines);
     // Rows and lanes that do not exist compute on zeros.
-    memset(static_cast<void*>(stage), 0, 3 * stage_size * sizeof(T));
+    memset(stage, 0, 3 * stage_size * element);
 
-    Stream<T> x, y, residual;
-    make_stream(p.x, x, q0, columns, tables);
-    make_stream(p.y, y, q0, columns, tables + table);
-    make_stream(p.residual, residual, q0, columns, tables + 2 * table);
+    Stream<char> x, y, residual;
+    make_stream(p.x, element, x, q0, columns, tables);
+    make_stream(p.y, element, y, q0, columns, tables + table);
+    make_stream(p.residual, element, residual, q0, columns, tables + 2 * table);
     int64_t stage_rows[MR];
     for (int m = 0; m < MR; ++m) stage_rows[m] = m * stage_width;
-    const bool y_lines = whole_lines<T>(p.y);
+    const bool y_lines = whole_lines(p.y, element);
     // Where lines begin and end within a row and the arithmetic is the bound, rows go the usual way, and what it takes
     // to fetch their lines is hidden: the stage and what copies leave of lines at both ends cost more.
     const bool around = around_clip && (y_lines || plan_group > NV);
@@ -286,7 +358,8 @@ struct Tile {
       int64_t staged = 0;
       for (int64_t v = 0; v < lane_vectors;) {
         const int64_t end = v + vectors_at(v, lane_vectors);
-        if (!dense(x, v, end, lanes) || !dense(y, v, end, lanes) || (around && !(y_lines && starts_line(y, v))))
+        if (!dense(x, v, end, lanes) || !dense(y, v, end, lanes) ||
+            (around && !(y_lines && starts_line(y, v, element))))
           staged += end - v;
         v = end;
       }
@@ -299,13 +372,13 @@ struct Tile {
     const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
     const int64_t row_begin = Channels ? 0 : c0, row_end = Channels ? rows : min_of(c1, rows);
     // The last frame writes whole blocks of the last state where it belongs; what is left over is copied at the end.
-    Stream<S> last_state;
+    Stream<char> last_state;
     if (p.last_kind != Last::none && p.last.dtype == (sizeof(S) == 8 ? DType::f64 : DType::f32)) {
-      make_stream(p.last, last_state, q0, columns, state_table + 2 * columns);
+      make_stream(p.last, sizeof(S), last_state, q0, columns, state_table + 2 * columns);
       for (int64_t v = 0; v < lane_vectors && last_state.base; v += vectors_at(v, lane_vectors))
         if (!dense(last_state, v, v + vectors_at(v, lane_vectors), lanes)) last_state.base = nullptr;
     }
-    const bool state_lines = around_state && last_state.base && whole_lines<S>(p.last);
+    const bool state_lines = around_state && last_state.base && whole_lines(p.last, sizeof(S));
     for (int64_t i = 0; i < frames; ++i) {
       const bool to_last = i + 1 == frames && last_state.base;
       const bool extra = i == p.T, resume_first = i == 0 && p.init == Init::added;
@@ -324,12 +397,13 @@ struct Tile {
             const bool x_here = x.base && whole && dense(x, g0, g1, lanes);
             const bool residual_here = residual.base && whole && dense(residual, g0, g1, lanes);
             const bool y_here =
-                y.base && whole && dense(y, g0, g1, lanes) && (!around || (y_lines && starts_line(y, g0)));
+                y.base && whole && dense(y, g0, g1, lanes) && (!around || (y_lines && starts_line(y, g0, element)));
             if (transport && x.base && !x_here)
-              copy_in<T>(x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * L, group_lanes, stage, stage_width);
+              copy_in<S>(element, x.base + i * x.t, x.rows + m0, group_rows, x.lanes + g0 * L, group_lanes, stage,
+                         stage_width);
             if (transport && residual.base && !residual_here)
-              copy_in<T>(residual.base + i * residual.t, residual.rows + m0, group_rows, residual.lanes + g0 * L,
-                         group_lanes, stage + stage_size, stage_width);
+              copy_in<S>(element, residual.base + i * residual.t, residual.rows + m0, group_rows,
+                         residual.lanes + g0 * L, group_lanes, stage + stage_size * element, stage_width);
             // The lines of the next piece, so that they have come by when it is computed.
             const char** asked = lines;
             if (transport) {
@@ -339,9 +413,9 @@ struct Tile {
               if (f < p.T) {
                 const int64_t next_rows = min_of<int64_t>(MR, row_end - m),
                               next_lanes = min_of(group_lanes, lanes - g * L);
-                const auto add = [&](const Stream<T>& s) {
-                  each_line<T>(s.base + f * s.t, s.rows + m, next_rows, s.lanes[g * L], next_lanes,
-                               [&](const char* line) { *asked++ = line; });
+                const auto add = [&](const Stream<char>& s) {
+                  each_line(element, s.base + f * s.t, s.rows + m, next_rows, s.lanes[g * L], next_lanes,
+                            [&](const char* line) { *asked++ = line; });
                 };
                 if (x.base) add(x);
                 if (residual.base) add(residual);
@@ -357,7 +431,9 @@ struct Tile {
               const int nv = vectors_at(v, lane_vectors), NR = nv * L;
               const int64_t l0 = v * L;
               v += nv;
-              Block<S, T> b;
+              Block<S> b;
+              b.dtype = p.dtype;
+              b.wide = element == sizeof(S);
               b.k = min_of(k_block, K - k0);
               b.ahead = ahead, b.ahead_end = asked, b.share = share;
               ahead += min_of<int64_t>(steps * share, asked - ahead);
@@ -376,19 +452,19 @@ struct Tile {
               b.alpha = static_cast<S>(alpha);
               b.relu = p.relu;
               if (to_last && last && whole) {
-                b.state = last_state.base + last_state.lanes[l0];
+                b.state = reinterpret_cast<S*>(last_state.base) + last_state.lanes[l0];
                 b.state_at = last_state.rows + m0;
-                b.around_state = state_lines && starts_line(last_state, l0 / L);
+                b.around_state = state_lines && starts_line(last_state, l0 / L, sizeof(S));
               }
               if (transport) {
-                T* at = stage + (l0 - g0 * L);
+                char* const at = stage + (l0 - g0 * L) * element;
+                const auto place = [&](const Stream<char>& s) { return s.base + i * s.t + s.lanes[l0] * element; };
                 b.x_at = x_here ? x.rows + m0 : stage_rows;
                 b.residual_at = residual_here ? residual.rows + m0 : stage_rows;
                 b.y_at = y_here ? y.rows + m0 : stage_rows;
-                if (x.base) b.x = x_here ? x.base + i * x.t + x.lanes[l0] : at;
-                if (residual.base)
-                  b.residual = residual_here ? residual.base + i * residual.t + residual.lanes[l0] : at + stage_size;
-                if (y.base) b.y = y_here ? y.base + i * y.t + y.lanes[l0] : at + 2 * stage_size;
+                if (x.base) b.x = x_here ? place(x) : at;
+                if (residual.base) b.residual = residual_here ? place(residual) : at + stage_size * element;
+                if (y.base) b.y = y_here ? place(y) : at + 2 * stage_size * element;
                 b.around = y_here && around;
               }
               if (p.scale) {
@@ -398,8 +474,8 @@ struct Tile {
               dispatch(b, nv);
             }
             if (transport && y.base && !y_here)
-              copy_out<T>(y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes,
-                          stage + 2 * stage_size, stage_width, around);
+              copy_out<S>(element, y.base + i * y.t, y.rows + m0, group_rows, y.lanes + g0 * L, group_lanes,
+                          stage + 2 * stage_size * element, stage_width, around);
           }
           g0 = g1;
         }
@@ -487,11 +563,11 @@ struct Tile {
 
 // Output channels [o0, o0 + valid) of W for inputs [k0, k0 + count): out[k][NR], zeros beyond `valid`.
 template <class V, class T>
-static void pack_panel(const Scan& p, const T* w, int64_t o0, int64_t valid, int64_t NR, int64_t k0, int64_t count,
-                       typename V::S* out) {
+static void pack_panel_of(const Scan& p, int64_t o0, int64_t valid, int64_t NR, int64_t k0, int64_t count,
+                          typename V::S* out) {
   using S = typename V::S;
   constexpr int L = V::L;
-  const T* src = w + o0 * p.weight_out + k0 * p.weight_in;
+  const T* src = static_cast<const T*>(p.weight) + o0 * p.weight_out + k0 * p.weight_in;
   int64_t n0 = 0;
   if (p.weight_in == 1) {
     int64_t rows[L];
@@ -511,12 +587,19 @@ static void pack_panel(const Scan& p, const T* w, int64_t o0, int64_t valid, int
       out[k * NR + n] = n < valid ? V::scalar(src[n * p.weight_out + k * p.weight_in]) : S(0);
 }
 
+template <class V>
+static void pack_panel(const Scan& p, int64_t o0, int64_t valid, int64_t NR, int64_t k0, int64_t count,
+                       typename V::S* out) {
+  as_numbers<typename V::S>(p.dtype,
+                            [&](auto number) { pack_panel_of<V, decltype(number)>(p, o0, valid, NR, k0, count, out); });
+}
+
 // ---- a scan ----------------------------------------------------------------------------------------------------
 
-template <class V, class T, bool Channels>
+template <class V, bool Channels>
 struct ScanTasks {
   using S = typename V::S;
-  using TileType = Tile<V, T, Channels>;
+  using TileType = Tile<V, Channels>;
   static constexpr int L = V::L, MR = TileType::MR;
 
   const Scan& p;
@@ -527,17 +610,19 @@ struct ScanTasks {
   static void pack(void* self, int64_t index) {
     auto& t = *static_cast<ScanTasks*>(self);
     const Scan& p = t.p;
-    const T* w = static_cast<const T*>(p.weight);
     if (Channels) {  // one panel: [k][NR], columns past C zero
       const int64_t vectors = round_up(p.C, L) / L;
       int64_t v = 0;
       for (int64_t i = 0; i < index; ++i) v += TileType::vectors_at(v, vectors);
       const int64_t NR = TileType::vectors_at(v, vectors) * L;
-      pack_panel<V, T>(p, w, v * L, min_of(NR, p.C - v * L), NR, 0, p.C, t.packed + v * L * p.C);
+      pack_panel<V>(p, v * L, min_of(NR, p.C - v * L), NR, 0, p.C, t.packed + v * L * p.C);
     } else {  // MR rows, rows past C zero
-      for (int64_t k = 0; k < p.C; ++k)
-        for (int64_t m = index * MR; m < (index + 1) * MR; ++m)
-          t.packed[m * p.C + k] = m < p.C ? V::scalar(w[m * p.weight_out + k * p.weight_in]) : S(0);
+      as_numbers<S>(p.dtype, [&](auto number) {
+        const auto* const w = static_cast<const decltype(number)*>(p.weight);
+        for (int64_t k = 0; k < p.C; ++k)
+          for (int64_t m = index * MR; m < (index + 1) * MR; ++m)
+            t.packed[m * p.C + k] = m < p.C ? V::scalar(w[m * p.weight_out + k * p.weight_in]) : S(0);
+      });
     }
   }
 
@@ -551,7 +636,7 @@ struct ScanTasks {
     const int64_t C = p.C, columns = p.N * p.G * p.H * p.W;
     ScanTasks t{p, plan, nullptr,
                 TileType{p, nullptr, C, nullptr, nullptr, plan.k_block, plan.group, plan.around, plan.around_state}};
-    const bool as_is = !Channels && sizeof(T) == sizeof(S) && p.weight_in == 1 && C % MR == 0;
+    const bool as_is = !Channels && element_size(p.dtype) == sizeof(S) && p.weight_in == 1 && C % MR == 0;
     const int64_t weight_size = Channels ? round_up(C, L) * C : round_up(C, MR) * C;
     const int64_t affine_size = round_up(C, MR * L);
     S* memory = static_cast<S*>(scratch(0, ((as_is ? 0 : weight_size) + 2 * affine_size) * sizeof(S)));
@@ -587,25 +672,21 @@ struct ScanTasks {
 
 #include "recurrent_conv_step_core.h"
 
-template <class V, class T>
+template <class V>
 static void scan_of(const Scan& p, const Plan& plan, const Parallel& parallel) {
   if constexpr (sizeof(typename V::S) == 4)
-    if (plan.step) return Step<V, T>::run_all(p, plan, parallel);
+    if (plan.step) return Step<V>::run_all(p, plan, parallel);
   if (plan.channels)
-    ScanTasks<V, T, true>::run(p, plan, parallel);
+    ScanTasks<V, true>::run(p, plan, parallel);
   else
-    ScanTasks<V, T, false>::run(p, plan, parallel);
+    ScanTasks<V, false>::run(p, plan, parallel);
 }
 
 void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
-  switch (p.dtype) {
 #ifndef RCU_OPS_NO_F64
-    case DType::f64: return scan_of<F64, double>(p, plan, parallel);
+  if (p.dtype == DType::f64) return scan_of<F64>(p, plan, parallel);
 #endif
-    case DType::f32: return scan_of<F32, float>(p, plan, parallel);
-    case DType::bf16: return scan_of<F32, bf16_t>(p, plan, parallel);
-    default: return scan_of<F32, f16_t>(p, plan, parallel);
-  }
+  scan_of<F32>(p, plan, parallel);
 }
 
 // ---- gradient of the weight --------------------------------------------------------------------------------------
@@ -613,10 +694,9 @@ void scan(const Scan& p, const Plan& plan, const Parallel& parallel) {
 #include "recurrent_conv_weight_grad_core.h"
 
 // Numbers widened to fp32 (or fp64), one multiply-add after the other.
-template <class Vectors, class Number>
+template <class Vectors>
 struct WidenedGrad {
   using V = Vectors;
-  using T = Number;
   using S = typename V::S;
   using E = S;
   static constexpr int L = V::L, MR = V::planar_rows, NR = 2 * L, A = L > MR ? L : MR, pair = 1;
@@ -658,6 +738,10 @@ struct WidenedGrad {
 
   template <bool Rows>
   static void pack_u(const WeightGrad& p, S* u, int64_t o0, int64_t outputs, const int64_t* rows_at, int64_t count) {
+    as_numbers<S>(p.dtype, [&](auto number) { pack_u_of<Rows, decltype(number)>(p, u, o0, outputs, rows_at, count); });
+  }
+  template <bool Rows, class T>
+  static void pack_u_of(const WeightGrad& p, S* u, int64_t o0, int64_t outputs, const int64_t* rows_at, int64_t count) {
     const T* src = static_cast<const T*>(p.dx.data) + o0 * p.dx.c;
     if constexpr (Rows) {
       const int64_t wide = outputs / A * A;
@@ -676,6 +760,7 @@ struct WidenedGrad {
     }
   }
 
+  template <class T>
   static void copy_run(const T* from, S* to, int64_t count) {
     if constexpr (sizeof(T) == sizeof(S)) {
       if (count >= 4) return copy_row(to, from, count * sizeof(S));
@@ -689,6 +774,11 @@ struct WidenedGrad {
 
   static void pack_h(const WeightGrad& p, S* h, const int64_t* rows_at, const bool* from_first, int64_t count,
                      int64_t panels) {
+    as_numbers<S>(p.dtype, [&](auto number) { pack_h_of<decltype(number)>(p, h, rows_at, from_first, count, panels); });
+  }
+  template <class T>
+  static void pack_h_of(const WeightGrad& p, S* h, const int64_t* rows_at, const bool* from_first, int64_t count,
+                        int64_t panels) {
     const T* src = static_cast<const T*>(p.h.data);
     const int64_t wide = p.C / L * L;
     const bool by_row = p.h.c == 1 && p.C > 1;
@@ -742,14 +832,10 @@ struct WidenedGrad {
 };
 
 void weight_grad(const WeightGrad& p, const Parallel& parallel) {
-  switch (p.dtype) {
 #ifndef RCU_OPS_NO_F64
-    case DType::f64: return WeightGradTasks<WidenedGrad<F64, double>>::run(p, parallel);
+  if (p.dtype == DType::f64) return WeightGradTasks<WidenedGrad<F64>>::run(p, parallel);
 #endif
-    case DType::f32: return WeightGradTasks<WidenedGrad<F32, float>>::run(p, parallel);
-    case DType::bf16: return WeightGradTasks<WidenedGrad<F32, bf16_t>>::run(p, parallel);
-    default: return WeightGradTasks<WidenedGrad<F32, f16_t>>::run(p, parallel);
-  }
+  WeightGradTasks<WidenedGrad<F32>>::run(p, parallel);
 }
 
 struct FrameArithmetic {
@@ -769,9 +855,5 @@ struct FrameArithmetic {
 #include "recurrent_conv_frame_core.h"
 
 void conv_frame(const ConvFrame& p, const FramePlan& plan, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::f32: return FrameTask<float, FrameArithmetic>::run_all(p, plan, parallel);
-    case DType::bf16: return FrameTask<bf16_t, FrameArithmetic>::run_all(p, plan, parallel);
-    default: return FrameTask<f16_t, FrameArithmetic>::run_all(p, plan, parallel);
-  }
+  FrameTask<FrameArithmetic>::run_all(p, plan, parallel);
 }

@@ -24,7 +24,7 @@
 //           all blocks of the band go past it, and the next one is asked for meanwhile: weights are read once per task,
 //           from wherever they are.
 
-template <class T, class A>
+template <class A>
 struct FrameTask {
   using E = typename A::E;
   using V = F32;
@@ -55,12 +55,22 @@ struct FrameTask {
     }
   }
 
+  // Calls with a number of the type of frame, residual and y.
+  template <class Call>
+  void as_type(Call call) const {
+    if constexpr (A::pairs)
+      call(bf16_t());
+    else
+      as_numbers<S>(p.dtype, call);
+  }
+
   template <class N>
   static const N* from(const ConvFrame::View& v, int64_t n, int64_t i, int64_t j) {
     return static_cast<const N*>(v.data) + n * v.n + i * v.h + j * v.w;
   }
 
   // Rows of the frame that output rows [r0, r0 + rows) see.
+  template <class T>
   void copy_band(int64_t n, int64_t r0, int64_t height, int64_t width, E* to) const {
     const int64_t C = p.channels();
     for (int64_t i = 0; i < height; ++i, to += width * C) {
@@ -85,6 +95,7 @@ struct FrameTask {
       memset(static_cast<void*>(to + (left + inside) * C), 0, static_cast<size_t>(right * C) * sizeof(E));
     }
   }
+  template <class T>
   static void convert(const T* run, E* to, int64_t count) {
     if constexpr (sizeof(T) == sizeof(E)) {
       if (count < 8)
@@ -122,7 +133,7 @@ struct FrameTask {
     S* const sums = reinterpret_cast<S*>(memory + band_bytes);
     E* const state = reinterpret_cast<E*>(memory + band_bytes + sums_bytes);
     uint8_t* const unusual = reinterpret_cast<uint8_t*>(memory + band_bytes + sums_bytes + state_bytes);
-    copy_band(n, r0, height, width, band);
+    as_type([&](auto number) { copy_band<decltype(number)>(n, r0, height, width, band); });
     if constexpr (A::pairs)
       if (rounded) round_state(n, r0, rows, state, unusual);
 
@@ -162,7 +173,9 @@ struct FrameTask {
             A::template multiply<HALF>(a, step, b, piece, sum, !first);
           else
             A::template multiply<1>(a, step, b, piece, sum, !first);
-          if (last) finish(at, sum, n, r0, panel * frame_panel, weights, unusual);
+          if (last)
+            as_type(
+                [&](auto number) { finish<decltype(number)>(at, sum, n, r0, panel * frame_panel, weights, unusual); });
           sum += at.count * frame_panel;
         });
         k += piece;
@@ -171,6 +184,7 @@ struct FrameTask {
     }
   }
 
+  template <class T>
   void finish(const Block& at, const S* sums, int64_t n, int64_t r0, int64_t o0, const E* weights,
               const uint8_t* unusual) const {
     const int64_t present = min_of(frame_panel, p.O - o0), count = at.count, next = count * p.O;

@@ -52,7 +52,7 @@ static void step_block(const typename V::S* a, int64_t lda, const typename V::S*
     }
 }
 
-template <class V, class T>
+template <class V>
 struct Step {
   using S = typename V::S;
   static_assert(sizeof(S) == 4, "fp64 is left to scans");
@@ -120,14 +120,14 @@ struct Step {
         for (int64_t c = 0; c < C; ++c) to[c] = static_cast<S>(load_any(p.first.data, p.first.dtype, first_at[m] + c));
     }
 
-    const T* const w = static_cast<const T*>(p.weight);
-    const bool around_state = plan.around_state && whole_lines<S>(p.last), around = plan.around && whole_lines<T>(p.y);
+    const bool around_state = plan.around_state && whole_lines(p.last, sizeof(S)),
+               around = plan.around && whole_lines(p.y, element_size(p.dtype));
     for (int64_t l0 = c0; l0 < c1; l0 += NR) {
       const int64_t vectors = min_of<int64_t>(NV, (c1 - l0) / L), width = vectors * L;
       for (int64_t k0 = 0; k0 < C; k0 += k_part) {
         const int64_t count = min_of(k_part, C - k0);
         const bool last = k0 + count == C;
-        pack_panel<V, T>(p, w, l0, width, width, k0, count, panel);
+        pack_panel<V>(p, l0, width, width, k0, count, panel);
         // The next piece of W is asked for block by block.
         const int64_t next_l = last ? l0 + NR : l0, next_k = last ? 0 : k0 + count;
         const int64_t next_rows = next_l < c1 ? min_of<int64_t>(NR, c1 - next_l) : 0;
@@ -136,7 +136,7 @@ struct Step {
         for (int64_t m0 = 0; m0 < rows; m0 += MR) {
           const int64_t present = min_of<int64_t>(MR, rows - m0);
           for (int64_t i = 0; i < share && next_row < next_rows; ++i, ++next_row)
-            prefetch_piece(w, next_l + next_row, next_k, min_of(k_part, C - next_k));
+            prefetch_piece(next_l + next_row, next_k, min_of(k_part, C - next_k));
           const bool at_home = m0 < read_here;
           const S* const a = at_home ? first + first_at[m0] + k0 : copies + (m0 - read_here) * copied_row + k0;
           S* const sum = sums + (C > k_part ? m0 * NR : 0);
@@ -145,10 +145,12 @@ struct Step {
           if (!last) continue;
           const Rows at_rows{x_at + m0, residual_at + m0, y_at + m0, last_at + m0};
           const int64_t next = max_of<int64_t>(min_of<int64_t>(MR, rows - m0 - MR), 0);
-          if (vectors == NV)
-            finish<NV>(sum, present, next, l0, at_rows, around, around_state);
-          else
-            finish<1>(sum, present, next, l0, at_rows, around, around_state);
+          as_numbers<S>(p.dtype, [&](auto number) {
+            if (vectors == NV)
+              finish<decltype(number), NV>(sum, present, next, l0, at_rows, around, around_state);
+            else
+              finish<decltype(number), 1>(sum, present, next, l0, at_rows, around, around_state);
+          });
         }
       }
     }
@@ -159,7 +161,7 @@ struct Step {
     const int64_t *x, *residual, *y, *last;  // where each row lies in each tensor
   };
   // What follows the products of `count` rows. x and the residual of the `next` ones after the block are asked for.
-  template <int Vectors>
+  template <class T, int Vectors>
   void finish(const S* sums, int64_t count, int64_t next, int64_t l0, const Rows& at, bool around,
               bool around_state) const {
     const R alpha = V::set1(static_cast<S>(p.alpha_final));
@@ -198,20 +200,20 @@ struct Step {
     }
   }
 
-  template <class E>
-  static bool whole_lines(const View& v) {
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
-    return streams<V, E> && v.data && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 &&
-           (v.n | v.g | v.h | v.w) % line == 0;
+  static bool whole_lines(const View& v, int64_t size) {
+    const int64_t line = 64 / size;
+    return streams<V> && v.data && reinterpret_cast<uintptr_t>(v.data) % 64 == 0 && (v.n | v.g | v.h | v.w) % line == 0;
   }
+  template <class T>
   static void prefetch_row(const T* row, int64_t count) {
     const char* from = reinterpret_cast<const char*>(row);
     for (int64_t b = 0; b < count * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(from + b);
   }
-  void prefetch_piece(const T* w, int64_t o, int64_t k0, int64_t count) const {
+  void prefetch_piece(int64_t o, int64_t k0, int64_t count) const {
     if (p.weight_in != 1) return;
-    const char* from = reinterpret_cast<const char*>(w + o * p.weight_out + k0);
-    for (int64_t b = 0; b < count * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(from + b, 0, 2);
+    const int64_t size = element_size(p.dtype);
+    const char* from = static_cast<const char*>(p.weight) + (o * p.weight_out + k0) * size;
+    for (int64_t b = 0; b < count * size; b += 64) __builtin_prefetch(from + b, 0, 2);
   }
 
   static void task(void* self, int64_t index) {

@@ -5,6 +5,23 @@
 // filled and emptied row by row in runs of adjacent elements, as long as the tensor has them: memory sees a few long
 // sequential accesses, whatever the shape of the register blocks, and odd tails or strides end here.
 
+// Calls call(number) with a number of the type that memory holds, `dtype`: of the kernels only what reads and writes it
+// is made for every type. S is what is added up in, fp64 for fp64 and fp32 for all else.
+template <class Call>
+[[gnu::always_inline]] static inline void as_narrow(DType dtype, Call call) {
+  if (dtype == DType::bf16)
+    call(bf16_t());
+  else
+    call(f16_t());
+}
+template <class S, class Call>
+[[gnu::always_inline]] static inline void as_numbers(DType dtype, Call call) {
+  if constexpr (sizeof(S) == 4) {
+    if (dtype != DType::f32) return as_narrow(dtype, call);
+  }
+  call(S());
+}
+
 // Offsets of `count` columns q = ((n * G + g) * H + h) * W + w from q0 on.
 static void column_offsets(const Scan& p, const View& v, int64_t q0, int64_t count, int64_t* out) {
   int64_t w = q0 % p.W, h = q0 / p.W % p.H, g = q0 / p.W / p.H % p.G, n = q0 / p.W / p.H / p.G;
@@ -83,13 +100,13 @@ static void copy_out(T* frame, const int64_t* rows, int64_t row_count, const int
   }
 }
 
-// Calls visit(address) for every line that `row_count` rows of a piece of a frame touch.
-template <class T, class Visit>
-static inline void each_line(const T* frame, const int64_t* rows, int64_t row_count, int64_t first_lane,
-                             int64_t lane_count, Visit visit) {
+// Calls visit(address) for every line that `row_count` rows of a piece of a frame of elements of `size` bytes touch.
+template <class Visit>
+static inline void each_line(int64_t size, const void* frame, const int64_t* rows, int64_t row_count,
+                             int64_t first_lane, int64_t lane_count, Visit visit) {
   for (int64_t m = 0; m < row_count; ++m) {
-    const char* const from = reinterpret_cast<const char*>(frame + rows[m] + first_lane);
-    const char* const end = from + lane_count * static_cast<int64_t>(sizeof(T));
+    const char* const from = static_cast<const char*>(frame) + (rows[m] + first_lane) * size;
+    const char* const end = from + lane_count * size;
     for (const char* line = from - reinterpret_cast<uintptr_t>(from) % 64; line < end; line += 64) visit(line);
   }
 }

@@ -15,7 +15,7 @@
 // Bound.    2 C^2 FLOP per row, one load for 1.6 multiply-adds (of one row, or of a pair); packing moves
 //           2 * C (1 + C / slab) elements per row, which the blocks before have asked for.
 //
-// Arithmetic G: V, vectors of the sums; T, what the tensors hold, and E, what is multiplied; MR rows by NR lanes at a
+// Arithmetic G: V, vectors of the sums; E, what is multiplied; MR rows by NR lanes at a
 // time of slabs padded to A; `pair`, consecutive rows that it takes side by side, 1 or 2; and
 //
 //   multiply<Rows>(a, b, count, sum, ahead)   sum[MR][NR] += a b over `count` rows, of a[k / pair][A][pair] (Rows) or
@@ -60,7 +60,6 @@ struct GradAhead {
 template <class G>
 struct WeightGradTasks {
   using V = typename G::V;
-  using T = typename G::T;
   using E = typename G::E;
   using S = typename V::S;
   static constexpr int L = V::L, MR = G::MR, NR = G::NR, A = G::A;
@@ -109,14 +108,13 @@ struct WeightGradTasks {
   }
 
   // Of channels [begin, end) of `count` rows: rows of channels, or channels of rows that follow the first one.
-  static GradLines lines(const View& v, const int64_t* rows_at, int64_t count, int64_t begin, int64_t end) {
+  GradLines lines(const View& v, const int64_t* rows_at, int64_t count, int64_t begin, int64_t end) const {
     GradLines found;
     if (count == 0) return found;
-    const T* const from = static_cast<const T*>(v.data) + begin * v.c;
     const bool by_row = v.c == 1;
-    found.base = reinterpret_cast<const char*>(by_row ? from : from + rows_at[0]);
+    found.element = element_size(p.dtype);
+    found.base = static_cast<const char*>(v.data) + (begin * v.c + (by_row ? 0 : rows_at[0])) * found.element;
     found.at = by_row ? rows_at : nullptr;
-    found.element = sizeof(T);
     found.stride = v.c;
     found.pieces = by_row ? count : end - begin;
     found.bytes = (by_row ? end - begin : count) * found.element;
@@ -189,13 +187,13 @@ struct WeightGradTasks {
   static void reduce(void* self, int64_t o) {
     const auto& t = *static_cast<const WeightGradTasks*>(self);
     const int64_t C = t.p.C, c_panel = t.padded_slab() * NR;
-    T* out = static_cast<T*>(t.p.dweight) + o * C;
     for (int64_t panel = 0; panel < t.panels; ++panel) {
       const S* at = t.partial + 2 * (o / slab) * t.slab_size + panel * c_panel + o % slab * NR;
       double sum[NR] = {};
       for (int64_t part = 0; part < t.parts; ++part, at += 2 * t.slabs * t.slab_size)
         for (int i = 0; i < NR; ++i) sum[i] += static_cast<double>(at[i]) + static_cast<double>(at[t.slab_size + i]);
-      for (int i = 0; i < min_of<int64_t>(NR, C - panel * NR); ++i) from_double(sum[i], out[panel * NR + i]);
+      for (int i = 0; i < min_of<int64_t>(NR, C - panel * NR); ++i)
+        store_any(t.p.dweight, t.p.dtype, o * C + panel * NR + i, sum[i]);
     }
   }
 
