@@ -22,8 +22,12 @@ namespace {
 // they do in the sums.
 struct Pairs : Floats {
   using Floats::store;
+  using Floats::store_first;
   static void store(bf16_t* p, R v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  }
+  static void store_first(bf16_t* p, R v, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(v));
   }
 };
 
@@ -34,6 +38,7 @@ struct Arithmetic;
 
 template <>
 struct Arithmetic<Pairs, bf16_t> {
+  using Products = Arithmetic;
   static constexpr int step = 32;
   using Operand = __m512bh;
   static Operand load(const bf16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -104,6 +109,14 @@ struct Arithmetic<Pairs, bf16_t> {
   }
   static Operand broadcast(Left two) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(two)); }
   static Operand right(const Right* b) { return load(b); }
+
+  template <class Store>
+  [[gnu::always_inline]] static void store_as(DType dtype, Store store) {
+    if (dtype == DType::f32)
+      store(float());
+    else
+      store(bf16_t());
+  }
 
   static constexpr int64_t numbers = 2;
   static void take(const bf16_t* a, int64_t n, Left* out) {

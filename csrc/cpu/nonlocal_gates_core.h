@@ -63,28 +63,40 @@ struct Ahead {
 
 // ---- the two products -------------------------------------------------------------------------------------------
 
+// Ends of rows: the first n numbers, fewer than V::L. Where an instruction set does not do it in one, calls: unrolled
+// into every block they would be most of the library.
 template <class V, class T>
-static inline typename V::R part_of(const T* p, int64_t n) {
+[[gnu::noinline]] static typename V::R copied_part_of(const T* p, int64_t n) {
   typename V::S part[V::L];
   for (int i = 0; i < V::L; ++i) part[i] = i < n ? V::scalar(p[i]) : 0;
   return V::load(part);
 }
 template <class V, class T>
-static inline void store_part(T* p, typename V::R v, int64_t n) {
+[[gnu::noinline]] static void copy_part(T* p, typename V::R v, int64_t n) {
   T part[V::L];
   V::store(part, v);
   memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
-
-// How numbers of type T are multiplied and added up in V's precision; a file may specialise it for an instruction that
-// takes them as they are. Scores: operands are loaded along the rows, `step` numbers at a time. Sums: the left factor
-// is used where it lies (or packed to [row][k]), the right one is packed to [k][width] by panels.
 template <class V, class T>
-struct Arithmetic {
-  static constexpr int step = V::L;
+static inline typename V::R part_of(const T* p, int64_t n) {
+  if constexpr (requires { V::load_first(p, n); })
+    return V::load_first(p, n);
+  else
+    return copied_part_of<V>(p, n);
+}
+template <class V, class T>
+static inline void store_part(T* p, typename V::R v, int64_t n) {
+  if constexpr (requires { V::store_first(p, v, n); })
+    V::store_first(p, v, n);
+  else
+    copy_part<V>(p, v, n);
+}
+
+// How numbers are multiplied and added up in V's precision once they have been packed for it. The left factor is used
+// where it lies (or packed to [row][k]), the right one is packed to [k][width] by panels.
+template <class V>
+struct Widened {
   using Operand = typename V::R;
-  static Operand load(const T* p) { return V::load(p); }
-  static Operand load(const T* p, int64_t n) { return part_of<V>(p, n); }
   static typename V::R add(Operand a, Operand b, typename V::R sum) { return V::fma(a, b, sum); }
 
   using S = typename V::S;
@@ -95,6 +107,37 @@ struct Arithmetic {
   static constexpr int64_t steps(int64_t K) { return K; }
   static constexpr int64_t vector = V::L;  // of Right, for V::L results
   static const Left* pack(const S* a, int64_t&, int64_t&, int64_t, int64_t, Left*) { return a; }
+  static typename V::R broadcast(Left a) { return V::set1(a); }
+  static typename V::R right(const Right* b) { return V::load(b); }
+  static constexpr int64_t numbers = 1;  // of a row of scores, in a step of the sums
+
+  // Sums to where they are wanted, as they are or rounded to a 16-bit format.
+  template <class Store>
+  [[gnu::always_inline]] static void store_as(DType dtype, Store store) {
+    if (sizeof(S) == 8 || dtype == DType::f32)
+      store(S());
+    else if constexpr (sizeof(S) == 4) {
+      if (dtype == DType::bf16)
+        store(bf16_t());
+      else
+        store(f16_t());
+    }
+  }
+};
+
+// The same with numbers of type T as they lie in memory; a file may specialise it for an instruction that takes them as
+// they are. Scores: operands are loaded along the rows, `step` numbers at a time. Products: what its sums are made by.
+template <class V, class T>
+struct Arithmetic : Widened<V> {
+  using Products = Widened<V>;
+  using typename Products::Left;
+  using typename Products::Operand;
+  using typename Products::Right;
+  static constexpr int step = V::L;
+  static Operand load(const T* p) { return V::load(p); }
+  static Operand load(const T* p, int64_t n) { return part_of<V>(p, n); }
+
+  using Products::pack;
   static void pack(const T* b, int64_t row, int64_t K, const Byte* dead, int64_t n, int64_t width, Right* out) {
     for (int64_t k = 0; k < K; ++k, b += row, out += width) {
       int64_t j = 0;
@@ -105,12 +148,9 @@ struct Arithmetic {
       for (; j < width; j += V::L) V::store(out + j, V::set1(0));
     }
   }
-  static typename V::R broadcast(Left a) { return V::set1(a); }
-  static typename V::R right(const Right* b) { return V::load(b); }
 
   // Of scores: n numbers of a row as a left factor, and n of each of V::L rows (`at` says where they are) as a right
   // one, its k in order.
-  static constexpr int64_t numbers = 1;  // in a step of the sums
   static void take(const T* a, int64_t n, Left* out) {
     for (int64_t k = 0; k < n; k += V::L) V::store(out + k, n - k >= V::L ? V::load(a + k) : part_of<V>(a + k, n - k));
   }
@@ -179,15 +219,28 @@ template <class V, class T, int NC = score_columns>
     }
 }
 
-// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there. out may be of type T where
-// there is nothing to add to: no more, and no more steps than sum_terms. Where out is far from the cores it is asked for
+// Where sums go: rows `row` numbers of a type apart.
+struct Sums {
+  void* data;
+  int64_t row;
+  DType dtype;
+};
+template <class T>
+static constexpr DType dtype_of = sizeof(T) == 8   ? DType::f64
+                                  : sizeof(T) == 4 ? DType::f32
+                                                   : DType::bf16;
+template <>
+constexpr DType dtype_of<f16_t> = DType::f16;
+
+// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there. out may be of a 16-bit
+// type where there is nothing to add to: no more, and no more steps than sum_terms. Where out is far from the cores it is asked for
 // before it is written, which happens in order: each line would wait for the one before.
-template <class V, class T, int NV, class O>
-[[gnu::noinline]] static void sums(const typename Arithmetic<V, T>::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
-                                   const typename Arithmetic<V, T>::Right* b, int64_t steps, O* out, int64_t out_row,
-                                   bool more, bool far, Ahead& what_follows) {
-  using P = Arithmetic<V, T>;
+template <class V, class P, int NV>
+[[gnu::noinline]] static void sums(const typename P::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
+                                   const typename P::Right* b, int64_t steps, const Sums& out, bool more, bool far,
+                                   Ahead& what_follows) {
   constexpr int MR = sum_rows;
+  const int64_t out_row = out.row, bytes = NV * V::L * element_size(out.dtype);
   Ahead ahead = what_follows;
   int64_t begin = 0;
   // Sums of 128 terms, then of these: one long sum would round more than a library's product does. So much of b stays
@@ -203,10 +256,9 @@ template <class V, class T, int NV, class O>
       if (far) {
 #pragma GCC unroll 8
         for (int i = 0; i < MR; ++i) {
-          constexpr int bytes = NV * V::L * int{sizeof(O)};
-          const char* const to = reinterpret_cast<const char*>(out + (i0 + min_of<int64_t>(i, mr - 1)) * out_row);
-#pragma GCC unroll 4
-          for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(to + byte, 1);
+          const char* const to = static_cast<const char*>(out.data) +
+                                 (i0 + min_of<int64_t>(i, mr - 1)) * out_row * element_size(out.dtype);
+          for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(to + byte, 1);
           __builtin_prefetch(to + bytes - 1, 1);
         }
       }
@@ -227,17 +279,20 @@ template <class V, class T, int NV, class O>
           for (int v = 0; v < NV; ++v) acc[i][v] = P::add(av, bv[v], acc[i][v]);
         }
       }
+      P::store_as(out.dtype, [&](auto number) __attribute__((always_inline)) {
+        using O = decltype(number);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i)
-        if (i < mr)
+        for (int i = 0; i < MR; ++i)
+          if (i < mr)
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) {
-            O* const to = out + (i0 + i) * out_row + v * V::L;
-            if constexpr (sizeof(O) == sizeof(typename V::S))
-              V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
-            else
-              V::store(to, acc[i][v]);
-          }
+            for (int v = 0; v < NV; ++v) {
+              O* const to = static_cast<O*>(out.data) + (i0 + i) * out_row + v * V::L;
+              if constexpr (sizeof(O) == sizeof(typename V::S))
+                V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
+              else
+                V::store(to, acc[i][v]);
+            }
+      });
     }
     more = true;
     b += (end - begin) * NV * P::vector;
@@ -258,6 +313,7 @@ template <class V, class T>
                                                int64_t out_row, typename Arithmetic<V, T>::Right* right,
                                                typename Arithmetic<V, T>::Left* left) {
   using P = Arithmetic<V, T>;
+  using Products = typename P::Products;
   constexpr int64_t most = sum_terms * P::numbers;
   int64_t k0 = 0;
   do {
@@ -279,12 +335,12 @@ template <class V, class T>
       for (int64_t i0 = 0; i0 < rows;) {  // half of the rows for each
         const int64_t some = i0 == 0 ? max_of<int64_t>(min_of(rows, round_up(rows / 2, sum_rows)), 1) : rows - i0;
         Ahead& next = i0 == 0 ? next_b : next_a;
+        const Sums to{out + i0 * out_row + j0, out_row, dtype_of<typename V::S>};
         if (whole)
-          sums<V, T, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, out + i0 * out_row + j0,
-                                  out_row, k0 > 0, false, next);
+          sums<V, Products, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, to, k0 > 0, false,
+                                         next);
         else
-          sums<V, T, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, out + i0 * out_row + j0, out_row,
-                        k0 > 0, false, next);
+          sums<V, Products, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, to, k0 > 0, false, next);
         i0 += some;
       }
       j0 += width;
@@ -353,19 +409,20 @@ static int64_t summed(int64_t n) {
 }
 
 // Columns [from, from + n) of the product, n up to a panel; out's columns up to summed(n) are zero.
-template <class V, class T, class O>
+template <class V, class T>
 static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row,
-                          int64_t K, const Byte* dead, int64_t from, int64_t n, O* out, int64_t out_row,
+                          int64_t K, const Byte* dead, int64_t from, int64_t n, const Sums& out,
                           typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false, bool far = false) {
   using P = Arithmetic<V, T>;
-  const int64_t width = summed<V>(n);
+  using Products = typename P::Products;
+  const int64_t width = summed<V>(n), steps = P::steps(K);
   P::pack(b + from, b_row, K, dead, n, width, packed);
   if (width == V::L)
-    sums<V, T, 1>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, far, ahead);
+    sums<V, Products, 1>(a.data, a.row, a.step, rows, packed, steps, out, more, far, ahead);
   else if (width == two_vectors * V::L)
-    sums<V, T, two_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, far, ahead);
+    sums<V, Products, two_vectors>(a.data, a.row, a.step, rows, packed, steps, out, more, far, ahead);
   else
-    sums<V, T, sum_vectors>(a.data, a.row, a.step, rows, packed, P::steps(K), out, out_row, more, far, ahead);
+    sums<V, Products, sum_vectors>(a.data, a.row, a.step, rows, packed, steps, out, more, far, ahead);
 }
 
 // Columns [from, from + a panel) of `rows` rows of n numbers, as far as they are there.
@@ -414,7 +471,8 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
     const int64_t width = min_of(panel<V>, n - from);
     const Ahead ahead = panel_ahead<V>(b, b_row, K, from + panel<V>, n);
     if (width == summed<V>(width) && in_place) {
-      sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, out + from, out_row, w.right, ahead, more, true);
+      sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, {out + from, out_row, dtype_of<T>}, w.right, ahead,
+                       more, true);
       continue;
     }
     if (more)
@@ -423,7 +481,8 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
           const T* there = out + i * out_row + from + j;
           V::store(w.tile + i * panel<V> + j, j + V::L <= width ? V::load(there) : part_of<V>(there, width - j));
         }
-    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, w.tile, panel<V>, w.right, ahead, more);
+    sums_of_panel<V>(left, rows, b, b_row, K, dead_k, from, width, {w.tile, panel<V>, dtype_of<typename V::S>}, w.right,
+                     ahead, more);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; j += V::L) {
         const typename V::R v = V::load(w.tile + i * panel<V> + j);
@@ -748,8 +807,9 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
     const int64_t width = min_of(panel<V>, r.E - from);
     for (int64_t g = m.known; g < 4; ++g) {
       const T* const value = at<const T>(r.value, b, g, 0);
-      sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width, m.tile + (g - m.known) * area,
-                       panel<V>, m.right, panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
+      sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width,
+                       {m.tile + (g - m.known) * area, panel<V>, dtype_of<S>}, m.right,
+                       panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
     }
     const auto add_up = [&]<int NV>(int64_t i, int64_t column, typename V::R(&a)[NV][4]) {
 #pragma GCC unroll 4
@@ -757,19 +817,20 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
 #pragma GCC unroll 4
         for (int64_t g = 0; g < 4; ++g) {
           const int64_t j = column + v * V::L;
+          const bool all = NV > 1 || width - j >= V::L;
           typename V::R& sum = a[v][g];
           if (g < m.known) {
             const S* const known = at<const S>(before, b, g, n + i) + from + j;
             soon(known + panel<V>);
-            sum = width - j >= V::L ? V::load(known) : part_of<V>(known, width - j);
+            sum = all ? V::load(known) : part_of<V>(known, width - j);
             continue;
           }
           const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
           soon(x + panel<V>);
-          sum = width - j >= V::L ? V::load(x) : part_of<V>(x, width - j);
+          sum = all ? V::load(x) : part_of<V>(x, width - j);
           if (!m.dead[g * rows + i]) sum = V::add(sum, V::load(m.tile + (g - m.known) * area + i * panel<V> + j));
         }
-      finish(n + i, from + column, width - column, a);
+      finish(n + i, from + column, NV > 1 ? panel<V> : width - column, a);
     };
     for (int64_t i = 0; i < rows; ++i) {
       if (width == panel<V>) {
@@ -791,6 +852,29 @@ static Maps<S> kept_weights(const Rows& weights, int64_t b, int64_t n, int64_t N
   return weights.data ? Maps<S>{at<S>(weights, b, 0, n), N} : Maps<S>{};
 }
 
+// The cell update, of NV vectors side by side.
+template <class V, int NV>
+[[gnu::always_inline]] static inline void update_cell(const typename V::R (&a)[NV][4],
+                                                      const typename V::R (&before)[NV], typename V::R (&c)[NV],
+                                                      typename V::R (&h)[NV]) {
+  using R = typename V::R;
+  R o[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const R i = sigmoid_of(a[v][0]), f = sigmoid_of(a[v][1]), g = tanh_of(a[v][3]);
+    o[v] = sigmoid_of(a[v][2]);
+    c[v] = V::fma(f, before[v], V::mul(i, g));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) h[v] = V::mul(o[v], tanh_of(c[v]));
+}
+// A call in fp64, whose exponentials take so long that the way of the operands through memory does not show.
+template <class V, int NV>
+[[gnu::noinline]] static void call_update_cell(const typename V::R (&a)[NV][4], const typename V::R (&before)[NV],
+                                               typename V::R (&c)[NV], typename V::R (&h)[NV]) {
+  update_cell<V>(a, before, c, h);
+}
+
 template <class V, class T>
 static void step_task(void* context, int64_t index) {
   using R = typename V::R;
@@ -803,7 +887,7 @@ static void step_task(void* context, int64_t index) {
   const size_t bytes = GateMemory<V, T>({}, r, rows, kept).bytes;
   const GateMemory<V, T> memory({static_cast<char*>(scratch(1, bytes)), 0}, r, rows, kept);
   const auto finish = [&]<int NV>(int64_t row, int64_t column, int64_t width, const R(&a)[NV][4]) {
-    R o[NV], c[NV];
+    R before[NV], c[NV], h[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const int64_t j = column + v * V::L;
@@ -811,14 +895,18 @@ static void step_task(void* context, int64_t index) {
         S* const to = at<S>(p.gates, b, g, row) + j;
         width >= V::L ? V::store(to, a[v][g]) : store_part<V>(to, a[v][g], width);
       }
-      const R i = sigmoid_of(a[v][0]), f = sigmoid_of(a[v][1]), g = tanh_of(a[v][3]);
-      o[v] = sigmoid_of(a[v][2]);
-      c[v] = V::fma(f, load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width), V::mul(i, g));
-      store_state<V, T>(p.c, true, b, row, j, width, c[v]);
+      before[v] = load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width);
     }
+    if constexpr (sizeof(S) == 4)
+      update_cell<V>(a, before, c, h);
+    else
+      call_update_cell<V>(a, before, c, h);
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
-      store_state<V, T>(p.h, false, b, row, column + v * V::L, width, V::mul(o[v], tanh_of(c[v])));
+    for (int v = 0; v < NV; ++v) {
+      const int64_t j = column + v * V::L;
+      store_state<V, T>(p.c, true, b, row, j, width, c[v]);
+      store_state<V, T>(p.h, false, b, row, j, width, h[v]);
+    }
   };
   gates<V, T>(r, p.x_gates, b, n, rows, memory, false, {}, finish);
 }
@@ -1051,9 +1139,43 @@ static Maps<typename V::S> kept_maps(const Job<StepGrad>& job, int64_t sample, i
   return kept;
 }
 
+// From the pre-activations, the cell before, and the gradients of h and c: those of the pre-activations and of the cell.
+template <class V, int NV>
+[[gnu::always_inline]] static inline void gate_gradients(const typename V::R (&a)[NV][4],
+                                                         const typename V::R (&before)[NV],
+                                                         const typename V::R (&dh)[NV],
+                                                         const typename V::R (&grad_c)[NV], typename V::R (&da)[NV][4],
+                                                         typename V::R (&dcell)[NV]) {
+  using R = typename V::R;
+  const R one = V::set1(1);
+  R i[NV], f[NV], o[NV], g[NV], c[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    i[v] = sigmoid_of(a[v][0]), f[v] = sigmoid_of(a[v][1]), o[v] = sigmoid_of(a[v][2]), g[v] = tanh_of(a[v][3]);
+    c[v] = V::fma(f[v], before[v], V::mul(i[v], g[v]));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const R t = tanh_of(c[v]);
+    const R dc = V::add(V::mul(V::mul(dh[v], o[v]), V::sub(one, V::mul(t, t))), grad_c[v]);
+    da[v][0] = V::mul(V::mul(dc, g[v]), V::mul(i[v], V::sub(one, i[v])));
+    da[v][1] = V::mul(V::mul(dc, before[v]), V::mul(f[v], V::sub(one, f[v])));
+    da[v][2] = V::mul(V::mul(dh[v], t), V::mul(o[v], V::sub(one, o[v])));
+    da[v][3] = V::mul(V::mul(dc, i[v]), V::sub(one, V::mul(g[v], g[v])));
+    dcell[v] = V::mul(dc, f[v]);
+  }
+}
+template <class V, int NV>
+[[gnu::noinline]] static void call_gate_gradients(const typename V::R (&a)[NV][4], const typename V::R (&before)[NV],
+                                                  const typename V::R (&dh)[NV], const typename V::R (&grad_c)[NV],
+                                                  typename V::R (&da)[NV][4], typename V::R (&dcell)[NV]) {
+  gate_gradients<V>(a, before, dh, grad_c, da, dcell);
+}
+
 // The gates' part of the step's backward pass: dx_gates and dcell.
 template <class V, class T>
 static void gate_gradients_task(void* context, int64_t index) {
+  using S = typename V::S;
   using R = typename V::R;
   const Job<StepGrad>& job = *static_cast<const Job<StepGrad>*>(context);
   const StepGrad& p = job.problem;
@@ -1062,32 +1184,28 @@ static void gate_gradients_task(void* context, int64_t index) {
   const int64_t rows = min_of(job.block, job.queries - from);
   const Maps<typename V::S> kept = kept_maps<V>(job, index / job.blocks, 0, from);
   const auto finish = [&]<int NV>(int64_t row, int64_t column, int64_t width, const R(&a)[NV][4]) {
-    const R one = V::set1(1), zero = V::set1(0);
-    R i[NV], f[NV], o[NV], g[NV], before[NV], c[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      i[v] = sigmoid_of(a[v][0]), f[v] = sigmoid_of(a[v][1]), o[v] = sigmoid_of(a[v][2]), g[v] = tanh_of(a[v][3]);
-      before[v] = load_state<V, T>(p.cell, p.cell_is_state, b, row, column + v * V::L, width);
-      c[v] = V::fma(f[v], before[v], V::mul(i[v], g[v]));
-    }
+    R before[NV], dh[NV], dc[NV], da[NV][4], dcell[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const int64_t j = column + v * V::L;
-      const R t = tanh_of(c[v]);
-      const R dh = p.grad_h.data ? load_state<V, T>(p.grad_h, false, b, row, j, width) : zero;
-      R dc = V::mul(V::mul(dh, o[v]), V::sub(one, V::mul(t, t)));
-      if (p.grad_c.data) dc = V::add(dc, load_state<V, T>(p.grad_c, true, b, row, j, width));
-      const R da[4] = {V::mul(V::mul(dc, g[v]), V::mul(i[v], V::sub(one, i[v]))),
-                       V::mul(V::mul(dc, before[v]), V::mul(f[v], V::sub(one, f[v]))),
-                       V::mul(V::mul(dh, t), V::mul(o[v], V::sub(one, o[v]))),
-                       V::mul(V::mul(dc, i[v]), V::sub(one, V::mul(g[v], g[v])))};
+      before[v] = load_state<V, T>(p.cell, p.cell_is_state, b, row, j, width);
+      dh[v] = p.grad_h.data ? load_state<V, T>(p.grad_h, false, b, row, j, width) : V::set1(0);
+      dc[v] = p.grad_c.data ? load_state<V, T>(p.grad_c, true, b, row, j, width) : V::set1(S(-0.0));  // changes nothing
+    }
+    if constexpr (sizeof(S) == 4)
+      gate_gradients<V>(a, before, dh, dc, da, dcell);
+    else
+      call_gate_gradients<V>(a, before, dh, dc, da, dcell);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t j = column + v * V::L;
 #pragma GCC unroll 4
       for (int64_t gate = 0; gate < 4; ++gate) {
         T* to = at<T>(p.dx_gates, b, gate, row) + j;
         soon(to + panel<V>);
-        width >= V::L ? V::store(to, da[gate]) : store_part<V>(to, da[gate], width);
+        width >= V::L ? V::store(to, da[v][gate]) : store_part<V>(to, da[v][gate], width);
       }
-      store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, V::mul(dc, f[v]));
+      store_state<V, T>(p.dcell, p.cell_is_state, b, row, j, width, dcell[v]);
     }
   };
   const size_t bytes = GateMemory<V, T>({}, r, rows, kept, p.kept_gates).bytes;

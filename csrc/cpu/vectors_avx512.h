@@ -27,6 +27,17 @@ struct Floats {
   static __m256i rounded_f16(R v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static void store(bf16_t* p, R v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(v)); }
   static void store(f16_t* p, R v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_f16(v)); }
+  // The first n numbers, n < L; loaded, the others are 0.
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static R load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static R load_first(const bf16_t* p, int64_t n) {
+    const __m256i v = _mm256_maskz_loadu_epi16(first(n), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static R load_first(const f16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static void store_first(float* p, R v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static void store_first(bf16_t* p, R v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), rounded_bf16(v)); }
+  static void store_first(f16_t* p, R v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), rounded_f16(v)); }
   // Past the caches; p is aligned to what is written.
   static void stream(float* p, R v) { _mm512_stream_ps(p, v); }
   static void stream(bf16_t* p, R v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(v)); }
@@ -108,6 +119,9 @@ struct Doubles {
   static R set1(S v) { return _mm512_set1_pd(v); }
   static R load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, R v) { _mm512_storeu_pd(p, v); }
+  static __mmask8 first(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static R load_first(const double* p, int64_t n) { return _mm512_maskz_loadu_pd(first(n), p); }
+  static void store_first(double* p, R v, int64_t n) { _mm512_mask_storeu_pd(p, first(n), v); }
   static void stream(double* p, R v) { _mm512_stream_pd(p, v); }
   static S scalar(double v) { return v; }
   // out[i * step + l] = src[at[l] + i] for L x L values.
