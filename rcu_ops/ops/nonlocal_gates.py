@@ -86,8 +86,9 @@ def relational_lstm_step(
         arguments.
 
     Nothing but inputs is kept for the backward pass, except on CPUs: the weights (4 P^2 numbers per sample), and the
-    four gates before their nonlinearities, where that is at most half of what eager PyTorch takes;
-    :func:`rcu_ops.explain` says which. Under autocast all but cell are cast to its dtype.
+    four gates before their nonlinearities, where that is at most half of what eager PyTorch takes, and on GPUs, where
+    "auto" leaves wide heads to PyTorch's own operations: all that eager PyTorch keeps. :func:`rcu_ops.explain` says
+    which. Under autocast all but cell are cast to its dtype.
     Differentiable to any order on the reference and cpu backends.
     """
     args = _check_step(x_gates, query, key, value, cell)
