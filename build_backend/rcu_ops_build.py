@@ -96,6 +96,7 @@ COMPILED_TOGETHER = (
         "csrc/cuda/nonlocal_gates_products.cu",
         "csrc/cuda/nonlocal_gates_tile.cu",
         "csrc/cuda/srtg.cu",
+        "csrc/cuda/fast_gru_columns.cu",
     ),
     ("csrc/cuda/cycle_consistency.cu", "csrc/cuda/fast_gru.cu"),
     ("csrc/cuda/cycle_consistency_products.cu", "csrc/cuda/fast_gru_persistent.cu"),
@@ -112,8 +113,8 @@ COMPILED_TOGETHER = (
 SLOWEST = (
     "csrc/cuda/recurrent_conv_tile.cu",
     "csrc/cuda/recurrent_conv.cu",
-    "csrc/cpu/recurrent_conv_avx512.cpp",
     "csrc/cuda/nonlocal_gates.cu",
+    "csrc/cpu/recurrent_conv_avx512.cpp",
     "csrc/native.cpp",
     "csrc/cuda/recurrent_conv_sm90.cu",
     "csrc/cpu/recurrent_conv_avx2.cpp",

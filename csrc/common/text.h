@@ -6,13 +6,14 @@
 
 namespace rcu_ops {
 
-// Up to 511 bytes; what is beyond them is dropped.
+// Up to 511 bytes; what is beyond them is dropped. Never inlined: texts are made where something is wrong, and in each
+// such place they would take the compiler longer than all around it.
 class Text {
  public:
   Text() = default;
-  Text(const char* text) { append(text); }
-  Text(const Text& other) { append(other.bytes_); }
-  Text& operator=(const Text& other) {
+  [[gnu::noinline]] Text(const char* text) { append(text); }
+  [[gnu::noinline]] Text(const Text& other) { append(other.bytes_); }
+  [[gnu::noinline]] Text& operator=(const Text& other) {
     if (this != &other) size_ = 0, append(other.bytes_);
     return *this;
   }
@@ -21,13 +22,13 @@ class Text {
   const char* c_str() const { return bytes_; }
 
   Text& operator+=(const Text& other) { return append(other.bytes_); }
-  friend Text operator+(const Text& a, const Text& b) {
+  [[gnu::noinline]] friend Text operator+(const Text& a, const Text& b) {
     Text sum = a;
     return sum += b;
   }
 
  private:
-  Text& append(const char* text) {
+  [[gnu::noinline]] Text& append(const char* text) {
     while (*text && size_ + 1 < static_cast<int>(sizeof bytes_)) bytes_[size_++] = *text++;
     bytes_[size_] = 0;
     return *this;
@@ -37,7 +38,7 @@ class Text {
   char bytes_[512] = "";
 };
 
-inline Text to_text(int64_t number) {
+[[gnu::noinline]] inline Text to_text(int64_t number) {
   char digits[21];
   int at = 20;
   digits[at] = 0;

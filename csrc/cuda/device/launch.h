@@ -29,11 +29,9 @@ inline Error prepare_kernel(const char* name, const void* kernel, size_t shared_
          (cluster > 1 ? " and clusters of " + to_text(cluster) + " blocks" : "");
 }
 
-template <typename... Parameters, typename... Arguments>
-Error launch_together(const char* name, void (*kernel)(Parameters...), Together together, dim3 grid, dim3 block,
-                      size_t shared_bytes, Stream stream, Arguments&&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
-  const auto* function = reinterpret_cast<const void*>(kernel);
+// launch_together and resident_blocks below of a kernel whose parameters are no longer known: compiled once for all.
+inline Error launch_function(const char* name, const void* function, Together together, dim3 grid, dim3 block,
+                             size_t shared_bytes, Stream stream, void** arguments) {
   if (Error error = prepare_kernel(name, function, shared_bytes, together.cluster); !error.empty()) return error;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
@@ -53,10 +51,7 @@ Error launch_together(const char* name, void (*kernel)(Parameters...), Together 
     attribute.val.clusterDim.x = static_cast<unsigned>(together.cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  const cudaError_t status = [&](Parameters... copies) {
-    void* pointers[] = {static_cast<void*>(&copies)...};
-    return cudaLaunchKernelExC(&config, function, pointers);
-  }(static_cast<Parameters>(arguments)...);
+  const cudaError_t status = cudaLaunchKernelExC(&config, function, arguments);
   if (status == cudaSuccess) return {};
   cudaGetLastError();
   return error_text(name, status) + ", launching " + to_text(grid.x) + "x" + to_text(grid.y) + "x" + to_text(grid.z) +
@@ -64,10 +59,8 @@ Error launch_together(const char* name, void (*kernel)(Parameters...), Together 
          (together.cluster > 1 ? ", in clusters of " + to_text(together.cluster) : "");
 }
 
-template <typename... Parameters>
-Error resident_blocks(const char* name, void (*kernel)(Parameters...), int cluster, int threads, size_t shared_bytes,
-                      int64_t& blocks) {
-  const auto* function = reinterpret_cast<const void*>(kernel);
+inline Error resident_blocks_of(const char* name, const void* function, int cluster, int threads, size_t shared_bytes,
+                                int64_t& blocks) {
   if (Error error = prepare_kernel(name, function, shared_bytes, cluster); !error.empty()) return error;
   int count = 0, device = 0, multiprocessors = 0;
   cudaError_t status = cudaSuccess;
@@ -93,6 +86,23 @@ Error resident_blocks(const char* name, void (*kernel)(Parameters...), int clust
   }
   if (status != cudaSuccess) cudaGetLastError();
   return status == cudaSuccess ? Error() : error_text(name, status) + ", asking how many blocks are resident";
+}
+
+template <typename... Parameters, typename... Arguments>
+Error launch_together(const char* name, void (*kernel)(Parameters...), Together together, dim3 grid, dim3 block,
+                      size_t shared_bytes, Stream stream, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each of the kernel's parameters");
+  return [&](Parameters... copies) {
+    void* pointers[] = {static_cast<void*>(&copies)...};
+    return launch_function(name, reinterpret_cast<const void*>(kernel), together, grid, block, shared_bytes, stream,
+                           pointers);
+  }(static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters>
+Error resident_blocks(const char* name, void (*kernel)(Parameters...), int cluster, int threads, size_t shared_bytes,
+                      int64_t& blocks) {
+  return resident_blocks_of(name, reinterpret_cast<const void*>(kernel), cluster, threads, shared_bytes, blocks);
 }
 
 // Zeros `bytes` of device memory, in the stream's order.
