@@ -191,7 +191,10 @@ struct WeightGradTasks {
       const S* at = t.partial + 2 * (o / slab) * t.slab_size + panel * c_panel + o % slab * NR;
       double sum[NR] = {};
       for (int64_t part = 0; part < t.parts; ++part, at += 2 * t.slabs * t.slab_size)
-        for (int i = 0; i < NR; ++i) sum[i] += static_cast<double>(at[i]) + static_cast<double>(at[t.slab_size + i]);
+        for (int i = 0; i < NR; ++i) {
+          const double lost = at[t.slab_size + i];  // NaN of an infinite sum, which stays infinite
+          sum[i] += static_cast<double>(at[i]) + (lost == lost ? lost : 0.0);
+        }
       for (int i = 0; i < min_of<int64_t>(NR, C - panel * NR); ++i)
         store_any(t.p.dweight, t.p.dtype, o * C + panel * NR + i, sum[i]);
     }

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
     case Pass::d_hidden: get(0, a), get(1, b);
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        if (!(b[j] > 0)) a[j] = 0;
+        if (b[j] <= 0) a[j] = 0;  // NaN passes
       put(0, a);
       break;
     case Pass::sum:

@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(most_threads, 1)
 
     if (tile.has_hidden) {
       const float2 sum = tile.product(to_hidden, tile.half, tile.hidden - tile.group);
-      const float2 du = each([](float d, float h) { return h > 0 ? d : 0.0f; }, sum, hidden_pair.wide());
+      const float2 du = each([](float d, float h) { return h <= 0 ? 0.0f : d; }, sum, hidden_pair.wide());
       if (tile.hidden_there) tile.put(to_state, 0, hidden, du);
       read(hidden_pair, hidden_walk, p.hidden, more);
       write(du_walk, p.du, du);

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(threads, 1)
     share.for_pairs(hidden_of, [&](int i, int row, int feature) {
       const int64_t at = (step * M + row) * 2 * R + feature;
       const int half = feature >= R ? 1 : 0;
-      const T value = narrow<T>(widen(static_cast<const T*>(p.hidden)[at], bf16) > 0 ? sums[i] : 0.0f, bf16);
+      const T value = narrow<T>(widen(static_cast<const T*>(p.hidden)[at], bf16) <= 0 ? 0.0f : sums[i], bf16);
       exchange_u[row * 2 * hidden_depth + half * hidden_depth + feature - half * R] = value;
       static_cast<T*>(p.du)[at] = value;
     });

@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
       warp_barrier();  // y is complete
       if (p.norm.partial)
         for (int c = lane; c < C; c += 32)
-          add_statistics<T>(statistics, slot, AlongChannels, pitch, c, columns, i == 0);
+          add_statistics(statistics, std::is_same_v<T, __nv_bfloat16>, slot, AlongChannels, pitch, c, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       for_own_words(p.y, y_offset, [&](auto whole, Offset element, int at) {
         store_word(decltype(whole)::value ? 8 : numbers, to + element, slot + at);

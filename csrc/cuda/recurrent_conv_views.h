@@ -102,13 +102,12 @@ __device__ __forceinline__ void add_statistics(const Statistics& to, int c, int 
 }
 
 // The same of y in a slot, whose rows are columns (along_channels) or channels.
-template <typename T>
-__device__ __forceinline__ void add_statistics(const Statistics& to, const unsigned char* slot, bool along_channels,
-                                               int pitch, int c, int columns, bool first) {
+__device__ __forceinline__ void add_statistics(const Statistics& to, bool bf16, const unsigned char* slot,
+                                               bool along_channels, int pitch, int c, int columns, bool first) {
   add_statistics(to, c, columns, first, [&](auto take) {
     if (along_channels) {
 #pragma unroll 4
-      for (int j = 0; j < columns; ++j) take(widen(*reinterpret_cast<const T*>(slot + j * pitch + 2 * c)));
+      for (int j = 0; j < columns; ++j) take(widen(*reinterpret_cast<const uint16_t*>(slot + j * pitch + 2 * c), bf16));
     } else {
 #pragma unroll 1
       for (int j = 0; j < columns; j += 8) {
@@ -116,7 +115,7 @@ __device__ __forceinline__ void add_statistics(const Statistics& to, const unsig
         const uint32_t pairs[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          const float2 both = unpack<T>(pairs[k / 2]);
+          const float2 both = unpack(pairs[k / 2], bf16);
           if (j + k < columns) take(k % 2 ? both.y : both.x);
         }
       }

@@ -20,8 +20,9 @@ constexpr int wide_threads = 32 * wide_warps;
 constexpr int channels_pitch = static_cast<int>(odd_words(2 * wide_most_channels));
 constexpr int columns_pitch = static_cast<int>(odd_words(2 * wide_positions));
 
-// One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 256.
+// One scan over time (common/recurrent_conv.h), bf16 or fp16, C <= 256.
 //
+// Format.   A condition of the whole grid, asked once per frame: only products and conversions differ by it.
 // Layout.   x, y and the residual have contiguous channels (plan.along_channels) or contiguous columns (otherwise), any
 //           other strides; which of the two, and the width of words, are conditions on loops and on single
 //           instructions.
@@ -45,15 +46,16 @@ constexpr int columns_pitch = static_cast<int>(odd_words(2 * wide_positions));
 // Bound.    4 bytes per element moved against 2 C FLOP: at C = 256 still memory (4.3 TB/s: 275 TFLOP/s on the matrix
 //           unit). Reading b costs 8 warps x 512 bytes of shared memory per column and frame, 32 cycles where x and y
 //           need 54 from HBM.
-template <typename T>
 __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const WideScanPlan plan) {
+  using T = uint16_t;  // a number of either format
   constexpr int P = wide_positions, CP = wide_most_channels, KT = CP / 16, NT = P / 8, piece = wide_weight_piece;
+  const bool bf16 = p.dtype == DType::bf16;
   const int thread = threadIdx.x, lane = thread % 32, C = static_cast<int>(p.C);
   const int tile = lane / 8, tile_row = lane % 8, first_channel = thread / 32 * 32;
   const bool along_channels = plan.along_channels;
   const int pitch = static_cast<int>(plan.slot_pitch), numbers_of_word = plan.vector_bytes / 2;
   const bool with_residual = p.residual.data != nullptr;
-  const int64_t stage_bytes = plan.slot_bytes * (with_residual ? 2 : 1);
+  const int stage_bytes = static_cast<int>(plan.slot_bytes) * (with_residual ? 2 : 1);
 
   Offset* x_offset = dynamic_shared<Offset>();
   Offset *y_offset = x_offset + P, *residual_offset = y_offset + P, *first_offset = residual_offset + P,
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   const bool whole_words =
       along_inputs && C % 8 == 0 && p.weight_out % 8 == 0 && reinterpret_cast<uintptr_t>(w) % 16 == 0;
   uint32_t weight[2][KT][4];
-#pragma unroll
+#pragma unroll 1  // a copy for each piece would be half of the kernel
   for (int k0 = 0; k0 < KT; k0 += piece / 16) {
     if (whole_words) {
       for (int i = thread; i < CP * piece / 8; i += wide_threads) {
@@ -92,25 +94,36 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
       async_commit();
       async_wait<0>();
     }
-    if (!whole_words)
-      for_elements_loaded<CP, piece, 16>(
-          thread, wide_threads, !along_inputs, CP, piece,
-          [&](int output, int at) {
-            const int input = 16 * k0 + at;
-            return w[(output < C ? output : C - 1) * p.weight_out + (input < C ? input : C - 1) * p.weight_in];
-          },
-          [&](int output, int at, T value) {
-            *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) =
-                output < C && 16 * k0 + at < C ? value : narrow<T>(0.0f);
-          });
+    if (!whole_words) {
+      // Neighbouring threads take neighbours in memory, and each one `piece` elements a step apart.
+      static_assert(CP == wide_threads);
+      const int output0 = along_inputs ? thread / piece : thread, at0 = along_inputs ? thread % piece : 0;
+      const int output_step = along_inputs ? wide_threads / piece : 0, at_step = along_inputs ? 0 : 1;
+      for (int i0 = 0; i0 < piece; i0 += 16) {
+        T loaded[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const int output = output0 + (i0 + i) * output_step, input = 16 * k0 + at0 + (i0 + i) * at_step;
+          loaded[i] = output < C && input < C ? w[output * p.weight_out + input * p.weight_in] : T(0);
+        }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const int output = output0 + (i0 + i) * output_step, at = at0 + (i0 + i) * at_step;
+          *reinterpret_cast<T*>(states + output * plan.weight_pitch + 2 * at) = loaded[i];
+        }
+      }
+    }
     block_barrier();
+    // Registers have their numbers when this is compiled, pieces do not.
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int k = 0; k < KT; ++k)
+      if (k / (piece / 16) * (piece / 16) == k0) {
 #pragma unroll
-      for (int k = 0; k < piece / 16; ++k)
-        load_matrix<4, false>(weight[m][k0 + k],
-                              states + (first_channel + 16 * m + tile % 2 * 8 + tile_row) * plan.weight_pitch +
-                                  2 * (16 * k + tile / 2 * 8));
+        for (int m = 0; m < 2; ++m)
+          load_matrix<4, false>(weight[m][k],
+                                states + (first_channel + 16 * m + tile % 2 * 8 + tile_row) * plan.weight_pitch +
+                                    2 * (16 * (k % (piece / 16)) + tile / 2 * 8));
+      }
     block_barrier();
   }
   // Copies write what exists; the rest of a slot stays zero.
@@ -132,6 +145,9 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     }
     async_commit();
   };
+  // This lane's row of the product's 16 input channels x 16 columns, as four tiles, two for each b.
+  const int product_at = along_channels ? (tile / 2 * 8 + tile_row) * channels_pitch + tile % 2 * 16
+                                        : (tile % 2 * 8 + tile_row) * columns_pitch + tile / 2 * 16;
   // This lane's row of the warp's 32 channels x 8 columns from 8 n, as four tiles one below the other.
   const int own_at = along_channels ? tile_row * channels_pitch + 2 * (first_channel + 8 * tile)
                                     : (first_channel + 8 * tile + tile_row) * columns_pitch;
@@ -150,35 +166,37 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
 
   float state[2][NT][4], diagonal[2][2];
   // Calls visit(state element, channel, column within the block).
-  const auto for_state = [&](auto visit) {
+  const auto for_state = [&](int thread, auto visit) {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          visit(state[m][n][j], first_channel + 16 * m + j / 2 * 8 + lane / 4, 8 * n + lane % 4 * 2 + j % 2);
+          visit(state[m][n][j], thread / 32 * 32 + 16 * m + j / 2 * 8 + thread % 32 / 4,
+                8 * n + thread % 4 * 2 + j % 2);
   };
-  const auto store_rounded = [&](unsigned char* to) {
+  const auto store_rounded = [&](auto format, unsigned char* to) {
+    using Format = decltype(format);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       uint32_t rounded[4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) rounded[r] = pack<T>(state[r / 2][n][r % 2 * 2], state[r / 2][n][r % 2 * 2 + 1]);
+      for (int r = 0; r < 4; ++r) rounded[r] = pack<Format>(state[r / 2][n][r % 2 * 2], state[r / 2][n][r % 2 * 2 + 1]);
       store_own(to, n, rounded);
     }
   };
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int c = first_channel + 8 * r + lane / 4;
-    diagonal[r / 2][r % 2] = c < C ? widen(w[c * (p.weight_out + p.weight_in)]) : 0.0f;
+    diagonal[r / 2][r % 2] = c < C ? widen(w[c * (p.weight_out + p.weight_in)], bf16) : 0.0f;
   }
-  for_state([&](float& h, int channel, int column) {
+  for_state(thread, [&](float& h, int channel, int column) {
     h = 0;
     if (p.init != Init::none && channel < C && column < columns)
-      h = load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+      h = load_number(p.first.data, p.first.dtype, first_offset[column] + channel * p.first.c);
   });
-  store_rounded(states + plan.slot_bytes);
+  with_format(bf16, [&](auto format) { store_rounded(format, states + plan.slot_bytes); });
   for (int i = 0; i < plan.stages - 1; ++i) prefetch(i, i);
   async_wait<1>();  // at least two groups have been closed after frame 0's, or one and that is frame 1's
   block_barrier();
@@ -193,92 +211,93 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     unsigned char *slot = slots + stage * stage_bytes, *after = states + i % 2 * plan.slot_bytes;
     unsigned char* before = states + (i + 1) % 2 * plan.slot_bytes;
 
-    const bool arriving = p.x.data && !extra;
-    // The pair of v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
-    const auto take = [&](int n, int r, float2 v) {
-      float* h = &state[r / 2][n][r % 2 * 2];
-      const float2 h16 = unpack<T>(pack<T>(h[0], h[1]));
-      const float d = diagonal[r / 2][r % 2];
-      h[0] = product ? with_rest(v.x, d, h[0], h16.x) : v.x + h[0];
-      h[1] = product ? with_rest(v.y, d, h[1], h16.y) : v.y + h[1];
-    };
-    if (p.norm.moments && !extra) {
+    const bool arriving = p.x.data && !extra, with_y = p.y.data && !extra;
+    with_format(bf16, [&](auto format) {
+      using Format = decltype(format);
+      // The pair of v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
+      const auto take = [&](int n, int r, float2 v) {
+        float* h = &state[r / 2][n][r % 2 * 2];
+        const float2 h16 = unpack<Format>(pack<Format>(h[0], h[1]));
+        const float d = diagonal[r / 2][r % 2];
+        h[0] = product ? with_rest(v.x, d, h[0], h16.x) : v.x + h[0];
+        h[1] = product ? with_rest(v.y, d, h[1], h16.y) : v.y + h[1];
+      };
+      if (p.norm.moments && !extra) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        uint32_t x[4] = {}, normalised[4];
-        if (arriving) load_own(x, slot, n);
-        load_own(normalised, slot + plan.slot_bytes, n);
+        for (int n = 0; n < NT; ++n) {
+          uint32_t x[4] = {}, normalised[4];
+          if (arriving) load_own(x, slot, n);
+          load_own(normalised, slot + plan.slot_bytes, n);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int channel = first_channel + 8 * r + lane / 4;
-          const float2 dz = unpack<T>(x[r]), h = unpack<T>(normalised[r]);
-          take(n, r,
-               float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
-                      norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        uint32_t x[4] = {};
-        if (arriving) load_own(x, slot, n);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) take(n, r, unpack<T>(x[r]));
-      }
-    }
-    // The product's 16 input channels from 16 k x 16 columns from 8 n, as four tiles, two for each b.
-    const auto multiply = [&](auto along) {
-      constexpr bool Along = decltype(along)::value;
-      const unsigned char* from = Along ? before + (tile / 2 * 8 + tile_row) * channels_pitch + tile % 2 * 16
-                                        : before + (tile % 2 * 8 + tile_row) * columns_pitch + tile / 2 * 16;
-#pragma unroll
-      for (int k = 0; k < KT; ++k)
-#pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-          const unsigned char* at =
-              from + (Along ? n * (8 * channels_pitch) + k * 32 : k * (16 * columns_pitch) + n * 16);
-          if (n + 1 < NT) {
-            uint32_t b[4];
-            load_matrix<4, !Along>(b, at);
-            const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              mma_m16n8k16<T>(state[m][n], weight[m][k], left);
-              mma_m16n8k16<T>(state[m][n + 1 < NT ? n + 1 : n], weight[m][k], right);
-            }
-          } else {
-            uint32_t b[2];
-            load_matrix<2, !Along>(b, at);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(state[m][n], weight[m][k], b);
+          for (int r = 0; r < 4; ++r) {
+            const int channel = first_channel + 8 * r + lane / 4;
+            const float2 dz = unpack<Format>(x[r]), h = unpack<Format>(normalised[r]);
+            take(n, r,
+                 float2{norm_gradient(tables, channel, dz.x, h.x, p.norm.relu),
+                        norm_gradient(tables, channel, dz.y, h.y, p.norm.relu)});
           }
         }
-    };
-    if (product) along_channels ? multiply(std::true_type()) : multiply(std::false_type());
-    for_state([&](float& h, int channel, int) { h = channel < C ? h * alpha : 0.0f; });
-    store_rounded(after);
-
-    const bool with_y = p.y.data && !extra;
-    if (with_y && p.scale) {
-      warp_barrier();  // x has been read
-      const float least = p.relu ? 0.0f : -INFINITY;
+      } else {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        uint32_t residual[4] = {}, y[4];
-        if (with_residual) load_own(residual, slot + plan.slot_bytes, n);
+        for (int n = 0; n < NT; ++n) {
+          uint32_t x[4] = {};
+          if (arriving) load_own(x, slot, n);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int c = first_channel + 8 * r + lane / 4;
-          const float gain = c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
-          const float offset = c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
-          const float* h = &state[r / 2][n][r % 2 * 2];
-          const float2 added = unpack<T>(residual[r]);
-          const float first = fma(gain, h[0], offset) + added.x, second = fma(gain, h[1], offset) + added.y;
-          y[r] = pack<T>(first < least ? least : first, second < least ? least : second);  // NaN stays
+          for (int r = 0; r < 4; ++r) take(n, r, unpack<Format>(x[r]));
         }
-        store_own(slot, n, y);
       }
-    }
+      // The product's 16 input channels from 16 k x 16 columns from 8 n, as four tiles, two for each b.
+      const auto multiply = [&](auto along) {
+        constexpr bool Along = decltype(along)::value;
+        const unsigned char* from = before + product_at;
+#pragma unroll
+        for (int k = 0; k < KT; ++k)
+#pragma unroll
+          for (int n = 0; n < NT; n += 2) {
+            const unsigned char* at =
+                from + (Along ? n * (8 * channels_pitch) + k * 32 : k * (16 * columns_pitch) + n * 16);
+            if (n + 1 < NT) {
+              uint32_t b[4];
+              load_matrix<4, !Along>(b, at);
+              const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+              for (int m = 0; m < 2; ++m) {
+                mma_m16n8k16<Format>(state[m][n], weight[m][k], left);
+                mma_m16n8k16<Format>(state[m][n + 1 < NT ? n + 1 : n], weight[m][k], right);
+              }
+            } else {
+              uint32_t b[2];
+              load_matrix<2, !Along>(b, at);
+#pragma unroll
+              for (int m = 0; m < 2; ++m) mma_m16n8k16<Format>(state[m][n], weight[m][k], b);
+            }
+          }
+      };
+      if (product) along_channels ? multiply(std::true_type()) : multiply(std::false_type());
+      for_state(thread, [&](float& h, int channel, int) { h = channel < C ? h * alpha : 0.0f; });
+      store_rounded(format, after);
+
+      if (with_y && p.scale) {
+        warp_barrier();  // x has been read
+        const float least = p.relu ? 0.0f : -INFINITY;
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          uint32_t residual[4] = {}, y[4];
+          if (with_residual) load_own(residual, slot + plan.slot_bytes, n);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int c = first_channel + 8 * r + lane / 4;
+            const float gain = c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
+            const float offset = c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
+            const float* h = &state[r / 2][n][r % 2 * 2];
+            const float2 added = unpack<Format>(residual[r]);
+            const float first = fma(gain, h[0], offset) + added.x, second = fma(gain, h[1], offset) + added.y;
+            y[r] = pack<Format>(first < least ? least : first, second < least ? least : second);  // NaN stays
+          }
+          store_own(slot, n, y);
+        }
+      }
+    });
     if (plan.stages == 4)
       async_wait<1>();
     else
@@ -287,7 +306,7 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
     if (with_y) {
       const unsigned char* from = p.scale ? slot : after;
       if (p.norm.partial && thread < C)
-        add_statistics<T>(statistics, from, along_channels, pitch, thread, columns, i == 0);
+        add_statistics(statistics, bf16, from, along_channels, pitch, thread, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       for_words<CP, P>(along_channels, numbers_of_word, recomputed(thread), wide_threads, C, columns, pitch, p.y,
                        y_offset, [&](Offset element, int at) { store_word(numbers_of_word, to + element, from + at); });
@@ -298,22 +317,17 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   if (p.norm.partial && thread < C)
     store_statistics(statistics, p.norm.partial, (p.N * p.H * p.W + P - 1) / P, blockIdx.x, thread, columns * p.T);
   if (p.last_kind != Last::none)
-    for_state([&](float& h, int channel, int column) {
+    for_state(recomputed(thread), [&](float& h, int channel, int column) {
       if (channel < C && column < columns)
-        store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype, h);
+        store_number(p.last.data, p.last.dtype, last_offset[column] + channel * p.last.c, h);
     });
-}
-
-template <typename T>
-Error launch_as(const Scan& p, const WideScanPlan& plan, Stream stream) {
-  return launch("recurrent_conv wide_scan", wide_scan<T>, dim3(static_cast<unsigned>(plan.blocks)), dim3(wide_threads),
-                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 }  // namespace
 
 Error launch_wide_scan(const Scan& p, const WideScanPlan& plan, Stream stream) {
-  return p.dtype == DType::bf16 ? launch_as<__nv_bfloat16>(p, plan, stream) : launch_as<__half>(p, plan, stream);
+  return launch("recurrent_conv wide_scan", wide_scan, dim3(static_cast<unsigned>(plan.blocks)), dim3(wide_threads),
+                static_cast<size_t>(plan.shared_bytes), stream, p, plan);
 }
 
 }  // namespace rcu_ops::cuda

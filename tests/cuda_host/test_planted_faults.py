@@ -830,8 +830,8 @@ FAULTS = [
     ),
     Fault(
         "closed units pass a gradient on",
-        "[at], bf16) > 0 ? sums[i]",
-        "[at], bf16) >= 0 ? sums[i]",
+        "[at], bf16) <= 0 ? 0.0f",
+        "[at], bf16) < 0 ? 0.0f",
         steps_backward_in_one_launch,
         file="fast_gru_persistent.cu",
     ),

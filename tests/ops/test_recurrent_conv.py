@@ -217,6 +217,20 @@ def test_nan_and_inf_propagate_like_the_reference(backend) -> None:
     assert h[others].isfinite().all()
 
 
+@pytest.mark.parametrize("where", ["grad", "x", "h0"])
+def test_an_infinite_gradient_of_the_weight_stays_infinite(backend, where) -> None:
+    x, weight, h0 = inputs((2, 6, 4, 2, 3))
+    grad = torch.randn_like(x)
+    {"grad": grad[:, :, 0], "x": x[:, :, 1], "h0": h0}[where][0, 2, 0, 0] = torch.inf
+    found = []
+    for run in (rcu_ops.recurrent_conv, reference.recurrent_conv):
+        leaf = weight.clone().requires_grad_()
+        found += torch.autograd.grad(run(x, leaf, h0)[0], leaf, grad)
+    got, want = found
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+    assert where == "h0" or want.isinf().any()
+
+
 # ---- gradients ----------------------------------------------------------------------------------------------------
 
 
