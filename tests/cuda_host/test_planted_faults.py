@@ -852,7 +852,6 @@ FEWER = {
     ],
     STEP: [("<double>", "<float>")],
     STEP_WORDS: [("<__half,", "<__nv_bfloat16,")],
-    WIDE: [("<__half>", "<__nv_bfloat16>")],
     SM90: [("<__half>", "<__nv_bfloat16>")],
     RELATE: [("plain_relate<double>", "plain_relate<float>"), ("static_cast<double*>", "static_cast<float*>")],
     SHORT: [("<__half>", "<float>"), ("align_as<__nv_bfloat16>", "align_as<float>")],
