@@ -192,13 +192,11 @@ std::tuple<Tensor, Tensor> temporal_cycle_loss_backward(Tensor grad_loss, Tensor
 
 // Of frames that are there, and have frames of b to go through.
 int64_t frames_with_loss(const Alignment& p) {
-  const auto frames = [](const FrameMask& mask, int64_t n, int64_t count) {
-    int64_t there = mask.data ? 0 : count;
-    for (int64_t i = 0; mask.data && i < count; ++i) there += mask.there(n, i);
-    return there;
-  };
+  if (!p.mask_a.data && !p.mask_b.data) return p.N * p.T;
   int64_t all = 0;
-  for (int64_t n = 0; n < p.N; ++n) all += frames(p.mask_b, n, p.S) > 0 ? frames(p.mask_a, n, p.T) : 0;
+  for (int64_t n = 0; n < p.N; ++n)
+    if (p.mask_b.any(n, p.S))
+      for (int64_t t = 0; t < p.T; ++t) all += p.mask_a.there(n, t);
   return all;
 }
 

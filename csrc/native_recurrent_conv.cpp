@@ -414,31 +414,21 @@ void bind_recurrent_conv(py::module_& m) {
   define(
       m, "cpu_multiplies_pairs", +[] { return cpu::preferred_isa() >= cpu::Isa::avx512_bf16; }, {},
       "Whether this processor has an instruction for pairs of bf16 that is not slower than arithmetic in fp32.");
-  define(m, "recurrent_conv_plan", recurrent_conv_plan,
-         {"n",
-          "c",
-          "t",
-          "positions",
-          "dtype",
-          {"threads", 0},
-          {"channels_last", false},
-          {"with_state", false},
-          {"dense", true},
-          {"isa", ""}},
+  const std::initializer_list<Parameter> problem = {"n",
+                                                    "c",
+                                                    "t",
+                                                    "positions",
+                                                    "dtype",
+                                                    {"threads", 0},
+                                                    {"channels_last", false},
+                                                    {"with_state", false},
+                                                    {"dense", true},
+                                                    {"isa", ""}};
+  define(m, "recurrent_conv_plan", recurrent_conv_plan, problem,
          "In one sentence, how the CPU kernels run x [n, c, t, positions] of a dtype ('float32', ...), and why: "
          "instruction set, orientation, tasks, and whether time is cut into chunks. threads = 0: one per core; "
          "with_state: an h0 is given; dense: where channels are adjacent, they are in every tensor.");
-  define(m, "recurrent_conv_plan_details", recurrent_conv_plan_details,
-         {"n",
-          "c",
-          "t",
-          "positions",
-          "dtype",
-          {"threads", 0},
-          {"channels_last", false},
-          {"with_state", false},
-          {"dense", true},
-          {"isa", ""}},
+  define(m, "recurrent_conv_plan_details", recurrent_conv_plan_details, problem,
          "The same as numbers: lanes, tile, k_block, chunk, the two costs compared, and tasks as (column begin, column "
          "end, channel begin, channel end).");
   define(

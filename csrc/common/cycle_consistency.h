@@ -21,6 +21,11 @@ struct FrameMask {
   const uint8_t* data = nullptr;
   int64_t n = 0, t = 0;
   bool there(int64_t sample, int64_t frame) const { return !data || data[sample * n + frame * t]; }
+  bool any(int64_t sample, int64_t frames) const {
+    bool found = !data;
+    for (int64_t i = 0; !found && i < frames; ++i) found = there(sample, i);
+    return found;
+  }
 };
 
 // With d_ti = |a_t - b_i|^2 and z_t = softmax_i(-d_ti / temperature) over the frames that mask_b lets through:

@@ -6,15 +6,9 @@
 namespace rcu_ops::cpu {
 namespace {
 
-bool any_there(const FrameMask& mask, int64_t n, int64_t frames) {
-  for (int64_t t = 0; t < frames; ++t)
-    if (mask.there(n, t)) return true;
-  return false;
-}
-
 template <class S>
 void scale(const Alignment& p, int64_t n, const void* const (&given)[2], S factor) {
-  const bool way = any_there(p.mask_a, n, p.T) && any_there(p.mask_b, n, p.S);
+  const bool way = p.mask_a.any(n, p.T) && p.mask_b.any(n, p.S);
   for (const bool of_b : {false, true}) {
     const FrameMask& mask = of_b ? p.mask_b : p.mask_a;
     const int64_t frames = of_b ? p.S : p.T;

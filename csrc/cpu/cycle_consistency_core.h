@@ -1028,7 +1028,7 @@ static void align_as(const Alignment& p, const Parallel& parallel) {
       const auto finish = [&](int64_t i) {
         Sample<S>& sample = *sample_at(i);
         finish_sample<V>(p, s, sample);
-        if (no_way(p.mask_through, first + i, p.frames_through)) sample.b.count = 0;
+        if (!p.mask_through.any(first + i, p.frames_through)) sample.b.count = 0;  // no way, so no cycle and no loss
         if (sample.products()) mean_of_frames<V>(s, sample.a, sample.b, sample.mean);
       };
       for (int64_t i = 0; i < samples; ++i) {

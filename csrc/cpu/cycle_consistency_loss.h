@@ -17,14 +17,6 @@ struct Logarithm {
   double operator()(double x) const { return __builtin_log(x); }
 };
 
-// Whether there is no frame to go through: no cycle, no loss.
-static bool no_way(const FrameMask& through, int64_t n, int64_t frames) {
-  if (!through.data) return false;
-  for (int64_t i = 0; i < frames; ++i)
-    if (through.there(n, i)) return false;
-  return true;
-}
-
 namespace {  // of each file its own, as what it holds is
 // One sample of short sequences and its blocks.
 template <class V>
