@@ -79,7 +79,9 @@ COMPILER_ENVIRONMENT = {
 }
 
 # Kernel files that are compiled as one: nvcc takes a second for its headers, its own programs and the host's half of a
-# file before it has seen the first kernel. The names in their unnamed namespaces must differ.
+# file before it has seen the first kernel, and GCC as long for the headers of the CPU's kernels. Names in the unnamed
+# namespaces of CUDA files must differ; each operator on CPUs has a namespace of its own. CPU files are two for each
+# instruction set, of which an edit of an operator compiles one again.
 COMPILED_TOGETHER = (
     (
         "csrc/cuda/recurrent_conv.cu",
@@ -107,6 +109,22 @@ COMPILED_TOGETHER = (
         "csrc/cuda/nonlocal_gates_sm90.cu",
     ),
     ("csrc/cuda/recurrent_conv_tile.cu", "csrc/cuda/recurrent_conv_wide.cu"),
+    *(
+        tuple(f"csrc/cpu/{operator}{instruction_set}.cpp" for operator in operators)
+        for instruction_set in ("_portable", "_avx2", "_avx512", "_avx512_bf16")
+        for operators in (
+            ("recurrent_conv", "recurrent_conv_batch_norm", "nonlocal_gates"),
+            ("cycle_consistency", "fast_gru"),
+        )
+    ),
+    (
+        "csrc/cpu/recurrent_conv.cpp",
+        "csrc/cpu/recurrent_conv_batch_norm.cpp",
+        "csrc/cpu/nonlocal_gates.cpp",
+        "csrc/cpu/cycle_consistency.cpp",
+        "csrc/cpu/fast_gru.cpp",
+        "csrc/cpu/memory.cpp",
+    ),
 )
 
 # What takes longest, in this order: a build ends with small files, and no core waits for another's last large one.
@@ -114,13 +132,16 @@ SLOWEST = (
     "csrc/cuda/recurrent_conv_tile.cu",
     "csrc/cuda/recurrent_conv.cu",
     "csrc/cuda/nonlocal_gates.cu",
+    "csrc/cuda/cycle_consistency_products.cu",
     "csrc/cpu/recurrent_conv_avx512.cpp",
-    "csrc/native.cpp",
+    "csrc/cuda/cycle_consistency.cu",
     "csrc/cuda/recurrent_conv_sm90.cu",
     "csrc/cpu/recurrent_conv_avx2.cpp",
-    "csrc/cuda/cycle_consistency_products.cu",
+    "csrc/cpu/recurrent_conv_portable.cpp",
+    "csrc/cpu/cycle_consistency_portable.cpp",
+    "csrc/cpu/cycle_consistency_avx2.cpp",
     "csrc/bindings_cycle_consistency.cpp",
-    "csrc/cuda/cycle_consistency.cu",
+    "csrc/native.cpp",
 )
 
 KINDS = ("cuda", "cpu", "none")
@@ -394,9 +415,8 @@ def cuda_sources(root: Path = ROOT) -> list[str]:
     return _files(root, "csrc/cuda/*.cu")
 
 
-def cuda_groups(root: Path = ROOT) -> list[tuple[str, ...]]:
-    """Return the CUDA sources of the op library, those that are compiled as one together."""
-    sources = cuda_sources(root)
+def compiled_together(sources: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the sources, those that are compiled as one together."""
     groups = [tuple(source for source in group if source in sources) for group in COMPILED_TOGETHER]
     alone = [(source,) for source in sources if not any(source in group for group in groups)]
     return [group for group in groups if group] + alone
@@ -561,9 +581,8 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     # -O1: what bindings do besides calling others does not show in a call.
     binding = [*command, "-O1", *_template_flags(plan.compiler), *cuda]
     jobs = [_job_of_all(bindings, binding, objects, key)] + [
-        _job(source, [*command, *(portable if source.endswith("_portable.cpp") else kernels)], objects, key)
-        for source in library_sources()
-        if source not in bindings
+        _job_of_all(group, [*command, *(portable if group[0].endswith("_portable.cpp") else kernels)], objects, key)
+        for group in compiled_together([source for source in library_sources() if source not in bindings])
     ]
     # --no-as-needed: the registrations run on load and must find torch loaded, also when no symbol of it seems needed.
     torch_flags = [f"-L{torch.lib}", "-ltorch"]
@@ -579,7 +598,7 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     flags += offset_flags(environ)
     key += f" CUDA {plan.cuda.version}"
     cuda_jobs = []
-    for group in cuda_groups():
+    for group in compiled_together(cuda_sources()):
         named = next((source for source in group if differs_by_architecture(source)), group[0])
         command = [*nvcc, *flags, *architecture_flags(named, plan.architectures)]
         cuda_jobs.append(_job_of_all(group, command, objects, key, "--pre-include"))

@@ -1,15 +1,11 @@
 // cycle_consistency and srtg for AVX2, FMA and F16C.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstring>
-
-#include "cycle_consistency_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target("avx2,fma,f16c")
 
-namespace rcu_ops::cpu::avx2 {
+namespace rcu_ops::cpu::avx2::cycle_consistency_kernels {
 
 #include "scalar.h"
 
@@ -36,5 +32,5 @@ static uint32_t lanes_set(Mask v) {
 
 void gate_data_path(const GateData& p, const Parallel& parallel) { gate_any<F32>(p, parallel); }
 
-}  // namespace rcu_ops::cpu::avx2
+}  // namespace rcu_ops::cpu::avx2::cycle_consistency_kernels
 #endif

@@ -1,15 +1,11 @@
 // cycle_consistency, and srtg in 16 bits, for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstring>
-
-#include "cycle_consistency_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 
-namespace rcu_ops::cpu::avx512 {
+namespace rcu_ops::cpu::avx512::cycle_consistency_kernels {
 
 #include "scalar.h"
 
@@ -36,5 +32,5 @@ static uint32_t lanes_set(Mask v) {
 
 void gate_data_path_narrow(const GateData& p, const Parallel& parallel) { gate_narrow<F32>(p, parallel); }
 
-}  // namespace rcu_ops::cpu::avx512
+}  // namespace rcu_ops::cpu::avx512::cycle_consistency_kernels
 #endif

@@ -1,9 +1,8 @@
 // cycle_consistency and srtg for any processor: vectors of the compiler's own.
-#include <cstring>
 
-#include "cycle_consistency_kernels.h"
+#include "kernels.h"
 
-namespace rcu_ops::cpu::portable {
+namespace rcu_ops::cpu::portable::cycle_consistency_kernels {
 
 #include "scalar.h"
 
@@ -36,4 +35,4 @@ void gate_data_path(const GateData& p, const Parallel& parallel) { gate_any<F32>
 void align_f64(const Alignment& p, const Parallel& parallel) { align_any<F64>(p, parallel); }
 void gate_data_path_f64(const GateData& p, const Parallel& parallel) { GateTask<F64, double>::run_task(p, parallel); }
 
-}  // namespace rcu_ops::cpu::portable
+}  // namespace rcu_ops::cpu::portable::cycle_consistency_kernels

@@ -1,16 +1,12 @@
 // fast_gru for AVX2 and FMA.
 #if defined(__x86_64__)
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-#include <utility>
 
-#include "fast_gru_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
-namespace rcu_ops::cpu::avx2 {
+namespace rcu_ops::cpu::avx2::fast_gru_kernels {
 
 static constexpr int vector_bytes = 32;
 
@@ -20,5 +16,7 @@ static constexpr int vector_bytes = 32;
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 
-}  // namespace rcu_ops::cpu::avx2
+#undef RCU_OPS_NO_F64
+
+}  // namespace rcu_ops::cpu::avx2::fast_gru_kernels
 #endif

@@ -1,18 +1,11 @@
 // fast_gru for AVX-512.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#include "fast_gru_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512cd,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 
-namespace rcu_ops::cpu::avx512 {
+namespace rcu_ops::cpu::avx512::fast_gru_kernels {
 
 static constexpr int vector_bytes = 64;
 
@@ -31,5 +24,7 @@ static inline Lanes reciprocal_of(Lanes d) {
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 
-}  // namespace rcu_ops::cpu::avx512
+#undef RCU_OPS_NO_F64
+
+}  // namespace rcu_ops::cpu::avx512::fast_gru_kernels
 #endif

@@ -1,12 +1,8 @@
 // fast_gru for any processor.
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-#include <utility>
 
-#include "fast_gru_kernels.h"
+#include "kernels.h"
 
-namespace rcu_ops::cpu::portable {
+namespace rcu_ops::cpu::portable::fast_gru_kernels {
 
 static constexpr int vector_bytes = 16;
 
@@ -15,4 +11,4 @@ static constexpr int vector_bytes = 16;
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 
-}  // namespace rcu_ops::cpu::portable
+}  // namespace rcu_ops::cpu::portable::fast_gru_kernels

@@ -1,16 +1,11 @@
 // nonlocal_gates for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-
-#include "nonlocal_gates_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 
-namespace rcu_ops::cpu::avx512 {
+namespace rcu_ops::cpu::avx512::nonlocal_gates_kernels {
 
 namespace {
 #include "scalar.h"
@@ -21,5 +16,5 @@ constexpr int score_rows = 5, score_columns = 5, sum_rows = 7, sum_vectors = 3;
 
 #include "nonlocal_gates_core.h"
 
-}  // namespace rcu_ops::cpu::avx512
+}  // namespace rcu_ops::cpu::avx512::nonlocal_gates_kernels
 #endif

@@ -2,17 +2,12 @@
 // Scores take pairs of neighbouring channels; for the sums the weights (and their gradients) are rounded to bf16, as
 // eager PyTorch does, and packed in pairs of neighbouring keys, like the rows of values.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-
-#include "nonlocal_gates_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 
-namespace rcu_ops::cpu::avx512_bf16 {
+namespace rcu_ops::cpu::avx512_bf16::nonlocal_gates_kernels {
 
 namespace {
 #include "scalar.h"
@@ -143,5 +138,7 @@ struct Arithmetic<Pairs, bf16_t> {
 #define RCU_OPS_BF16_ONLY Pairs
 #include "nonlocal_gates_core.h"
 
-}  // namespace rcu_ops::cpu::avx512_bf16
+#undef RCU_OPS_BF16_ONLY
+
+}  // namespace rcu_ops::cpu::avx512_bf16::nonlocal_gates_kernels
 #endif

@@ -16,17 +16,31 @@
 
 namespace rcu_ops::cpu {
 
-namespace portable {
+namespace portable::nonlocal_gates_kernels {
 RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+}
+namespace avx2::nonlocal_gates_kernels {
+RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+}
+namespace avx512::nonlocal_gates_kernels {
+RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+}
+namespace avx512_bf16::nonlocal_gates_kernels {  // bf16 alone
+RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+}
+
+// The files of an instruction set are compiled as one: each operator has names of its own.
+namespace portable {
+using namespace nonlocal_gates_kernels;
 }
 namespace avx2 {
-RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+using namespace nonlocal_gates_kernels;
 }
 namespace avx512 {
-RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+using namespace nonlocal_gates_kernels;
 }
-namespace avx512_bf16 {  // bf16 alone
-RCU_OPS_NONLOCAL_GATES_ENTRY_POINTS
+namespace avx512_bf16 {
+using namespace nonlocal_gates_kernels;
 }
 
 }  // namespace rcu_ops::cpu

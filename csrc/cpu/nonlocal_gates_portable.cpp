@@ -1,10 +1,8 @@
 // nonlocal_gates for any processor.
-#include <cmath>
-#include <cstring>
 
-#include "nonlocal_gates_kernels.h"
+#include "kernels.h"
 
-namespace rcu_ops::cpu::portable {
+namespace rcu_ops::cpu::portable::nonlocal_gates_kernels {
 
 namespace {
 #include "scalar.h"
@@ -15,4 +13,4 @@ constexpr int score_rows = 3, score_columns = 3, sum_rows = 4, sum_vectors = 2;
 
 #include "nonlocal_gates_core.h"
 
-}  // namespace rcu_ops::cpu::portable
+}  // namespace rcu_ops::cpu::portable::nonlocal_gates_kernels

@@ -1,17 +1,12 @@
 // recurrent_conv for bf16 on the matrix unit (AMX-BF16).
 #if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-
-#include "recurrent_conv_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16,prefer-vector-width=512")
 
-namespace rcu_ops::cpu::amx {
+namespace rcu_ops::cpu::amx::recurrent_conv_kernels {
 
 #include "avx512_copy.h"
 #include "scalar.h"
@@ -78,5 +73,5 @@ struct Unit {
 
 #include "recurrent_conv_bf16_core.h"
 
-}  // namespace rcu_ops::cpu::amx
+}  // namespace rcu_ops::cpu::amx::recurrent_conv_kernels
 #endif

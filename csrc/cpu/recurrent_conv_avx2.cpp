@@ -1,16 +1,11 @@
 // recurrent_conv for AVX2, FMA and F16C.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-
-#include "recurrent_conv_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target("avx2,fma,f16c")
 
-namespace rcu_ops::cpu::avx2 {
+namespace rcu_ops::cpu::avx2::recurrent_conv_kernels {
 
 static inline void copy_row(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
@@ -47,5 +42,5 @@ struct F64 : Doubles {
 
 #include "recurrent_conv_core.h"
 
-}  // namespace rcu_ops::cpu::avx2
+}  // namespace rcu_ops::cpu::avx2::recurrent_conv_kernels
 #endif

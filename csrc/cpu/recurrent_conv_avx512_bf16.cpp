@@ -1,16 +1,11 @@
 // recurrent_conv, the gradient of its weight and recurrent_conv_frame for bf16 on the vector unit (AVX512-BF16).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-
-#include "recurrent_conv_kernels.h"
+#include "kernels.h"
 
 // To the end of the file: templates are instantiated there.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 
-namespace rcu_ops::cpu::avx512_bf16 {
+namespace rcu_ops::cpu::avx512_bf16::recurrent_conv_kernels {
 
 #include "avx512_copy.h"
 #include "scalar.h"
@@ -314,5 +309,5 @@ void conv_frame(const ConvFrame& p, const FramePlan& plan, const Parallel& paral
   FrameTask<FrameArithmetic>::run_all(p, plan, parallel);
 }
 
-}  // namespace rcu_ops::cpu::avx512_bf16
+}  // namespace rcu_ops::cpu::avx512_bf16::recurrent_conv_kernels
 #endif

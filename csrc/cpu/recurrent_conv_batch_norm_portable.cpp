@@ -1,13 +1,11 @@
 // recurrent_conv_batch_norm for any processor.
-#include <cmath>
-#include <cstring>
 
-#include "recurrent_conv_batch_norm_kernels.h"
+#include "kernels.h"
 
-namespace rcu_ops::cpu::portable {
+namespace rcu_ops::cpu::portable::recurrent_conv_batch_norm_kernels {
 
 #include "scalar.h"
 #include "vectors_portable.h"
 #include "recurrent_conv_batch_norm_core.h"
 
-}  // namespace rcu_ops::cpu::portable
+}  // namespace rcu_ops::cpu::portable::recurrent_conv_batch_norm_kernels

@@ -1,10 +1,8 @@
 // recurrent_conv for any processor: four-lane vectors of the compiler's own, products and sums rounded as it sees fit.
-#include <cmath>
-#include <cstring>
 
-#include "recurrent_conv_kernels.h"
+#include "kernels.h"
 
-namespace rcu_ops::cpu::portable {
+namespace rcu_ops::cpu::portable::recurrent_conv_kernels {
 
 static inline void copy_row(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 static void copy_around(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
@@ -24,4 +22,4 @@ struct F64 : Doubles {
 
 #include "recurrent_conv_core.h"
 
-}  // namespace rcu_ops::cpu::portable
+}  // namespace rcu_ops::cpu::portable::recurrent_conv_kernels

@@ -272,7 +272,11 @@ def test_every_wrapper_assembles(tmp_path) -> None:
 def test_ptx_for_later_architectures(library) -> None:
     """The library ships PTX for later GPUs of every kernel that is not for sm_90a alone."""
     text = output(disassembler(), "-lptx", library)
-    groups = [group for group in rcu_ops_build.cuda_groups() if not group[0].endswith("_sm90.cu")]
+    groups = [
+        group
+        for group in rcu_ops_build.compiled_together(rcu_ops_build.cuda_sources())
+        if not group[0].endswith("_sm90.cu")
+    ]
     each = [group for group in groups if any(map(rcu_ops_build.differs_by_architecture, group))]
     assert len(re.findall(r"sm_90\.ptx", text)) == len(each)
     assert len(re.findall(r"sm_80\.ptx", text)) == len(groups) - len(each)

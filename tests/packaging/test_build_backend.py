@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -334,6 +335,34 @@ def test_torch_is_found_without_importing_it() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def test_files_of_an_instruction_set_include_headers_before_their_target() -> None:
+    """A header read after the target pragma would bring functions for that instruction set under names of all."""
+    sets = [path for path in (build.ROOT / "csrc/cpu").glob("*.cpp") if "#pragma GCC target" in path.read_text()]
+    assert len(sets) > 5
+
+    def included(path: Path, start: int = 0) -> set[str]:
+        found = set(re.findall(r"#include (\S+)", path.read_text()[start:]))
+        return found.union(*(included(path.with_name(name.strip('"'))) for name in found if name.startswith('"')))
+
+    for path in sets:
+        text = path.read_text()
+        before = text.partition("#pragma GCC target")[0]
+        assert re.findall(r"#include (\S+)", before) == ['"kernels.h"'], path
+        after = included(path, len(before))
+        assert not [name for name in after if name.startswith("<")], path
+        assert not [name for name in after if "#pragma once" in path.with_name(name.strip('"')).read_text()], path
+
+
+def test_one_target_for_files_that_are_compiled_together() -> None:
+    """Templates are instantiated at the end of them all, for the last target."""
+    groups = [group for group in build.compiled_together(build.library_sources()) if len(group) > 1]
+    assert len(groups) > 5
+    for group in groups:
+        texts = [(build.ROOT / source).read_text() for source in group]
+        assert len({tuple(re.findall(r"#pragma GCC target.*", text)) for text in texts}) == 1, group
+
 
 # Stands in for a compiler and a linker: copies the source to the output, writes the dependency file, counts its calls.
 FAKE_COMPILER = """
