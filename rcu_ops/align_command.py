@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.inspection import SampledClip, calibrate, check_out, report_faults, sample_clip, seen_pictures
 from rcu_ops.model_arguments import load_model_weights, make_model, model_error, parse_model_options
 from rcu_ops.progress import Progress
-from rcu_ops.report import replacing
+from rcu_ops.report import replacing, write_json
 from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
@@ -230,8 +229,7 @@ def _align(args: argparse.Namespace, a: SampledClip, b: SampledClip) -> int:
         plot_distances(args.out / "distances.png", arrays["distances"], alignment, names=names, title=narrow)
         with replacing(args.out / "alignment.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        with replacing(args.out / "alignment.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.out / "alignment.json", summary)
     except OSError as error:
         raise UserError(f"--out: {args.out} cannot be written: {error.strerror or error}") from error
     print(f"{args.model}{untrained}: {words}")

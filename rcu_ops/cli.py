@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from rcu_ops._version import __version__
 from rcu_ops.cli_errors import StoppedError, UserError
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The command's exit code; 2 for bad input, full disks, places that cannot be written and packages that cannot be
         imported, with one line on standard error; 130 when interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A class or a file may have a name that the terminal's encoding lacks: no reason to lose a run's results.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for name in REQUIRED:
             importlib.import_module(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -424,7 +423,7 @@ def run(args: argparse.Namespace) -> int:
     from rcu_ops.nn import fuse_for_inference
     from rcu_ops.nn.relational_fold import fold_relations_of
     from rcu_ops.progress import Progress
-    from rcu_ops.report import replacing
+    from rcu_ops.report import write_json
     from rcu_ops.run_folder import make_folder
 
     for option in ("batch", "frames", "size", "channels", "classes"):
@@ -477,8 +476,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nGMAC of {model.frames} frames by pattern and clip length (* this model)")
         print(format_table(model, rows))
     if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, content)
     if args.plot:
         try:
             plot_cost(cost, args.plot)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.inspection import SampledClip, calibrate, check_out, report_faults, sample_clip, seen_pictures
 from rcu_ops.model_arguments import load_model_weights, make_model, parse_model_options
 from rcu_ops.progress import Progress
-from rcu_ops.report import replacing, write_csv
+from rcu_ops.report import write_csv, write_json
 from rcu_ops.run_folder import make_folder
 
 if TYPE_CHECKING:
@@ -230,8 +229,7 @@ def _write(args: argparse.Namespace, clip: SampledClip, weights: np.ndarray, cel
         )
         header = ("weights", "frame", "seconds", "source", "gate", "row", "column", "weight")
         write_csv(args.out / "relations.csv", header, table)
-        with replacing(args.out / "relations.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.out / "relations.json", summary)
     except OSError as error:
         raise UserError(f"--out: {args.out} cannot be written: {error.strerror or error}") from error
     print(f"{args.model}{note}: {clip.name}, {len(clip.numbers)} frames, {words}")

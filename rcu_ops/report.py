@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
 import tempfile
 import warnings
@@ -62,9 +63,25 @@ def _umask() -> int:
     return mask
 
 
+def write_json(path: str | Path, content: Any, indent: int = 1) -> None:
+    """Write ``content`` as JSON, names in any script as they are.
+
+    What Linux allows as a file's name and UTF-8 does not is escaped, and is the same name when it is read back.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a comma-separated table; floats are written so that reading them back gives the same float."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    """Write a comma-separated table; floats are written so that reading them back gives the same float.
+
+    Names of files that are no UTF-8 are written as they are, byte by byte.
+    """
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -123,7 +140,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG at 150 dots per inch.
 
     Names of files and classes may stand in it as they are: a ``$`` begins no formula, and letters that the font lacks
-    are drawn as boxes.
+    are drawn as boxes, as is what is no letter at all.
     """
     from matplotlib.text import Text
 
@@ -131,6 +148,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         # The labels of logarithmic axes are formulas, which matplotlib writes when it draws.
         if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
             text.set_parse_math(False)
+        if not text.get_text().isprintable():  # bytes of a file's name that are no UTF-8, among others
+            text.set_text(text.get_text().encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(temporary, format="png", dpi=150)

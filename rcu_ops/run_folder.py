@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rcu_ops.cli_errors import UserError
-from rcu_ops.report import replacing
+from rcu_ops.report import write_json
 
 SETTINGS = "settings.json"
 
@@ -55,8 +55,7 @@ def claim_folder(out: Path, identity: Mapping[str, Any], what: str) -> bool:
         return True
     make_folder(out)
     try:
-        with replacing(settings) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(settings, identity, indent=2)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from error
     return False

@@ -24,7 +24,7 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.model_arguments import load_model_weights, make_model, one_line, parse_model_options
 from rcu_ops.ops._registry import BackendError
 from rcu_ops.progress import Progress
-from rcu_ops.report import replacing
+from rcu_ops.report import replacing, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -641,8 +641,7 @@ class _OutputFiles:
                 cost=last.instant is None,
             )
             summary = {**summary, "annotated_codec": self._video.codec}
-            with replacing(self._out / "summary.json") as temporary:
-                temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(self._out / "summary.json", summary, indent=2)
         except BaseException as error:
             self.discard(error)
             raise

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,7 @@ from rcu_ops.models import registry
 from rcu_ops.nn import RecurrentConv3d
 from rcu_ops.recipes.checkpoint import RunSettings, save_weights
 from rcu_ops.recipes.config import get_recipe
+from rcu_ops.report import write_csv
 from rcu_ops.stream_command import OUTPUT_NAMES
 from rcu_ops.video import open_video
 from rcu_ops.video.transform import FrameTransform
@@ -392,6 +394,20 @@ def test_any_name_may_stand_in_the_pictures(tmp_path, clip, labels):
     odd = clip.rename(tmp_path / "ä$^b$ $\\x$ 影片.mp4")
     assert stream(odd, "--labels", labels, "--out", tmp_path / "out") == 0
     assert {entry["label"] for entry in summary_of(tmp_path / "out")["top"]} == {"$^ \\x$", "影片", "😀"}
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path, clip, labels):
+    """Neither a file's name that is no UTF-8 nor an output that takes ASCII alone costs a run its results."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    clip.rename(odd)
+    labels.write_text("影片\nключ\n", encoding="utf-8")
+    arguments = [odd, "--labels", labels, "--model", MODEL, *SMALL, "--out", tmp_path / "out"]
+    with (tmp_path / "printed").open("w", encoding="ascii") as printed, contextlib.redirect_stdout(printed):
+        assert main(["stream", *map(str, arguments)]) == 0
+    assert "\\u5f71\\u7247" in (tmp_path / "printed").read_text()
+    assert summary_of(tmp_path / "out")["source"] == odd
+    write_csv(tmp_path / "index.csv", ("video",), [(odd,)])
+    assert b"caf\xe9" in (tmp_path / "index.csv").read_bytes()
 
 
 def test_labels_that_cannot_be_used(tmp_path, clip, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,7 @@ def write_json(
         "results": as_data(results),
         "not_run": list(not_run),
     }
-    with report.replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.write_json(path, data)
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +192,7 @@ def run_curve(args: argparse.Namespace) -> int:
     from rcu_ops.faster.cache import ClipCache
     from rcu_ops.faster.curve import curve_points, plot_curve
     from rcu_ops.faster.training import load_aggregator
-    from rcu_ops.report import replacing, write_csv
+    from rcu_ops.report import write_csv, write_json
 
     cache = ClipCache(args.cache)
     if cache.pattern != 0:
@@ -215,8 +214,7 @@ def run_curve(args: argparse.Namespace) -> int:
             ("method", "clips", "gmac", what.replace(" ", "_")),
             [(p.method, p.clips, p.gmac, p.value) for p in points],
         )
-        with replacing(args.out / "curve.json") as temporary:
-            temporary.write_text(json.dumps({"aggregator": settings, "cache": cache.settings}, indent=1) + "\n")
+        write_json(args.out / "curve.json", {"aggregator": settings, "cache": cache.settings})
         title = f"{settings['aggregator']}, clips of {cache.settings['clip length']} frames, {len(cache)} videos"
         plot_curve(args.out / "curve.png", points, ylabel=f"{what} (%)", title=title)
     except ImportError as error:

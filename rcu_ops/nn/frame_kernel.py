@@ -55,10 +55,10 @@ class Panels(Kept):
             return None
         key = shape, x.dtype, _isa()
         # Between two kernels Python runs from cold caches, at a third of its speed: the rule is gone through once.
-        if self._planned is None or self._planned[0] != key:
-            self._planned = key, _make_plan(layer, shape[3], shape[4], x.dtype)
-        plan = self._planned[1]
-        return plan if plan.refusal is None else None
+        planned = self._planned  # another thread may put another in its place at any moment
+        if planned is None or planned[0] != key:
+            self._planned = planned = key, _make_plan(layer, shape[3], shape[4], x.dtype)
+        return planned[1] if planned[1].refusal is None else None
 
     def panels(
         self, weight: Tensor, weight_hh: Tensor | None, bias: Tensor | None, pairs: bool

@@ -37,15 +37,16 @@ class Kept:
         """What ``make`` returned for these weights and this form."""
         state = tuple(map(_identity, weights))
         key = (state, form)
-        if key not in self._forms:
-            same = [k for k in self._forms if k[0] == state]
+        forms = self._forms  # another thread may put others in their place at any moment
+        if key not in forms:
+            same = [k for k in forms if k[0] == state]
             # Before there is more: what is dropped may be as large as what is made.
-            self._forms = {k: self._forms[k] for k in same[max(0, len(same) - self._most + 1) :]}
-            self._forms = {
-                **self._forms,
+            self._forms = forms = {k: forms[k] for k in same[max(0, len(same) - self._most + 1) :]}
+            self._forms = forms = {
+                **forms,
                 key: (make(), [_reference(weight) for weight in weights if weight is not None]),
             }
-        return self._forms[key][0]
+        return forms[key][0]
 
 
 def _reference(tensor: Tensor) -> StorageWeakRef:

@@ -34,7 +34,7 @@ from rcu_ops.recipes.config import Recipe
 from rcu_ops.recipes.lists import LabelledVideo, VideoList
 from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision, video_mean_average_precision
 from rcu_ops.recipes.scoring import VideoResult
-from rcu_ops.report import replacing, write_csv
+from rcu_ops.report import replacing, write_csv, write_json
 from rcu_ops.run_folder import SETTINGS, claim_folder
 from rcu_ops.video import VideoError
 
@@ -98,8 +98,7 @@ def evaluate(
         "seconds": round(time.monotonic() - began, 3),
         "settings": identity,
     }
-    with replacing(out / _SUMMARY) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / _SUMMARY, summary, indent=2)
     shutil.rmtree(parts)
     _print_summary(summary)
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir() if path.name != SETTINGS))} to {out}")

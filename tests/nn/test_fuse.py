@@ -21,10 +21,12 @@ from rcu_ops.nn import (
     FrameConv3d,
     RecurrentConv3d,
     convert_to_recurrent,
+    frame_kernel,
     fuse_for_inference,
     fuse_for_training,
     packed_conv,
 )
+from rcu_ops.nn.frame_kernel import Panels, Plan
 from rcu_ops.nn.fuse import FusedFrameConv3d, FusedRecurrentConv3d
 from rcu_ops.ops import _recurrent_conv_chunked as chunked
 from rcu_ops.ops import recurrent_conv_affine_act
@@ -148,6 +150,33 @@ def test_other_weights_in_the_place_of_the_last_ones_are_seen() -> None:
         made += [kept.get((weight,), None, weight.clone)[0].item() for _ in range(2)]
         del weight
     assert made == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_threads_that_keep_other_forms_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may put its own form, or plan, in the place of one that has just been found."""
+    kept, weight = Kept(), torch.ones(2)
+
+    class Form:
+        def __hash__(self) -> int:
+            kept.clear()
+            return 1
+
+    form = Form()
+    assert [kept.get((weight,), form, lambda: "made") for _ in range(2)] == ["made", "made"]
+
+    panels, layer = Panels(), fuse_for_inference(FrameConv3d(16, 16, 3, padding=1).eval())
+    frame = torch.randn(1, 16, 1, 8, 8)
+
+    class Processor:
+        def __eq__(self, other: object) -> bool:
+            panels._planned = ((), Plan("another thread's", False, [], (1, 0, 0, 0)))
+            return True
+
+    monkeypatch.setattr(frame_kernel, "_isa", Processor)
+    plan = Plan(None, False, [], (1, 16, 8, 8))
+    monkeypatch.setattr(frame_kernel, "_make_plan", lambda *_: plan)
+    with torch.no_grad():
+        assert [panels.plan(layer, frame, layer.weight) for _ in range(2)] == [plan, plan]
 
 
 def test_weights_loaded_under_inference_mode_are_seen() -> None:
