@@ -14,19 +14,23 @@ from rcu_ops.reference.recurrent_conv import state_dtype_of, without_autocast
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, normalize: str) -> tuple[Tensor, Tensor]:
-    """The weights [...,N,M], and which queries see any key [...,N,1]: the weights of the others mean nothing."""
+    """The weights [...,N,M], and which queries see any key [...,N,1]: the weights of the others mean nothing.
+
+    Zeros stand in place of a query that sees nothing: its infinities would reach the keys' gradients as 0 * inf.
+    """
     if normalize == "count":
-        scores = scale * (query @ key.mT)
         if mask is None:
+            scores = scale * (query @ key.mT)
             return scores / max(key.shape[-2], 1), scores.new_ones((*scores.shape[:-1], 1), dtype=torch.bool)
         count = mask.sum(-1, keepdim=True)
-        return scores.masked_fill(~mask, 0) / count.clamp(min=1), count > 0
+        sees = count > 0
+        scores = scale * (query.masked_fill(~sees, 0) @ key.mT)
+        return scores.masked_fill(~mask, 0) / count.clamp(min=1), sees
     with torch.no_grad():
         scores = scale * (query @ key.mT)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         sees = ~(scores == -torch.inf).all(-1, keepdim=True)
-    # Zeros in place of a query that sees nothing: its infinities would reach the keys' gradients as 0 * inf.
     scores = (scale * (query.masked_fill(~sees, 0) @ key.mT)).masked_fill(~sees, 0)
     if mask is not None:
         scores = scores.masked_fill(~mask & sees, -torch.inf)

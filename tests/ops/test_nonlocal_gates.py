@@ -294,6 +294,17 @@ def test_a_query_that_sees_nothing_gives_zeros_and_poisons_nobody(backend, dtype
         assert_close_to_reference(g, w, e)
 
 
+def test_a_query_without_keys_poisons_nobody_where_scores_are_counted(backend) -> None:
+    query, key, value = inputs((2, 6, 5, 9, 7))
+    mask, grad = random_mask(2, 6, 5), torch.randn(2, 6, 7)
+    attend = functools.partial(rcu_ops.nonlocal_attention, mask=mask, normalize="count")
+    wanted, clean = attend(query, key, value), gradients(attend, (query, key, value), [grad])
+    query[:, 0] = torch.inf
+    assert torch.equal(attend(query, key, value), wanted)
+    for got, want in zip(gradients(attend, (query, key, value), [grad]), clean, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_nan_reaches_its_own_row_only(backend) -> None:
     query, key, value = inputs((1, 6, 5, 8, 7))
     query[0, 3, 2] = torch.nan
