@@ -151,7 +151,8 @@ inline Text describe(const Scan& p, const ScanPlan& plan, const ChunkPlan& chunk
   if (chunks.why_not) return describe(plan) + "; one frame after the other: " + chunks.why_not;
   if (!chunks.frames)
     return describe(plan) + "; one frame after the other: predicted " + us(chunks.sequential_us) +
-           ", chunks would take " + us(chunks.chunked_us);
+           ", chunks would take " + us(chunks.chunked_us) +
+           (chunks.chunked_us < chunks.sequential_us ? ", which is not a fifth less" : "");
   return "chunked: " + to_text(ceil_div(p.T, chunks.frames)) + " chunks of " + to_text(chunks.frames) +
          " frames side by side by the library, " + to_text(chunks.products) +
          " products one after the other instead of " + to_text(p.T) + ": predicted " + us(chunks.chunked_us) +

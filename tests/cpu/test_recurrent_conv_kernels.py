@@ -605,5 +605,9 @@ def test_chunks_only_where_the_model_says_so() -> None:
     assert many["chunked_cost"] * 1.2 < many["sequential_cost"]
     assert "chunks of" in native.recurrent_conv_plan(1, 512, 256, 49, "float32", 64, isa="avx512")
     assert "too few frames" in native.recurrent_conv_plan(1, 512, 1, 49, "float32", 64)
+    near = details(1, 64, 256, 1, "float32", 2, isa="avx512")
+    assert near["chunk"] == 0 and near["chunked_cost"] < near["sequential_cost"]
+    assert "not a fifth less" in native.recurrent_conv_plan(1, 64, 256, 1, "float32", 2, isa="avx512")
+    assert "not a fifth less" not in native.recurrent_conv_plan(16, 64, 16, 3136, "float32", 2)
     with pytest.raises(ValueError, match="dtype: expected float64"):
         native.recurrent_conv_plan(1, 1, 1, 1, "int8")

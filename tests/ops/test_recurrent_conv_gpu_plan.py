@@ -305,6 +305,16 @@ def test_why_not_in_chunks(shape, dtype, reason) -> None:
     assert f"; one frame after the other: {reason}" in plan["text"]
 
 
+def test_chunks_that_are_hardly_faster_are_refused_in_these_words() -> None:
+    near = 0
+    for frames in range(16, 256, 8):
+        plan = chunk_plan((1, 512, frames, 7, 7), "bfloat16")
+        faster = plan["chunked_us"] < plan["sequential_us"]
+        assert ("not a fifth less" in plan["text"]) == (faster and plan["chunk"] == 0)
+        near += faster and plan["chunk"] == 0
+    assert near
+
+
 def test_chunks_follow_what_the_device_is_good_at() -> None:
     """Powers of W are made in fp64, which small GPUs hardly have; and the forms cross once, as the clip gets longer."""
     shape = (1, 512, 256, 7, 7)
