@@ -12,15 +12,20 @@ MODES = ("batch", "moving", "frozen")
 class MovingBatchNorm3d(nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that normalises by its moving statistics in training too.
 
-    The batch moves them by ``momentum``, a small number (0.001), and with 0 not at all. In evaluation it is
-    ``nn.BatchNorm3d``.
+    The batch moves them by ``momentum``, a small number (0.001), and with 0 not at all; nor does a single number per
+    channel, which has no variance. In evaluation it is ``nn.BatchNorm3d``.
+
+    Attributes:
+        batch_momentum: what ``momentum`` was of the ``nn.BatchNorm3d`` that this was made of.
     """
+
+    batch_momentum: float | None = 0.1
 
     def forward(self, input: Tensor) -> Tensor:
         """[N,C,T,H,W] -> [N,C,T,H,W]."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        if self.training and self.momentum:
+        if self.training and self.momentum and input.numel() > input.shape[1]:
             with torch.no_grad():
                 wide = input.to(torch.promote_types(input.dtype, torch.float32))
                 var, mean = torch.var_mean(wide, (0, 2, 3, 4))
@@ -36,8 +41,8 @@ def set_batch_norm_mode(model: nn.Module, mode: str, momentum: float = 0.001) ->
 
     Args:
         model: changed in place, where it is no normalisation itself.
-        mode: "batch": statistics of the batch, as usual; "moving": the moving ones, updated with ``momentum``;
-            "frozen": the moving ones, never updated.
+        mode: "batch": statistics of the batch, as usual, also after another mode; "moving": the moving ones, updated
+            with ``momentum``; "frozen": the moving ones, never updated.
         momentum: of "moving".
 
     Returns:
@@ -50,11 +55,16 @@ def set_batch_norm_mode(model: nn.Module, mode: str, momentum: float = 0.001) ->
         raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum: expected a number above 0, at most 1, got {momentum}")
-    if mode == "batch":
-        return model
     for module in model.modules():
+        if mode == "batch":
+            if isinstance(module, MovingBatchNorm3d):
+                module.momentum = module.batch_momentum
+                setattr(module, "__class__", nn.BatchNorm3d)  # noqa: B010 - for the type checker it stays what it is
+            continue
         if type(module) is nn.BatchNorm3d and module.running_mean is not None:
+            usual = module.momentum
             module.__class__ = MovingBatchNorm3d
+            setattr(module, "batch_momentum", usual)  # noqa: B010
         if isinstance(module, MovingBatchNorm3d):
             module.momentum = momentum if mode == "moving" else 0.0
     return model

@@ -228,7 +228,9 @@ class use_backend:  # lower case like torch.no_grad, which it is used like
     The choice is one per process, not per thread; the environment variable RCU_OPS_BACKEND sets its first value,
     which is checked when the first operator is called.
     CUDA tensors try cuda, triton, reference under "auto"; CPU tensors cpu, reference. An explicit choice that cannot
-    run raises a BackendError (a ValueError) that says why when the operator is called.
+    run raises a BackendError (a ValueError) that says why when the operator is called. A program of torch.export or
+    torch.compile keeps the backend it was made with; made with "reference", those of recurrent_conv and fast_gru have
+    the number of frames or clips of their example, since the loop over them is written out.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference". Anything else raises ValueError.

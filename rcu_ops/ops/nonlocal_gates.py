@@ -57,6 +57,10 @@ def nonlocal_attention(
 
     Scores and sums are fp32 for 16-bit inputs. Nothing but inputs is kept for the backward pass. Under autocast query,
     key and value are cast to its dtype. Differentiable to any order on the reference and cpu backends.
+
+    On CPUs every thread works in memory of its own, whatever the batch: at most 0.2 MiB for 49 keys and 0.8 MiB for
+    196, three times that in :func:`relational_lstm_step`. All temporaries of eager PyTorch may be less than twice that
+    where there are a few small samples.
     """
     lead = query.shape[:-2] if isinstance(query, Tensor) else ()
     args = _check_attention(query, key, value, mask=mask, scale=scale, normalize=normalize)

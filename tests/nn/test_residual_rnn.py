@@ -181,6 +181,17 @@ def test_operator_obeys_torch() -> None:
     layer = ResidualRNN(4, num_layers=1).layers[0]
     arguments = ("lstm", torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4), torch.randn(2, 4), layer.weights)
     torch.library.opcheck(torch.ops.rcu_ops.rnn_layer.default, arguments)
+    grads = torch.randn(2, 3, 4), torch.randn(2, 4), torch.randn(2, 4)
+    cell, x, h, c, weights = arguments
+    given = (
+        cell,
+        *grads,
+        x.detach(),
+        h,
+        c,
+        [weight.detach() for weight in weights],
+    )  # traced, there is no second order
+    torch.library.opcheck(torch.ops.rcu_ops.rnn_layer_backward.default, given)
 
 
 def test_empty_batch_and_autocast() -> None:

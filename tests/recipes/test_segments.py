@@ -100,6 +100,24 @@ def test_batch_norm_modes(mode: str) -> None:
     assert torch.equal(norm.eval()(inner), plain.eval()(inner))
 
 
+def test_batch_norm_modes_can_be_left() -> None:
+    x = torch.randn(3, 2, 1, 4, 4)
+    plain, other = nn.BatchNorm3d(2, momentum=0.3), nn.BatchNorm3d(2, momentum=0.3)
+    for mode in ("moving", "frozen", "moving", "batch"):
+        set_batch_norm_mode(other, mode)
+    assert type(other) is nn.BatchNorm3d
+    assert torch.equal(other(x), plain(x))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1, 1), (0, 2, 1, 4, 4)], ids=str)
+def test_moving_statistics_survive_what_has_no_variance(shape: tuple[int, ...]) -> None:
+    norm = set_batch_norm_mode(nn.BatchNorm3d(2), "moving")
+    assert norm.train()(torch.randn(shape)).isfinite().all()
+    assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()
+
+
 def test_batch_norm_mode_errors() -> None:
     with pytest.raises(ValueError, match="mode: expected one of"):
         set_batch_norm_mode(nn.BatchNorm3d(2), "off")
