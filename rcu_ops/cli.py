@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from rcu_ops.cli_errors import StoppedError, UserError
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's errors, of CPUs and of GPUs
 
 # Each module has add_parser(subparsers), which sets `run`: a function from the parsed arguments to the exit code.
 COMMAND_MODULES = (
@@ -55,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The command's exit code; 2 for bad input, full disks, places that cannot be written and packages that cannot be
+        The command's exit code; 2 for bad input, full disks and memory, places that cannot be written and packages that cannot be
         imported, with one line on standard error; 130 when interrupted.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before we began; what is opened first would take its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as we run
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class or a file may have a name that the terminal's encoding lacks: no reason to lose a run's results.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -84,6 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone; nothing is wrong
         sys.stderr.close()
         return 0
+    except (MemoryError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(sign in words for sign in _OUT_OF_MEMORY):
+            raise
+        print(f"rcu-ops: error: out of memory: {words}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in (*_DISK_IS_FULL, *_NOT_ALLOWED):
             raise

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rcu_ops import cost
 from rcu_ops.cli import main
+from rcu_ops.cli_errors import UserError
+from rcu_ops.progress import Progress
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +30,33 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     failed.errno = errno.EIO
     with pytest.raises(OSError, match="run/checkpoint"):
         main(["cost", "rcn_resnet18"])
+
+
+def test_closed_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rcu-ops ... >&- 2>&-` runs as with both sent to /dev/null."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def run(args: object) -> int:
+        with Progress(1) as bar:
+            bar._next = 0
+            bar.update()
+        sys.stdout.flush()
+        raise UserError("no such file")
+
+    monkeypatch.setattr(cost, "run", run)
+    assert main(["cost", "rcn_resnet18"]) == 2
+
+
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def test_too_little_memory_is_one_line(
+    allocate: Callable[[int], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cost, "run", lambda args: allocate(1 << 58))
+    assert main(["cost", "rcn_resnet18"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("rcu-ops: error: out of memory: ")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
