@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The command's exit code; 2 for bad input, full disks and memory, places that cannot be written and packages that cannot be
-        imported, with one line on standard error; 130 when interrupted.
+        The command's exit code; 2 for bad input, full disks and memory, places that cannot be written and packages that
+        cannot be imported, with one line on standard error; 130 when interrupted.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before we began; what is opened first would take its place
