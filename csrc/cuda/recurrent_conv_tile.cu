@@ -21,8 +21,10 @@ constexpr int tile_blocks = 3;                 // of a multiprocessor, where sha
 template <int PaddedChannels>
 constexpr int rows_of_warp = tile_positions(PaddedChannels);
 
-// One scan over time (common/recurrent_conv.h), T bf16 or half, C <= 16 * KT, KT in {4, 8}.
+// One scan over time (common/recurrent_conv.h), bf16 or fp16, C <= 16 * KT, KT in {4, 8}.
 //
+// Format.   A condition of the whole grid, asked once per frame around all that differs by it: a frame takes as many
+//           instructions as it would in a kernel for one format.
 // Layout.   x, y and the residual have contiguous channels (AlongChannels) or contiguous columns (otherwise), any other
 //           strides. A frame's instructions bound the kernel next to memory: the two layouts are two kernels, and words
 //           of 16 bytes have a loop of their own.
@@ -55,11 +57,13 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 // Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s).
 //           Reading b from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and
 //           y need from HBM, the reason why more channels want another kernel.
-template <typename T, int KT, bool AlongChannels>
+template <int KT, bool AlongChannels>
 __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Scan p, const TileScanPlan plan) {
+  using T = uint16_t;  // a number of either format
   constexpr int CP = 16 * KT, M = rows_of_warp<CP>, MT = M / 16, NT = 2 * KT, weight_pitch = CP + 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = static_cast<int>(p.C);
   const int fragment_row = lane / 4, fragment_pair = lane % 4 * 2;
+  const bool bf16 = p.dtype == DType::bf16;
 
   T* weight = dynamic_shared<T>();
   float* diagonal = dynamic_shared<float>(plan.numbers_at);
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
 #pragma unroll
         for (int k = 0; k < pieces; ++k) {
           const int row = row0 + j * plan.warps, at = lane + 32 * k;
-          loaded[j][k] = row < C && at < C ? w[row * row_step + at * step] : narrow<T>(0.0f);
+          loaded[j][k] = row < C && at < C ? w[row * row_step + at * step] : T(0);
         }
 #pragma unroll
       for (int j = 0; j < rows; ++j)
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     }
   }
   for (int c = threadIdx.x; c < CP; c += threads) {
-    diagonal[c] = c < C ? widen(w[c * (p.weight_out + p.weight_in)]) : 0.0f;
+    diagonal[c] = c < C ? widen(w[c * (p.weight_out + p.weight_in)], bf16) : 0.0f;
     scale[c] = p.scale && c < C ? static_cast<const float*>(p.scale)[c] : 0.0f;
     shift[c] = p.scale && c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
     if (p.norm.moments) fill_norm_tables(p.norm, C, c, scale, shift, mean, mean + CP, mean + 2 * CP);
@@ -194,7 +198,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
         for (int j = 0; j < 4; ++j)
           visit(state[m][n][j], 8 * n + fragment_pair + j % 2, 16 * m + fragment_row + j / 2 * 8);
   };
-  const auto round_state = [&] {
+  const auto round_state = [&](auto format) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -202,7 +206,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const float* pair = &state[m][2 * k + r / 2][r % 2 * 2];
-          rounded[m][k][r] = pack<T>(pair[0], pair[1]);
+          rounded[m][k][r] = pack<decltype(format)>(pair[0], pair[1]);
         }
   };
   for_state([&](float& h, int, int) { h = 0; });
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     for_elements_loaded<CP, M, 16>(
         lane, 32, p.first.c == 1, C, columns,
         [&](int channel, int column) {
-          return load_state<T, float>(p.first, first_offset[column] + channel * p.first.c, p.dtype);
+          return load_number(p.first.data, p.first.dtype, first_offset[column] + channel * p.first.c);
         },
         [&](int channel, int column, float value) { wide[column * wide_pitch + channel] = value; });
     warp_barrier();
@@ -222,7 +226,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   // Copies write what exists; the rest of a slot stays zero.
   for (int64_t i = lane; i < all_slots * plan.slot_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
   warp_barrier();
-  round_state();
+  with_format(bf16, round_state);
 
   // The gradient of the first state is one more product, without an input and without y.
   const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
@@ -260,90 +264,99 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
         }
     };
     const auto pair_of = [&](int m, int k, int r) { return &state[m][2 * k + r / 2][r % 2 * 2]; };
-    // v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
-    const auto take = [&](float* h, int m, int k, int r, float2 v, bool rest) {
-      const float2 d = *reinterpret_cast<const float2*>(diagonal + 16 * k + r / 2 * 8 + fragment_pair);
-      const float2 h16 = unpack<T>(rounded[m][k][r]);
-      h[0] = rest ? with_rest(v.x, d.x, h[0], h16.x) : v.x + h[0];
-      h[1] = rest ? with_rest(v.y, d.y, h[1], h16.y) : v.y + h[1];
-    };
-    if (p.norm.moments && !extra) {
-      for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
-        uint32_t normalised[4];
-        load_tiles(normalised, residual_slot(stage), m, k);
+    with_format(bf16, [&](auto format) {
+      using Format = decltype(format);
+      // v + diag(W) (h - round(h)), what the product leaves out; or, of a first frame, v + h.
+      const auto take = [&](float* h, int m, int k, int r, float2 v, bool rest) {
+        const float2 d = *reinterpret_cast<const float2*>(diagonal + 16 * k + r / 2 * 8 + fragment_pair);
+        const float2 h16 = unpack<Format>(rounded[m][k][r]);
+        h[0] = rest ? with_rest(v.x, d.x, h[0], h16.x) : v.x + h[0];
+        h[1] = rest ? with_rest(v.y, d.y, h[1], h16.y) : v.y + h[1];
+      };
+      if (p.norm.moments && !extra) {
+        for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
+          uint32_t normalised[4];
+          load_tiles(normalised, residual_slot(stage), m, k);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int channel = 16 * k + r / 2 * 8 + fragment_pair;
-          const float2 added = norm_gradient(tables, channel, unpack<T>(x[r]), unpack<T>(normalised[r]), p.norm.relu);
-          take(pair_of(m, k, r), m, k, r, added, product);
-        }
-        warp_barrier();  // orders nothing, but the next tile's numbers would be fetched before, and spill
-      });
-    } else if (product) {
-      for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) take(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), true);
-      });
-    } else {
-      for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) take(pair_of(m, k, r), m, k, r, unpack<T>(x[r]), false);
-      });
-    }
-    if (product) {
-#pragma unroll
-      for (int k = 0; k < KT; ++k)
-#pragma unroll
-        for (int n = 0; n < KT; ++n) {
-          uint32_t b[4];
-          load_matrix<4, false>(b, weight + (16 * n + tile / 2 * 8 + tile_row) * weight_pitch + 16 * k + tile % 2 * 8);
-          const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-#pragma unroll
-          for (int m = 0; m < MT; ++m) {
-            mma_m16n8k16<T>(state[m][2 * n], rounded[m][k], first);
-            mma_m16n8k16<T>(state[m][2 * n + 1], rounded[m][k], second);
+          for (int r = 0; r < 4; ++r) {
+            const int channel = 16 * k + r / 2 * 8 + fragment_pair;
+            const float2 added =
+                norm_gradient(tables, channel, unpack<Format>(x[r]), unpack<Format>(normalised[r]), p.norm.relu);
+            take(pair_of(m, k, r), m, k, r, added, product);
           }
-        }
-    }
-    if (alpha != 1) for_state([&](float& h, int, int) { h *= alpha; });
-    if (C < CP)
-      for_state([&](float& h, int channel, int) {
-        if (channel >= C) h = 0;
-      });
-    round_state();
-
-    if (p.y.data && !extra) {
-      if (with_residual) async_wait<1>();  // for all but the next x
-      warp_barrier();                      // x has been read
-      if (!p.scale) {
+          warp_barrier();  // orders nothing, but the next tile's numbers would be fetched before, and spill
+        });
+      } else if (product) {
+        for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int k = 0; k < KT; ++k) store_tiles(slot, m, k, rounded[m][k]);
+          for (int r = 0; r < 4; ++r) take(pair_of(m, k, r), m, k, r, unpack<Format>(x[r]), true);
+        });
       } else {
-        const float least = p.relu ? 0.0f : -INFINITY;
+        for_arriving([&](int m, int k, const uint32_t (&x)[4]) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) take(pair_of(m, k, r), m, k, r, unpack<Format>(x[r]), false);
+        });
+      }
+      if (product) {
 #pragma unroll
         for (int k = 0; k < KT; ++k)
 #pragma unroll
-          for (int m = 0; m < MT; ++m) {
-            uint32_t residual[4] = {}, y[4];
-            if (with_residual) load_tiles(residual, residual_slot(0), m, k);
+          for (int n = 0; n < KT; ++n) {
+            uint32_t b[4];
+            load_matrix<4, false>(b,
+                                  weight + (16 * n + tile / 2 * 8 + tile_row) * weight_pitch + 16 * k + tile % 2 * 8);
+            const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const int channel = 16 * k + r / 2 * 8 + fragment_pair;
-              const float* h = pair_of(m, k, r);
-              const float2 gain = *reinterpret_cast<const float2*>(scale + channel);
-              const float2 offset = *reinterpret_cast<const float2*>(shift + channel), added = unpack<T>(residual[r]);
-              const float first = fma(gain.x, h[0], offset.x) + added.x, second = fma(gain.y, h[1], offset.y) + added.y;
-              y[r] = pack<T>(first < least ? least : first, second < least ? least : second);  // NaN stays
+            for (int m = 0; m < MT; ++m) {
+              mma_m16n8k16<Format>(state[m][2 * n], rounded[m][k], first);
+              mma_m16n8k16<Format>(state[m][2 * n + 1], rounded[m][k], second);
             }
-            store_tiles(slot, m, k, y);
           }
       }
+      if (alpha != 1) for_state([&](float& h, int, int) { h *= alpha; });
+      if (C < CP)
+        for_state([&](float& h, int channel, int) {
+          if (channel >= C) h = 0;
+        });
+      round_state(format);
+
+      if (p.y.data && !extra) {
+        if (with_residual) async_wait<1>();  // for all but the next x
+        warp_barrier();                      // x has been read
+        if (!p.scale) {
+#pragma unroll
+          for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int k = 0; k < KT; ++k) store_tiles(slot, m, k, rounded[m][k]);
+        } else {
+          const float least = p.relu ? 0.0f : -INFINITY;
+#pragma unroll
+          for (int k = 0; k < KT; ++k)
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+              uint32_t residual[4] = {}, y[4];
+              if (with_residual) load_tiles(residual, residual_slot(0), m, k);
+#pragma unroll
+              for (int r = 0; r < 4; ++r) {
+                const int channel = 16 * k + r / 2 * 8 + fragment_pair;
+                const float* h = pair_of(m, k, r);
+                const float2 gain = *reinterpret_cast<const float2*>(scale + channel);
+                const float2 offset = *reinterpret_cast<const float2*>(shift + channel),
+                             added = unpack<Format>(residual[r]);
+                const float first = fma(gain.x, h[0], offset.x) + added.x,
+                            second = fma(gain.y, h[1], offset.y) + added.y;
+                y[r] = pack<Format>(first < least ? least : first, second < least ? least : second);  // NaN stays
+              }
+              store_tiles(slot, m, k, y);
+            }
+        }
+      }
+    });
+    if (p.y.data && !extra) {
       warp_barrier();  // y is complete
       if (p.norm.partial)
         for (int c = lane; c < C; c += 32)
-          add_statistics(statistics, std::is_same_v<T, __nv_bfloat16>, slot, AlongChannels, pitch, c, columns, i == 0);
+          add_statistics(statistics, bf16, slot, AlongChannels, pitch, c, columns, i == 0);
       T* to = static_cast<T*>(p.y.data) + time_of(i) * p.y.t;
       for_own_words(p.y, y_offset, [&](auto whole, Offset element, int at) {
         store_word(decltype(whole)::value ? 8 : numbers, to + element, slot + at);
@@ -360,27 +373,22 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   for_state([&](float& h, int channel, int column) { wide[column * wide_pitch + channel] = h; });
   warp_barrier();
   for_elements<CP, M>(lane, 32, p.last.c == 1, C, columns, [&](int channel, int column) {
-    store_state<T, float>(p.last, last_offset[column] + channel * p.last.c, p.dtype,
-                          wide[column * wide_pitch + channel]);
+    store_number(p.last.data, p.last.dtype, last_offset[column] + channel * p.last.c,
+                 wide[column * wide_pitch + channel]);
   });
 }
 
-template <typename T, int KT>
+template <int KT>
 Error launch_padded(const Scan& p, const TileScanPlan& plan, Stream stream) {
-  return launch("recurrent_conv tile_scan", plan.along_channels ? tile_scan<T, KT, true> : tile_scan<T, KT, false>,
+  return launch("recurrent_conv tile_scan", plan.along_channels ? tile_scan<KT, true> : tile_scan<KT, false>,
                 dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(32 * plan.warps)),
                 static_cast<size_t>(plan.shared_bytes), stream, p, plan);
-}
-
-template <typename T>
-Error launch_as(const Scan& p, const TileScanPlan& plan, Stream stream) {
-  return plan.padded_channels == 64 ? launch_padded<T, 4>(p, plan, stream) : launch_padded<T, 8>(p, plan, stream);
 }
 
 }  // namespace
 
 Error launch_tile_scan(const Scan& p, const TileScanPlan& plan, Stream stream) {
-  return p.dtype == DType::bf16 ? launch_as<__nv_bfloat16>(p, plan, stream) : launch_as<__half>(p, plan, stream);
+  return plan.padded_channels == 64 ? launch_padded<4>(p, plan, stream) : launch_padded<8>(p, plan, stream);
 }
 
 }  // namespace rcu_ops::cuda

@@ -846,10 +846,7 @@ FEWER = {
         ("launch_sum_splits<double>", "launch_sum_splits<float>"),
         ("matrix_weight_grad<128,", "matrix_weight_grad<64,"),
     ],
-    TILE: [
-        ("launch_padded<T, 8>", "launch_padded<T, 4>"),
-        ("<__half>", "<__nv_bfloat16>"),
-    ],
+    TILE: [("launch_padded<8>", "launch_padded<4>")],
     STEP: [("<double>", "<float>")],
     STEP_WORDS: [("<__half,", "<__nv_bfloat16,")],
     SM90: [("<__half>", "<__nv_bfloat16>")],
