@@ -26,6 +26,7 @@ static uint32_t lanes_set(Mask v) {
                                       : _mm256_movemask_pd(reinterpret_cast<__m256d>(v)));
 }
 
+#include "vector_formats.h"
 #include "vectors.h"
 #include "cycle_consistency_core.h"
 #include "srtg_core.h"

@@ -26,6 +26,7 @@ static uint32_t lanes_set(Mask v) {
   return L == 16 ? _mm512_movepi32_mask(bits) : _mm512_movepi64_mask(bits);
 }
 
+#include "vector_formats.h"
 #include "vectors.h"
 #include "cycle_consistency_core.h"
 #include "srtg_core.h"

@@ -8,15 +8,15 @@ namespace rcu_ops::cpu::portable::cycle_consistency_kernels {
 
 static constexpr int vector_bytes = 16;
 
+#include "vector_formats.h"
+
 template <class R>
 static R load_half(const f16_t* p) {
-  R v{};
-  for (int l = 0; l < 4; ++l) v[l] = static_cast<float>(to_double(p[l]));
-  return v;
+  return load_vector<float>(p, 4);
 }
 template <class R>
 static void store_half(f16_t* p, R v) {
-  for (int l = 0; l < 4; ++l) from_double(v[l], p[l]);
+  store_vector<float>(p, v, 4);
 }
 template <int L, class Mask>
 static uint32_t lanes_set(Mask v) {

@@ -9,7 +9,7 @@ using Entry = void (*)(const P&, const Parallel&);
 template <class P>
 static void run_as(const P& problem, const Parallel& parallel, Entry<P> portable, [[maybe_unused]] Entry<P> avx2,
                    [[maybe_unused]] Entry<P> avx512, [[maybe_unused]] Entry<P> avx512_bf16) {
-  const Isa isa = current_isa();
+  [[maybe_unused]] const Isa isa = current_isa();  // one that cannot run is an error on every processor
 #if defined(__x86_64__)
   if (isa > Isa::avx512 && problem.relation.dtype == DType::bf16) return avx512_bf16(problem, parallel);
   if (isa >= Isa::avx512) return avx512(problem, parallel);

@@ -203,8 +203,8 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
     memset(p.dweight, 0, static_cast<size_t>(p.C * p.C) * size);
     return;
   }
+  [[maybe_unused]] const Isa isa = isa_for(current_isa(), p.dtype);
 #if defined(__x86_64__)
-  const Isa isa = isa_for(current_isa(), p.dtype);
   // Not with the matrix unit: its processors multiply pairs at half the rate of fp32 (see cpu_isa.h).
   if (isa == Isa::avx512_bf16 && p.dtype == DType::bf16) return avx512_bf16::weight_grad(p, parallel);
   if (isa >= Isa::avx512) return avx512::weight_grad(p, parallel);
@@ -216,13 +216,12 @@ void weight_grad(const WeightGrad& p, const Parallel& parallel) {
 void conv_frame(const ConvFrame& p, const Parallel& parallel) {
   if (p.N * p.OH * p.OW == 0) return;
   const FramePlan plan = plan_frame(p, parallel.threads);
-  const Isa isa = current_isa();
+  [[maybe_unused]] const Isa isa = current_isa();
 #if defined(__x86_64__)
   if (p.pairs) return avx512_bf16::conv_frame(p, plan, parallel);
   if (isa >= Isa::avx512) return avx512::conv_frame(p, plan, parallel);
   if (isa == Isa::avx2) return avx2::conv_frame(p, plan, parallel);
 #endif
-  static_cast<void>(isa);
   portable::conv_frame(p, plan, parallel);
 }
 

@@ -1,4 +1,5 @@
-// recurrent_conv for any processor: four-lane vectors of the compiler's own, products and sums rounded as it sees fit.
+// recurrent_conv for any processor: four-lane vectors of the compiler's own, products and sums rounded as it sees fit
+// (once, where the processor multiplies and adds in one instruction).
 
 #include "kernels.h"
 

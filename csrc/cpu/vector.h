@@ -1,76 +1,13 @@
-// Vectors of `vector_bytes` in the compiler's own terms: loads and stores of all number formats, and activations.
+// Vectors of `vector_bytes` in the compiler's own terms: activations.
 // Included inside the namespace of an instruction set, after scalar.h and a constant vector_bytes, so that each gets
 // its own copy (see scalar.h).
 //
 // Activations are accurate to about 2 ulp of fp32; fp64 goes through the C library, lane by lane.
 
-template <class S>
-struct Vector {
-  typedef S R __attribute__((vector_size(vector_bytes)));
-  static constexpr int L = vector_bytes / static_cast<int>(sizeof(S));
-};
-typedef int32_t Ints __attribute__((vector_size(vector_bytes)));
-typedef uint32_t Bits __attribute__((vector_size(vector_bytes)));
-typedef uint16_t HalfBits __attribute__((vector_size(vector_bytes / 2)));
+#include "vector_formats.h"
+
 using Floats = Vector<float>::R;
 using Doubles = Vector<double>::R;
-
-template <class To, class From>
-static inline To bits_as(From v) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &v, sizeof to);
-  return to;
-}
-
-// The first `count` lanes from memory, the others 0; count is the number of lanes, known to the compiler, in all but a
-// run's end.
-template <class R, class E>
-static inline R read_lanes(const E* from, int count) {
-  R v{};
-  memcpy(&v, from, static_cast<size_t>(count) * sizeof(E));
-  return v;
-}
-
-template <class S>
-static inline typename Vector<S>::R load_vector(const S* from, int count) {
-  return read_lanes<typename Vector<S>::R>(from, count);
-}
-template <class S>
-static inline Floats load_vector(const bf16_t* from, int count) {
-  return bits_as<Floats>(__builtin_convertvector(read_lanes<HalfBits>(from, count), Bits) << 16);
-}
-template <class S>
-static inline Floats load_vector(const f16_t* from, int count) {
-  const Bits half = __builtin_convertvector(read_lanes<HalfBits>(from, count), Bits), rest = half & 0x7fff;
-  const Bits normal = bits_as<Bits>(bits_as<Floats>(rest << 13) * as_float(0x77800000));  // see to_double(f16_t)
-  const Bits special = rest << 13 | 0x7f800000;
-  return bits_as<Floats>((rest >= 0x7c00 ? special : normal) | (half & 0x8000) << 16);
-}
-
-template <class S>
-static inline void store_vector(S* to, typename Vector<S>::R v, int count) {
-  memcpy(to, &v, static_cast<size_t>(count) * sizeof(S));
-}
-template <class S>
-static inline void store_vector(bf16_t* to, Floats v, int count) {
-  const Bits bits = bits_as<Bits>(v), high = bits >> 16;
-  const Bits rounded = (bits + 0x7fff + (high & 1)) >> 16;
-  const HalfBits half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? high | 0x40 : rounded, HalfBits);
-  memcpy(to, &half, static_cast<size_t>(count) * sizeof(bf16_t));
-}
-template <class S>
-static inline void store_vector(f16_t* to, Floats v, int count) {
-  const Bits bits = bits_as<Bits>(v), rest = bits & 0x7fffffff;  // see from_double(double, f16_t&)
-  const Bits nan = (rest >> 13 & 0x3ff) | 0x7e00;
-  const Bits denormal = bits_as<Bits>(bits_as<Floats>(rest) + 0.5f) - 0x3f000000;
-  const Bits normal = (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13;
-  Bits half = rest < 0x38800000 ? denormal : normal;
-  half = rest >= 0x477ff000 ? Bits{} + 0x7c00 : half;
-  half = rest > 0x7f800000 ? nan : half;
-  const HalfBits out = __builtin_convertvector(half | (bits >> 16 & 0x8000), HalfBits);
-  memcpy(to, &out, static_cast<size_t>(count) * sizeof(f16_t));
-}
 
 // An instruction set that does the next two faster brings functions of its own, which are taken for the templates here.
 //

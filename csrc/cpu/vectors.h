@@ -1,6 +1,7 @@
 // Vectors F32 and F64 in the compiler's own types, for kernels whose inner loops it turns into good code by itself.
 // Included inside the namespace of the instruction set that uses them, after scalar.h; that file defines
-// `vector_bytes`, load_half, store_half and lanes_set<L>: a bit per lane of a comparison's result.
+// `vector_bytes`, load_half, store_half and lanes_set<L>: a bit per lane of a comparison's result. It also includes
+// vector_formats.h before.
 
 template <int... I>
 struct Lanes {};
@@ -101,12 +102,12 @@ struct F32 : Vectors<float, float_vector> {
   static R load(const bf16_t* p) {
     H half;
     memcpy(&half, p, sizeof half);
-    return reinterpret_cast<R>(__builtin_convertvector(half, U) << 16);
+    return reinterpret_cast<R>(widened(half) << 16);
   }
   static R load(const f16_t* p) { return load_half<R>(p); }
   using Vectors::store;
   static void store(bf16_t* p, R v) {
-    const H half = __builtin_convertvector(rounded_to_high(v) >> 16, H);
+    const H half = narrowed(rounded_to_high(v) >> 16);
     memcpy(p, &half, sizeof half);
   }
   static void store(f16_t* p, R v) { store_half(p, v); }

@@ -3,31 +3,22 @@
 //
 // R is a register of L numbers S; memory may hold a 16-bit type instead. No alignment is asked for.
 
-using float4 = float __attribute__((vector_size(16)));
-using double2 = double __attribute__((vector_size(16)));
+static constexpr int vector_bytes = 16;
+#include "vector_formats.h"
 
-template <class Scalar, class Vector>
+template <class Scalar>
 struct Portable {
   using S = Scalar;
-  using R = Vector;
-  static constexpr int L = sizeof(Vector) / sizeof(Scalar);
+  using R = typename Vector<S>::R;
+  static constexpr int L = Vector<S>::L;
   static R set1(S v) { return v - R{}; }  // keeps -0
-  static R load(const S* p) {
-    R v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void store(S* p, R v) { memcpy(p, &v, sizeof v); }
-  // Conversions of the 16-bit types are calls: unrolled into every block they would be most of the library.
   template <class T>
-  [[gnu::noinline]] static R load(const T* p) {
-    R v;
-    for (int i = 0; i < L; ++i) v[i] = scalar(p[i]);
-    return v;
+  static R load(const T* p) {
+    return load_vector<S>(p, L);
   }
   template <class T>
-  [[gnu::noinline]] static void store(T* p, R v) {
-    for (int i = 0; i < L; ++i) from_double(v[i], p[i]);
+  static void store(T* p, R v) {
+    store_vector<S>(p, v, L);
   }
   template <class T>
   static S scalar(T v) {
@@ -60,9 +51,7 @@ struct Portable {
     return (v + shift) - shift;
   }
   static R times_power(R v, R n) {  // v 2^n, n whole and within the range of normal numbers
-    for (int i = 0; i < L; ++i)
-      v[i] = sizeof(S) == 8 ? S(__builtin_ldexp(v[i], int(n[i]))) : __builtin_ldexpf(float(v[i]), int(n[i]));
-    return v;
+    return v * bits_as<R>((__builtin_convertvector(n, Ints) + 127) << 23);
   }
   static S sum(R v) {
     S all = v[0];
@@ -76,5 +65,5 @@ struct Portable {
   }
   static void sums(R a, R b, R c, R d, S* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 };
-using Floats = Portable<float, float4>;
-using Doubles = Portable<double, double2>;
+using Floats = Portable<float>;
+using Doubles = Portable<double>;

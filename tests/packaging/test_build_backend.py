@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -64,6 +66,44 @@ def test_bits_of_offsets(bits: str | None, flags: list[str]) -> None:
     assert build.offset_flags({} if bits is None else {"RCU_OPS_OFFSETS": bits}) == flags
     with pytest.raises(SystemExit, match="RCU_OPS_OFFSETS: expected 64 or 32, got '16'"):
         build.offset_flags({"RCU_OPS_OFFSETS": "16"})
+
+
+# ----------------------------------------------------------------------------------------------------- other processors
+
+
+def compiler_for_vectors() -> build.Compiler:
+    found = build.find_compiler()
+    if not isinstance(found, build.Compiler) or "clang" in found.version:
+        pytest.skip("needs GCC, whose flags these are")
+    return found
+
+
+@pytest.mark.parametrize("source", [s for s in build.library_sources() if s.rpartition("_")[2][:3] in ("avx", "amx")])
+def test_an_instruction_sets_file_is_empty_on_other_processors(source: str) -> None:
+    compiler = compiler_for_vectors()
+    preprocess = [
+        *compiler.command,
+        "-E",
+        "-P",
+        "-undef",
+        "-nostdinc",
+        source,
+    ]  # no word about the processor, no header
+    result = subprocess.run(preprocess, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+def test_portable_kernels_multiply_and_add_in_one_instruction_where_there_is_one(tmp_path: Path) -> None:
+    source = tmp_path / "multiply.cpp"
+    source.write_text(
+        "typedef float V __attribute__((vector_size(16)));\n"
+        "void f(V* acc, const V* a, const V* b, int n) { for (int i = 0; i < n; ++i) acc[0] = a[i] * b[i] + acc[0]; }\n"
+    )
+    compiler = compiler_for_vectors()
+    processor = ["-mfma"] if platform.machine() == "x86_64" else []
+    command = [*compiler.command, *build.PORTABLE_FLAGS, *processor, "-S", "-o", "-", str(source)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "vfmadd" in text or "fmla" in text
 
 
 # ----------------------------------------------------------------------------------------------------- forced choices
