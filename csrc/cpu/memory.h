@@ -3,9 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#if defined(__aarch64__)
-#include <arm_neon.h>  // for vector_formats.h, which is included inside a namespace
-#endif
 
 namespace rcu_ops::cpu {
 
