@@ -18,6 +18,8 @@ def tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected one tensor, got a nested tensor")
     return value
 
 

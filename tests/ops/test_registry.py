@@ -160,6 +160,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout) -> None:
+    sequences = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(3, 4)], layout=layout)
+    dense = torch.randn(2, 3, 4)
+    with pytest.raises(TypeError, match="key: expected"):
+        rcu_ops.nonlocal_attention(dense, sequences, dense)
+    with pytest.raises(TypeError, match="b: expected"):
+        rcu_ops.temporal_cycle_loss(dense, sequences)
+
+
 def test_environment_variable_sets_the_choice() -> None:
     code = "import rcu_ops.ops as o; print(o.current_backend())"
     assert run_python(code, RCU_OPS_BACKEND="reference").stdout.strip() == "reference"
