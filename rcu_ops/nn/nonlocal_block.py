@@ -28,6 +28,8 @@ class NonLocalBlock(nn.Module):
 
     The batch normalisation starts at zero: a new block changes nothing, and goes into a trained network as it is.
 
+    With a memory a program of torch.export or torch.compile has the number of frames of its example.
+
     Shape:
         [N,C,T,H,W] -> [N,C,T,H,W]
 

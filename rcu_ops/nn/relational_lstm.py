@@ -44,6 +44,8 @@ class RelationalLSTM(nn.Module):
         weight_x: [4 (3 D + Dv), C]: theta, phi and g of ``r(X, X)`` and theta of ``r(X, H)``, the gates i, f, o, g
             within each. weight_h: [4 (D + Dv), Dv]: phi and g of ``r(X, H)``, likewise. bias_x, bias_h: or None.
 
+    A program of torch.export or torch.compile has the number of frames of its example, since the steps are written out.
+
     Raises:
         ValueError: a number below 1, an unknown ``normalize``, an odd C without ``hidden_channels``, a state of another
             shape.

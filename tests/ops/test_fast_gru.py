@@ -267,6 +267,27 @@ def test_bitwise_repeatable(backend, dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels are not built")
+def test_the_kernels_steps_give_the_bits_of_the_whole_on_any_number_of_threads(dtype) -> None:
+    tensors = inputs((3, 4, 48, 1, 7, 7), 12, dtype, with_o0=False)
+    x, weights, threads, found = tensors[0], tensors[1:6], torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert "library products" not in str(rcu_ops.explain("fast_gru", x, *weights).plan)
+            o, state = rcu_ops.fast_gru(x, *weights)
+            parts, step = [x[:, :1]], x[:, 0].to(state.dtype)
+            for clip in x[:, 1:].unbind(1):
+                part, step = rcu_ops.fast_gru(clip.unsqueeze(1), *weights, step)
+                parts.append(part)
+            assert torch.equal(torch.cat(parts, 1), o) and torch.equal(step, state)
+            found.append(o)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_nan_and_inf_propagate_like_the_reference(backend) -> None:
     tensors = inputs((2, 4, 6, 1, 2, 3), 2)
     tensors[0][0, 1, 1, 0, 0, 0] = torch.nan
