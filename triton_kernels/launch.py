@@ -35,8 +35,13 @@ def ceil_div(count: int, block: int) -> int:
     return -(-count // block)
 
 
-#: The largest size of a grid along y, where kernels of several sizes have the samples.
-MOST_SAMPLES = 65535
+#: The largest size of a grid along y, where kernels have the samples, or blocks of channels.
+MOST_SAMPLES = MOST_BLOCKS = 65535
+
+
+def parts(count: int, most: int) -> list[tuple[int, int]]:
+    """``(first, how many)`` of each part of ``count``, none longer than ``most``."""
+    return [(first, min(most, count - first)) for first in range(0, count, most)]
 
 
 def by_samples(most: int, operator: Callable[..., Any], *arguments: Any) -> Any:
@@ -44,11 +49,11 @@ def by_samples(most: int, operator: Callable[..., Any], *arguments: Any) -> Any:
     samples = next(value.shape[0] for value in arguments if isinstance(value, Tensor))
     if samples <= most:
         return operator(*arguments)
-    parts = [
-        operator(*(value[at : at + most] if isinstance(value, Tensor) else value for value in arguments))
-        for at in range(0, samples, most)
+    found = [
+        operator(*(value.narrow(0, first, size) if isinstance(value, Tensor) else value for value in arguments))
+        for first, size in parts(samples, most)
     ]
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
+    return torch.cat(found) if isinstance(found[0], Tensor) else tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,19 @@ from torch import Tensor
 
 from rcu_ops.triton_kernels import recurrent_conv as scans
 from rcu_ops.triton_kernels.device import clip_offsets
-from rcu_ops.triton_kernels.launch import Launch, ceil_div
+from rcu_ops.triton_kernels.launch import MOST_BLOCKS, Launch, ceil_div, parts
 
 MOMENTS, NORMALIZE, SUMS, GRADIENT = range(4)  # PASS
 
 
-@triton.jit(do_not_specialize=["c_count", "t_count", "positions", "width", "eps"])
+@triton.jit(do_not_specialize=["c_first", "c_count", "t_count", "positions", "width", "eps"])
 def norm_kernel(
-    h, other, y, out, partial, moments, gamma, beta, sums, c_count, t_count, positions, width, eps,
+    h, other, y, out, partial, moments, gamma, beta, sums, c_first, c_count, t_count, positions, width, eps,
     h_n, h_c, h_t, h_h, h_w, other_n, other_c, other_t, other_h, other_w,
     y_n, y_c, y_t, y_h, y_w, out_n, out_c, out_t, out_h, out_w,
     PASS: tl.constexpr, RELU: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One pass over h [N,C,T,H,W] by strides. Program (n t, i): channels [i BLOCK_C, ..) of one frame.
+    """One pass over h [N,C,T,H,W] by strides. Program (n t, i): channels [c_first + i BLOCK_C, ..) of one frame.
 
     Layout: other (the residual, or the gradient of y), y (read for its sign alone; written by NORMALIZE) and out (dz or
     the gradient of h) like h, or None; moments [3,C], gamma, beta [C], sums [2,C] fp32 contiguous, gamma and beta may
@@ -46,7 +46,7 @@ def norm_kernel(
     """
     frame = tl.program_id(0)
     n, t = (frame // t_count).to(tl.int64), (frame % t_count).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = c_first + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mine = c < c_count
     if partial is not None:
         to = partial + (frame.to(tl.int64) * c_count + c) * 2
@@ -192,12 +192,15 @@ def plan(
     sequences = (h, other, y, out)
     tables = [None if table is None else table.contiguous() for table in (moments, gamma, beta, sums)]
     flat = all(height == 1 or v is None or v.stride(3) == width * v.stride(4) for v in sequences)
-    arguments = (
-        *sequences, partial, *tables, c, t, height * width, width, eps,
+    sizes = (
+        c, t, height * width, width, eps,
         *(stride for v in sequences for stride in ((0,) * 5 if v is None else v.stride())),
     )  # fmt: skip
     constants = {"PASS": what, "RELU": relu, "FLAT": flat, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    launches = [Launch(norm_kernel, (n * t, ceil_div(c, block_c)), arguments, constants, 4, 2)]
+    launches = [
+        Launch(norm_kernel, (n * t, blocks), (*sequences, partial, *tables, first * block_c, *sizes), constants, 4, 2)
+        for first, blocks in parts(ceil_div(c, block_c), MOST_BLOCKS)
+    ]
     if result is not None:
         finish = (partial, tables[0], result, c, n * t, height * width, eps)
         constants = {"PASS": what, "BLOCK_C": 16, "BLOCK_F": 32}

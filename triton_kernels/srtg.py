@@ -15,25 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from rcu_ops.triton_kernels.device import clip_offsets
-from rcu_ops.triton_kernels.launch import Launch, ceil_div
+from rcu_ops.triton_kernels.launch import MOST_BLOCKS, Launch, ceil_div, parts
 
 #: What a program does: means of x; x h; x + h; grad h and the sums of grad x.
 SQUEEZE, MUL, ADD, BACKWARD = range(4)
 
 
-@triton.jit(do_not_specialize=["c_count", "t_count", "positions", "width"])
+@triton.jit(do_not_specialize=["c_first", "c_count", "t_count", "positions", "width"])
 def gate_kernel(
-    x, grad, y, h, gate, sums, c_count, t_count, positions, width,
+    x, grad, y, h, gate, sums, c_first, c_count, t_count, positions, width,
     x_n, x_c, x_t, x_h, x_w, g_n, g_c, g_t, g_h, g_w, y_n, y_c, y_t, y_h, y_w, gate_n,
     PASS: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """``y`` like x, and ``sums [n, t, c]`` fp32 contiguous. Program (n t, i): channels [i BLOCK_C, ..) of one frame.
+    """``y`` like x, and ``sums [n, t, c]`` fp32 contiguous. Program (n t, i): channels [c_first + i BLOCK_C, ..) of one
+    frame.
 
     The gate is open where it is None. Closed, ``mul`` and ``add`` copy x, ``backward`` copies grad and its sums are 0.
     """
     frame = tl.program_id(0)
     n, t = (frame // t_count).to(tl.int64), (frame % t_count).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = c_first + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     to = frame.to(tl.int64) * c_count + c
     is_open = True
     if gate is not None:
@@ -85,13 +86,17 @@ def plan(
     along = x.stride(1) == 1 and c > 1
     block_c, block_p = (64, 16) if along else (4, 256)
     strides = [tuple(v.stride()) if v is not None else (0,) * 5 for v in (x, grad, y)]
-    arguments = (
-        x, grad, y, None if h is None else h.contiguous(), gate, sums, c, t, height * width, width,
+    pointers = (x, grad, y, None if h is None else h.contiguous(), gate, sums)
+    sizes = (
+        c, t, height * width, width,
         *(s for of in strides for s in of), 0 if gate is None else gate.stride(0),
     )  # fmt: skip
     flat = all(height == 1 or v is None or v.stride(3) == width * v.stride(4) for v in (x, grad, y))
     constants = {"PASS": what, "FLAT": flat, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    return (y, sums), [Launch(gate_kernel, (n * t, ceil_div(c, block_c)), arguments, constants, 4, 2)]
+    return (y, sums), [
+        Launch(gate_kernel, (n * t, blocks), (*pointers, first * block_c, *sizes), constants, 4, 2)
+        for first, blocks in parts(ceil_div(c, block_c), MOST_BLOCKS)
+    ]
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:

@@ -233,6 +233,13 @@ def many_samples() -> None:
     assert {launch.grid[1] for launch in launched} == {1, 2}
 
 
+def many_channels() -> None:
+    """The same of blocks of channels."""
+    with mock.patch.object(srtg, "MOST_BLOCKS", 2), mock.patch.object(srtg, "_run", wraps=srtg._run) as run:
+        data_path((2, 10, 1, 2, 3), torch.float32, "contiguous")
+    assert [launch.grid[1] for call in run.call_args_list for launch in call.args[0]] == [2, 1] * 7
+
+
 def means() -> None:
     x = torch.randn(1, 5, 2, 19, 21)
     assert_close_to_reference(srtg.squeeze(x), x.double().mean((3, 4)).mT, x.mean((3, 4)).mT)
@@ -290,6 +297,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"data {arguments}", lambda a=arguments: data_path(*a)
     yield "means", means
     yield "many samples", many_samples
+    yield "many channels", many_channels
     yield "self-tests", self_tests_pass
 
 

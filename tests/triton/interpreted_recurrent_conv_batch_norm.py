@@ -12,6 +12,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -78,6 +80,20 @@ def a_large_mean() -> None:
     assert_close_to_reference(result[:2], channel_moments(h.double())[:2], channel_moments(h, torch.float32)[:2])
 
 
+def many_channels() -> None:
+    """More blocks of channels than a grid has places along y are run in parts."""
+    shape, run = (1, 10, 1, 2, 3), kernels._run
+    launched: list[Any] = []
+
+    def watched(launches: list[Any], device: torch.device) -> None:
+        launched.extend(launches)
+        run(launches, device)
+
+    with mock.patch.multiple(kernels, MOST_BLOCKS=2, _run=watched):
+        passes(shape, torch.float32, "contiguous", True)
+    assert [launch.grid[1] for launch in launched if launch.kernel is kernels.norm_kernel] == [2, 1] * 5
+
+
 def nothing() -> None:
     _, _, moments = kernels.moments(torch.empty(0, 5, 2, 3, 3), torch.eye(5), None, False)
     assert torch.equal(moments, torch.zeros(3, 5))
@@ -105,6 +121,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"passes {arguments}", lambda a=arguments: passes(*a)
         yield f"plain {dtype}", lambda d=dtype: passes((1, 6, 2, 4, 4), d, "frame_major", True, affine=False)
     yield "large mean", a_large_mean
+    yield "many channels", many_channels
     yield "empty", nothing
     yield "self-tests", self_tests_pass
 
