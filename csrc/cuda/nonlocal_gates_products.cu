@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(map_threads)
       const float score = scale * widen(map[key]);
       return r.count ? score : exp(score - base);
     };
-    if (!r.count)
-      for (int64_t key = lane; key < r.M; key += 32) total += power(key);
+    const int64_t summed = r.count ? 0 : r.M;  // a branch around the loop keeps CUDA 12's compiler busy without end
+    for (int64_t key = lane; key < summed; key += 32) total += power(key);
     total = sum_of_warp(total);
     for (int64_t key = lane; key < r.M; key += 32) map[key] = narrow<T>(total == 0 ? NAN : power(key) / total);
     if (queries && lane == 0) queries[mine.query] = peak, queries[all + mine.query] = total;

@@ -40,7 +40,9 @@ def matching(a: Tensor, b: Tensor, temperature: float, mask_b: Tensor | None) ->
     if mask_b is None:
         return logits.softmax(-1)
     there = mask_b.unsqueeze(-2)
-    return logits.masked_fill(~there, torch.finfo(logits.dtype).min).softmax(-1) * there
+    # Infinitely far from what is there is nearer than nothing: such rows are NaN, as they are without a mask.
+    logits = logits.masked_fill(~there, -torch.inf).masked_fill(~there.any(-1, keepdim=True), 0)
+    return logits.softmax(-1) * there
 
 
 def present(sequence: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

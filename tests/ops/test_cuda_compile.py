@@ -74,6 +74,15 @@ REGISTERS = {
     "update_cells": 128,  # 4 blocks of 128, all of whose numbers are on their way at once
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
+# Bytes that CUDA 12's compilers, 12.0 to 12.8, keep on the stack where CUDA 13's need none.
+STACK_OF_CUDA_12 = {
+    "align_tile": 32,
+    "hopper_scan": 32,
+    "plain_key_gradient<float>": 32,
+    "plain_query_gradient<float>": 56,
+    "update_cells": 16,
+    "wide_scan": 8,
+}
 # Static shared memory: none, kernels ask for theirs at the launch (cuda/device/shared_memory.h). From sm_90 on the
 # system has 1 KB.
 STATIC_SHARED_BYTES = {"sm_80": 0, "sm_90": 1024, "sm_90a": 1024}
@@ -200,7 +209,9 @@ def test_registers(usage) -> None:
 
 
 def test_nothing_spills(usage) -> None:
-    assert not {key: use for key, use in usage.items() if use.stack_bytes or use.local_bytes}
+    known = STACK_OF_CUDA_12 if _library.build_record()["cuda"].startswith("12.") else {}
+    stack = {key: known.get(key[1], known.get(key[1].partition("<")[0], 0)) for key in usage}
+    assert not {key: use for key, use in usage.items() if use.stack_bytes > stack[key] or use.local_bytes}
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, HOPPER])

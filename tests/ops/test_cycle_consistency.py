@@ -306,6 +306,16 @@ def test_not_a_number(backend) -> None:
         assert torch.equal(got, expected)
 
 
+def test_an_infinite_frame_has_no_neighbour_under_a_mask_either(backend) -> None:
+    a, b = inputs((2, 4, 5, 6))
+    a[0, 1, 2] = torch.inf
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3] = False
+    soft, index = rcu_ops.soft_nearest_neighbor(a, b, mask_b=mask)
+    assert soft[0, 1].isnan().all() and index[0, 1] == -1
+    assert soft.isnan().sum() == 6 and (index == -1).sum() == 1
+
+
 def test_strides_are_read_in_place(backend) -> None:
     a, b = inputs((2, 10, 12, 16))
     plain = rcu_ops.soft_nearest_neighbor(a, b)
