@@ -67,10 +67,12 @@ def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.
             f"model: expected evaluation mode (call model.eval()), but {training[0]}"
             f"{f' and {len(training) - 1} more modules are' if len(training) > 1 else ' is'} in training mode"
         )
-    ours = copied(model)
-    if fold_relations:
-        ours = fold_relations_of(ours)
-    return fuse_patterns(ours, _FOR_INFERENCE).eval().requires_grad_(False)
+    # Under the caller's inference mode the new weights would be tensors whose changes PyTorch does not count.
+    with torch.inference_mode(False), torch.no_grad():
+        ours = copied(model)
+        if fold_relations:
+            ours = fold_relations_of(ours)
+        return fuse_patterns(ours, _FOR_INFERENCE).eval().requires_grad_(False)
 
 
 class FusedRecurrentConv3d(nn.Module):

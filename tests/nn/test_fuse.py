@@ -195,6 +195,22 @@ def test_weights_loaded_under_inference_mode_are_seen() -> None:
         assert torch.equal(*scores)
 
 
+def test_weights_changed_in_place_under_inference_mode_are_seen() -> None:
+    with torch.inference_mode():
+        fused = fuse_for_inference(small_model("rcn_resnet18", width=16))
+        frame = torch.randn(1, 3, 1, 32, 32)
+
+        def second(model: nn.Module) -> Tensor:
+            streamer = Streamer(model)
+            return streamer(frame, streamer(frame)[1])[0]
+
+        before = second(fused)
+        for parameter in fused.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(second(fused), second(copy.deepcopy(fused)))
+        assert not torch.equal(second(fused), before)
+
+
 @pytest.mark.skipif(not _library.has_kernel("recurrent_conv", "CPU"), reason="the library has no CPU kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inference", [False, True])
