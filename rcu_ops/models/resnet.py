@@ -295,6 +295,14 @@ class Head(nn.Module):
         return self.conv(self.dropout(x.mean((3, 4), keepdim=True))).flatten(2)
 
 
+def _named(prefix: str, layer: Callable[..., Any], channels: int, **options: Any) -> Any:
+    """``layer(channels, **options)``, whose errors name the network's options: ``prefix`` and an underscore before."""
+    try:
+        return layer(channels, **options)
+    except ValueError as error:
+        raise ValueError(f"{prefix}_{error}") from None
+
+
 class VideoResNet(nn.Module):
     """A ResNet over clips with per-frame scores.
 
@@ -388,7 +396,7 @@ class VideoResNet(nn.Module):
             raise ValueError(f"srtg: {block} blocks have the places {allowed}, got {srtg!r}")
 
         def temporal_gate(channels: int) -> SRTG:
-            return SRTG(channels, gate=srtg_gate, fusion=srtg_fusion, window=srtg_window)
+            return _named("srtg", SRTG, channels, gate=srtg_gate, fusion=srtg_fusion, window=srtg_window)
 
         known = {f"layer{stage}.{index}" for stage, blocks in enumerate(layers, 1) for index in range(blocks)}
         if not known >= set(nonlocal_after):
@@ -431,7 +439,8 @@ class VideoResNet(nn.Module):
                 in_planes = planes * kind.expansion
                 if f"layer{stage + 1}.{index}" in nonlocal_after:
                     memory = nonlocal_memory if framewise else None
-                    stage_blocks[-1].relation = NonLocalBlock(in_planes, kind=nonlocal_kind, memory=memory)
+                    relation = _named("nonlocal", NonLocalBlock, in_planes, kind=nonlocal_kind, memory=memory)
+                    stage_blocks[-1].relation = relation
             stages.append(nn.Sequential(*stage_blocks))
             planes *= 2
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

@@ -317,6 +317,21 @@ def test_bad_arguments(argument: str, value: object) -> None:
         VideoResNet(**{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"srtg": "final", "srtg_window": 0}, "^srtg_window: "),
+        ({"srtg": "final", "srtg_fusion": "sum"}, "^srtg_fusion: "),
+        ({"nonlocal_after": ("layer1.0",), "nonlocal_memory": -1}, "^nonlocal_memory: "),
+        ({"nonlocal_after": ("layer1.0",), "nonlocal_kind": "cosine"}, "^nonlocal_kind: "),
+    ],
+    ids=str,
+)
+def test_errors_of_layers_name_the_networks_option(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        create_model("rcn_resnet18", width=2, **options)
+
+
 def test_dense() -> None:
     assert on_meta("i3d_resnet50", dense=True).frame_scores(torch.empty(1, 3, 9, 32, 32, device="meta")).shape[2] == 9
     with pytest.raises(ValueError, match="dense"):
