@@ -43,8 +43,9 @@ def fuse_for_inference(model: nn.Module, *, fold_relations: bool = False) -> nn.
       of the weights per step (:func:`rcu_ops.nn.fold_relations`); it has then to stay in its dtype.
 
     What kernels need of the weights in other forms (rearranged, or, for long clips of few positions on a GPU, their
-    powers) is kept beside them and made anew when they change by any way that PyTorch counts; a write through ``.data``
-    is none. Parametrized weights (``torch.nn.utils.parametrize``) are taken as they are now.
+    powers) is kept beside them and made anew when they change by any way that PyTorch counts. A write through ``.data``
+    is none, nor is one to weights that were copied or cast under inference mode; ``load_state_dict`` always is.
+    Parametrized weights (``torch.nn.utils.parametrize``) are taken as they are now.
 
     Streams keep their state under the same names, so a stream may move between a model and its fused form. The result
     has no gradients with respect to its parameters. Layers with hooks (also those by which ``prune`` and the old
