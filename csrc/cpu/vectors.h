@@ -56,9 +56,12 @@ struct Vectors {
   static R sums(R (&row)[L]) { return add_bits<L / 2>(row); }
 
  private:
+  using Places =
+      decltype(R() < R());  // of lanes in one or two vectors; __builtin_shufflevector is for GCC 12 and later
+
   template <int H, int... I>
   static R swap_lanes(R v, Lanes<I...>) {
-    return __builtin_shufflevector(v, v, (I ^ H)...);
+    return __builtin_shuffle(v, Places{(I ^ H)...});
   }
   template <int H>
   static S sum_halves(R v) {
@@ -88,8 +91,8 @@ struct Vectors {
   }
   template <int H, int... I>
   static void swap_pair(R& a, R& b, Lanes<I...>) {
-    const R low = __builtin_shufflevector(a, b, ((I & H) ? L + I - H : I)...);
-    b = __builtin_shufflevector(a, b, ((I & H) ? L + I : I + H)...);
+    const R low = __builtin_shuffle(a, b, Places{((I & H) ? L + I - H : I)...});
+    b = __builtin_shuffle(a, b, Places{((I & H) ? L + I : I + H)...});
     a = low;
   }
 };
