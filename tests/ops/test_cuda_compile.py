@@ -74,7 +74,7 @@ REGISTERS = {
     "update_cells": 128,  # 4 blocks of 128, all of whose numbers are on their way at once
     "sum_splits": 40,  # bound by memory alone: 6 blocks of 256
 }
-# Bytes that CUDA 12's compilers, 12.0 to 12.8, keep on the stack where CUDA 13's need none.
+# Bytes that CUDA 12's compilers, 12.0 to 12.9, keep on the stack where CUDA 13's need none.
 STACK_OF_CUDA_12 = {
     "align_tile": 32,
     "hopper_scan": 32,
