@@ -270,6 +270,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     weights = Path(args.weights)
     stored = read_settings(weights)
     if stored is None and args.recipe is None:
+        if not weights.is_file():
+            raise UserError(f"--weights: there is no file {weights}")
         raise UserError(f"--recipe is missing: {args.weights} does not say what it was trained with")
     if stored is None or args.recipe is not None:
         settings = _new_settings(args)
@@ -386,9 +388,8 @@ def _new_settings(args: argparse.Namespace) -> RunSettings:
     from rcu_ops.recipes.checkpoint import RunSettings
 
     recipe = _recipe(args)
-    options = {**MODEL_OPTIONS.get(recipe.name, {}), **parse_model_options(args.model_option)}
-    if recipe.input == "flow":
-        options.setdefault("in_channels", 2 * recipe.flow_length)
+    flow = {"in_channels": 2 * recipe.flow_length} if recipe.input == "flow" else {}
+    options = {**MODEL_OPTIONS.get(recipe.name, {}), **flow, **parse_model_options(args.model_option)}
     return RunSettings(recipe, options, _names(args))
 
 
@@ -417,6 +418,12 @@ def _resumed_settings(args: argparse.Namespace, checkpoint: dict[str, Any]) -> R
 
 
 def _model(settings: RunSettings) -> torch.nn.Module:
+    recipe, channels = settings.recipe, settings.model_options.get("in_channels")
+    if recipe.input == "flow" and channels != 2 * recipe.flow_length:
+        raise UserError(
+            f"--flow-length: {recipe.flow_length} fields are {2 * recipe.flow_length} channels, but the network's "
+            f"in_channels is {channels}"
+        )
     return make_model(settings.recipe.model, num_classes=settings.recipe.classes, **settings.model_options)
 
 

@@ -322,7 +322,7 @@ def test_weights_of_unknown_origin_need_a_recipe(motion, trained, tmp_path, caps
         (["--recipe", "kinetics"], "--recipe: there is no recipe named 'kinetics'"),
         (["--videos", "gone.csv"], "gone.csv: cannot be read: No such file or directory"),
         (["--weights", "gone.pt", "--recipe", "kinetics_resnet34"], "got 'up'"),
-        (["--weights", "gone.pt"], "--recipe is missing: gone.pt does not say what it was trained with"),
+        (["--weights", "gone.pt"], "--weights: there is no file gone.pt"),
     ],
 )
 def test_bad_input_is_one_line(motion, trained, tmp_path, options, message, capsys):

@@ -22,7 +22,7 @@ from rcu_ops.video.sample import segment_positions
 
 TINY = [
     *("--frames", "2", "--crop", "32", "--scales", "36,36", "--eval-scale", "36", "--batch", "2", "--classes", "2"),
-    *("--eval-clips", "2", "--flow-length", "3", "--model-option", "width=2", "--model-option", "in_channels=6"),
+    *("--eval-clips", "2", "--flow-length", "3", "--model-option", "width=2"),
     *("--device", "cpu"),
 ]
 
@@ -147,6 +147,11 @@ def test_train_and_evaluate(flow: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert scores["a.npy"].shape == (2, 2)
     assert main(["evaluate", *scored, "--modes", "unrolled", "--out", str(tmp_path / "others")]) == 2
     assert "snippets of segments only" in capsys.readouterr().err
+    assert main(["evaluate", *scored, "--flow-length", "2", "--out", str(tmp_path / "others")]) == 2
+    assert "2 fields are 4 channels, but the network's in_channels is 6" in capsys.readouterr().err
+    scored[1] = str(tmp_path / "none.safetensors")
+    assert main(["evaluate", *scored, "--out", str(tmp_path / "others")]) == 2
+    assert f"--weights: there is no file {scored[1]}" in capsys.readouterr().err
 
 
 def test_files_that_are_no_flow(flow: Path, tmp_path: Path) -> None:
