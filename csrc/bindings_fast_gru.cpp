@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> steps(const Problem& p, const Tensor&
   for (int64_t k = 0; k < p.steps; ++k) {
     const Saved now{s.hidden.step(p, k), save ? s.r.step(p, k) : s.r, save ? s.z.step(p, k) : s.z,
                     s.candidate.step(p, k)};
-    step(p, weight, low, state, now, products, gated, save, true, one_type ? Plane{} : low.plane(p),
+    step(p, weight, low, state, now, products, gated, save, one_type ? Plane{} : low.plane(p),
          p.copied() ? Plane{} : plane_of(clip(o, p.first + k)));
     if (p.copied()) copy_sequence(clips(o, p.first + k, 1), low.sequence(p));
   }

@@ -202,22 +202,16 @@ struct Products {
   }
 };
 
-// One step, or any number of them whose states are known: from h = U_x x and c = V_x x in place to the gates, which
-// without `keep` need not be left there. low is the state in the data's type, state in the arithmetic's; without
-// `advance` there is no new state.
+// One step: from h = U_x x and c = V_x x in place to the gates, which without `keep` need not be left there, and the
+// next state. low is the state in the data's type, state in the arithmetic's.
 void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& state, const Saved& s,
-          const Products& products, const Matrix& gated, bool keep, bool advance = false, Plane low_out = {},
-          Plane out = {});
+          const Products& products, const Matrix& gated, bool keep, Plane low_out, Plane out);
 
 // ---- bindings_fast_gru_launch.cpp ------------------------------------------------------------------------------
 
 // All steps on the CPU by columns: s is what to save, if anything.
 void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weights> given, const Tensor& start,
                       const Saved& s, const Tensor& o, const Tensor& o_n);
-// The gates of steps whose states are known, as if every column were a problem of one step: the numbers that the
-// forward pass found.
-void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const Matrix& inputs, const Matrix& before,
-                      const Saved& s);
 #ifdef RCU_OPS_WITH_CUDA
 // All steps in one launch: hidden and candidate hold the products of x, state (fp32) the first state and then the last.
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,

@@ -14,7 +14,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
     bool need_weights) {
   const Weights weight = split(ux, uo, w, vx, vo);
   const int64_t C = p.C;
-  const bool saved = hidden.numel() > 0;
   if (in_fp32(p, x)) {
     const auto wide = [](const auto& tensor) { return in_type(tensor, ScalarType::Float); };
     const auto narrow = [&](const Tensor& tensor) { return in_type(tensor, p.scalar); };
@@ -83,28 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
       if (p.steps > 1) copy_sequence(before.part(true, M, S - M).sequence(p), clips(o, 0, p.steps - 1));
     }
     const Tensor steps = clips(x, p.first, p.steps);
-    const Matrix inputs = need_weights || !saved ? as_matrix(p, steps, temporaries) : Matrix{};
-    Saved s;
+    const Matrix inputs = need_weights ? as_matrix(p, steps, temporaries) : Matrix{};
+    const Saved s = saved_in(p, hidden, gates);
     const Matrix gated = temporaries.take(C, S, p.scalar);
-    if (saved) {
-      s = saved_in(p, hidden, gates);
-    } else {  // all states are known, so all steps at once
-      s = {temporaries.take(2 * p.R, S, p.scalar), temporaries.take(C, S, p.scalar), temporaries.take(C, S, p.scalar),
-           temporaries.take(C, S, p.scalar)};
-      // Few weights of fp32: others would be widened, or panels of all columns lie, where the temporaries are.
-      if (p.dtype == DType::f32 && fast_gru::few_weights(p.C, p.R) && in_panels(p, x, S)) {
-        gates_by_columns(p, {ux, uo, w, vx, vo}, inputs, before, s);
-      } else {
-        product(s.hidden, ux, inputs);
-        product(s.candidate, vx, inputs);
-        Matrix state = before;
-        if (p.state != p.scalar) {
-          state = temporaries.take(C, S, p.state);
-          copy(state.tensor(), before.tensor());
-        }
-        step(p, weight, before, state, s, Products(p, temporaries, x.is_cuda(), S), gated, true);
-      }
-    }
     const Matrix du = temporaries.take(2 * p.R, S, p.scalar), dc = temporaries.take(C, S, p.scalar),
                  dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);
     const auto one_by_one = [&] {
@@ -215,16 +195,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     check_dtype("grad_o_n", *grad_o_n, p.state);
     check_device("grad_o_n", *grad_o_n, x, "x");
   }
-  if (hidden.numel() > 0) {
-    check_shape("hidden", hidden, {2 * p.R * p.columns()}, "as the forward pass returns it");
-    check_shape("gates", gates, {3 * C * p.columns()}, "as the forward pass returns it");
-    for (const Tensor* tensor : {&hidden, &gates}) {
-      check_dtype("hidden, gates", *tensor, p.scalar);
-      check_device("hidden, gates", *tensor, x, "x");
-    }
-    hidden = contiguous_of(hidden);
-    gates = contiguous_of(gates);
+  check_shape("hidden", hidden, {2 * p.R * p.columns()}, "as the forward pass returns it");
+  check_shape("gates", gates, {3 * C * p.columns()}, "as the forward pass returns it");
+  for (const Tensor* tensor : {&hidden, &gates}) {
+    check_dtype("hidden, gates", *tensor, p.scalar);
+    check_device("hidden, gates", *tensor, x, "x");
   }
+  hidden = contiguous_of(hidden);
+  gates = contiguous_of(gates);
   return gradients(p, grad_o, grad_o_n, x, ux, uo, w, vx, vo, o0, o, hidden, gates, need_x, need_weights);
 }
 

@@ -48,19 +48,6 @@ void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weig
   cpu::columns(all, cpu_threads());
 }
 
-void gates_by_columns(const Problem& p, std::array<Tensor, weights> given, const Matrix& inputs, const Matrix& before,
-                      const Saved& s) {
-  fast_gru::Columns all = columns_of(p, given);
-  all.samples = all.steps = 1;
-  all.positions = inputs.columns;
-  const auto view = [](const Matrix& m) {
-    return fast_gru::View{m.data, 0, 0, m.by_column ? 1 : m.pitch, m.by_column ? m.pitch : 1};
-  };
-  all.x = view(inputs), all.start = view(before);
-  all.hidden = view(s.hidden), all.r = view(s.r), all.z = view(s.z), all.candidate = view(s.candidate);
-  cpu::columns(all, cpu_threads());
-}
-
 #ifdef RCU_OPS_WITH_CUDA
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
                          const Matrix& state, const Tensor& o, Temporaries& temporaries) {

@@ -143,7 +143,7 @@ void outer_product(const Problem& p, const Tensor& out, const Matrix& d, const M
 }
 
 void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& state, const Saved& s,
-          const Products& products, const Matrix& gated, bool keep, bool advance, Plane low_out, Plane out) {
+          const Products& products, const Matrix& gated, bool keep, Plane low_out, Plane out) {
   const auto pass = [&](Pass kind, int64_t features, std::initializer_list<Plane> planes) {
     Elementwise all = over(p, kind, features, low.columns, planes);
     all.keep = keep;
@@ -155,7 +155,7 @@ void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& s
   product(s.z, w.wz, s.hidden.part(false, p.R, p.R));
   pass(Pass::gates, p.C, {s.r.plane(p), s.z.plane(p), state.plane(p), gated.plane(p)});
   const Plane c = add(p, products.candidate, s.candidate, w.vo, gated);
-  pass(Pass::output, p.C, {s.candidate.plane(p), c, s.z.plane(p), advance ? state.plane(p) : Plane{}, low_out, out});
+  pass(Pass::output, p.C, {s.candidate.plane(p), c, s.z.plane(p), state.plane(p), low_out, out});
 }
 
 }  // namespace rcu_ops::bindings::gru

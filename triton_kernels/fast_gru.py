@@ -15,7 +15,7 @@ There the products are the library's and the same kernels read them instead (``F
 **Backward.** From the last step to the first, with g the gradient of the step's result: (1) U_o^T du of the step after
 completes g and gives dc and dz; (2) q = V_o^T dc gives dr and a part of the next g; (3) W^T of dr and dz gives du. The
 gradients of x and of the weights are library products over all steps at once. Gates are read as the forward pass saved
-them, or computed again for all steps at once: the states are known.
+them.
 
 The state, its gradient and all sums are fp32. There are no atomics, and every sum has a fixed order. Configurations are
 a fixed table (:data:`TILES`), never tuned at run time; neither the number of columns nor of steps is a compile key.
@@ -185,8 +185,7 @@ def output_kernel(
     """``candidate = tanh(candidate + gated V_o^T)``, then the new state; candidate [rows, C] holds V_x x.
 
     ``(1 - z) state + z candidate`` goes to next_state (fp32; may be state) and to low, the operand of the next products
-    (None in fp32, where next_state is it). Without z the candidate alone. Program i owns a tile of all of them. Not
-    FUSED: ``product`` [rows, C] is gated V_o^T.
+    (None in fp32, where next_state is it). Program i owns a tile of all of them. Not FUSED: ``product`` [rows, C] is gated V_o^T.
     """
     row, out, at, mask = _tile(tl.program_id(0), rows, C, BLOCK_M, BLOCK_N)
     if FUSED:
@@ -197,12 +196,11 @@ def output_kernel(
         acc = _get(product, at, mask, ALIGNED)
     new = tanh(acc + _get(candidate, at, mask, ALIGNED))
     _put(candidate, at, new, mask, ALIGNED)
-    if z is not None:
-        update = _get(z, at, mask, ALIGNED)
-        value = (1.0 - update) * _get(state, at, mask, ALIGNED) + update * new
-        _put(next_state, at, value, mask, ALIGNED)
-        if low is not None:
-            _put(low, at, value, mask, ALIGNED)
+    update = _get(z, at, mask, ALIGNED)
+    value = (1.0 - update) * _get(state, at, mask, ALIGNED) + update * new
+    _put(next_state, at, value, mask, ALIGNED)
+    if low is not None:
+        _put(low, at, value, mask, ALIGNED)
 
 
 @triton.jit(
@@ -525,10 +523,9 @@ class _Call:
         yield self.launch(gates_kernel, m, self.c, 2, arguments, self.w, False)
 
     def output(
-        self, gated: Tensor, candidate: Tensor, z: Tensor | None, state: Tensor | None, next_state: Tensor | None,
-        low: Tensor | None,
-    ) -> Iterator[Launch | Product]:  # fmt: skip
-        """candidate (V_x x) to itself and, with z, the next state."""
+        self, gated: Tensor, candidate: Tensor, z: Tensor, state: Tensor, next_state: Tensor, low: Tensor | None
+    ) -> Iterator[Launch | Product]:
+        """candidate (V_x x) to itself, and the next state."""
         product = self.part(*gated.shape)
         yield from self.mm(gated, self.vo.T, product)
         arguments = (gated, self.vo, product, candidate, z, state, next_state, low)
@@ -635,21 +632,13 @@ def plan_backward(
     results = dx, *dweights, do0
     if m == 0:
         return Planned(results, [], [])
-    saved = gates.numel() > 0
-    call = _Call.of(x, uo, w, vo, m if saved else max(m, steps * m), arch)
+    call = _Call.of(x, uo, w, vo, m, arch)
     work: list[Launch | Product | OuterProduct] = []
     copies: list[tuple[Tensor, Tensor]] = []
     inputs = _rows(x[:, first:])
     before = _rows(o[:, :steps]) if o0 is None else torch.cat([_rows(o0.unsqueeze(1)).to(x.dtype), _rows(o[:, :-1])])
-    if saved:
-        hidden, (r_all, z_all, candidates) = hidden.view(-1, 2 * r), gates.view(3, -1, c)
-    else:  # all states are known, so all steps at once
-        hidden, (r_all, z_all, candidates) = x.new_empty(steps * m, 2 * r), x.new_empty(3, steps * m, c)
+    hidden, (r_all, z_all, candidates) = hidden.view(-1, 2 * r), gates.view(3, -1, c)
     gated = torch.empty_like(before)
-    if not saved and steps:
-        work += [Product(inputs, ux.T, hidden), Product(inputs, vx.T, candidates)]
-        work += call.gates(before, before, hidden, r_all, z_all, gated)
-        work += call.output(gated, candidates, None, None, None, None)
     carry = torch.zeros(m, c, dtype=torch.float32, device=x.device)
     if grad_o_n is not None:
         _sequence(carry, x[:, :1]).copy_(grad_o_n.unsqueeze(1))

@@ -28,7 +28,7 @@ enum class Pass : int32_t {
   // Without `keep` gated = sigmoid(r) state alone, which may lie where r does.
   gates,
   // 0 c (T, in and out), 1 product (may be absent), 2 z (T), 3 state (S, in and out), 4 low, 5 out (T, out, may be
-  //   absent): c = tanh(c + product); low = out = state = (1 - z) state + z c. Without 3, c alone.
+  //   absent): c = tanh(c + product); low = out = state = (1 - z) state + z c.
   // Without `keep` z is sigmoid(z) and c is not written.
   output,
   // 0 carry (S, in and out), 1 product, 2 grad (T, may be absent), 3 z, 4 c, 5 before (T), 6 dc, 7 dz (T, out):

@@ -71,10 +71,6 @@ static void run_pass(const fast_gru::Elementwise& p, int64_t begin, int64_t end)
           if (product) v += get(product, i, n);
           return tanh_of(v);
         };
-        if (!p.plane[3].data) {
-          each([=](int64_t i, auto n) { put(c, i, found(i, n), n); });
-          break;
-        }
         const T* z = data(2);
         S* state = wide(3);
         const bool keep = p.keep;

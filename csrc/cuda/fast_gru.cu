@@ -97,8 +97,7 @@ __global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
       }
 #pragma unroll
       for (int j = 0; j < V; ++j) a[j] = tanh(a[j]);
-      if (p.keep || !has(3)) put(0, a);
-      if (!has(3)) break;
+      if (p.keep) put(0, a);
       get(2, b), get_wide(3, c);
       if (!p.keep) {
 #pragma unroll

@@ -240,19 +240,6 @@ def test_bf16_of_many_weights_keeps_the_tolerance_rule_as_this_processor_takes_i
     errors.check()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_recomputed_gates_are_the_saved_ones(isa, layout) -> None:
-    """Where columns go through all steps by themselves, the backward pass finds the forward pass's gates again."""
-    shape, hidden = (2, 3, 21, 1, 1, 37), 9
-    x, *weights, o0 = inputs(shape, hidden)
-    given, grads = (LAYOUTS[layout](x), *weights, o0), (torch.randn(shape), torch.randn_like(o0))
-    recomputed, saved = (
-        torch.ops.rcu_ops.fast_gru_backward(*grads, *given, o, *kept, True, True)
-        for o, _, *kept in (torch.ops.rcu_ops.fast_gru(*given, save) for save in (False, True))
-    )
-    assert all(torch.equal(a, b) for a, b in zip(recomputed, saved, strict=True))
-
-
 def test_which_problems_go_by_columns() -> None:
     native = _library.native()
     assert native is not None
