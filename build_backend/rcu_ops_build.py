@@ -40,6 +40,8 @@ COMMIT_FILE = "build_backend/commit.txt"  # written into source distributions, w
 TORCH_MINIMUM = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"
 
+GCC_MINIMUM = 11
+
 CUDA_MINIMUM = (12, 0)
 CUDA_DEFAULT_HOME = Path("/usr/local/cuda")
 ARCHITECTURE_MINIMUM = 80
@@ -70,6 +72,9 @@ KERNEL_FLAGS = (
     "-fno-tree-pre",
     "-fno-tree-vrp",
 )
+
+# For files that instantiate many templates: GCC need not look for what it can free before 512 MB.
+TEMPLATE_FLAGS = ("--param=ggc-min-heapsize=524288",)
 
 # For glibc in the compilers, which allocate and free all the time: memory that they give back, page by page, they want
 # again. ptxas takes a fifteenth less time.
@@ -260,23 +265,38 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | str:
             return f"no C++ compiler: CXX={environ['CXX']!r} was not found"
         command = chosen
     else:
-        names = ("c++", "g++", "clang++")
-        found = next((name for name in names if shutil.which(name, path=path)), None)
-        if found is None:
+        names = ("c++", "g++")
+        found = [name for name in names if shutil.which(name, path=path)]
+        if not found:
             return f"no C++ compiler: none of {', '.join(names)} is on PATH and CXX is not set"
-        command = [found]
+        # Where c++ is Clang, g++ may be GCC.
+        others = (_compiler([name], environ) for name in found)
+        return next((compiler for compiler in others if isinstance(compiler, Compiler)), _compiler(found[:1], environ))
+    return _compiler(command, environ)
+
+
+def _compiler(command: list[str], environ: Mapping[str, str]) -> Compiler | str:
+    """Return this compiler, or a sentence that says why it cannot serve."""
     try:
-        lines = _output([*command, "--version"], environ).splitlines()
+        text = _output([*command, "--version"], environ)
+        release = _output([*command, "-dumpversion"], environ).strip()
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"the C++ compiler {shlex.join(command)} does not run: {error}") from None
-    return Compiler(tuple(command), lines[0].strip() if lines else command[-1])
+    version = text.splitlines()[0].strip() if text.strip() else command[-1]
+    # Vectors, and kernels for several instruction sets in one library, are written in GCC's extensions to C++.
+    needed = f"GCC {GCC_MINIMUM} or later is needed"
+    if "Free Software Foundation" not in text:
+        return f"no C++ compiler that serves: {shlex.join(command)} is {version}, and {needed}"
+    if int(release.split(".")[0]) < GCC_MINIMUM:
+        return f"no C++ compiler that serves: {shlex.join(command)} is GCC {release}, and {needed}"
+    return Compiler(tuple(command), version)
 
 
 def find_cuda(environ: Mapping[str, str] = os.environ) -> Cuda | str:
     """Return the CUDA toolkit, or a sentence that says why there is none. The environment's CUDA_HOME wins."""
     variable = next((name for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)), None)
     if variable is not None:
-        home = Path(environ[variable])
+        home = Path(environ[variable]).resolve()  # commands run elsewhere
         if not (home / "bin" / "nvcc").is_file():
             return f"no CUDA compiler: {variable}={environ[variable]!r} has no bin/nvcc"
     elif nvcc := shutil.which("nvcc", path=environ.get("PATH", os.defpath)):
@@ -555,18 +575,12 @@ def _cxx_command(compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -
         "-Icsrc",
         f"-isystem{torch.include}",
     ]
-    if "clang" not in compiler.version:
-        flags.append("-fvect-cost-model=dynamic")  # but vectorises loops as -O3 does
-        flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
+    flags.append("-fvect-cost-model=dynamic")  # but vectorises loops as -O3 does
+    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
     # torch's checks quote their file names; the map keeps paths of the building machine out of the result.
     flags.append(f"-ffile-prefix-map={torch.path}=torch")
     flags += offset_flags(environ)
     return [*compiler.command, *flags, *shlex.split(environ.get("CXXFLAGS", ""))]
-
-
-def _template_flags(compiler: Compiler) -> list[str]:
-    """Return flags for files that instantiate many templates: GCC need not look for what it can free before 512 MB."""
-    return [] if "clang" in compiler.version else ["--param=ggc-min-heapsize=524288"]
 
 
 def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str, str] = os.environ) -> Target:
@@ -578,11 +592,12 @@ def library_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str
     # Only the bindings know of CUDA: the CPU kernels' objects serve both kinds of build.
     cuda = [] if plan.cuda is None else ["-DRCU_OPS_WITH_CUDA", f"-isystem{plan.cuda.include}"]
     bindings = [source for source in library_sources() if source.startswith("csrc/bindings")]
-    kernels, portable = ((), ()) if "clang" in plan.compiler.version else (KERNEL_FLAGS, PORTABLE_FLAGS)
     # -O1: what bindings do besides calling others does not show in a call.
-    binding = [*command, "-O1", *_template_flags(plan.compiler), *cuda]
+    binding = [*command, "-O1", *TEMPLATE_FLAGS, *cuda]
     jobs = [_job_of_all(bindings, binding, objects, key)] + [
-        _job_of_all(group, [*command, *(portable if group[0].endswith("_portable.cpp") else kernels)], objects, key)
+        _job_of_all(
+            group, [*command, *(PORTABLE_FLAGS if group[0].endswith("_portable.cpp") else KERNEL_FLAGS)], objects, key
+        )
         for group in compiled_together([source for source in library_sources() if source not in bindings])
     ]
     # --no-as-needed: the registrations run on load and must find torch loaded, also when no symbol of it seems needed.
@@ -618,7 +633,7 @@ def native_target(plan: Plan, torch: Torch, objects: Path, environ: Mapping[str,
     # Planners and tests: nothing here needs more than -Og, which makes less of pybind11's templates than -O1, and the
     # standard library's headers of C++17 are read in two thirds of the time that C++20's take.
     command = [*_cxx_command(plan.compiler, torch, environ), "-std=c++17", "-Og", f"-isystem{headers}"]
-    command += _template_flags(plan.compiler)
+    command += TEMPLATE_FLAGS
     key = f"{plan.compiler.version} torch {torch.version} python {sys.version}"
     facts = {
         "RCU_OPS_VERSION": read_version(),

@@ -119,13 +119,7 @@ using namespace rcu_ops;
 
 std::string compiler_version() {
   std::ostringstream text;
-#if defined(__clang__)
-  text << "clang " << __clang_major__ << '.' << __clang_minor__ << '.' << __clang_patchlevel__;
-#elif defined(__GNUC__)
   text << "gcc " << __GNUC__ << '.' << __GNUC_MINOR__ << '.' << __GNUC_PATCHLEVEL__;
-#else
-  text << "unknown";
-#endif
   return text.str();
 }
 

@@ -185,7 +185,8 @@ def output_kernel(
     """``candidate = tanh(candidate + gated V_o^T)``, then the new state; candidate [rows, C] holds V_x x.
 
     ``(1 - z) state + z candidate`` goes to next_state (fp32; may be state) and to low, the operand of the next products
-    (None in fp32, where next_state is it). Program i owns a tile of all of them. Not FUSED: ``product`` [rows, C] is gated V_o^T.
+    (None in fp32, where next_state is it). Program i owns a tile of all of them. Not FUSED: ``product`` [rows, C] is
+    gated V_o^T.
     """
     row, out, at, mask = _tile(tl.program_id(0), rows, C, BLOCK_M, BLOCK_N)
     if FUSED:

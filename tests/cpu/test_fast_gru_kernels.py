@@ -192,6 +192,8 @@ def test_bf16_of_many_columns_and_weights_is_computed_in_fp32(monkeypatch, layou
         o, o_n, *kept = torch.ops.rcu_ops.fast_gru(*given, saved)
         # What is between the passes is rounded in bf16; the backward pass starts from the same numbers.
         between = [value.bfloat16().to(dtype) for value in (o, *kept)]
+        if not saved:
+            return o, o_n
         back = torch.ops.rcu_ops.fast_gru_backward(grads[0].to(dtype), grads[1], *given, *between, True, True)
         return o, o_n, *kept, *back
 
@@ -211,6 +213,8 @@ def test_many_channels_are_multiplied_alike_in_every_order(isa, layout, saved) -
     def run(order: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         given = order(x), *weights, order(o0[:, None])[:, 0]
         o, o_n, *kept = torch.ops.rcu_ops.fast_gru(*given, saved)
+        if not saved:
+            return o, o_n
         back = torch.ops.rcu_ops.fast_gru_backward(order(grads[0]), grads[1], *given, o, *kept, True, True)
         return o, o_n, *back
 

@@ -46,8 +46,6 @@ def _gated(m: Any, v: Values) -> Values:
 
 def _output(m: Any, v: Values) -> Values:
     c = m.tanh(_added(v))
-    if 3 not in v:
-        return {0: c}
     o = (1 - v[2]) * v[3] + v[2] * c
     return {0: c, 3: o, 4: o, 5: o}
 
@@ -90,7 +88,7 @@ PASSES: list[tuple[Callable[[Any, Values], Values], Sequence[int], Sequence[int]
 WITHOUT_KEEPING = {1: _gated, 2: _advanced}
 OPTIONAL = {
     _hidden: [(), (1,)],
-    _output: [(), (2, 3), (1,)],
+    _output: [(), (1,)],
     _d_output: [(), (1,), (1, 2)],
     _sum: [(), (2,), (2, 3), (1,)],
 }
