@@ -390,6 +390,15 @@ class VideoResNet(nn.Module):
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {value!r}")
+        for name, changed, owner, there in (
+            ("srtg_gate", not srtg_gate, "srtg", srtg is not None),
+            ("srtg_fusion", srtg_fusion != "mul", "srtg", srtg is not None),
+            ("srtg_window", srtg_window is not None, "srtg", srtg is not None),
+            ("nonlocal_kind", nonlocal_kind != "gaussian", "nonlocal_after", bool(nonlocal_after)),
+            ("nonlocal_memory", nonlocal_memory != 8, "nonlocal_after", bool(nonlocal_after)),
+        ):
+            if changed and not there:
+                raise ValueError(f"{name}: changes nothing without {owner}")
         kind = BLOCKS[block]
         if srtg is not None and srtg not in kind.placements:
             allowed = ", ".join(map(repr, kind.placements))

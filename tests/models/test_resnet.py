@@ -324,6 +324,9 @@ def test_bad_arguments(argument: str, value: object) -> None:
         ({"srtg": "final", "srtg_fusion": "sum"}, "^srtg_fusion: "),
         ({"nonlocal_after": ("layer1.0",), "nonlocal_memory": -1}, "^nonlocal_memory: "),
         ({"nonlocal_after": ("layer1.0",), "nonlocal_kind": "cosine"}, "^nonlocal_kind: "),
+        ({"srtg_gate": False}, "^srtg_gate: changes nothing without srtg"),
+        ({"srtg_window": 3}, "^srtg_window: changes nothing without srtg"),
+        ({"nonlocal_memory": 2}, "^nonlocal_memory: changes nothing without nonlocal_after"),
     ],
     ids=str,
 )
