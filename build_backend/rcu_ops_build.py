@@ -265,13 +265,15 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> Compiler | str:
             return f"no C++ compiler: CXX={environ['CXX']!r} was not found"
         command = chosen
     else:
-        names = ("c++", "g++")
-        found = [name for name in names if shutil.which(name, path=path)]
-        if not found:
-            return f"no C++ compiler: none of {', '.join(names)} is on PATH and CXX is not set"
-        # Where c++ is Clang, g++ may be GCC.
-        others = (_compiler([name], environ) for name in found)
-        return next((compiler for compiler in others if isinstance(compiler, Compiler)), _compiler(found[:1], environ))
+        names = ("c++", "g++")  # where the first is Clang, the second may be GCC
+        refused = []
+        for name in names:
+            if shutil.which(name, path=path):
+                compiler = _compiler([name], environ)
+                if isinstance(compiler, Compiler):
+                    return compiler
+                refused.append(compiler)
+        return refused[0] if refused else f"no C++ compiler: none of {', '.join(names)} is on PATH and CXX is not set"
     return _compiler(command, environ)
 
 

@@ -18,26 +18,19 @@ fast_gru::View view_of(const Problem& p, const Matrix& saved) {
   return {saved.data, strides[0], strides[1], strides[2], saved.by_column ? saved.pitch : 1};
 }
 
-// As cpu::columns takes the problem, but for the sequences. `dense` keeps the weights.
-fast_gru::Columns columns_of(const Problem& p, std::array<Tensor, weights>& dense) {
-  fast_gru::Columns all;
-  all.dtype = all.start_dtype = p.dtype;
-  all.narrow = p.state != p.scalar;
-  all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
-  const float** places[weights] = {&all.ux, &all.uo, &all.w, &all.vx, &all.vo};
-  for (int i = 0; i < weights; ++i) {
-    dense[i] = contiguous_of(dense[i]);
-    *places[i] = static_cast<const float*>(pointer(dense[i]));
-  }
-  return all;
-}
-
 }  // namespace
 
 void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weights> given, const Tensor& start,
                       const Saved& s, const Tensor& o, const Tensor& o_n) {
-  fast_gru::Columns all = columns_of(p, given);
-  all.start_dtype = dtype_of("o0", start);
+  fast_gru::Columns all;
+  all.dtype = p.dtype, all.start_dtype = dtype_of("o0", start);
+  all.narrow = p.state != p.scalar;
+  all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
+  const float** places[weights] = {&all.ux, &all.uo, &all.w, &all.vx, &all.vo};
+  for (int i = 0; i < weights; ++i) {
+    given[i] = contiguous_of(given[i]);
+    *places[i] = static_cast<const float*>(pointer(given[i]));
+  }
   std::optional<Tensor> copies[2];
   all.x = view_of(p, clips(x, p.first, p.steps), &copies[0]);
   all.start = view_of(p, as_sequence(start), &copies[1]);

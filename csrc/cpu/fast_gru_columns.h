@@ -426,7 +426,7 @@ static void phase_rows(const Panels& panels, fast_gru::Phase phase, int64_t step
       });
       save(p.candidate, &Panel::r);
       save(p.out, &Panel::state);
-      if (p.last.data && step == p.steps - 1)
+      if (step == p.steps - 1)
         panels.each([&](const Panel& panel) { write_any(p, panel, panel.state, p.last, DType::f32, 0, first, rows); });
       return;
   }

@@ -95,11 +95,6 @@ struct Doubles {
   static R max(R a, R b) { return _mm256_max_pd(a, b); }
   static R less(R a, R b, R yes, R no) { return _mm256_blendv_pd(no, yes, _mm256_cmp_pd(a, b, _CMP_LT_OQ)); }
   static R round(R v) { return _mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static R times_power(R v, R n) {  // v 2^n, n whole and in [-1022, 1023]
-    const __m256i whole = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
-    return _mm256_mul_pd(v,
-                         _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(whole, _mm256_set1_epi64x(1023)), 52)));
-  }
   static S sum(R v) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));

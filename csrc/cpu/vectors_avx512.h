@@ -141,7 +141,6 @@ struct Doubles {
   static R max(R a, R b) { return _mm512_max_pd(a, b); }
   static R less(R a, R b, R yes, R no) { return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), no, yes); }
   static R round(R v) { return _mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static R times_power(R v, R n) { return _mm512_scalef_pd(v, n); }  // v 2^n, n whole and in [-1022, 1023]
   static S sum(R v) { return _mm512_reduce_add_pd(v); }
   static S largest(R v) { return _mm512_reduce_max_pd(v); }
   static void sums(R a, R b, R c, R d, S* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }

@@ -50,7 +50,7 @@ struct Portable {
     const R shift = set1(sizeof(S) == 8 ? S(0x1.8p52) : S(0x1.8p23));  // numbers beyond it have no fraction
     return (v + shift) - shift;
   }
-  static R times_power(R v, R n) {  // v 2^n, n whole and within the range of normal numbers
+  static R times_power(R v, R n) {  // v 2^n, n whole and in [-126, 127]; of fp32 alone
     return v * bits_as<R>((__builtin_convertvector(n, Ints) + 127) << 23);
   }
   static S sum(R v) {
