@@ -286,8 +286,10 @@ void matrix_block(const Scan& p, const cuda::ScanPlan& plan, int64_t block, Touc
 Facts recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, const Strides& x, const Strides& y,
                               const std::optional<Strides>& residual, int64_t misalignment, bool with_state,
                               bool reverse, bool plain, bool warpgroups, bool statistics, bool powers_kept, bool sm90a,
-                              int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end) {
-  Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state, reverse);
+                              int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end,
+                              const std::optional<Strides>& first, const std::string& first_dtype) {
+  Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state || first, reverse);
+  if (first) p.first = gpu_view(parse_dtype(first_dtype), *first, 0);
   if (statistics) p.norm.partial = static_cast<double*>(p.y.data);  // never followed
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   const cuda::ScanPlan plan = cuda::plan_scan(p, gpu,
@@ -450,7 +452,9 @@ void bind_recurrent_conv(py::module_& m) {
        {"multiprocessors", 108},
        {"shared_bytes", 163 * 1024},
        {"begin", 0},
-       {"end", 0}},
+       {"end", 0},
+       {"first", nullptr},
+       {"first_dtype", ""}},
       "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one "
       "sentence); chunk, the frames of the library form's chunks, 0 where it is not taken, and the two times "
       "compared, chunked_us and sequential_us (predictions, 0 where none was made); of the scan's kernel blocks, "
@@ -458,7 +462,8 @@ void bind_recurrent_conv(py::module_& m) {
       "written, as int64s. misalignment: of x's and the residual's address, in bytes modulo 16. plain, warpgroups: "
       "that kernel, wherever it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's "
       "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none. powers_kept: "
-      "those that the library form needs of the weight are there already.");
+      "those that the library form needs of the weight are there already. first: strides of the given state, as a "
+      "frame of x, whose dtype is first_dtype; None: it lies as the kernels like it best.");
   define(m, "recurrent_conv_gpu_weight_grad", gpu_weight_grad,
          {"shape",
           "dtype",

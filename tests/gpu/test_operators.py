@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 
 ALL = [(problem, backend) for problem in problems() for backend in gpu_backends(problem.operator)]
 STRESSED = (
-    *("probe", "C64 contiguous", "C256 channels_last", "C33 odd", "one frame", "C64 many columns"),
-    *("C256 many columns", "wide", "paper", "few channels"),
+    *("probe", "C64 contiguous", "C256 channels_last", "C33 odd", "one frame", "one frame many columns"),
+    *("C64 many columns", "C256 many columns", "wide", "paper", "few channels"),
 )
 # One of each operator, backend and kernel family for what takes many runs.
 FEW = [(problem, backend) for problem, backend in ALL if problem.name in STRESSED]
