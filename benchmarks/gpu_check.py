@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,12 @@ SLOW = ("initcheck", "racecheck")
 
 FOUND = 9
 """Exit code of a sanitizer that has something to report."""
+
+GRACE = 15.0
+"""Seconds that an interrupted step has to end by itself: pytest waits ten for its workers before it reports."""
+
+LONGEST = {"gpu tests": 45, "triton tests": 80}
+"""Seconds of a test: one that a kernel never returns to leaves time for those behind it. Triton's compile first."""
 
 
 Summary = Callable[[str, Path], dict[str, Any]]
@@ -102,7 +109,9 @@ def tests_summary(output: str, work: Path, file: str) -> dict[str, Any]:
 
 
 def sanitizer_summary(output: str, work: Path) -> dict[str, Any]:
-    """The tool's own counts, its reports in our kernels and names of others', and how many problems ran under it."""
+    """The tool's own counts, its reports in our kernels and names of others', how many problems ran under it, and which
+    failed.
+    """
     totals = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", output)
     ran = re.findall(r"^(\d+): (.*)$", output, re.MULTILINE)
     places = re.findall(r"^=+ .*(?:access at| {4}at) (.*)\+0x", output, re.MULTILINE)
@@ -112,15 +121,22 @@ def sanitizer_summary(output: str, work: Path) -> dict[str, Any]:
         "totals": totals,
         "ours": len(ours),
         "others": others,
-        "ran": int(ran[-1][0]) if ran else 0,
+        "ran": len(ran),
         "last": ran[-1][1] if ran else None,
+        "failed": failures(output),
     }
+
+
+def failures(output: str) -> list[str]:
+    """Problems that failed or took their process with them."""
+    return re.findall(r"^((?:failed|lost): .*)$", output, re.MULTILINE)
 
 
 def kernels_summary(output: str, work: Path) -> dict[str, Any]:
     """Per problem and dtype the kernels that it launched."""
     lines = re.findall(r"^launched (.*): (.*)$", output, re.MULTILINE)
-    return {"ran": len(lines), "launched": {problem: names.split(", ") for problem, names in lines}}
+    launched = {problem: names.split(", ") for problem, names in lines}
+    return {"ran": len(lines), "launched": launched, "failed": failures(output)}
 
 
 def bench_summary(output: str, work: Path) -> dict[str, Any]:
@@ -162,19 +178,20 @@ def of_toolkit(program: str) -> str:
 def steps(python: str, library: str | None, bench_options: Sequence[str] = (), seconds: float = SECONDS) -> list[Step]:
     """What is run, in order; the limits of the steps are for nine minutes, and shorter or longer with ``seconds``."""
     part = seconds / 525
-    kernels = {"RCU_OPS_EXPERIMENTAL": "1", "PYTHONPATH": str(ROOT)}
-    measuring = kernels | {"RCU_OPS_SELFTEST": "0"}
+    environment = {"RCU_OPS_EXPERIMENTAL": "1", "PYTHONPATH": str(ROOT)}
+    measuring = environment | {"RCU_OPS_SELFTEST": "0"}
+    kernels = environment | {"OMP_NUM_THREADS": "1"}  # of many processes beside each other
     build = (python, "setup.py", "build_ext", "--inplace")
     found = [] if library else [Step("build", build, 180, 240 * part, {"RCU_OPS_BUILD": "cuda"})]
     # Without the options of pyproject.toml, whose strictness stumbles over plugins that are not there.
     tests = (python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    if importlib.util.find_spec("pytest_timeout"):
-        tests += ("--timeout", "100", "--timeout-method", "thread")  # which ends a process that waits for a kernel
     cores = os.cpu_count() or 1
 
     def tested(name: str, chosen: str, workers: int, beside: bool) -> Step:
         file = f"{name.replace(' ', '_')}.xml"
         command = (*tests, "-k", chosen, f"--junitxml={{work}}/{file}")
+        if importlib.util.find_spec("pytest_timeout"):  # which ends a process that waits for a kernel
+            command += ("--timeout", str(LONGEST[name]), "--timeout-method", "thread")
         if importlib.util.find_spec("xdist"):
             command += ("-n", str(max(1, workers)))
         summary = functools.partial(tests_summary, file=file)
@@ -185,7 +202,7 @@ def steps(python: str, library: str | None, bench_options: Sequence[str] = (), s
         command = (of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", str(FOUND))
         # One allocation per tensor, so that an access beside it is seen.
         environment = kernels | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        run = (*command, "--print-limit", "20", python, "-m", "tests.gpu.small")
+        run = (python, "-m", "tests.gpu.small", "--under", shlex.join((*command, "--print-limit", "20")))
         run += ("--one-of-each-size",) if tool in SLOW else ()
         return [
             Step(
@@ -203,7 +220,7 @@ def steps(python: str, library: str | None, bench_options: Sequence[str] = (), s
     # Each process beside others has a core to itself: most of them wait for the host, not for the GPU.
     found.append(tested("gpu tests", "not triton", cores * 5 // 8, beside=False))
     found += [*sanitized("memcheck"), *sanitized("synccheck"), *sanitized("initcheck")]
-    kernels_of = (python, "-m", "tests.gpu.small", "kernels")
+    kernels_of = (python, "-m", "tests.gpu.small", "--kernels", "--under", "")
     found.append(Step("kernels", kernels_of, 110 * part, 60 * part, kernels, kernels_summary, beside=True))
     found.append(tested("triton tests", "triton", cores // 2, beside=False))
     found += sanitized("racecheck")
@@ -291,27 +308,36 @@ class Running:
         except OSError as error:
             self.failure = f"not run: {self.command[0]}: {error.strerror}"
 
+    def poll(self) -> bool:
+        """Whether it has ended; one that is beyond its limit is interrupted, and a little later killed."""
+        if self.process is None or self.process.poll() is not None:
+            return True
+        late = time.monotonic() - self.start - self.limit
+        if late > 0 and not self.failure:
+            self.failure = "timed out"
+            self.process.send_signal(signal.SIGINT)  # interrupted, pytest still reports what it has
+        if late > GRACE:
+            self.kill()
+        return False
+
+    def kill(self) -> None:
+        """End all of its processes."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def finish(self, log: Any) -> Result:
-        status, code = self.failure, None
+        """What became of it, once it has ended."""
+        status, code, seconds = self.failure, None, time.monotonic() - self.start
         if self.process is not None:
-            try:
-                code = self.process.wait(max(0.0, self.limit - (time.monotonic() - self.start)))
-                status = "passed" if code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                # Interrupted, pytest still reports what it has.
-                self.process.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(10)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-                status = "timed out"
+            code = self.process.wait()
+            status = status or ("passed" if code == 0 else "failed")
+            self.kill()  # what it has left behind
         text = self.output.read_text(errors="replace") if self.output.exists() else ""
-        seconds = time.monotonic() - self.start
         summary = self.step.summary(text, self.work)
         if status == "passed" and summary.get("ran") == 0:
             status = "failed"
-        if code == FOUND and summary.get("ours") == 0:
+        if status == "failed" and code == FOUND and summary.get("ours") == 0:
             status = "passed"  # what a sanitizer says of the library's kernels is recorded, but is not ours
         log.write(f"=== {self.step.name}: {' '.join(self.command)}\n{text}\n--- {self.step.name}: {status}\n\n")
         log.flush()
@@ -336,10 +362,15 @@ def run(
             groups.append([step])
     for group in groups:
         print(f"{', '.join(step.name for step in group)} ...", flush=True)
-        for running in [Running(step, work, deadline) for step in group]:
-            results.append(running.finish(log))
-            print(f"  {results[-1].name}: {results[-1].status} ({results[-1].seconds:.0f} s)", flush=True)
-            keep(results)
+        left = [Running(step, work, deadline) for step in group]
+        while left:
+            for running in [running for running in left if running.poll()]:
+                left.remove(running)
+                results.append(running.finish(log))
+                print(f"  {results[-1].name}: {results[-1].status} ({results[-1].seconds:.0f} s)", flush=True)
+                keep(results)
+            if left:
+                time.sleep(0.1)
     return results
 
 
@@ -375,7 +406,7 @@ def main(arguments: Sequence[str], planned: Sequence[Step] | None = None) -> int
             "library": library or "built here",
             "gpu": device,
             "steps": [asdict(result) for result in results],
-            "to_come": [step.name for step in planned[len(results) :]],
+            "to_come": [step.name for step in planned if step.name not in {result.name for result in results}],
         }
         temporary = directory / ".gpu_check.json"
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -43,7 +43,7 @@ def prepared(case: Case, ways: Sequence[str] = WAYS) -> dict[str, Callable[[], A
                     call()
                 torch.cuda.synchronize()
                 found[candidate.name] = call
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:  # Triton raises kinds of its own
                 found[candidate.name] = str(error).splitlines()[0]
     return found
 

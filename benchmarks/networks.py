@@ -128,7 +128,7 @@ def main() -> int:
         try:
             record["seconds"][name] = measure()
             print(f"{name}: {1e3 * record['seconds'][name]:.2f} ms", flush=True)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # the other networks are measured all the same
             record["seconds"][name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             print(f"{name}: {record['seconds'][name]}", flush=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,10 +159,11 @@ def test_summaries(tmp_path) -> None:
         "others": [],
         "ran": 2,
         "last": "srtg_fuse-odd torch.float32",
+        "failed": [],
     }
-    text = "launched a-b torch.float32: tile_scan, sum_splits\nlaunched a-c torch.float64: \n"
+    text = "launched a-b torch.float32: tile_scan, sum_splits\nfailed: a-d\nlaunched a-c torch.float64: \n"
     launched = {"a-b torch.float32": ["tile_scan", "sum_splits"], "a-c torch.float64": [""]}
-    assert gpu_check.kernels_summary(text, tmp_path) == {"ran": 2, "launched": launched}
+    assert gpu_check.kernels_summary(text, tmp_path) == {"ran": 2, "launched": launched, "failed": ["failed: a-d"]}
     reports = (
         "========= Error: Race reported between Read access at nvjet_a+0xb00\n"
         "=========     and Write access at nvjet_b+0x20 [4 hazards]\n"
@@ -201,6 +205,58 @@ def test_interrupted_tests_are_reported(tmp_path, pretended_gpu) -> None:
     assert step["status"] == "timed out"
     (failed,) = step["summary"]["failed"]  # with the names of folders before it, where pytest knows of a root
     assert failed.endswith("test_slow::test_bad")
+
+
+def test_one_step_of_a_group_is_recorded_before_those_that_take_longer(tmp_path, pretended_gpu) -> None:
+    record = tmp_path / "gpu_check.json"
+    waits = f"import json, time\nwhile not json.load(open({str(record)!r}))['steps']: time.sleep(0.05)"
+    planned = [Step("waits for it", python(waits), 20), Step("quick", python("print(1)"), 20, beside=True)]
+    assert gpu_check.main([str(tmp_path)], planned) == 0
+    assert [step["name"] for step in json.loads(record.read_text())["steps"]] == ["quick", "waits for it"]
+
+
+def test_a_failing_problem_does_not_end_the_others(monkeypatch, capsys) -> None:
+    def fail(given: object) -> None:
+        raise RuntimeError("a launch was refused")
+
+    chosen = [problem for problem in small.problems() if problem.operator == "srtg_squeeze"][:3]
+    chosen[1] = dataclasses.replace(chosen[1], call=fail)
+    monkeypatch.setattr(small, "on", lambda given, device: given)
+    monkeypatch.setattr(small.rcu_ops, "use_backend", lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    formats = small.tasks(chosen, lambda dtypes: dtypes[:1])
+    assert list(small.run(formats)) == [True, False, True]
+    out = capsys.readouterr().out
+    assert re.findall(r"^\d+(?=: )", out, re.MULTILINE) == ["1", "3"]
+    assert gpu_check.failures(out) == [f"failed: {chosen[1]} torch.float32: RuntimeError: a launch was refused"]
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(small.LostDeviceError):
+        list(small.run(formats))
+
+
+def test_a_process_that_ends_in_a_problem_is_followed_by_another(tmp_path, capsys) -> None:
+    (tmp_path / "tool.py").write_text(
+        "import sys\n"
+        "for number in range(1 + int(sys.argv[sys.argv.index('--after') + 1]), 6):\n"
+        "    print('begins', number, flush=True)\n"
+        "    if number in (2, 5): sys.exit(3)\n"
+        "    print(f'{number}: done')\n"
+        "print('ran some problems')\n"
+    )
+    tool = (sys.executable, str(tmp_path / "tool.py"))
+    assert small.supervise(tool, ["--one-of-each-size", "0", "2"]) == 1
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\d+): done", out, re.MULTILINE) == ["1", "3", "4"]
+    assert gpu_check.failures(out) == [
+        "lost: the process ended with 3 in problem 2",
+        "lost: the process ended with 3 in problem 5",
+    ]
+    (tmp_path / "tool.py").write_text("import sys; print('ran 7 problems'); sys.exit(9)")
+    assert small.supervise(tool, []) == gpu_check.FOUND  # the tool's own report
 
 
 def test_formats_for_slow_tools() -> None:
