@@ -257,6 +257,9 @@ def test_a_process_that_ends_in_a_problem_is_followed_by_another(tmp_path, capsy
     ]
     (tmp_path / "tool.py").write_text("import sys; print('ran 7 problems'); sys.exit(9)")
     assert small.supervise(tool, []) == gpu_check.FOUND  # the tool's own report
+    capsys.readouterr()
+    assert small.supervise(("no-such-program",), []) == 1
+    assert capsys.readouterr().out == "failed: no-such-program: No such file or directory\n"
 
 
 def test_formats_for_slow_tools() -> None:

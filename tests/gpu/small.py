@@ -103,7 +103,12 @@ def supervise(command: Sequence[str], arguments: Sequence[str]) -> int:
     while not ended:
         before = begun
         child = [*command, sys.executable, "-m", "tests.gpu.small", "--after", str(begun), *arguments]
-        with subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            process = subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except OSError as error:
+            print(f"failed: {child[0]}: {error.strerror}")
+            return 1
+        with process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
