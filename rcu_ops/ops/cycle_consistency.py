@@ -221,9 +221,9 @@ def _all_pairs(
     a: Tensor, mask_a: Tensor | None, b: Tensor, mask_b: Tensor | None, same: bool
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """The sequences of every pair, ordered by a's sample; a sample is no pair with itself."""
+    if same and a.shape[0] == 1:
+        raise ValueError("a: expected at least two samples to make pairs of, got 1")
     others = b.shape[0] - int(same)
-    if others < 1 and a.shape[0] > 0:
-        raise ValueError(f"a: expected at least two samples to make pairs of, got {a.shape[0]}")
     pair = torch.arange(a.shape[0] * others, device=a.device)
     first, second = pair // max(others, 1), pair % max(others, 1)
     if same:

@@ -502,7 +502,9 @@ def test_all_pairs(backend) -> None:
     ]
     torch.testing.assert_close(own, torch.stack(want))
     with pytest.raises(ValueError, match="a: expected at least two samples"):
-        rcu_ops.temporal_cycle_loss(a[:1], a[:1].clone()[:0], pairs="all")
+        rcu_ops.temporal_cycle_loss(alone := a[:1], alone, pairs="all")
+    for first, second in ((a, b[:0]), (a[:0], b), (alone, b[:0])):
+        assert rcu_ops.temporal_cycle_loss(first, second, pairs="all", reduction="none").shape == (0, 5)
 
 
 def test_a_certain_landing_has_a_finite_loss(backend) -> None:
