@@ -304,7 +304,7 @@ def _powers_of(weight: Tensor, alpha: float, length: int, reverse: bool) -> _Pow
         return _make_powers(weight, alpha, length, reverse)
 
     offered = _offer(weight.data_ptr())
-    if offered is None or offered[1].stride() != weight.stride() or offered[1].dtype != weight.dtype:
+    if offered is None or offered[1].stride() != weight.stride():
         return make()
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
     kept: _Powers = offered[0].get((offered[1],), (alpha, length, reverse, stream), make)

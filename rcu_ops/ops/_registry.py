@@ -174,11 +174,11 @@ def settled(condition: bool | torch.SymBool) -> bool:
     return bool(condition)
 
 
-def wants_gradients(*tensors: Any) -> bool:
+def wants_gradients(*tensors: Tensor) -> bool:
     """Whether autograd will ask for gradients of any of them."""
     if torch.is_grad_enabled():
         for tensor in tensors:  # no generator: calls of a few microseconds notice what it costs
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if tensor.requires_grad:
                 return True
     return False
 

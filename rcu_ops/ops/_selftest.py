@@ -164,10 +164,9 @@ def _verdict(name: str, device: str, dtype: str) -> str | None:
     if result is None:
         with _lock:
             found = _results.get((name, device, dtype)) or _find(name, torch.device(device), dtype)
-        if isinstance(found, str):
-            return found
-        result = found
-        (_untested if found.source == "untested" else _results)[name, device, dtype] = found
+            if isinstance(found, str):
+                return found
+            result = (_untested if found.source == "untested" else _results)[name, device, dtype] = found
     return None if result.passed else f"its self-test failed on {device} ({result.detail})"
 
 
@@ -242,7 +241,7 @@ def _compare(case: Case) -> str | None:
     """
     got, exact, eager = case.got(), case.exact(), case.eager()
     for index, (value, truth, rough) in enumerate(zip(got, exact, eager, strict=True)):
-        value, rough, truth = value.detach().cpu(), rough.detach().cpu(), truth.detach().cpu()
+        value, rough, truth = value.cpu(), rough.cpu(), truth.cpu()
         if value.shape != truth.shape:
             return f"{case.name}: result {index} has shape {list(value.shape)}, expected {list(truth.shape)}"
         error, allowed = value.double() - truth, rough.double() - truth

@@ -356,7 +356,7 @@ def _gradients(
     arguments = (grad_y, grad_h_n, h, y, weight, h0, moments, gamma, beta, ctx.mean, ctx.eps, ctx.relu, ctx.group)
     if grad_h is None and grad_moments is None:
         dx, dweight, dh0, sums, dz = family["recurrent_conv_batch_norm_backward"](*arguments, need_weight)
-    else:  # h and the moments have gradients of their own in second derivatives only
+    else:  # h has gradients of its own in second derivatives only, and few ask for those of the moments
         dx, dweight, dh0, sums, dz = _unfused_backward(*arguments, need_weight, grad_h, grad_moments)
     dresidual = dz if y is not None else grad_y
     return (
@@ -390,7 +390,10 @@ def _unfused_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass made of differentiable operators, with gradients that arrive at h and at the moments too."""
     if group:
-        raise RuntimeError("recurrent_conv_batch_norm has no second derivatives while processes share statistics")
+        raise RuntimeError(
+            "recurrent_conv_batch_norm has no second derivatives, nor gradients of its moments, while processes share "
+            "statistics"
+        )
     dz = activation_gradient(grad_y, h, y, moments, gamma, beta, eps, relu)
     sums = normalize_sums(dz, h, moments, eps)
     total = normalize_backward(dz, h, moments, sums, gamma, eps)
@@ -566,7 +569,7 @@ def _run_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if torch.compiler.is_compiling() and not _has_kernels(x.device.type):
         return _run(x, *rest)  # runs the reference, and keeps its loop over frames out of the traced graph
     weight, h0, gamma, beta, residual, mean, eps, relu, name = rest
-    y, h_n, moments = reference.recurrent_conv_batch_norm(
+    return reference.recurrent_conv_batch_norm(
         x,
         weight,
         gamma,
@@ -578,7 +581,6 @@ def _run_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         activation="relu" if relu else "identity",
         group=torch.distributed.distributed_c10d._resolve_process_group(name) if name else None,
     )
-    return y, h_n, moments.detach()
 
 
 _KERNEL_FILES = ("recurrent_conv", "recurrent_conv_batch_norm")  # the scans, and the passes around them

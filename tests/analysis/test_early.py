@@ -81,5 +81,7 @@ def test_unusable_steps(steps, error):
 
 
 def test_a_step_outside_is_refused():
+    with pytest.raises(ValueError, match="num_frames: expected at least 1, got 0"):
+        observed_frames(0, 1, 10)
     with pytest.raises(ValueError, match="step: expected 1 to 10, got 11"):
         observed_frames(5, 11, 10)

@@ -94,6 +94,7 @@ def _record(**changes):
         (_record(scores=["a", "b"]), "line 2: expected a list of numbers under 'scores'"),
         (_record(scores=[1.0]), "line 2: expected 2 scores as in the lines before, got 1"),
         (_record(index=None), "line 2: expected a frame number under 'index', got None"),
+        (_record(index=True), "line 2: expected a frame number under 'index', got True"),
         (_record(index=0), "line 2: expected a frame number above 0, got 0"),
         (_record(time="now"), "line 2: expected seconds under 'time', got 'now'"),
         (_record(scores=[float("nan"), 0.0]), "scores hold NaN or infinity"),

@@ -64,6 +64,12 @@ def test_one_segment_is_the_video():
     assert segment_accuracy(scores, labels, segments=1)[0] == accuracy_report(scores, labels).video_top1
 
 
+def test_small_scores_are_averaged_in_double_precision():
+    # In float32, 2**24 + 1 is 2**24: the ones of class 1 would be lost.
+    video = np.array([[2.0**24, 0.0, 0.0], [2.0**24, 1.0, 1.0]], dtype=np.float32)
+    assert segment_accuracy([video], [1], segments=1).tolist() == [1.0]
+
+
 def test_unusable_arguments():
     with pytest.raises(ValueError, match="mode: expected one of unrolled, sliding, got 'both'"):
         segment_curve("model", [np.zeros((2, 2))], [0], mode="both")

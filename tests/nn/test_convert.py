@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -100,6 +101,11 @@ def test_still_clip_starts_as_the_3d_network_goes_on() -> None:
     assert isinstance(converted, RecurrentConv3d)
     still = torch.randn(1, 3, 1, 6, 6, dtype=torch.float64).expand(-1, -1, 3, -1, -1)
     torch.testing.assert_close(converted(still)[:, :, :1], conv(still))
+    frames = convert_to_recurrent(conv, "none")
+    assert type(frames) is FrameConv3d
+    assert convert_to_recurrent(nn.Conv3d(3, 4, 3, padding="same"), "none").padding == "same"
+    assert convert_to_recurrent(nn.Conv3d(3, 4, 1, padding=(1, 0, 0))).padding == (0, 0, 0)
+    torch.testing.assert_close(frames(still), conv(still).expand(-1, -1, 3, -1, -1))
 
 
 def test_the_old_model_is_untouched() -> None:
@@ -165,7 +171,9 @@ def test_spaced_layers_are_regular_and_end_with_the_last() -> None:
         assert sum(choose_layers(layers, ("spaced", count))) == count
 
 
-@pytest.mark.parametrize("choice", ["some", ("last", 4), ("last", 0), ("first", 1), ("every", 1.5), ("last", True), 3])
+@pytest.mark.parametrize(
+    "choice", ["some", ("last", 1, 1), ("last", 4), ("last", 0), ("first", 1), ("every", 1.5), ("last", True), 3]
+)
 def test_bad_choices(choice: object) -> None:
     with pytest.raises(ValueError, match="layers"):
         convert_to_recurrent(C3DLike(), choice)
@@ -188,14 +196,42 @@ def test_2d_networks_recur_in_their_spatial_convolutions() -> None:
 
 def test_shared_layers_stay_shared_and_settings_stay() -> None:
     conv = nn.Conv3d(4, 4, 3, padding=1, padding_mode="replicate", groups=2).half()
-    conv.weight.requires_grad_(False)
+    conv.requires_grad_(False)
     model = nn.Sequential(conv, nn.ReLU(), conv).eval()
     converted = convert_to_recurrent(model)
     assert converted[0] is converted[2]
     layer = converted[0]
     assert (layer.padding_mode, layer.groups, layer.weight_xh.dtype) == ("replicate", 2, torch.float16)
-    assert not layer.weight_xh.requires_grad
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert not layer.training
+
+
+def test_adaptive_pools_pool_frames() -> None:
+    """Those to one value in time collapse it; the others keep the frames that there are."""
+    pools = nn.AdaptiveAvgPool3d(1), nn.AdaptiveAvgPool3d(2), nn.AdaptiveMaxPool3d((2, 3, 1), return_indices=True)
+    collapsing, two, best = (convert_to_recurrent(pool) for pool in pools)
+    assert isinstance(collapsing, FrameClassifier)
+    one = collapsing.network
+    x = torch.randn(2, 4, 3, 6, 6)
+    torch.testing.assert_close(one(x), x.mean((3, 4)).transpose(1, 2).reshape(6, 4, 1, 1, 1))
+    torch.testing.assert_close(two(x), nn.AdaptiveAvgPool3d((None, 2, 2))(x))
+    values, indices = best(x)
+    assert values.shape == indices.shape == (2, 4, 3, 3, 1)
+
+
+class Changed(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.flatten, self.change = nn.Conv3d(3, 4, 3, padding=1), nn.Flatten(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.flatten(self.conv(x)))
+
+
+@pytest.mark.parametrize("change", [lambda scores: scores[::2], lambda scores: scores.sum(1)])
+def test_scores_that_are_not_one_row_per_frame_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"network: expected one row of scores per frame, \[8,K\]"):
+        convert_to_recurrent(Changed(change))(torch.randn(2, 3, 4, 5, 5))
 
 
 class SamePool(nn.MaxPool3d):
@@ -208,6 +244,11 @@ class SameConv(nn.Conv3d):
         return super().forward(F.pad(input, (1, 1, 1, 1, 1, 1)))
 
 
+class HalfPool(nn.AdaptiveAvgPool3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -218,12 +259,15 @@ class SameConv(nn.Conv3d):
         (nn.InstanceNorm3d(4), "over time"),
         (nn.GroupNorm(2, 4), "over time"),
         (nn.ConvTranspose3d(4, 4, 3), "over time"),
+        (nn.ConvTranspose3d(4, 4, 1, (2, 1, 1)), "over time"),
         (nn.LPPool3d(2, 2), "per-frame"),
         (nn.utils.parametrizations.weight_norm(nn.Conv3d(4, 4, 3)), "parametrized"),
         (prune.random_unstructured(nn.Conv3d(4, 4, 3), "weight", 0.5), "made by a hook"),
         (nn.LazyConv3d(4, 3), "not known yet"),
         (SamePool(2, 2), "SamePool has a forward of its own"),
         (SameConv(4, 4, 3), "SameConv has a forward of its own"),
+        (HalfPool(1), "HalfPool has a forward of its own"),
+        (HalfPool((1, 1, 1)), "HalfPool has a forward of its own"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -234,8 +278,8 @@ def test_what_cannot_be_causal_is_named(layer: nn.Module, reason: str) -> None:
 
 
 def test_layers_with_a_forward_of_their_own_stay_where_they_treat_frames_alone() -> None:
-    model = nn.Sequential(nn.Conv3d(3, 4, 3), SameConv(4, 4, 1), SamePool((1, 2, 2)))
-    assert [type(layer) for layer in convert_to_recurrent(model)] == [RecurrentConv3d, SameConv, SamePool]
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), SameConv(4, 4, 1), SamePool((1, 2, 2)), HalfPool((None, 1, 1)))
+    assert [type(layer) for layer in convert_to_recurrent(model)] == [RecurrentConv3d, SameConv, SamePool, HalfPool]
 
 
 def test_unidirectional_rnns_stay() -> None:

@@ -195,7 +195,13 @@ def test_parameters_and_copies() -> None:
     assert torch.equal(other(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert layer.to("meta")(x.to("meta")).shape == (1, 6, 3, 4, 4)
-    assert "update='sum'" in repr(layer)
+    assert repr(RecurrentConv3d(4, 6, 3)) == (
+        "RecurrentConv3d(4, 6, kernel_size=(1, 3, 3), stride=(1, 1, 1), bias=False, update='sum')"
+    )
+    assert repr(RecurrentConv3d(4, 6, 3, 2, 1, 2, 2, True, "reflect", update="mean")) == (
+        "RecurrentConv3d(4, 6, kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), dilation=(1, 2, 2), "
+        "groups=2, bias=True, update='mean', padding_mode='reflect')"
+    )
 
 
 @pytest.mark.parametrize("layer_type", [FrameConv3d, RecurrentConv3d])
@@ -216,12 +222,14 @@ def test_temporal_extent_is_refused(layer_type: type, argument: str, value: tupl
         ("hidden_init", "zero"),
         ("padding_mode", "wrap"),
         ("padding", "full"),
-        ("groups", 3),
+        ("groups", 4),  # divides what comes in alone
+        ("groups", 3),  # divides what goes out alone
+        ("groups", 0),
     ],
 )
 def test_bad_arguments(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
-        RecurrentConv3d(4, 4, **{"kernel_size": 3, argument: value})
+        RecurrentConv3d(4, 6, **{"kernel_size": 3, argument: value})
 
 
 def test_same_padding_needs_stride_one() -> None:

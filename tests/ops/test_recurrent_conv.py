@@ -353,6 +353,12 @@ def test_autocast(backend) -> None:
     assert torch.equal(h, want)
     h.float().sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+    weight.requires_grad_(False)
+    scale, shift = torch.rand(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = rcu_ops.recurrent_conv_affine_act(x, weight, scale, shift, h0, x)
+    narrow = x.bfloat16()
+    assert torch.equal(y, rcu_ops.recurrent_conv_affine_act(narrow, weight.bfloat16(), scale, shift, h0, narrow)[0])
 
 
 def test_the_reference_takes_every_argument_by_name() -> None:

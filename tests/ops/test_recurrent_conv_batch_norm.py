@@ -72,7 +72,10 @@ def test_forward_and_gradients_keep_the_tolerance_rule(backend, form, dtype, lay
         given["residual"] = None
     if form == "plain":
         given["h0"] = given["gamma"] = given["beta"] = None
-    options = {"update": "mean" if form == "all" else "sum", "activation": "relu" if form != "plain" else "identity"}
+    options = {
+        "update": "mean" if form == "all" else "sum",
+        "activation": "relu" if form in ("relu", "all") else "identity",
+    }
     y, h_n, moments = rcu_ops.recurrent_conv_batch_norm(**given, **options)
     exact, eager = unfused(given, **options, dtype=torch.float64), unfused(given, **options, dtype=dtype)
     assert y.dtype == dtype
@@ -169,7 +172,7 @@ def test_bitwise_repeatable_and_independent_of_threads(backend, dtype) -> None:
 
 def test_what_is_saved_for_backward(backend) -> None:
     """h and, with residual and ReLU, y: nothing else of the size of x."""
-    for residual, expected in ((False, 1), (True, 2)):
+    for residual, relu, expected in ((False, True, 1), (True, True, 2), (True, False, 1)):
         given = problem((2, 4, 3, 5, 5), torch.float32)
         given = given if residual else given | {"residual": None}
         saved: list[Tensor] = []
@@ -177,7 +180,7 @@ def test_what_is_saved_for_backward(backend) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t, into=saved: into.append(t) or t, lambda t: t):
             call = torch.ops.rcu_ops.recurrent_conv_batch_norm
             x, weight, gamma, beta, h0, added = args
-            call(x, weight, h0, gamma, beta, added, False, 1e-5, True, "")
+            call(x, weight, h0, gamma, beta, added, False, 1e-5, relu, "")
         assert sum(t.numel() == x.numel() for t in saved) == expected
 
 
@@ -188,6 +191,15 @@ def test_only_h_n_is_used(backend) -> None:
     dx = torch.autograd.grad(h_n.square().sum(), leaves[0])[0]
     plain = reference.recurrent_conv(leaves[0], leaves[1], leaves[4])[1]
     torch.testing.assert_close(dx, torch.autograd.grad(plain.square().sum(), leaves[0])[0])
+
+
+def test_moments_have_gradients(backend) -> None:
+    given = problem((2, 4, 3, 5, 5), torch.float64)
+    leaves = [v.requires_grad_() for v in given.values()]
+    _, _, moments = rcu_ops.recurrent_conv_batch_norm(*leaves)
+    h, _ = reference.recurrent_conv(leaves[0], leaves[1], leaves[4])
+    found, want = (torch.autograd.grad(m[:2].square().sum(), leaves[:2]) for m in (moments, channel_moments(h)))
+    torch.testing.assert_close(found, want)
 
 
 # ---- PyTorch citizenship ------------------------------------------------------------------------------------------

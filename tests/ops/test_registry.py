@@ -11,9 +11,10 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcu_ops
-from rcu_ops import doctor
+from rcu_ops import _library, doctor
 from rcu_ops.cli import main
 from rcu_ops.ops import OPERATORS, _registry
 from rcu_ops.ops._registry import Backend, Operator, Overtaken
@@ -57,6 +58,7 @@ def test_explain_uses_the_same_predicate(operator) -> None:
     assert odd.backend == "reference"
     assert odd.reasons["cpu"] == "needs an even number of elements, got 3"
     assert "not cpu: needs an even number" in str(odd)
+    assert "not reference: a backend before it was taken" in str(even)
     with rcu_ops.use_backend("cpu"):
         assert operator.explain(torch.zeros(3)).backend is None
 
@@ -126,6 +128,103 @@ def test_auto_alone_passes_over_a_backend_that_another_overtakes(monkeypatch) ->
     with rcu_ops.use_backend("triton"):
         assert toy.select(odd).name == "triton" and toy.explain(odd).reasons["triton"] is None
     assert toy.explain(torch.zeros(3)).reasons["triton"] is None  # on the CPU no GPU's speed says anything
+
+
+class _Called(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_backends_run_their_own_tensors_and_say_whose_the_others_are(name, monkeypatch) -> None:
+    operator = OPERATORS[name]
+    on = {device: operator.probe(device) for device in ("cpu", "meta")}
+    for device, args in on.items():
+        assert {a.device.type for a in args if isinstance(a, torch.Tensor)} == {device}
+    with FakeTensorMode():
+        on["cuda"] = torch.empty(on["cpu"][0].shape, device="cuda"), *on["cpu"][1:]
+    assert operator.backend("cpu").why_not(*on["cuda"]) == "x is on cuda:0"
+    assert operator.backend("cuda").why_not(*on["cpu"]) == "x is on cpu"
+    assert operator.backend("triton").why_not(*on["meta"]) == "x is on meta"
+    monkeypatch.setattr(_library, "_compiled", {})
+    assert operator.backend("cpu").why_not(*on["meta"]) is None
+    for backend in ("cpu", "cuda"):
+        assert "built without" in str(operator.backend(backend).why_not(*on[backend]))
+
+
+CLIP, CHANNELS = (2, 4, 3, 5, 5), (4,)
+ARGUMENTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "recurrent_conv": {"x": CLIP, "weight": (4, 4), "h0": (2, 4, 5, 5)},
+    "recurrent_conv_affine_act": {
+        "x": CLIP, "weight": (4, 4), "scale": CHANNELS, "shift": CHANNELS, "h0": (2, 4, 5, 5), "residual": CLIP,
+    },
+    "recurrent_conv_batch_norm": {
+        "x": CLIP, "weight": (4, 4), "gamma": CHANNELS, "beta": CHANNELS, "h0": (2, 4, 5, 5), "residual": CLIP,
+    },
+    "srtg_squeeze": {"x": CLIP},
+    "srtg_fuse": {"x": CLIP, "h": (2, 3, 4), "gate": (2,)},
+    "fast_gru": {
+        "x": (2, 3, 4, 1, 2, 2), "weight_ux": (4, 4), "weight_uo": (4, 4), "weight_w": (2, 4, 2), "weight_vx": (4, 4),
+        "weight_vo": (4, 4), "o0": (2, 4, 1, 2, 2),
+    },
+    "fast_gru_step": {
+        "x": (2, 4, 1, 2, 2), "o": (2, 4, 1, 2, 2), "weight_ux": (4, 4), "weight_uo": (4, 4), "weight_w": (2, 4, 2),
+        "weight_vx": (4, 4), "weight_vo": (4, 4),
+    },
+    "nonlocal_attention": {"query": (3, 3, 4), "key": (3, 5, 4), "value": (3, 5, 6), "mask": (3, 3, 5)},
+    "relational_lstm_step": {
+        "x_gates": (2, 4, 3, 6), "query": (2, 4, 3, 5), "key": (2, 4, 3, 5), "value": (2, 4, 3, 6), "cell": (2, 3, 6),
+    },
+    "soft_nearest_neighbor": {"a": (2, 3, 4), "b": (2, 5, 4), "mask_b": (2, 5)},
+    "cycle_consistency": {"a": (2, 3, 4), "b": (2, 5, 4), "mask_a": (2, 3), "mask_b": (2, 5)},
+    "temporal_cycle_loss": {"a": (2, 3, 4), "b": (2, 5, 4), "mask_a": (2, 3), "mask_b": (2, 5)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, a) for name, shapes in ARGUMENTS.items() for a in shapes])
+def test_every_tensor_that_does_not_fit_is_refused_by_name(name, argument) -> None:
+    given = {
+        a: torch.ones(shape, dtype=torch.bool) if a.startswith(("mask", "gate")) else torch.randn(shape)
+        for a, shape in ARGUMENTS[name].items()
+    }
+    OPERATORS[name].check(**given)
+    right = given[argument]
+    wrong = [(right.to(torch.int32), TypeError), (right.tolist(), TypeError)]
+    if right.dtype != torch.bool:
+        wrong.append((right.to_sparse(), TypeError))
+    if argument != next(iter(given)):  # the others go by the first
+        wrong += [(right[:-1], ValueError), (right.to("meta"), ValueError)]
+    for value, error in wrong:
+        with pytest.raises(error, match=f"^{argument}: expected"):
+            OPERATORS[name].check(**given | {argument: value})
+
+
+def test_every_operator_has_its_arguments_tried() -> None:
+    assert set(ARGUMENTS) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_the_reference_calls_no_kernel_but_stays_one_operator_for_tracers_without_a_binary(name, monkeypatch) -> None:
+    operator = OPERATORS[name]
+
+    def runs_operators(backend: str) -> bool:
+        with _Called() as called:
+            operator.backend(backend).run(*operator.probe("cpu"))
+        return any(name.startswith("rcu_ops::") for name in called.names)
+
+    assert runs_operators("cpu") and not runs_operators("reference")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not runs_operators("reference")
+    monkeypatch.setattr(_library, "_compiled", {})
+    # These are a few operations of PyTorch's, which a tracer may as well see.
+    assert runs_operators("reference") != (name in ("nonlocal_attention", "relational_lstm_step"))
 
 
 def test_the_doctor_says_where_auto_passes_over_a_backend() -> None:

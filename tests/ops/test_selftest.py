@@ -43,12 +43,13 @@ class Counted:
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "not yet"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("RCU_OPS_SELFTEST", raising=False)
     monkeypatch.setattr(_selftest, "_tests", {})
     monkeypatch.setattr(_selftest, "_results", {})
     monkeypatch.setattr(_selftest, "_untested", {})
-    return tmp_path / "rcu-ops" / "selftest.json"
+    return cache / "rcu-ops" / "selftest.json"
 
 
 def register(counted: Counted, sources: tuple[Path, ...] = ()) -> None:
@@ -161,6 +162,24 @@ def test_an_error_is_a_failure_for_this_process_only(fresh: Path) -> None:
     assert ask() is None
 
 
+def test_a_case_that_fails_is_not_made_good_by_the_next() -> None:
+    wrong, right = Counted(lambda x: 3 * x), Counted()
+    both = SelfTest("toy/triton", lambda *at: [*wrong.cases(*at), *right.cases(*at)])
+    _selftest.register(both)
+    with pytest.warns(RuntimeWarning, match="will not be used"):
+        assert ask() is not None
+    assert (wrong.runs, right.runs) == (1, 0)
+
+
+def test_no_test_runs_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_selftest, "_identity", lambda device: ("a chip", "a driver"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    register(counted := Counted())
+    reason = _selftest.why_not("toy/triton", torch.device("cuda"), torch.float32)
+    assert "cannot run while a CUDA graph is captured" in str(reason)
+    assert counted.runs == 0 and _selftest.results() == []
+
+
 def test_a_test_without_cases_does_not_pass() -> None:
     _selftest.register(SelfTest("toy/triton", lambda device, dtype: ()))
     with pytest.warns(RuntimeWarning):
@@ -196,6 +215,15 @@ def test_a_new_device_driver_or_source_asks_again(monkeypatch: pytest.MonkeyPatc
         assert counted.runs == before + 1
 
 
+def test_a_new_build_asks_again_for_what_the_binary_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digests() -> list[str]:
+        return [_selftest._digest(SelfTest(f"toy/{backend}", lambda *at: ())) for backend in ("triton", "cuda")]
+
+    (triton, cuda), record = digests(), {"sources": "other"}
+    monkeypatch.setattr(_selftest._library, "build_record", lambda: record)
+    assert digests()[0] == triton and digests()[1] != cuda
+
+
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"key": 1}'])
 def test_a_damaged_cache_file_is_replaced(fresh: Path, content: str) -> None:
     fresh.parent.mkdir(parents=True)
@@ -213,7 +241,18 @@ def test_nowhere_to_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert ask() is None
 
 
-def test_threads_share_one_run() -> None:
+def test_a_write_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    register(Counted())
+    assert ask() is None
+    assert list(fresh.parent.iterdir()) == []
+
+
+def test_threads_share_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_selftest, "_write_cache", lambda key, result: None)  # nor can they take it from the disk
     counted = Counted()
     register(counted)
     verdicts: list[str | None] = []
@@ -227,7 +266,7 @@ def test_threads_share_one_run() -> None:
 
 
 def test_the_users_random_numbers_and_modes_are_left_alone() -> None:
-    register(Counted())
+    register(Counted(lambda x: doubled(x) if not (torch.is_autocast_enabled("cpu") or torch.is_grad_enabled()) else x))
     state = torch.random.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
         assert ask() is None
