@@ -287,6 +287,11 @@ def test_unidirectional_rnns_stay() -> None:
     assert isinstance(convert_to_recurrent(model)[1], nn.LSTM)
 
 
+def test_layers_that_do_not_reach_over_time_stay() -> None:
+    model = nn.Sequential(nn.Flatten(1, 2), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    assert repr(convert_to_recurrent(model)) == repr(model)
+
+
 def test_not_a_module() -> None:
     with pytest.raises(TypeError, match="model"):
         convert_to_recurrent("i3d_resnet18")

@@ -206,6 +206,13 @@ def test_every_tensor_that_does_not_fit_is_refused_by_name(name, argument) -> No
             OPERATORS[name].check(**given | {argument: value})
 
 
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_kernels_run_without_the_planners_words(name, monkeypatch) -> None:
+    monkeypatch.setattr(_library, "native", lambda: None)
+    explanation = OPERATORS[name].explain(*OPERATORS[name].probe("cpu"))
+    assert explanation.reasons["cpu"] is None and str(explanation)
+
+
 def test_every_operator_has_its_arguments_tried() -> None:
     assert set(ARGUMENTS) == set(OPERATORS)
 
