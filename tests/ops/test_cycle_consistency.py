@@ -490,17 +490,17 @@ def test_frames_that_are_not_there_do_not_change_the_loss(backend) -> None:
 
 def test_all_pairs(backend) -> None:
     a, b = inputs((3, 5, 6, 4))[0], inputs((2, 5, 6, 4))[1]
-    rows = rcu_ops.temporal_cycle_loss(a, b, pairs="all", reduction="none")
-    want = [rcu_ops.temporal_cycle_loss(x[None], y[None], reduction="none")[0] for x in a for y in b]
+    mask_a, mask_b = masks(3, 5), masks(2, 6)
+
+    def one(x: Tensor, y: Tensor, mask_x: Tensor | None = None, mask_y: Tensor | None = None) -> Tensor:
+        given = {name: None if m is None else m[None] for name, m in (("mask_a", mask_x), ("mask_b", mask_y))}
+        return rcu_ops.temporal_cycle_loss(x[None], y[None], reduction="none", **given)[0]
+
+    rows = rcu_ops.temporal_cycle_loss(a, b, pairs="all", mask_a=mask_a, mask_b=mask_b, reduction="none")
+    want = [one(x, y, m, k) for x, m in zip(a, mask_a, strict=True) for y, k in zip(b, mask_b, strict=True)]
     torch.testing.assert_close(rows, torch.stack(want))
     own = rcu_ops.temporal_cycle_loss(a, a, pairs="all", reduction="none")
-    want = [
-        rcu_ops.temporal_cycle_loss(a[i : i + 1], a[j : j + 1], reduction="none")[0]
-        for i in range(3)
-        for j in range(3)
-        if i != j
-    ]
-    torch.testing.assert_close(own, torch.stack(want))
+    torch.testing.assert_close(own, torch.stack([one(a[i], a[j]) for i in range(3) for j in range(3) if i != j]))
     with pytest.raises(ValueError, match="a: expected at least two samples"):
         rcu_ops.temporal_cycle_loss(alone := a[:1], alone, pairs="all")
     for first, second in ((a, b[:0]), (a[:0], b), (alone, b[:0])):
