@@ -62,10 +62,9 @@ def nonlocal_attention(
     196, three times that in :func:`relational_lstm_step`. All temporaries of eager PyTorch may be less than twice that
     where there are a few small samples.
     """
-    lead = query.shape[:-2] if isinstance(query, Tensor) else ()
     args = _check_attention(query, key, value, mask=mask, scale=scale, normalize=normalize)
     out = ATTENTION.select(*args).run(*args)
-    return out.reshape(*lead, *out.shape[1:])
+    return out.reshape(*query.shape[:-2], *out.shape[1:])
 
 
 def relational_lstm_step(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcu_ops
@@ -34,11 +35,11 @@ class Recorded(TorchDispatchMode):
         return result
 
 
-def number(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+Numbers = Callable[..., Tensor]
+"""Takes sizes, and returns random numbers that require gradients."""
 
 
-def recurrent_convs() -> Iterator[Any]:
+def recurrent_convs(number: Numbers) -> Iterator[Any]:
     x, weight, h0, residual = number(2, 4, 3, 5, 2), number(4, 4), number(2, 4, 5, 2), number(2, 4, 3, 5, 2)
     channels = number(4), number(4)
     yield rcu_ops.recurrent_conv(x, weight)
@@ -50,10 +51,11 @@ def recurrent_convs() -> Iterator[Any]:
         operators, grad = torch.ops.rcu_ops, torch.randn_like(x)
         for masked, first, added in ((True, h0, residual), (False, None, None)):
             h, h_n, moments = operators.recurrent_conv_moments(x, weight, first, masked)
-            y = operators.recurrent_conv_normalize(h, moments, *channels, added, 0.5, masked)
+            affine = [value.to(moments.dtype) for value in channels]
+            y = operators.recurrent_conv_normalize(h, moments, *affine, added, 0.5, masked)
             mask = y if masked else None
-            sums, _ = operators.recurrent_conv_normalize_sums(grad, h, mask, moments, *channels, 0.5, masked)
-            rest = moments, sums, *channels, 0.5, masked, masked, masked
+            sums, _ = operators.recurrent_conv_normalize_sums(grad, h, mask, moments, *affine, 0.5, masked)
+            rest = moments, sums, *affine, 0.5, masked, masked, masked
             operators.recurrent_conv_normalize_backward(grad, h_n, h, weight, first, *rest)
         yield rcu_ops.recurrent_conv_affine_act(x, weight, *channels)
         yield rcu_ops.recurrent_conv_affine_act(
@@ -61,14 +63,14 @@ def recurrent_convs() -> Iterator[Any]:
         )
 
 
-def srtgs() -> Iterator[Any]:
+def srtgs(number: Numbers) -> Iterator[Any]:
     x, h, gate = number(2, 4, 3, 5, 2), number(2, 3, 4), torch.tensor([True, False])
     yield rcu_ops.srtg_squeeze(x)
     for options in ({}, {"gate": gate}, {"gate": gate, "fusion": "add"}):
         yield rcu_ops.srtg_fuse(x, h, **options)
 
 
-def fast_grus() -> Iterator[Any]:
+def fast_grus(number: Numbers) -> Iterator[Any]:
     x, o0 = number(2, 3, 4, 1, 2, 3), number(2, 4, 1, 2, 3)
     weights = number(4, 4), number(4, 4), number(2, 4, 2), number(4, 4), number(4, 4)
     yield rcu_ops.fast_gru(x, *weights)
@@ -76,7 +78,7 @@ def fast_grus() -> Iterator[Any]:
     yield rcu_ops.fast_gru(x, *(weight.detach() for weight in weights), o0)
 
 
-def nonlocal_gates() -> Iterator[Any]:
+def nonlocal_gates(number: Numbers) -> Iterator[Any]:
     query, key, value = number(2, 3, 4), number(2, 5, 4), number(2, 5, 6)
     mask = torch.rand(2, 3, 5) < 0.5
     for options in ({"scale": 0.5}, {"mask": mask, "normalize": "count"}, {"mask": mask, "scale": 2.0}):
@@ -89,7 +91,7 @@ def nonlocal_gates() -> Iterator[Any]:
     yield torch.ops.rcu_ops.relational_lstm_step_kept(x_gates, query, key, value, cell, 2)[:2]
 
 
-def alignments() -> Iterator[Any]:
+def alignments(number: Numbers) -> Iterator[Any]:
     for frames, others, names in ((5, 7, ""), (5, 7, "b"), (6, 70, "ab")):
         a, b = number(2, frames, 8), number(2, others, 8)
         masks = {f"mask_{name}": torch.rand(2, {"a": frames, "b": others}[name]) < 0.7 for name in names}
@@ -102,9 +104,9 @@ def alignments() -> Iterator[Any]:
 
 
 @functools.cache
-def calls(problems: Callable[[], Iterator[Any]]) -> list[tuple[str, tuple[Any, ...], Any]]:
+def calls(problems: Callable[[Numbers], Iterator[Any]], dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...], Any]]:
     with rcu_ops.use_backend("cpu"), Recorded() as recorded:
-        for results in problems():
+        for results in problems(lambda *shape: torch.randn(shape, dtype=dtype, requires_grad=True)):
             results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
             if results:
                 torch.autograd.backward(results, [torch.randn_like(r) for r in results])
@@ -118,19 +120,30 @@ OPAQUE = {"fast_gru": 2}
 PROBLEMS = (recurrent_convs, srtgs, fast_grus, nonlocal_gates, alignments)
 
 
+def layouts(results: Any) -> list[tuple[Any, ...]]:
+    return [(r.shape, r.dtype, r.stride()) for r in ((results,) if isinstance(results, Tensor) else results)]
+
+
 @pytest.mark.parametrize("problems", PROBLEMS)
 def test_references_do_what_the_kernels_do(problems) -> None:
-    for name, args, result in calls(problems):
+    for name, args, result in calls(problems, torch.float64):
         want = _schema._reference_kernels[name](*args)
+        assert layouts(want) == layouts(result), name
         results, wanted = ((r,) if isinstance(r, Tensor) else r for r in (result, want))
-        assert [(r.shape, r.dtype, r.stride()) for r in wanted] == [(r.shape, r.dtype, r.stride()) for r in results], (
-            name
-        )
         for index, (got, expected) in enumerate(zip(results, wanted, strict=True)):
             if index < OPAQUE.get(name, len(results)):
                 torch.testing.assert_close(got, expected, msg=lambda text, at=(name, index): f"{at}: {text}")
 
 
+@pytest.mark.parametrize("problems", PROBLEMS)
+def test_tracers_see_results_of_16_bits_as_they_are(problems) -> None:
+    recorded = calls(problems, torch.bfloat16)
+    with FakeTensorMode() as mode:
+        for name, args, result in recorded:
+            fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+            assert layouts(getattr(torch.ops.rcu_ops, name)(*fake)) == layouts(result), name
+
+
 def test_every_operator_was_tried() -> None:
-    tried = {name for p in PROBLEMS for name, *_ in calls(p)}
+    tried = {name for problems in PROBLEMS for name, *_ in calls(problems, torch.float64)}
     assert set(OPERATORS) - tried == {"recurrent_conv_frame"}  # of which test_recurrent_conv_frame.py tries both
