@@ -531,7 +531,6 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node) -> bool:
         norm_node = only_user(node)
         assert norm_node is not None
         norm_node.replace_all_uses_with(node)
-        traced.graph.erase_node(norm_node)
         return True
     else:
         return False

@@ -283,6 +283,16 @@ def test_bf16_convolutions_in_either_arithmetic(
         given[1].mul_(-2)  # seen: the second round
 
 
+def test_convolutions_whose_weight_is_not_kept() -> None:
+    frames, residual = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 6, 5, 5).double()
+    weight, bias = torch.randn(6, 4, 1, 3, 3).double(), torch.randn(6).double()
+    arguments = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    packed = packed_conv.PackedWeights()
+    got = packed_conv.conv2d_act(packed, frames, weight, bias, **arguments, residual=residual, relu=True)
+    assert torch.equal(got, F.relu(F.conv2d(frames, weight.squeeze(2), bias, padding=1) + residual))
+    assert not packed._forms
+
+
 def test_arithmetic_of_bf16_convolutions_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     class Processor:
         def __init__(self, isas: list[str], fast_pairs: bool) -> None:
@@ -339,6 +349,8 @@ class Odd(nn.Module):
         self.bn_e = nn.BatchNorm3d(4)
         self.f = FrameConv3d(4, 4, 3, padding="same")
         self.bn_f = nn.BatchNorm3d(4)
+        self.g = FrameConv3d(4, 4, 1)
+        self.bn_g = nn.BatchNorm3d(4)
         self.shift = nn.Parameter(torch.randn(4, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -348,9 +360,10 @@ class Odd(nn.Module):
         x = F.relu(self.shift + self.bn_d(self.d(x)))
         x = self.bn_twice(self.twice(self.twice(x)))
         x = F.relu(self.bn_e(self.e(x)))
-        x = torch.add(x.mean((3, 4), keepdim=True), self.bn_f(self.f(x)))
+        x = F.relu(torch.add(x.mean((3, 4), keepdim=True), self.bn_f(self.f(x))))
         x += self.bn_b(x)
-        return x
+        y = self.bn_g(self.g(x))
+        return y + y
 
 
 def test_unusual_patterns() -> None:

@@ -130,12 +130,13 @@ def test_what_stays_unfused() -> None:
     hooked = Block()
     seen: list[int] = []
     hooked.bn1.register_forward_hook(lambda *_: seen.append(1))
+    hooked.conv2.register_forward_hook(lambda *_: seen.append(1))
     fuse_for_training(hooked)(torch.randn(2, 3, 2, 4, 4))
-    assert seen == [1]
+    assert seen == [1, 1]
     activated = nn.Sequential(RecurrentConv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU())
     activated[2].register_forward_hook(lambda *_: seen.append(2))
     fuse_for_training(activated)(torch.randn(2, 3, 2, 4, 4))
-    assert seen == [1, 2]
+    assert seen == [1, 1, 2]
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
         fuse_for_training(3)
 

@@ -490,6 +490,12 @@ def test_meta_tensors_and_flop_count() -> None:
     with FlopCounterMode(display=False) as backward:
         o.sum().backward()
     assert backward.get_total_flops() == 2 * 3 * one
+    of_x = 3 * 2 * 2 * 49 * (2 * hidden * c + c * c)  # what Ux and Vx multiply
+    for given, others, count in ((x.detach(), weights, 6 * one - of_x), (x, [w.detach() for w in weights], 3 * one)):
+        o, _ = rcu_ops.fast_gru(given, *others)
+        with FlopCounterMode(display=False) as backward:
+            o.sum().backward()
+        assert backward.get_total_flops() == count
     with FlopCounterMode(display=False) as again:
         rcu_ops.fast_gru(x, *weights, recompute=True)[0].sum().backward()
     assert again.get_total_flops() == 4 * 3 * one

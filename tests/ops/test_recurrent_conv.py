@@ -475,6 +475,10 @@ def test_meta_tensors_and_flop_count() -> None:
     with FlopCounterMode(display=False) as backward:
         h.sum().backward()
     assert backward.get_total_flops() == 2 * step * (t - 1)
+    h, _ = rcu_ops.recurrent_conv(x, weight.detach())
+    with FlopCounterMode(display=False) as backward:
+        h.sum().backward()
+    assert backward.get_total_flops() == step * (t - 1)
     with FlopCounterMode(display=False) as stepping:
         rcu_ops.recurrent_conv(x[:, :, :1], weight, h_n)
     assert stepping.get_total_flops() == step
