@@ -338,7 +338,7 @@ class Odd(nn.Module):
         super().__init__()
         self.a = RecurrentConv3d(3, 4, 3, padding=1, bias=True)
         self.bn_a = nn.BatchNorm3d(4, affine=False)
-        self.b = FrameConv3d(4, 4, 3, padding=1)
+        self.b = FrameConv3d(4, 4, 3, padding=1, padding_mode="reflect")
         self.bn_b = nn.BatchNorm3d(4)
         self.c = RecurrentConv3d(4, 4, 1)
         self.d = RecurrentConv3d(4, 4, 3, padding=1, padding_mode="replicate")

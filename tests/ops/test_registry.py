@@ -227,6 +227,9 @@ def test_the_reference_calls_no_kernel_but_stays_one_operator_for_tracers_withou
         return any(name.startswith("rcu_ops::") for name in called.names)
 
     assert runs_operators("cpu") and not runs_operators("reference")
+    with monkeypatch.context() as without:
+        without.setattr(_library, "_compiled", {})
+        assert not runs_operators("reference")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not runs_operators("reference")
     monkeypatch.setattr(_library, "_compiled", {})

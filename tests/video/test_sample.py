@@ -191,3 +191,8 @@ def test_sampling_refuses_nothing(function):
         function(*arguments)
     with pytest.raises(ValueError, match="expected at least 1, got 0"):
         function(*([4] * (len(arguments) - 1)), 0)
+
+
+def test_segments_refuse_empty_snippets():
+    with pytest.raises(ValueError, match="snippet: expected at least 1, got 0"):
+        segment_positions(4, 4, snippet=0)

@@ -85,6 +85,8 @@ def test_normalize(dtype):
     exact = ((clip.double() / 255 - mean.double()) / std.double()).permute(3, 0, 1, 2)
     eager = ((clip.to(dtype) / 255 - mean.to(dtype)) / std.to(dtype)).permute(3, 0, 1, 2)
     assert_close_to_reference(out, exact, eager)
+    with pytest.raises(ValueError, match=r"frames: expected \[T, H, W, 1\], got \[2, 16, 16, 3\]"):
+        normalize(clip, mean=[0.5], std=[0.5])
 
 
 def test_frame_transform_is_the_composition():
