@@ -12,7 +12,6 @@ from torch.export import Dim, export
 from rcu_ops import Streamer
 from rcu_ops.models import ResLSTM, create_model
 from rcu_ops.nn import ResidualRNN
-from rcu_ops.nn.residual_rnn import _library_layer, rnn_layer
 from tests.tolerance import assert_close_to_reference
 
 LIBRARY = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -176,21 +175,6 @@ def test_export_with_any_batch_and_length(cell: str) -> None:
         for n, t in ((1, 1), (3, 25)):
             features = torch.randn(n, t, 6, dtype=torch.float64)
             torch.testing.assert_close(program.module()(features), model(features))
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_gradients_of_the_operator_are_the_librarys(cell: str) -> None:
-    layer = ResidualRNN(4, num_layers=1, cell=cell).double().layers[0]
-    x, h, c = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 4), (2, 4), (2, 4)))
-    weights = [weight.detach().requires_grad_() for weight in layer.weights]
-    results = [run(cell, x, h, c, weights) for run in (rnn_layer, _library_layer)]
-    grads = [torch.randn_like(value) for value in results[0]]
-    leaves = [x, h, c, *weights]
-    found, want = (
-        torch.autograd.grad([r for r in result if r.requires_grad], leaves, grads, allow_unused=True)
-        for result in results
-    )
-    torch.testing.assert_close(found, want)
 
 
 def test_operator_obeys_torch() -> None:
