@@ -86,6 +86,13 @@ __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* v
 
 // ---- the matrix unit ------------------------------------------------------------------------------------------------
 
+// The least s for which 1 << s is no less than `count`.
+__device__ __forceinline__ int shift_to(int count) {
+  int shift = 0;
+  while (1 << shift < count) ++shift;
+  return shift;
+}
+
 // One frame (a Scan with T = 1), bf16 or fp16, any C, any strides.
 //
 // Work.     A block of 4 warps computes O = 32 M output channels at P = 16 N columns; a warp 16 M x 8 N of them. Rows
@@ -104,7 +111,7 @@ __device__ __forceinline__ void write_values(const Scan& p, const Block& b, S* v
 //           at HBM's rate, plus a launch. With many positions the blocks read 0.25 bytes per multiply-add from L2, 0.09
 //           with the larger tile.
 template <int M, int N>
-__global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const StepScanPlan plan) {
+__global__ void __launch_bounds__(step_threads, 4) step_scan(const Scan p, const StepScanPlan plan) {
   using T = uint16_t;
   constexpr int O = 32 * M, P = 16 * N;
   const bool bf16 = p.dtype == DType::bf16;
@@ -117,12 +124,15 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
 
   const T* w = static_cast<const T*>(p.weight);
   const bool product = p.init == Init::state, keep = p.init == Init::added;
+  // Elements are counted in rows of a power of two, of which those beyond the last are left out: nothing is divided.
   const auto stage_weight = [&](int64_t k0, int depth) {  // depth: a multiple of 16
     const T* from = w + b.channel0 * p.weight_out + k0 * p.weight_in;
     const int inputs = p.C - k0 < depth ? static_cast<int>(p.C - k0) : depth;
     if (plan.weight_vectors) {
-      for (int e = thread; e < O * depth / 8; e += step_threads) {
-        const int o = e / (depth / 8), k = e % (depth / 8) * 8;
+      const int shift = shift_to(depth / 8);
+      for (int e = thread; e < O << shift; e += step_threads) {
+        const int o = e >> shift, k = (e & ((1 << shift) - 1)) * 8;
+        if (k >= depth) continue;
         unsigned char* to = weight + o * pitch + 2 * k;
         if (o < b.outputs && k < inputs)
           async_copy<16>(to, from + o * p.weight_out + k);
@@ -132,20 +142,23 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
       async_commit();
     } else {
       const bool along_inputs = p.weight_in == 1;
-      for (int e = thread; e < O * depth; e += step_threads) {
-        const int o = along_inputs ? e / depth : e % O, k = along_inputs ? e % depth : e / O;
-        *reinterpret_cast<T*>(weight + o * pitch + 2 * k) =
-            o < b.outputs && k < inputs ? from[o * p.weight_out + k * p.weight_in] : T(0);
+      const int shift = shift_to(depth);
+      for (int e = thread; e < O << shift; e += step_threads) {
+        const int o = along_inputs ? e >> shift : e % O, k = along_inputs ? e & ((1 << shift) - 1) : e / O;
+        if (k < depth)
+          *reinterpret_cast<T*>(weight + o * pitch + 2 * k) =
+              o < b.outputs && k < inputs ? from[o * p.weight_out + k * p.weight_in] : T(0);
       }
     }
   };
   const auto stage_state = [&](int64_t k0, int depth) {
     constexpr int batch = 8;
-    const int inputs = p.C - k0 < depth ? static_cast<int>(p.C - k0) : depth;
+    const int inputs = p.C - k0 < depth ? static_cast<int>(p.C - k0) : depth, shift = shift_to(depth / 2);
     const bool along_channels = p.first.c == 1;
-    const auto column_of = [&](int e) { return along_channels ? e / (depth / 2) : e % P; };
-    const auto input_of = [&](int e) { return 2 * (along_channels ? e % (depth / 2) : e / P); };
-    for (int begin = thread; begin < P * depth / 2; begin += batch * step_threads) {
+    const auto column_of = [&](int e) { return along_channels ? e >> shift : e % P; };
+    const auto input_of = [&](int e) { return 2 * (along_channels ? e & ((1 << shift) - 1) : e / P); };
+    const int all = along_channels ? P << shift : P * (depth / 2);
+    for (int begin = thread; begin < all; begin += batch * step_threads) {
       float pairs[batch][2];
 #pragma unroll
       for (int i = 0; i < batch; ++i)
@@ -159,7 +172,7 @@ __global__ void __launch_bounds__(step_threads, 2) step_scan(const Scan p, const
       for (int i = 0; i < batch; ++i) {
         const int e = begin + i * step_threads, j = column_of(e), k = input_of(e);
         const bool first = j < b.columns && k < inputs, second = first && k + 1 < inputs;
-        if (e < P * depth / 2)
+        if (e < all && k < depth)
           *reinterpret_cast<uint32_t*>(state + j * pitch + 2 * k) =
               pack(first ? pairs[i][0] : 0.0f, second ? pairs[i][1] : 0.0f, bf16);
       }
