@@ -86,8 +86,7 @@ COMPILER_ENVIRONMENT = {
 
 # Kernel files that are compiled as one: nvcc takes a second for its headers, its own programs and the host's half of a
 # file before it has seen the first kernel, and GCC as long for the headers of the CPU's kernels. Names in the unnamed
-# namespaces of CUDA files must differ; each operator on CPUs has a namespace of its own. CPU files are two for each
-# instruction set, of which an edit of an operator compiles one again.
+# namespaces of CUDA files must differ; each operator on CPUs has a namespace of its own.
 COMPILED_TOGETHER = (
     (
         "csrc/cuda/recurrent_conv.cu",
@@ -106,8 +105,12 @@ COMPILED_TOGETHER = (
         "csrc/cuda/srtg.cu",
         "csrc/cuda/fast_gru_columns.cu",
     ),
-    ("csrc/cuda/cycle_consistency.cu", "csrc/cuda/fast_gru.cu"),
-    ("csrc/cuda/cycle_consistency_products.cu", "csrc/cuda/fast_gru_persistent.cu"),
+    (
+        "csrc/cuda/cycle_consistency_products.cu",
+        "csrc/cuda/cycle_consistency.cu",
+        "csrc/cuda/fast_gru.cu",
+        "csrc/cuda/fast_gru_persistent.cu",
+    ),
     (
         "csrc/cuda/recurrent_conv_sm90.cu",
         "csrc/cuda/cycle_consistency_short_sm90.cu",
@@ -116,12 +119,17 @@ COMPILED_TOGETHER = (
     ),
     ("csrc/cuda/recurrent_conv_tile.cu", "csrc/cuda/recurrent_conv_wide.cu"),
     *(
-        tuple(f"csrc/cpu/{operator}{instruction_set}.cpp" for operator in operators)
-        for instruction_set in ("_portable", "_avx2", "_avx512", "_avx512_bf16")
-        for operators in (
-            ("recurrent_conv", "recurrent_conv_batch_norm", "nonlocal_gates"),
-            ("cycle_consistency", "fast_gru"),
+        tuple(
+            f"csrc/cpu/{operator}{instruction_set}.cpp"
+            for operator in (
+                "recurrent_conv",
+                "recurrent_conv_batch_norm",
+                "nonlocal_gates",
+                "cycle_consistency",
+                "fast_gru",
+            )
         )
+        for instruction_set in ("_portable", "_avx2", "_avx512", "_avx512_bf16")
     ),
     (
         "csrc/cpu/recurrent_conv.cpp",
@@ -138,14 +146,11 @@ SLOWEST = (
     "csrc/cuda/recurrent_conv_tile.cu",
     "csrc/cuda/recurrent_conv.cu",
     "csrc/cuda/nonlocal_gates.cu",
-    "csrc/cuda/cycle_consistency_products.cu",
-    "csrc/cpu/recurrent_conv_avx512.cpp",
-    "csrc/cuda/cycle_consistency.cu",
-    "csrc/cuda/recurrent_conv_sm90.cu",
-    "csrc/cpu/recurrent_conv_avx2.cpp",
     "csrc/cpu/recurrent_conv_portable.cpp",
-    "csrc/cpu/cycle_consistency_portable.cpp",
-    "csrc/cpu/cycle_consistency_avx2.cpp",
+    "csrc/cpu/recurrent_conv_avx2.cpp",
+    "csrc/cpu/recurrent_conv_avx512.cpp",
+    "csrc/cuda/cycle_consistency_products.cu",
+    "csrc/cuda/recurrent_conv_sm90.cu",
     "csrc/bindings_cycle_consistency.cpp",
     "csrc/native.cpp",
 )

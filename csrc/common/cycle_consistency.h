@@ -20,8 +20,8 @@ struct Sequence {
 struct FrameMask {
   const uint8_t* data = nullptr;
   int64_t n = 0, t = 0;
-  bool there(int64_t sample, int64_t frame) const { return !data || data[sample * n + frame * t]; }
-  bool any(int64_t sample, int64_t frames) const {
+  RCU_OPS_DEVICE bool there(int64_t sample, int64_t frame) const { return !data || data[sample * n + frame * t]; }
+  RCU_OPS_DEVICE bool any(int64_t sample, int64_t frames) const {
     bool found = !data;
     for (int64_t i = 0; !found && i < frames; ++i) found = there(sample, i);
     return found;

@@ -38,10 +38,6 @@ __device__ __forceinline__ int threads_along(int64_t channels) {
   return channels > 128 ? align_threads : channels > 64 ? 128 : channels > 32 ? 64 : 32;
 }
 
-__device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
-  return !mask.data || mask.data[n * mask.n + t * mask.t];
-}
-
 // Sum over `count` warps of the block from `first` on, in an order of its own that never changes. Each of their threads
 // gets it; all threads of the block come here. `memory`: align_warps numbers.
 template <typename S>
@@ -101,7 +97,7 @@ __global__ void __launch_bounds__(align_threads, 4) measure(const Alignment p, i
     int64_t t = first / p.C, c = first % p.C;
 #pragma unroll 4
     for (int64_t left = (frames * p.C - first + step - 1) / step; left > 0; --left) {
-      const bool seen = there(mask, n, t);
+      const bool seen = mask.there(n, t);
       const S value = widen(static_cast<const T*>(v.data)[n * v.n + t * v.t + c * v.c], bf16),
               size = value < 0 ? -value : value;
       if (seen && size > largest) largest = size;
@@ -203,11 +199,11 @@ __global__ void __launch_bounds__(align_threads, 2)
     if (!mask.data) return true;
     S number = 0;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < frames; i += align_threads) number += there(mask, n, i) ? S(1) : S(0);
+    for (int64_t i = threadIdx.x; i < frames; i += align_threads) number += mask.there(n, i) ? S(1) : S(0);
     return sum_of_warps(number, memory) > 0;
   };
   const bool any = some(mask_to, keys) && some(p.mask_through, p.frames_through);
-  const auto query_there = [&](int q) { return any && q < count && there(mask_from, n, t0 + q); };
+  const auto query_there = [&](int q) { return any && q < count && mask_from.there(n, t0 + q); };
   // This thread's query, where queries are dealt with one by one.
   const int mine = static_cast<int>(threadIdx.x) / threads_of_query, first_warp = mine * warps_of_query;
   const int start = static_cast<int>(threadIdx.x) % threads_of_query;
@@ -228,7 +224,7 @@ __global__ void __launch_bounds__(align_threads, 2)
     Word* to_scratch = in_scratch();
     bool keep[Q];
 #pragma unroll
-    for (int q = 0; q < Q; ++q) keep[q] = any && q < count && there(p.mask_a, n, t0 + q);  // never turned
+    for (int q = 0; q < Q; ++q) keep[q] = any && q < count && p.mask_a.there(n, t0 + q);  // never turned
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < 2 * keys; i += align_threads) {
       Word both{};
@@ -528,7 +524,7 @@ __global__ void __launch_bounds__(align_threads, 2)
       } else {
 #pragma unroll 1
         for (int q = q0; q < q0 + share && t0 + q < p.T; ++q)
-          if (there(p.mask_a, n, t0 + q))
+          if (p.mask_a.there(n, t0 + q))
             add(q, widen(query[(t0 + q) * p.a.t], bf16) * factor, soft ? widen(grad[(t0 + q) * p.grad.t], bf16) : S(0));
       }
 #pragma unroll
@@ -545,7 +541,7 @@ __global__ void __launch_bounds__(align_threads, 2)
       S all = 0;
 #pragma unroll 1
       for (int other = 0; other < groups; ++other) all += sums[other * K * along + of];
-      static_cast<T*>(p.db)[(n * p.S + i) * p.C + channel] = narrow<T>(there(p.mask_b, n, i) ? all : S(0), bf16);
+      static_cast<T*>(p.db)[(n * p.S + i) * p.C + channel] = narrow<T>(p.mask_b.there(n, i) ? all : S(0), bf16);
     }
     block_barrier();
   }
@@ -557,9 +553,9 @@ __global__ void __launch_bounds__(align_threads, 4) gate_of(const Alignment p) {
   const int64_t n = blockIdx.x;
   float away = 0;
   for (int64_t t = threadIdx.x; t < p.T; t += align_threads)
-    away += there(p.mask_a, n, t) && p.index_ab[n * p.T + t] != t ? 1.f : 0.f;
+    away += p.mask_a.there(n, t) && p.index_ab[n * p.T + t] != t ? 1.f : 0.f;
   for (int64_t t = threadIdx.x; t < p.S; t += align_threads)
-    away += there(p.mask_b, n, t) && p.index_ba[n * p.S + t] != t ? 1.f : 0.f;
+    away += p.mask_b.there(n, t) && p.index_ba[n * p.S + t] != t ? 1.f : 0.f;
   away = sum_of_warps(away, memory);
   if (threadIdx.x == 0) p.gate[n] = p.T == p.S && away == 0;
 }

@@ -48,9 +48,6 @@ constexpr int survey_threads = ProductTiles::survey_threads, survey_warps = surv
 constexpr int weight_pitch = tile_queries + 4;
 constexpr int unknown = -2, settled_at_once = 8;
 
-__device__ __forceinline__ bool there(const FrameMask& mask, int64_t n, int64_t t) {
-  return !mask.data || mask.data[n * mask.n + t * mask.t];
-}
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
@@ -90,7 +87,7 @@ __global__ void __launch_bounds__(survey_threads, 2) survey(const Alignment p, c
   for (int second = 0; second < 2; ++second) {
     const Side side = side_of(p, second);
     for (int64_t t = warp; t < side.count; t += survey_warps) {
-      if (c >= p.C || !there(side.mask, n, t)) continue;
+      if (c >= p.C || !side.mask.there(n, t)) continue;
       const float value = number_of(p, side, n, t, c);
       sum += value * share, most = larger(value < 0 ? -value : value, most), zero += value * 0;
     }
@@ -163,7 +160,7 @@ __global__ void __launch_bounds__(tile_threads, 4)
   if (frame >= p.N * (p.T + p.S)) return;
   const int64_t n = frame / (p.T + p.S), f = frame % (p.T + p.S), t = f < p.T ? f : f - p.T;
   const Side side = side_of(p, f >= p.T);
-  const bool present = there(side.mask, n, t);
+  const bool present = side.mask.there(n, t);
   const float factor = sample_factor(plan, scratch, n);
   const float* mean = reinterpret_cast<const float*>(scratch + plan.mean_at) + n * plan.padded;
   float size, inverse;
@@ -203,8 +200,8 @@ struct Tile {
   __device__ float query(int r, int64_t c) const { return number_of(p, from, n, t0 + r, c) * factor_or_one(); }
   __device__ float factor_or_one() const { return factor > 0 ? factor : 1.f; }
   __device__ bool finite() const { return factor > 0; }
-  __device__ bool query_there(int r) const { return r < rows && there(from.mask, n, t0 + r); }
-  __device__ bool key_there(int64_t i) const { return there(to.mask, n, i); }
+  __device__ bool query_there(int r) const { return r < rows && from.mask.there(n, t0 + r); }
+  __device__ bool key_there(int64_t i) const { return to.mask.there(n, i); }
   __device__ float bound(float of_query, int64_t i) const {
     return (of_query + key_sizes[i]) * rounding.products + rounding.least;
   }
@@ -632,7 +629,7 @@ __device__ void align_queries(const Tile& tile) {
     float ways = 0;
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < p.frames_through; i += tile_threads)
-      ways += there(p.mask_through, tile.n, i) ? 1.f : 0.f;
+      ways += p.mask_through.there(tile.n, i) ? 1.f : 0.f;
     if (tile.over_warps(warp_sum(ways)) == 0) any = 0;
   }
 #pragma unroll 1

@@ -11,7 +11,7 @@ namespace {
 using fast_gru::Elementwise;
 using fast_gru::Pass;
 
-constexpr int threads = 256;
+constexpr int pass_threads = 256;
 
 // V adjacent numbers, read and written as 16-byte words.
 template <typename T, int V>
@@ -33,9 +33,9 @@ __device__ __forceinline__ S sigmoid(S x) {
 // Bound.    By memory: up to 8 operands of 2 to 8 bytes per element, one or two exponentials and divisions. For the few
 //           thousand positions of a step it is the launch, about 2 us.
 template <typename T, int V>
-__global__ void __launch_bounds__(threads) fast_gru_pass(const Elementwise p) {
+__global__ void __launch_bounds__(pass_threads) fast_gru_pass(const Elementwise p) {
   using S = Accumulator<T>;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, per_run = p.length / V;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * pass_threads + threadIdx.x, per_run = p.length / V;
   if (i >= p.rows * p.segments * per_run) return;
   const int64_t run = i / per_run, row = run / p.segments, segment = run % p.segments, first = i % per_run * V;
   const auto offset = [&](int k) { return row * p.plane[k].row + segment * p.plane[k].segment + first; };
@@ -177,10 +177,10 @@ Error launch_pass(Elementwise p, Stream stream) {
   constexpr int V = 16 / sizeof(T);
   fast_gru::merge(p);
   const bool wide = aligned(p, 16, sizeof(T));
-  const int64_t blocks = (fast_gru::elements(p) / (wide ? V : 1) + threads - 1) / threads;
+  const int64_t blocks = (fast_gru::elements(p) / (wide ? V : 1) + pass_threads - 1) / pass_threads;
   if (blocks > 0x7fffffff) return "fast_gru: too many positions for one launch";
   return launch("fast_gru pass", wide ? fast_gru_pass<T, V> : fast_gru_pass<T, 1>, dim3(static_cast<unsigned>(blocks)),
-                dim3(threads), 0, stream, p);
+                dim3(pass_threads), 0, stream, p);
 }
 
 }  // namespace
