@@ -26,7 +26,7 @@ thread_local Arena arena;
 void* scratch(int slot, size_t bytes) {
   if (arena.size[slot] < bytes) {
     std::free(arena.data[slot]);
-    const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    const size_t size = (bytes + 63) / 64 * 64;
     arena.data[slot] = std::aligned_alloc(64, size);
     arena.size[slot] = arena.data[slot] ? size : 0;
     if (!arena.data[slot]) throw std::bad_alloc();
@@ -35,6 +35,11 @@ void* scratch(int slot, size_t bytes) {
   if (const char* poison = std::getenv("RCU_OPS_POISON_SCRATCH"); poison && *poison == '1')
     std::memset(arena.data[slot], 0xff, arena.size[slot]);  // NaN in every format
   return arena.data[slot];
+}
+
+// Bytes of the calling thread's scratch: for tests, which find it in the library by its name.
+extern "C" [[gnu::visibility("default")]] int64_t rcu_ops_scratch_bytes() {
+  return static_cast<int64_t>(arena.size[0] + arena.size[1] + arena.size[2]);
 }
 
 void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {

@@ -44,36 +44,41 @@ struct Arithmetic<Pairs, bf16_t> {
 
   using S = float;
   using Left = uint32_t;  // two weights
-  using Right = bf16_t;   // [pair of k][width][2]
+  struct Factor {
+    const Left* data;
+    int64_t row, step;
+  };
+  using Right = bf16_t;  // [pair of k][width][2]
   static constexpr int64_t vector = 32;
   static constexpr int64_t steps(int64_t K) { return (K + 1) / 2; }
-  static constexpr int64_t left_size(int64_t rows, int64_t K) { return (rows + 16) * (K + 32) / 2 + 16; }
+  static constexpr int64_t left_size(int64_t rows, int64_t K) { return rows * ((K + 15) / 16 * 8); }
   static constexpr int64_t right_size(int64_t K, int64_t width) { return 2 * steps(K) * width; }
 
   static __m512i wide(__m256bh v) { return _mm512_cvtepu16_epi32((__m256i)v); }
   static __m512i pairs(__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
 
-  // Rows of `a` are padded to 16 numbers, so whole vectors may be read.
-  static const Left* pack(const float* a, int64_t& row, int64_t& step, int64_t rows, int64_t K, Left* out) {
-    if (step == 1) {  // [row][pair of k]
-      const int64_t width = round_up(K, 16) / 2;
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < K; k += 16)
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * width + k / 2),
-                              (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + i * row + k)));
-      row = width;
-      return out;
-    }
-    const int64_t width = round_up(rows, 16);  // row == 1: [pair of k][row]
+  // Rows of `a` are padded to 16 numbers, so whole vectors may be read. What is written never lies beyond what has been
+  // read, so that `out` may be `a`. [row][pair of k], rows `width` pairs apart:
+  static Factor by_rows(const float* a, int64_t ld, int64_t rows, int64_t K, Left* out, int64_t width) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < K; k += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * width + k / 2),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + i * ld + k)));
+    return {out, width, 1};
+  }
+  // [pair of k][row], of a's columns, K in each. packed: a was packed by rows where it lies.
+  static Factor by_columns(const float* a, int64_t ld, int64_t rows, int64_t K, Left* out, bool packed) {
+    const auto sixteen = [&](int64_t k, int64_t i) {
+      const float* const p = a + k * ld;
+      return wide(packed ? (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i / 2))
+                         : _mm512_cvtneps_pbh(_mm512_loadu_ps(p + i)));
+    };
     for (int64_t k = 0; k < K; k += 2)
-      for (int64_t i = 0; i < rows; i += 16) {
-        const __m512i even = wide(_mm512_cvtneps_pbh(_mm512_loadu_ps(a + k * step + i)));
-        const __m512i odd =
-            k + 1 < K ? wide(_mm512_cvtneps_pbh(_mm512_loadu_ps(a + (k + 1) * step + i))) : _mm512_setzero_si512();
-        _mm512_storeu_si512(out + k / 2 * width + i, pairs(even, odd));
-      }
-    step = width;
-    return out;
+      for (int64_t i = round_up(rows, 16) - 16; i >= 0;
+           i -= 16)  // from the end: pairs take twice a packed row's memory
+        _mm512_storeu_si512(out + k / 2 * ld + i,
+                            pairs(sixteen(k, i), k + 1 < K ? sixteen(k + 1, i) : _mm512_setzero_si512()));
+    return {out, 1, ld};
   }
   static void pack(const bf16_t* b, int64_t row, int64_t K, const uint8_t* dead, int64_t n, int64_t width, Right* out) {
     alignas(64) static constexpr auto order = [] {  // of two rows' numbers, those of the second from 32 on

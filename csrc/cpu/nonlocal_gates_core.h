@@ -12,9 +12,10 @@
 //           of queries by block, else blocks of queries (dquery, and three numbers per query), then blocks of keys
 //           (dkey, dvalue, maps recomputed). A step's goes in rounds of a few samples and a block of queries: gates by
 //           blocks, then gradients by (sample, gate) from the weights that the gates left.
-// Scratch.  Per task the weights of its block and a panel of results, per round the weights of its queries, up to 2^20
-//           numbers per thread; never a map of the batch, never the gates. What a step leaves to its backward pass, if
-//           asked to, are tensors of its caller's.
+// Scratch.  Per task the weights of its block, a panel of results and 24 KB of a packed factor, per round the weights of
+//           its queries; never a map of the batch, never the gates. Blocks are as small as
+//           scratch_room asks for. What a step leaves to its backward pass, if asked to, are tensors of its
+//           caller's.
 // Aliasing. Outputs must not overlap inputs or each other.
 // Order.    A score sums over the channels in order, 128 (pairs) at a time (a dot product: V::L sums, one per lane,
 //           added at the end), a result over the keys in the same way. Neither depends on the blocks, so results do not
@@ -92,8 +93,10 @@ static inline void store_part(T* p, typename V::R v, int64_t n) {
     copy_part<V>(p, v, n);
 }
 
-// How numbers are multiplied and added up in V's precision once they have been packed for it. The left factor is used
-// where it lies (or packed to [row][k]), the right one is packed to [k][width] by panels.
+// How numbers are multiplied and added up in V's precision once they have been packed for it. The left factor, rows of
+// whole lines, is used where it lies, or packed to the numbers that the instruction takes: by rows or by columns, where
+// it lies or elsewhere, and by columns from what was packed by rows in its place. The right one is packed to
+// [k][width] by panels.
 template <class V>
 struct Widened {
   using Operand = typename V::R;
@@ -101,12 +104,17 @@ struct Widened {
 
   using S = typename V::S;
   using Left = S;
+  struct Factor {  // the left one: element (i, k) at data[i * row + k * step]
+    const Left* data;
+    int64_t row, step;
+  };
   using Right = S;
-  static constexpr int64_t left_size(int64_t, int64_t) { return 0; }
+  static constexpr int64_t left_size(int64_t, int64_t) { return 0; }  // of rows packed elsewhere
   static constexpr int64_t right_size(int64_t K, int64_t width) { return K * width; }
   static constexpr int64_t steps(int64_t K) { return K; }
   static constexpr int64_t vector = V::L;  // of Right, for V::L results
-  static const Left* pack(const S* a, int64_t&, int64_t&, int64_t, int64_t, Left*) { return a; }
+  static Factor by_rows(const S* a, int64_t ld, int64_t, int64_t, Left*, int64_t) { return {a, ld, 1}; }
+  static Factor by_columns(const S* a, int64_t ld, int64_t, int64_t, S*, bool) { return {a, 1, ld}; }
   static typename V::R broadcast(Left a) { return V::set1(a); }
   static typename V::R right(const Right* b) { return V::load(b); }
   static constexpr int64_t numbers = 1;  // of a row of scores, in a step of the sums
@@ -130,6 +138,7 @@ struct Widened {
 template <class V, class T>
 struct Arithmetic : Widened<V> {
   using Products = Widened<V>;
+  using typename Products::Factor;
   using typename Products::Left;
   using typename Products::Operand;
   using typename Products::Right;
@@ -137,7 +146,6 @@ struct Arithmetic : Widened<V> {
   static Operand load(const T* p) { return V::load(p); }
   static Operand load(const T* p, int64_t n) { return part_of<V>(p, n); }
 
-  using Products::pack;
   static void pack(const T* b, int64_t row, int64_t K, const Byte* dead, int64_t n, int64_t width, Right* out) {
     for (int64_t k = 0; k < K; ++k, b += row, out += width) {
       int64_t j = 0;
@@ -232,9 +240,10 @@ static constexpr DType dtype_of = sizeof(T) == 8   ? DType::f64
 template <>
 constexpr DType dtype_of<f16_t> = DType::f16;
 
-// out[i][0 .. NV L) = sum over k of a(i, k) b_k, b packed; with `more` added to what is there. out may be of a 16-bit
-// type where there is nothing to add to: no more, and no more steps than sum_terms. Where out is far from the cores it is asked for
-// before it is written, which happens in order: each line would wait for the one before.
+// out[i][0 .. NV L) = sum over up to sum_terms steps k of a(i, k) b_k, b packed: more at once would round more than a
+// library's product does, and so much of b stays in the first cache for all rows. With `more` added to what is there.
+// out may be of a 16-bit type where there is nothing to add to. Where out is far from the cores it is asked for before
+// it is written, which happens in order: each line would wait for the one before.
 template <class V, class P, int NV>
 [[gnu::noinline]] static void sums(const typename P::Left* a, int64_t a_row, int64_t a_k, int64_t rows,
                                    const typename P::Right* b, int64_t steps, const Sums& out, bool more, bool far,
@@ -242,84 +251,120 @@ template <class V, class P, int NV>
   constexpr int MR = sum_rows;
   const int64_t out_row = out.row, bytes = NV * V::L * element_size(out.dtype);
   Ahead ahead = what_follows;
-  int64_t begin = 0;
-  // Sums of 128 terms, then of these: one long sum would round more than a library's product does. So much of b stays
-  // in the first cache for all rows.
-  do {
-    const int64_t end = min_of(steps, begin + sum_terms);
-    for (int64_t i0 = 0; i0 < rows; i0 += MR) {
-      const int64_t mr = min_of<int64_t>(MR, rows - i0);
-      const typename P::Left* ar[MR];  // the last row stands in for those that are not there
+  for (int64_t i0 = 0; i0 < rows; i0 += MR) {
+    const int64_t mr = min_of<int64_t>(MR, rows - i0);
+    const typename P::Left* ar[MR];  // the last row stands in for those that are not there
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
-      const typename P::Right* bk = b;
-      if (far) {
+    for (int i = 0; i < MR; ++i) ar[i] = a + (i0 + min_of<int64_t>(i, mr - 1)) * a_row;
+    const typename P::Right* bk = b;
+    if (far) {
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i) {
-          const char* const to = static_cast<const char*>(out.data) +
-                                 (i0 + min_of<int64_t>(i, mr - 1)) * out_row * element_size(out.dtype);
-          for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(to + byte, 1);
-          __builtin_prefetch(to + bytes - 1, 1);
-        }
+      for (int i = 0; i < MR; ++i) {
+        const char* const to =
+            static_cast<const char*>(out.data) + (i0 + min_of<int64_t>(i, mr - 1)) * out_row * element_size(out.dtype);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(to + byte, 1);
+        __builtin_prefetch(to + bytes - 1, 1);
       }
-      typename V::R acc[MR][NV];
+    }
+    typename V::R acc[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] = V::set1(0);
+    for (int64_t k = 0; k < steps; ++k, bk += NV * P::vector) {
+      typename P::Operand bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) bv[v] = P::right(bk + v * P::vector);
+      ahead.next();
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const typename P::Operand av = P::broadcast(ar[i][k * a_k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] = P::add(av, bv[v], acc[i][v]);
+      }
+    }
+    P::store_as(out.dtype, [&](auto number) __attribute__((always_inline)) {
+      using O = decltype(number);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i)
+        if (i < mr)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[i][v] = V::set1(0);
-      for (int64_t k = begin; k < end; ++k, bk += NV * P::vector) {
-        typename P::Operand bv[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) bv[v] = P::right(bk + v * P::vector);
-        ahead.next();
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i) {
-          const typename P::Operand av = P::broadcast(ar[i][k * a_k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[i][v] = P::add(av, bv[v], acc[i][v]);
-        }
-      }
-      P::store_as(out.dtype, [&](auto number) __attribute__((always_inline)) {
-        using O = decltype(number);
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i)
-          if (i < mr)
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              O* const to = static_cast<O*>(out.data) + (i0 + i) * out_row + v * V::L;
-              if constexpr (sizeof(O) == sizeof(typename V::S))
-                V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
-              else
-                V::store(to, acc[i][v]);
-            }
-      });
-    }
-    more = true;
-    b += (end - begin) * NV * P::vector;
-    begin = end;
-  } while (begin < steps);
+          for (int v = 0; v < NV; ++v) {
+            O* const to = static_cast<O*>(out.data) + (i0 + i) * out_row + v * V::L;
+            if constexpr (sizeof(O) == sizeof(typename V::S))
+              V::store(to, more ? V::add(V::load(to), acc[i][v]) : acc[i][v]);
+            else
+              V::store(to, acc[i][v]);
+          }
+    });
+  }
   what_follows = ahead;
 }
 
 template <class V>
 constexpr int64_t panel = sum_vectors * V::L;
 
+// Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the
+// bytes.
+struct Pieces {
+  char* base = nullptr;
+  size_t used = 0;
+  template <class A>
+  A* take(int64_t count) {
+    char* at = base + used;
+    used += (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
+    return base ? reinterpret_cast<A*>(at) : nullptr;
+  }
+};
+
+// Transposing a key costs as much as a fifth of its products with 49 queries. Dot products read it from the second
+// cache instead, once per score_rows: more is lost to that with more rows, or where the numbers are converted or (as
+// pairs) multiplied in half of the time, of which adding up lanes takes more.
+template <class V, class T>
+static bool scores_go_by_panels(int64_t queries, int64_t keys) {
+  return min_of(queries, keys) >= (sizeof(T) < sizeof(typename V::S) ? 1 : 2) * panel<V>;
+}
+
+// What the products of a task need besides their operands: a part of a panel of the right factor; for scores (of
+// queries and keys, over up to `depth` channels) by panels numbers of `at_once` rows of the left one; and for sums (of
+// up to K terms), in the place of these, `tile` rows of a panel of results.
+template <class V, class T>
+struct Workspace {
+  using P = Arithmetic<V, T>;
+  static constexpr int64_t most = sum_terms * P::numbers;  // of a row's numbers
+  typename P::Right* right = nullptr;
+  typename P::Left* left = nullptr;
+  int64_t at_once, left_row;
+  typename V::S* tile = nullptr;
+  Workspace(Pieces& m, int64_t queries, int64_t keys, int64_t depth, int64_t at_once, int64_t K, int64_t tile_rows)
+      : at_once(at_once), left_row(round_up(P::steps(min_of(depth, most)), V::L)) {
+    const bool by_panels = scores_go_by_panels<V, T>(queries, keys);
+    right = m.take<typename P::Right>(P::right_size(min_of(by_panels ? max_of(K, depth) : K, most), panel<V>));
+    Pieces results = m;
+    left = m.take<typename P::Left>(by_panels ? at_once * left_row : 0);
+    tile = results.take<typename V::S>(tile_rows * panel<V>);
+    m.used = max_of(m.used, results.used);
+  }
+};
+
 // The same from panels of b^T, for `columns` of b's b_rows rows, rounded up to whole vectors (what lies beyond the last
 // row is garbage): no sums of lanes, and b comes from the second cache once per block of rows instead of once per
-// score_rows. Memory: sum_terms steps of a panel and of the rows.
+// score_rows.
 template <class V, class T>
 [[gnu::noinline]] static void scores_by_panels(const T* a, int64_t a_row, int64_t rows, const T* b, int64_t b_row,
                                                int64_t columns, int64_t b_rows, int64_t d, typename V::S* out,
-                                               int64_t out_row, typename Arithmetic<V, T>::Right* right,
-                                               typename Arithmetic<V, T>::Left* left) {
+                                               int64_t out_row, const Workspace<V, T>& w) {
   using P = Arithmetic<V, T>;
   using Products = typename P::Products;
-  constexpr int64_t most = sum_terms * P::numbers;
+  constexpr int64_t most = w.most;
+  const auto left = w.left;
+  const auto right = w.right;
+  const int64_t left_row = w.left_row;
   int64_t k0 = 0;
   do {
     const int64_t terms = min_of(most, d - k0), steps = P::steps(terms);
     // Numbers of their own type, too: rows a page apart would fall into one set of the first cache.
-    for (int64_t i = 0; i < rows; ++i) P::take(a + i * a_row + k0, terms, left + i * sum_terms);
+    for (int64_t i = 0; i < rows; ++i) P::take(a + i * a_row + k0, terms, left + i * left_row);
     // The next terms: of all of a, and of every panel of b when it was used.
     const int64_t following = min_of(most, d - k0 - terms) * int64_t{sizeof(T)};
     Ahead next_a(a + k0 + terms, a_row * int64_t{sizeof(T)}, following, rows);
@@ -337,10 +382,10 @@ template <class V, class T>
         Ahead& next = i0 == 0 ? next_b : next_a;
         const Sums to{out + i0 * out_row + j0, out_row, dtype_of<typename V::S>};
         if (whole)
-          sums<V, Products, sum_vectors>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, to, k0 > 0, false,
+          sums<V, Products, sum_vectors>(left + i0 * left_row, left_row, 1, some, right, steps, to, k0 > 0, false,
                                          next);
         else
-          sums<V, Products, 1>(left + i0 * sum_terms, sum_terms, 1, some, right, steps, to, k0 > 0, false, next);
+          sums<V, Products, 1>(left + i0 * left_row, left_row, 1, some, right, steps, to, k0 > 0, false, next);
         i0 += some;
       }
       j0 += width;
@@ -360,45 +405,23 @@ static int64_t single_keys(int64_t keys) {
 // key alone: blocks of queries and blocks of keys find the same scores.
 template <class V, class T>
 static void scores(const T* a, int64_t a_row, int64_t rows, int64_t a_rows, const T* b, int64_t b_row, int64_t b_rows,
-                   int64_t d, typename V::S* out, int64_t out_row, bool turned = false, int64_t first = 0) {
-  using S = typename V::S;
-  using P = Arithmetic<V, T>;
+                   int64_t d, typename V::S* out, int64_t out_row, const Workspace<V, T>& w, bool turned = false,
+                   int64_t first = 0) {
   int64_t single_rows = rows, single_columns = b_rows;
-  // Transposing a key costs as much as a fifth of its products with 49 queries. Dot products read it from the second
-  // cache instead, once per score_rows: more is lost to that with more rows, or where the numbers are converted or (as
-  // pairs) multiplied in half of the time, of which adding up lanes takes more.
-  if (min_of(a_rows, b_rows) >= (sizeof(T) < sizeof(S) ? 1 : 2) * panel<V>) {
+  if (scores_go_by_panels<V, T>(a_rows, b_rows)) {
     single_rows = turned ? max_of<int64_t>(0, first + rows - max_of(first, a_rows - single_keys<V>(a_rows))) : 0;
     single_columns = turned ? 0 : single_keys<V>(b_rows);
   }
   const int64_t by_panels = rows - single_rows, columns = b_rows - single_columns;
-  if (by_panels > 0 && columns > 0) {
-    const size_t of_panel =
-        static_cast<size_t>(P::right_size(sum_terms * P::numbers, panel<V>)) * sizeof(typename P::Right);
-    const size_t of_rows = static_cast<size_t>(sum_terms * by_panels) * sizeof(typename P::Left);
-    char* const memory = static_cast<char*>(scratch(2, of_panel + of_rows));
-    scores_by_panels<V>(a, a_row, by_panels, b, b_row, columns, b_rows, d, out, out_row,
-                        reinterpret_cast<typename P::Right*>(memory),
-                        reinterpret_cast<typename P::Left*>(memory + of_panel));
-  }
+  if (columns > 0)
+    for (int64_t i = 0; i < by_panels; i += w.at_once)
+      scores_by_panels<V>(a + i * a_row, a_row, min_of(w.at_once, by_panels - i), b, b_row, columns, b_rows, d,
+                          out + i * out_row, out_row, w);
   const auto singly = single_columns == 1 ? dots<V, T, 1> : dots<V, T>;
   if (single_rows > 0)
     dots<V, T>(a + by_panels * a_row, a_row, single_rows, b, b_row, b_rows, d, out + by_panels * out_row, out_row);
   else if (single_columns > 0)
     singly(a, a_row, rows, b + columns * b_row, b_row, single_columns, d, out + columns, out_row);
-}
-
-// The left factor of the sums: element (i, k) at data[i * row + k * step].
-template <class L>
-struct Left {
-  const L* data;
-  int64_t row, step;
-};
-template <class V, class T>
-static Left<typename Arithmetic<V, T>::Left> left_of(const typename V::S* a, int64_t row, int64_t step, int64_t rows,
-                                                     int64_t K, typename Arithmetic<V, T>::Left* packed) {
-  const auto* const data = Arithmetic<V, T>::pack(a, row, step, rows, K, packed);
-  return {data, row, step};
 }
 
 constexpr int two_vectors = sum_vectors > 2 ? 2 : 1;
@@ -410,19 +433,27 @@ static int64_t summed(int64_t n) {
 
 // Columns [from, from + n) of the product, n up to a panel; out's columns up to summed(n) are zero.
 template <class V, class T>
-static void sums_of_panel(const Left<typename Arithmetic<V, T>::Left>& a, int64_t rows, const T* b, int64_t b_row,
+static void sums_of_panel(const typename Arithmetic<V, T>::Factor& a, int64_t rows, const T* b, int64_t b_row,
                           int64_t K, const Byte* dead, int64_t from, int64_t n, const Sums& out,
                           typename Arithmetic<V, T>::Right* packed, Ahead ahead, bool more = false, bool far = false) {
   using P = Arithmetic<V, T>;
   using Products = typename P::Products;
-  const int64_t width = summed<V>(n), steps = P::steps(K);
-  P::pack(b + from, b_row, K, dead, n, width, packed);
-  if (width == V::L)
-    sums<V, Products, 1>(a.data, a.row, a.step, rows, packed, steps, out, more, far, ahead);
-  else if (width == two_vectors * V::L)
-    sums<V, Products, two_vectors>(a.data, a.row, a.step, rows, packed, steps, out, more, far, ahead);
-  else
-    sums<V, Products, sum_vectors>(a.data, a.row, a.step, rows, packed, steps, out, more, far, ahead);
+  constexpr int64_t most = Workspace<V, T>::most;
+  const int64_t width = summed<V>(n);
+  int64_t k = 0;
+  do {
+    const int64_t terms = min_of(most, K - k), steps = P::steps(terms);
+    const typename P::Left* const left = a.data + P::steps(k) * a.step;
+    P::pack(b + k * b_row + from, b_row, terms, dead ? dead + k : nullptr, n, width, packed);
+    if (width == V::L)
+      sums<V, Products, 1>(left, a.row, a.step, rows, packed, steps, out, more, far, ahead);
+    else if (width == two_vectors * V::L)
+      sums<V, Products, two_vectors>(left, a.row, a.step, rows, packed, steps, out, more, far, ahead);
+    else
+      sums<V, Products, sum_vectors>(left, a.row, a.step, rows, packed, steps, out, more, far, ahead);
+    more = true;
+    k += terms;
+  } while (k < K);
 }
 
 // Columns [from, from + a panel) of `rows` rows of n numbers, as far as they are there.
@@ -432,41 +463,26 @@ static Ahead panel_ahead(const T* base, int64_t row, int64_t rows, int64_t from,
   return width > 0 ? Ahead(base + from, row * size, width * size, rows) : Ahead();
 }
 
-// Memory of one task, taken piece by piece from the thread's scratch; a first pass with base = nullptr counts the
-// bytes.
-struct Pieces {
-  char* base = nullptr;
-  size_t used = 0;
-  template <class A>
-  A* take(int64_t count) {
-    char* at = base + used;
-    used += (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
-    return base ? reinterpret_cast<A*>(at) : nullptr;
-  }
-};
-
-// What a product needs besides its operands, for up to `rows` results of up to K terms.
+// Whether a product's results go where they are wanted as they are summed up: whole vectors, and narrow ones only if
+// nothing is added to them.
 template <class V, class T>
-struct Workspace {
-  typename V::S* tile = nullptr;
-  typename Arithmetic<V, T>::Left* left = nullptr;
-  typename Arithmetic<V, T>::Right* right = nullptr;
-  Workspace(Pieces& m, int64_t rows, int64_t K) {
-    tile = m.take<typename V::S>(rows * panel<V>);
-    left = m.take<typename Arithmetic<V, T>::Left>(Arithmetic<V, T>::left_size(rows, K));
-    right = m.take<typename Arithmetic<V, T>::Right>(Arithmetic<V, T>::right_size(K, panel<V>));
-  }
-};
+static bool sums_in_place(int64_t K, bool more) {
+  return sizeof(T) == sizeof(typename V::S) || (!more && K <= Workspace<V, T>::most);
+}
+// Rows of a tile for a product of `rows` rows of K terms and n columns: none where it goes by without.
+template <class V, class T>
+static int64_t tile_rows(int64_t rows, int64_t K, int64_t n) {
+  const int64_t last = n % panel<V>;
+  return sums_in_place<V, T>(K, false) && (last == 0 || last == summed<V>(last)) ? 0 : rows;
+}
 
 // out = a b for all n columns, leaving out the k of `dead_k`; rows of out of `dead_row` are zero. With `more`, added to
 // what is there, which the caller keeps to numbers as wide as the sums.
 template <class V, class T>
-static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t rows, const T* b, int64_t b_row,
-                    int64_t K, const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row,
+static void product(const typename Arithmetic<V, T>::Factor& left, int64_t rows, const T* b, int64_t b_row, int64_t K,
+                    const Byte* dead_k, const Byte* dead_row, int64_t n, T* out, int64_t out_row,
                     const Workspace<V, T>& w, bool more = false) {
-  const auto left = left_of<V, T>(a, a_row, a_k, rows, K, w.left);
-  // Results that are added to later are as wide as the sums.
-  const bool in_place = sizeof(T) == sizeof(typename V::S) || (!more && Arithmetic<V, T>::steps(K) <= sum_terms);
+  const bool in_place = sums_in_place<V, T>(K, more);
   for (int64_t from = 0; from < n; from += panel<V>) {
     const int64_t width = min_of(panel<V>, n - from);
     const Ahead ahead = panel_ahead<V>(b, b_row, K, from + panel<V>, n);
@@ -493,6 +509,13 @@ static void product(const typename V::S* a, int64_t a_row, int64_t a_k, int64_t 
   if (dead_row)
     for (int64_t i = 0; i < rows; ++i)
       if (dead_row[i]) memset(static_cast<void*>(out + i * out_row), 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+// The left factor from a map in scratch, packed where it lies: nobody reads the map afterwards.
+template <class V, class T>
+static auto rows_in_place(typename V::S* map, int64_t ld, int64_t rows, int64_t K) {
+  using P = Arithmetic<V, T>;
+  return P::by_rows(map, ld, rows, K, reinterpret_cast<typename P::Left*>(map), ld);
 }
 
 // ---- functions of vectors ---------------------------------------------------------------------------------------
@@ -641,10 +664,10 @@ static const Byte* mask_of(const Relation& r, int64_t b, int64_t n) {
 // The weights of queries [n, n + rows) of one sample and gate into s [rows][padded M].
 template <class V, class T>
 static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t rows, typename V::S* s, Byte* dead,
-                    Query<typename V::S>* queries) {
+                    Query<typename V::S>* queries, const Workspace<V, T>& w) {
   const int64_t ld = padded<typename V::S>(r.M);
   scores<V, T>(at<const T>(r.query, b, g, n), r.query.row, rows, r.N, at<const T>(r.key, b, g, 0), r.key.row, r.M, r.D,
-               s, ld);
+               s, ld, w);
   bool any = false;
   for (int64_t i = 0; i < rows; ++i) {
     Query<typename V::S> q;
@@ -652,6 +675,39 @@ static bool weights(const Relation& r, int64_t b, int64_t g, int64_t n, int64_t 
     if (queries) queries[i] = q;
   }
   return any;
+}
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+//
+// What a call takes beyond its tensors, on all threads together, is with those that it keeps for its backward pass at
+// most half of what eager PyTorch has at once; or 64 KB for each thread where that is more, as it is of single samples
+// of a few dozen positions, or on many threads. (The weights of four queries, if those take more: of over a thousand
+// keys.) Blocks of queries and keys are made as small as that asks for.
+constexpr int64_t least_scratch = 64 << 10;
+
+// A thread's part of it, of `tasks` that the threads divide between them; half: less what is kept; shared: what they
+// have in common.
+static int64_t scratch_room(int64_t half, int64_t shared, int64_t tasks, int64_t threads) {
+  const int64_t busy = max_of<int64_t>(1, min_of(tasks, threads));
+  return (max_of(half, busy * least_scratch) - shared) / busy;
+}
+
+// Half of the memory of `maps` maps of all samples and gates: eager PyTorch has two (scores and weights), three with
+// gradients.
+static int64_t half_of_eagers_maps(const Relation& r, int64_t maps) {
+  return r.B * r.G * r.N * r.M * maps * element_size(r.dtype) / 2;
+}
+// Of a step: its maps, or ten numbers per position and channel, and the weights that it keeps for gradients.
+static int64_t half_of_eagers_step(const Relation& r, bool gradients) {
+  const int64_t maps = half_of_eagers_maps(r, 2 + gradients),
+                gates = 5 * r.B * r.N * r.E * element_size(r.dtype) + half_of_eagers_maps(r, gradients);
+  return max_of(maps, gates);
+}
+
+// What the threads share of all queries where keys have blocks of their own. Of the forward pass too: its memory stays.
+template <class S>
+static int64_t bytes_of_queries(const Relation& r) {
+  return r.B * r.G * r.N * static_cast<int64_t>(sizeof(Query<S>));
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------------
@@ -671,12 +727,30 @@ static int64_t block_of(int64_t queries, int64_t keys, int64_t others, int threa
   return block;
 }
 
+// The largest block, up to the given one, of which each thread's memory is within its room; never under four queries.
+// A block made smaller is one that the threads share equally.
+template <class Bytes>
+static int64_t block_within(int64_t room, int64_t block, int64_t queries, int64_t others, int threads, Bytes bytes) {
+  const auto fits = [&](int64_t rows) { return static_cast<int64_t>(bytes(rows)) <= room; };
+  if (fits(block)) return block;
+  int64_t most = min_of<int64_t>(block, 4), over = block;
+  while (over - most > 1) {
+    const int64_t middle = (most + over) / 2;
+    (fits(middle) ? most : over) = middle;
+  }
+  int64_t blocks = (queries + most - 1) / most;
+  if (others * blocks < 3 * threads)
+    while (others * blocks % threads != 0) ++blocks;
+  return (queries + blocks - 1) / blocks;
+}
+
 template <class P>
 struct Job {
   const P& problem;
   int64_t block, blocks;
   void* shared = nullptr;
   int64_t sample = 0, query = 0, samples = 0, queries = 0;  // where a step's round begins, and how many
+  int64_t at_once = 0;                                      // rows of scores by panels that a step's gradients take
 };
 
 template <class J>
@@ -685,34 +759,40 @@ static void run(const Parallel& parallel, const J& job, int64_t tasks, void (*ta
 }
 
 template <class V, class T>
+struct AttendMemory {
+  typename V::S* s;
+  Byte* dead;
+  Workspace<V, T> work;
+  size_t bytes;
+  AttendMemory(Pieces m, const Relation& r, int64_t rows)
+      : s(m.take<typename V::S>(rows * padded<typename V::S>(r.M))),
+        dead(m.take<Byte>(rows)),
+        work(m, r.N, r.M, r.D, rows, r.M, tile_rows<V, T>(rows, r.M, r.E)),
+        bytes(m.used) {}
+};
+
+template <class V, class T>
 static void attend_task(void* context, int64_t index) {
-  using S = typename V::S;
   const Job<Attention>& job = *static_cast<const Job<Attention>*>(context);
   const Relation& r = job.problem.relation;
   const int64_t block = index % job.blocks, bg = index / job.blocks, b = bg / r.G, g = bg % r.G;
-  const int64_t n = block * job.block, rows = min_of(job.block, r.N - n);
-  struct Memory {
-    S* s;
-    Byte* dead;
-    Workspace<V, T> work;
-    Memory(Pieces m, const Relation& r, int64_t rows, size_t* bytes = nullptr)
-        : s(m.take<S>(rows * padded<S>(r.M))), dead(m.take<Byte>(rows)), work(m, rows, r.M) {
-      if (bytes) *bytes = m.used;
-    }
-  };
-  size_t bytes;
-  Memory({}, r, rows, &bytes);
-  const Memory m({static_cast<char*>(scratch(1, bytes)), 0}, r, rows);
-  const bool any = weights<V, T>(r, b, g, n, rows, m.s, m.dead, nullptr);
-  product<V, T>(m.s, padded<S>(r.M), 1, rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr,
+  const int64_t n = block * job.block, rows = min_of(job.block, r.N - n), ld = padded<typename V::S>(r.M);
+  const AttendMemory<V, T> m({static_cast<char*>(scratch(1, AttendMemory<V, T>({}, r, rows).bytes)), 0}, r, rows);
+  const bool any = weights<V, T>(r, b, g, n, rows, m.s, m.dead, nullptr, m.work);
+  product<V, T>(rows_in_place<V, T>(m.s, ld, rows, r.M), rows, at<const T>(r.value, b, g, 0), r.value.row, r.M, nullptr,
                 any ? m.dead : nullptr, r.E, at<T>(job.problem.out, b, g, n), job.problem.out.row, m.work);
 }
 
 template <class V, class T>
 static void attend_as(const Attention& p, const Parallel& parallel) {
   const Relation& r = p.relation;
-  const int64_t block = block_of(r.N, r.M, r.B * r.G, parallel.threads), blocks = (r.N + block - 1) / block;
-  run(parallel, Job<Attention>{p, block, blocks}, r.B * r.G * blocks, attend_task<V, T>);
+  const int64_t others = r.B * r.G;
+  const int64_t room =
+      scratch_room(half_of_eagers_maps(r, 2), bytes_of_queries<typename V::S>(r), others * r.N, parallel.threads);
+  const int64_t block = block_within(room, block_of(r.N, r.M, others, parallel.threads), r.N, others, parallel.threads,
+                                     [&](int64_t rows) { return AttendMemory<V, T>({}, r, rows).bytes; });
+  const int64_t blocks = (r.N + block - 1) / block;
+  run(parallel, Job<Attention>{p, block, blocks}, others * blocks, attend_task<V, T>);
 }
 
 // ---- the step ---------------------------------------------------------------------------------------------------
@@ -767,48 +847,47 @@ static bool dead_of(const typename V::S* s, int64_t m, int64_t rows, Byte* dead)
 
 template <class V, class T>
 struct GateMemory {
-  Maps<typename V::S> maps;  // the caller's, if it keeps them
+  using P = Arithmetic<V, T>;
+  Maps<typename V::S> maps;  // others', if they keep them
   Byte* dead;                // [4][rows]
   int64_t known;             // gates of which only the pre-activations are needed, and known: the first of the four
-  typename V::S* tile;       // [4 - known][rows][panel]
-  typename Arithmetic<V, T>::Left* left;
-  typename Arithmetic<V, T>::Right* right;
+  typename P::Left* packed;  // [4 - known], if the maps must stay as they are
+  Workspace<V, T> work;      // tile [4 - known][rows][panel]
   size_t bytes;
   GateMemory(Pieces m, const Relation& r, int64_t rows, const Maps<typename V::S>& kept = {}, int64_t known = 0)
-      : maps(kept), known(known) {
-    using S = typename V::S;
-    using P = Arithmetic<V, T>;
-    if (!kept.s) maps = {m.take<S>(4 * rows * padded<S>(r.M)), rows};
-    dead = m.take<Byte>(4 * rows);
-    tile = m.take<S>((4 - known) * rows * panel<V>);
-    left = m.take<typename P::Left>((4 - known) * P::left_size(rows, r.M)),
-    right = m.take<typename P::Right>(P::right_size(r.M, panel<V>));
-    bytes = m.used;
-  }
+      : maps(kept.s ? kept : Maps<typename V::S>{m.take<typename V::S>(4 * rows * padded<typename V::S>(r.M)), rows}),
+        dead(m.take<Byte>(4 * rows)),
+        known(known),
+        packed(m.take<typename P::Left>(kept.s ? (4 - known) * P::left_size(rows, r.M) : 0)),
+        work(m, r.N, r.M, r.D, rows, r.M, (4 - known) * rows),
+        bytes(m.used) {}
 };
 
 // The gates of positions [n, n + rows), panel by panel of channels: finish(row, channel, width, a) gets a[NV][4], the
 // pre-activations of NV vectors of channels: of a panel's, so that long chains of operations run side by side, or of
-// one, of which `width` channels are there. The first m.known gates' are in `before`. weighed: the
-// maps hold the weights already.
+// one, of which `width` channels are there. The first m.known gates' are in `before`. kept: the maps are read
+// later, too; weighed: they hold the weights already.
 template <class V, class T, class Finish>
 static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, int64_t rows, const GateMemory<V, T>& m,
-                  bool weighed, const Rows& before, Finish finish) {
+                  bool kept, bool weighed, const Rows& before, Finish finish) {
   using S = typename V::S;
   const int64_t ld = padded<S>(r.M), map = m.maps.gate * ld, area = rows * panel<V>;
-  Left<typename Arithmetic<V, T>::Left> left[4] = {};
+  using P = Arithmetic<V, T>;
+  typename P::Factor left[4] = {};
   for (int64_t g = m.known; g < 4; ++g) {
     S* const s = m.maps.s + g * map;
     weighed ? dead_of<V>(s, r.M, rows, m.dead + g * rows)
-            : weights<V, T>(r, b, g, n, rows, s, m.dead + g * rows, nullptr);
-    left[g] = left_of<V, T>(s, ld, 1, rows, r.M, m.left + (g - m.known) * Arithmetic<V, T>::left_size(rows, r.M));
+            : weights<V, T>(r, b, g, n, rows, s, m.dead + g * rows, nullptr, m.work);
+    const int64_t size = P::left_size(rows, r.M);
+    left[g] = kept ? P::by_rows(s, ld, rows, r.M, m.packed + (g - m.known) * size, size / rows)
+                   : rows_in_place<V, T>(s, ld, rows, r.M);
   }
   for (int64_t from = 0; from < r.E; from += panel<V>) {
     const int64_t width = min_of(panel<V>, r.E - from);
     for (int64_t g = m.known; g < 4; ++g) {
       const T* const value = at<const T>(r.value, b, g, 0);
       sums_of_panel<V>(left[g], rows, value, r.value.row, r.M, nullptr, from, width,
-                       {m.tile + (g - m.known) * area, panel<V>, dtype_of<S>}, m.right,
+                       {m.work.tile + (g - m.known) * area, panel<V>, dtype_of<S>}, m.work.right,
                        panel_ahead<V>(value, r.value.row, r.M, from + panel<V>, r.E));
     }
     const auto add_up = [&]<int NV>(int64_t i, int64_t column, typename V::R(&a)[NV][4]) {
@@ -828,7 +907,7 @@ static void gates(const Relation& r, const Rows& x_gates, int64_t b, int64_t n, 
           const T* x = at<const T>(x_gates, b, g, n + i) + from + j;
           soon(x + panel<V>);
           sum = all ? V::load(x) : part_of<V>(x, width - j);
-          if (!m.dead[g * rows + i]) sum = V::add(sum, V::load(m.tile + (g - m.known) * area + i * panel<V> + j));
+          if (!m.dead[g * rows + i]) sum = V::add(sum, V::load(m.work.tile + (g - m.known) * area + i * panel<V> + j));
         }
       finish(n + i, from + column, NV > 1 ? panel<V> : width - column, a);
     };
@@ -908,13 +987,32 @@ static void step_task(void* context, int64_t index) {
       store_state<V, T>(p.h, false, b, row, j, width, h[v]);
     }
   };
-  gates<V, T>(r, p.x_gates, b, n, rows, memory, false, {}, finish);
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, kept.s, false, {}, finish);
+}
+
+// Bytes that a step keeps for its backward pass, of B samples.
+template <class S>
+static int64_t kept_for_gradients(const Relation& r, bool weights, int64_t gates) {
+  return r.B * r.N * (weights ? 4 * padded<S>(r.M) + gates * r.E : 0) * static_cast<int64_t>(sizeof(S));
+}
+
+// Queries per task of a step that keeps nothing, or weights and gates.
+template <class V, class T>
+static int64_t block_of_step(const Relation& r, const Rows& weights, int64_t gates, int threads) {
+  using S = typename V::S;
+  const bool keeps = weights.data;
+  const Maps<S> maps = kept_weights<S>(weights, 0, 0, r.N);
+  const int64_t room = scratch_room(half_of_eagers_step(r, keeps) - kept_for_gradients<S>(r, keeps, gates),
+                                    keeps ? 0 : bytes_of_queries<S>(r), r.B * r.N, threads);
+  return block_within(room, block_of(r.N, r.M, r.B, threads), r.N, r.B, threads,
+                      [&](int64_t rows) { return GateMemory<V, T>({}, r, rows, maps).bytes; });
 }
 
 template <class V, class T>
 static void step_as(const Step& p, const Parallel& parallel) {
   const Relation& r = p.relation;
-  const int64_t block = block_of(r.N, r.M, r.B, parallel.threads), blocks = (r.N + block - 1) / block;
+  const int64_t block = block_of_step<V, T>(r, p.weights, p.kept_gates, parallel.threads);
+  const int64_t blocks = (r.N + block - 1) / block;
   run(parallel, Job<Step>{p, block, blocks}, r.B * blocks, step_task<V, T>);
 }
 
@@ -946,42 +1044,55 @@ static typename V::S score_gradient(const Relation& r, const typename V::S* p, t
   return delta;
 }
 
+// For maps of rows x columns: of blocks of queries, with their part of the keys' gradients if they are `whole`, or of
+// keys.
+enum class Of { queries, whole, kept, keys };
 template <class V, class T>
-struct GradMemory {  // for maps of rows x columns
+struct GradMemory {
   using S = typename V::S;
   S *p, *ds;
   Byte* dead;
-  Query<S>* queries;
-  S *peak, *sum, *delta;
+  Query<S>* queries;      // of queries: what the keys' pass needs of them, where nobody else keeps it
+  S *peak, *sum, *delta;  // of keys
   Workspace<V, T> work;
   size_t bytes;
-  GradMemory(Pieces m, int64_t rows, int64_t columns, bool kept = false)
-      : p(kept ? nullptr : m.take<S>(rows * padded<S>(columns))),
+  GradMemory(Pieces m, const Relation& r, Of of, int64_t rows, int64_t columns, int64_t at_once)
+      : p(of == Of::kept ? nullptr : m.take<S>(rows * padded<S>(columns))),
         ds(m.take<S>(rows * padded<S>(columns))),
-        dead(m.take<Byte>(max_of(rows, columns))),
-        queries(m.take<Query<S>>(rows)),
-        peak(m.take<S>(padded<S>(columns))),
-        sum(m.take<S>(padded<S>(columns))),
-        delta(m.take<S>(padded<S>(columns))),
-        work(m, max_of(rows, columns), max_of(rows, columns)),
+        dead(m.take<Byte>(of == Of::keys ? columns : rows)),
+        queries(m.take<Query<S>>(of == Of::whole ? rows : 0)),
+        peak(m.take<S>(of == Of::keys ? padded<S>(columns) : 0)),
+        sum(m.take<S>(of == Of::keys ? padded<S>(columns) : 0)),
+        delta(m.take<S>(of == Of::keys ? padded<S>(columns) : 0)),
+        work(m, r.N, r.M, max_of(r.D, r.E), at_once, both(of) ? max_of(rows, columns) : columns,
+             tile(r, of, rows, columns)),
         bytes(m.used) {}
+  static bool both(Of of) { return of == Of::whole || of == Of::kept; }
+  static int64_t tile(const Relation& r, Of of, int64_t rows, int64_t columns) {
+    const int64_t query = tile_rows<V, T>(rows, columns, r.D), value = tile_rows<V, T>(rows, columns, r.E);
+    if (of == Of::queries) return query;
+    if (of == Of::keys) return max_of(query, value);
+    return max_of(query, max_of(tile_rows<V, T>(columns, rows, r.D), tile_rows<V, T>(columns, rows, r.E)));
+  }
 };
 
-// Queries [n, n + rows): dquery, and with `keys` their part of dkey and dvalue, else what the keys' pass needs, in
+// Queries [n, n + rows): dquery, and of whole samples their part of dkey and dvalue, else what the keys' pass needs, in
 // `queries`. n a multiple of sum_terms then: dkey and dvalue are added up as if all queries were in the block. kept:
 // the weights, where they were found before.
 template <class V, class T>
-static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows, bool keys,
-                            Pieces memory, Query<typename V::S>* queries, const Maps<typename V::S>& kept = {}) {
+static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t n, int64_t rows,
+                            const GradMemory<V, T>& m, Query<typename V::S>* queries,
+                            const Maps<typename V::S>& kept = {}) {
   using S = typename V::S;
+  using P = Arithmetic<V, T>;
   const Relation& r = q.relation;
   const int64_t ld = padded<S>(r.M);
-  const GradMemory<V, T> m(memory, rows, r.M, kept.s);
-  const S* const p = kept.s ? kept.s : m.p;
+  S* const p = kept.s ? kept.s : m.p;
   Query<S>* const own = queries ? queries : m.queries;
-  const bool any = kept.s ? dead_of<V>(p, r.M, rows, m.dead) : weights<V, T>(r, b, g, n, rows, m.p, m.dead, own);
+  const bool any =
+      kept.s ? dead_of<V>(p, r.M, rows, m.dead) : weights<V, T>(r, b, g, n, rows, m.p, m.dead, own, m.work);
   const T* const grad = at<const T>(q.grad, b, g, n);
-  scores<V, T>(grad, q.grad.row, rows, r.N, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld);
+  scores<V, T>(grad, q.grad.row, rows, r.N, at<const T>(r.value, b, g, 0), r.value.row, r.M, r.E, m.ds, ld, m.work);
   for (int64_t i = 0; i < rows; ++i) {
     const S count = r.count ? own[i].sum : S(0);
     const S delta = score_gradient<V>(r, p + i * ld, m.ds + i * ld, mask_of(r, b, n + i), count);
@@ -989,24 +1100,25 @@ static void query_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_
     if (m.dead[i]) memset(m.ds + i * ld, 0, static_cast<size_t>(ld) * sizeof(S));  // its gradient may be anything
   }
   const Byte* const dead = any ? m.dead : nullptr;
-  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr, dead, r.D,
-                at<T>(q.dquery, b, g, n), q.dquery.row, m.work);
-  if (!keys) return;
-  product<V, T>(m.ds, 1, ld, r.M, at<const T>(r.query, b, g, n), r.query.row, rows, dead, nullptr, r.D,
-                at<T>(q.dkey, b, g, 0), q.dkey.row, m.work, n > 0);
-  product<V, T>(p, 1, ld, r.M, grad, q.grad.row, rows, dead, nullptr, r.E, at<T>(q.dvalue, b, g, 0), q.dvalue.row,
-                m.work, n > 0);
+  product<V, T>(rows_in_place<V, T>(m.ds, ld, rows, r.M), rows, at<const T>(r.key, b, g, 0), r.key.row, r.M, nullptr,
+                dead, r.D, at<T>(q.dquery, b, g, n), q.dquery.row, m.work);
+  if (queries) return;
+  // The gradients of the scores are not needed once they have been multiplied: the weights are packed in their place.
+  auto* const place = reinterpret_cast<typename P::Left*>(m.ds);
+  product<V, T>(P::by_columns(m.ds, ld, r.M, rows, place, true), r.M, at<const T>(r.query, b, g, n), r.query.row, rows,
+                dead, nullptr, r.D, at<T>(q.dkey, b, g, 0), q.dkey.row, m.work, n > 0);
+  product<V, T>(P::by_columns(p, ld, r.M, rows, place, false), r.M, grad, q.grad.row, rows, dead, nullptr, r.E,
+                at<T>(q.dvalue, b, g, 0), q.dvalue.row, m.work, n > 0);
 }
 
 // Keys [j, j + rows): dkey and dvalue, from the transposed maps, recomputed.
 template <class V, class T>
-static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t j, int64_t rows, Pieces memory,
-                          const Query<typename V::S>* queries) {
+static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t j, int64_t rows,
+                          const GradMemory<V, T>& m, const Query<typename V::S>* queries) {
   using S = typename V::S;
   using R = typename V::R;
   const Relation& r = q.relation;
   const int64_t ld = padded<S>(r.N);
-  const GradMemory<V, T> m(memory, rows, r.N);
   bool any = false;
   for (int64_t n = 0; n < ld; ++n) {
     const Query<S> one = n < r.N ? queries[n] : Query<S>{0, 0, 0};
@@ -1015,8 +1127,9 @@ static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t 
   }
   const T* const grad = at<const T>(q.grad, b, g, 0);
   scores<V, T>(at<const T>(r.key, b, g, j), r.key.row, rows, r.M, at<const T>(r.query, b, g, 0), r.query.row, r.N, r.D,
-               m.p, ld, true, j);
-  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, r.M, grad, q.grad.row, r.N, r.E, m.ds, ld, true, j);
+               m.p, ld, m.work, true, j);
+  scores<V, T>(at<const T>(r.value, b, g, j), r.value.row, rows, r.M, grad, q.grad.row, r.N, r.E, m.ds, ld, m.work,
+               true, j);
   const R scale = V::set1(static_cast<S>(r.scale));
   for (int64_t i = 0; i < rows; ++i) {
     S *const p = m.p + i * ld, *const ds = m.ds + i * ld;
@@ -1042,10 +1155,21 @@ static void key_gradients(const AttentionGrad& q, int64_t b, int64_t g, int64_t 
         if (m.dead[n]) p[n] = ds[n] = 0;
   }
   const Byte* const dead = any ? m.dead : nullptr;
-  product<V, T>(m.ds, ld, 1, rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead, nullptr, r.D,
-                at<T>(q.dkey, b, g, j), q.dkey.row, m.work);
-  product<V, T>(m.p, ld, 1, rows, grad, q.grad.row, r.N, dead, nullptr, r.E, at<T>(q.dvalue, b, g, j), q.dvalue.row,
-                m.work);
+  product<V, T>(rows_in_place<V, T>(m.ds, ld, rows, r.N), rows, at<const T>(r.query, b, g, 0), r.query.row, r.N, dead,
+                nullptr, r.D, at<T>(q.dkey, b, g, j), q.dkey.row, m.work);
+  product<V, T>(rows_in_place<V, T>(m.p, ld, rows, r.N), rows, grad, q.grad.row, r.N, dead, nullptr, r.E,
+                at<T>(q.dvalue, b, g, j), q.dvalue.row, m.work);
+}
+
+// The calling thread's memory for a block of `rows`.
+template <class V, class T>
+static size_t gradient_bytes(const Relation& r, Of of, int64_t rows, int64_t at_once) {
+  return GradMemory<V, T>({}, r, of, rows, of == Of::keys ? r.N : r.M, at_once).bytes;
+}
+template <class V, class T>
+static GradMemory<V, T> gradient_memory(const Relation& r, Of of, int64_t rows, int64_t at_once) {
+  const Pieces pieces{static_cast<char*>(scratch(1, gradient_bytes<V, T>(r, of, rows, at_once))), 0};
+  return GradMemory<V, T>(pieces, r, of, rows, of == Of::keys ? r.N : r.M, at_once);
 }
 
 template <class V, class T>
@@ -1053,9 +1177,9 @@ static void query_gradients_task(void* context, int64_t index) {
   const Job<AttentionGrad>& job = *static_cast<const Job<AttentionGrad>*>(context);
   const Relation& r = job.problem.relation;
   const int64_t bg = index / job.blocks, n = index % job.blocks * job.block, rows = min_of(job.block, r.N - n);
-  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, rows, r.M).bytes)), 0};
   auto* const queries = static_cast<Query<typename V::S>*>(job.shared);
-  query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, rows, false, memory, queries + bg * r.N + n);
+  query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, rows, gradient_memory<V, T>(r, Of::queries, rows, rows),
+                        queries + bg * r.N + n);
 }
 
 // A sample and gate, block of queries by block.
@@ -1063,9 +1187,9 @@ template <class V, class T>
 static void gradients_task(void* context, int64_t bg) {
   const Job<AttentionGrad>& job = *static_cast<const Job<AttentionGrad>*>(context);
   const Relation& r = job.problem.relation;
-  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, job.block, r.M).bytes)), 0};
+  const GradMemory<V, T> memory = gradient_memory<V, T>(r, Of::whole, job.block, job.block);
   for (int64_t n = 0; n < r.N; n += job.block)
-    query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, min_of(job.block, r.N - n), true, memory, nullptr);
+    query_gradients<V, T>(job.problem, bg / r.G, bg % r.G, n, min_of(job.block, r.N - n), memory, nullptr);
 }
 
 template <class V, class T>
@@ -1073,8 +1197,7 @@ static void key_gradients_task(void* context, int64_t index) {
   const Job<AttentionGrad>& job = *static_cast<const Job<AttentionGrad>*>(context);
   const Relation& r = job.problem.relation;
   const int64_t bg = index / job.blocks, j = index % job.blocks * job.block, rows = min_of(job.block, r.M - j);
-  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, rows, r.N).bytes)), 0};
-  key_gradients<V, T>(job.problem, bg / r.G, bg % r.G, j, rows, memory,
+  key_gradients<V, T>(job.problem, bg / r.G, bg % r.G, j, rows, gradient_memory<V, T>(r, Of::keys, rows, rows),
                       static_cast<const Query<typename V::S>*>(job.shared) + bg * r.N);
 }
 
@@ -1091,8 +1214,9 @@ static bool shared_evenly(int64_t tasks, int threads) {
   return (tasks + threads - 1) / threads * threads * 5 <= tasks * 7;
 }
 
+// half: of eager PyTorch's memory, less what is kept.
 template <class V, class T>
-static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
+static void attention_gradients(const AttentionGrad& p, const Parallel& parallel, int64_t half) {
   using S = typename V::S;
   const Relation& r = p.relation;
   const int64_t samples = r.B * r.G;
@@ -1108,18 +1232,31 @@ static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
     }
     return;
   }
+  const int threads = parallel.threads;
   const int64_t whole = whole_block(r, 2, sizeof(T) < sizeof(S));
-  if (whole && shared_evenly(samples, parallel.threads)) {
+  if (whole && shared_evenly(samples, threads) &&
+      static_cast<int64_t>(gradient_bytes<V, T>(r, Of::whole, whole, whole)) <=
+          scratch_room(half, 0, samples, threads)) {
     run(parallel, Job<AttentionGrad>{p, whole, 1}, samples, gradients_task<V, T>);
     return;
   }
-  void* const shared = scratch(0, static_cast<size_t>(samples * r.N) * sizeof(Query<S>));
-  const int64_t queries = block_of(r.N, r.M, samples, parallel.threads),
-                keys = block_of(r.M, r.N, samples, parallel.threads);
+  const int64_t of_queries = bytes_of_queries<S>(r);
+  void* const shared = scratch(0, static_cast<size_t>(of_queries));
+  const auto block = [&](Of of, int64_t rows, int64_t columns) {
+    return block_within(scratch_room(half, of_queries, samples * rows, threads),
+                        block_of(rows, columns, samples, threads), rows, samples, threads,
+                        [&](int64_t some) { return gradient_bytes<V, T>(r, of, some, some); });
+  };
+  const int64_t queries = block(Of::queries, r.N, r.M), keys = block(Of::keys, r.M, r.N);
   const int64_t query_blocks = (r.N + queries - 1) / queries, key_blocks = (r.M + keys - 1) / keys;
   run(parallel, Job<AttentionGrad>{p, queries, query_blocks, shared}, samples * query_blocks,
       query_gradients_task<V, T>);
   run(parallel, Job<AttentionGrad>{p, keys, key_blocks, shared}, samples * key_blocks, key_gradients_task<V, T>);
+}
+
+template <class V, class T>
+static void attend_grad_as(const AttentionGrad& p, const Parallel& parallel) {
+  attention_gradients<V, T>(p, parallel, half_of_eagers_maps(p.relation, 3));
 }
 
 // The weights of a step's round, kept from the gates for the gradients: [samples][4][queries][padded M].
@@ -1211,7 +1348,7 @@ static void gate_gradients_task(void* context, int64_t index) {
   const size_t bytes = GateMemory<V, T>({}, r, rows, kept, p.kept_gates).bytes;
   const Pieces pieces{static_cast<char*>(scratch(1, bytes)), 0};
   const GateMemory<V, T> memory(pieces, r, rows, kept, p.kept_gates);
-  gates<V, T>(r, p.x_gates, b, n, rows, memory, p.weights.data != nullptr, p.gates, finish);
+  gates<V, T>(r, p.x_gates, b, n, rows, memory, kept.s, p.weights.data != nullptr, p.gates, finish);
 }
 
 // The gradients of a gate from the round's queries, whose weights were kept.
@@ -1220,10 +1357,10 @@ static void kept_gradients_task(void* context, int64_t index) {
   const Job<StepGrad>& job = *static_cast<const Job<StepGrad>*>(context);
   const StepGrad& p = job.problem;
   const Relation& r = p.relation;
-  const Pieces memory{static_cast<char*>(scratch(1, GradMemory<V, T>({}, job.queries, r.M, true).bytes)), 0};
   const int64_t sample = index / 4, g = index % 4;
   query_gradients<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, job.sample + sample, g, job.query, job.queries,
-                        true, memory, nullptr, kept_maps<V>(job, sample, g, 0));
+                        gradient_memory<V, T>(r, Of::kept, job.queries, job.at_once), nullptr,
+                        kept_maps<V>(job, sample, g, 0));
 }
 
 template <class V, class T>
@@ -1231,23 +1368,45 @@ static void step_grad_as(const StepGrad& p, const Parallel& parallel) {
   using S = typename V::S;
   const Relation& r = p.relation;
   const int threads = parallel.threads;
+  const bool weights = p.weights.data;
+  const int64_t half = half_of_eagers_step(r, true) - kept_for_gradients<S>(r, weights, p.kept_gates);
   // Rounds of a sample per thread (more, if they are small) and a block of its queries: weights and dx_gates wait in
   // the cache for the gradients.
   int64_t queries = whole_block(r, 4, sizeof(T) < sizeof(S));
-  const bool rounds = queries > 0 && r.M > 0 && shared_evenly(4 * r.B, threads);
-  if (!rounds) queries = r.N;
+  bool rounds = queries > 0 && r.M > 0 && shared_evenly(4 * r.B, threads);
   const int64_t share = max_of<int64_t>(1, (1 << 18) / (4 * max_of<int64_t>(1, queries) * (r.M + r.D + r.E + 1)));
-  const int64_t samples = rounds ? min_of(r.B, threads * share) : r.B;
-  void* const maps = rounds && !p.weights.data ? scratch(0, kept_bytes<S>(r, samples, queries)) : nullptr;
+  int64_t samples = r.B, at_once = queries, maps = 0;
+  if (rounds) {
+    samples = min_of(r.B, threads * share);
+    // The step's memory stays, too.
+    const int64_t before = block_of_step<V, T>(r, p.weights, p.kept_gates, threads);
+    const int64_t there =
+        static_cast<int64_t>(GateMemory<V, T>({}, r, before, kept_weights<S>(p.weights, 0, 0, r.N)).bytes);
+    const auto fits = [&] {
+      maps = weights ? 0 : static_cast<int64_t>(kept_bytes<S>(r, samples, queries));
+      const auto own = static_cast<int64_t>(gradient_bytes<V, T>(r, Of::kept, queries, at_once));
+      return max_of(own, there) <= scratch_room(half, maps, 4 * r.B, threads);
+    };
+    while (!fits() && samples > threads) samples = max_of<int64_t>(threads, samples / 2);
+    if (!fits()) at_once = round_up((queries + 1) / 2, sum_rows);  // keys are packed twice
+    rounds = fits();
+  }
+  if (!rounds) queries = r.N, samples = r.B, maps = 0;
+  void* const shared = maps > 0 ? scratch(0, static_cast<size_t>(maps)) : nullptr;
   for (int64_t b = 0; b < r.B; b += samples)
     for (int64_t n = 0; n < r.N; n += queries) {
-      const int64_t some = min_of(samples, r.B - b), rows = min_of(queries, r.N - n),
-                    block = block_of(rows, r.M, some, threads);
-      const Job<StepGrad> job{p, block, (rows + block - 1) / block, maps, b, n, some, rows};
+      const int64_t some = min_of(samples, r.B - b), rows = min_of(queries, r.N - n);
+      Job<StepGrad> job{p, 0, 0, shared, b, n, some, rows, at_once};
+      const Maps<S> found = kept_maps<V>(job, 0, 0, 0);
+      job.block = block_within(scratch_room(half, rounds ? maps : bytes_of_queries<S>(r), some * rows, threads),
+                               block_of(rows, r.M, some, threads), rows, some, threads, [&](int64_t block) {
+                                 return GateMemory<V, T>({}, r, block, found, p.kept_gates).bytes;
+                               });
+      job.blocks = (rows + job.block - 1) / job.block;
       run(parallel, job, some * job.blocks, gate_gradients_task<V, T>);
       if (rounds) run(parallel, job, some * 4, kept_gradients_task<V, T>);
     }
-  if (!rounds) attend_grad_as<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel);
+  if (!rounds) attention_gradients<V, T>({r, p.dx_gates, p.dquery, p.dkey, p.dvalue}, parallel, half);
 }
 
 }  // namespace

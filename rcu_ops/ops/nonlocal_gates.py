@@ -728,10 +728,10 @@ def _cpu_plan(*_: Any) -> str:
 
 # A step's gradients cost six products where its weights and its gates (before their nonlinearities) are computed again,
 # five with the weights kept, and a quarter less for every gate kept; eager PyTorch's cost four. Kept is as much as
-# leaves all temporaries within half of eager PyTorch's; and, up to that half, the weights of no more samples than
-# threads, which computed again take the same memory, and more. Eager's, per sample, are the weights and, at their most,
-# ten numbers per position and channel (the four nonlinearities, tanh(c), and as many gradients before they are added
-# up): tests/ops/test_nonlocal_gates_memory.py counts them. Gates are not kept where that was measured to gain nothing:
+# leaves all temporaries within half of eager PyTorch's; and the weights of no more samples than threads where the
+# kernels, by smaller blocks, stay within it too. Eager's, per sample, are the weights and, at their most, ten numbers
+# per position and channel (the four nonlinearities, tanh(c), and as many gradients before they are added up):
+# tests/ops/test_nonlocal_gates_memory.py counts them. Gates are not kept where that was measured to gain nothing:
 # of few positions, and in tensors of which the C library makes a new mapping at every call.
 #
 # Milliseconds of a step with gradients, of B P D = Dv in fp32 on an Emerald Rapids processor (2 threads, torch 2.13):
@@ -742,13 +742,20 @@ def _cpu_plan(*_: Any) -> str:
 #   1 49 1024  0.88 : 0.79 : 0.68 : 1.6    1 196 512   4.3 : 3.5 : 3.3 : 4.3      4 196 512  15.6 : 13.8 : 13.4 : 15.9
 _MOST_OF_GATES = 32 << 20
 _MOST_OF_A_MAP = 1 << 18  # numbers of a sample's four maps that are made at once: whole_block in nonlocal_gates_core.h
+_LEAST_SCRATCH = 64 << 10  # bytes that a thread of the kernels may take in any case: least_scratch there
 _CORES = os.cpu_count() or 1
 
 
-def _scratch_of_a_step(p: int, size: int) -> int:
-    """Bytes that a thread of the CPU's kernels takes at most for a step of p positions and its gradients."""
-    rows = min(p, 256)
-    return (rows * (p + 16 + 48 + 128) + 48 * (p + 128) + 2048) * size * 11 // 8
+def _scratch_of_a_step(p: int, size: int, narrow: bool) -> int:
+    """Bytes that a thread of the CPU's kernels takes for a step of p positions that keeps weights, and its gradients.
+
+    size: of a number of the state; narrow: the tensors' are of 16 bits. Where there is less room than that, the kernels
+    make do with it, by smaller blocks or by computing weights again (``scratch_room`` in nonlocal_gates_core.h).
+    """
+    keys = (p + 15) // 16 * 16
+    gradients = min(p, 256) * (keys + 128 + 1)
+    gates = min(p, 210) * 4 * (48 + (keys // 2 if narrow else 0) + 1)
+    return max(gradients, gates) * size + (25 << 10)
 
 
 def _threads() -> int:
@@ -762,8 +769,9 @@ def _what_a_step_keeps(x_gates: Tensor) -> tuple[int | None, int, int]:
     size = state_dtype_of(x_gates.dtype).itemsize
     half = b * (10 * p * dv + four * p * p) * x_gates.element_size() // 2
     weights, gate = b * four * p * _kept_keys(x_gates) * size, b * p * dv * size
-    room = half - _threads() * _scratch_of_a_step(p, size) - weights
-    few = settled(b <= _threads()) and settled(four * p * p <= _MOST_OF_A_MAP) and settled(weights <= half)
+    room = half - _threads() * _scratch_of_a_step(p, size, x_gates.element_size() < size) - weights
+    few = settled(b <= _threads()) and settled(four * p * p <= _MOST_OF_A_MAP)
+    few = few and settled(weights + _threads() * _LEAST_SCRATCH <= half)
     if not few and not settled(room >= 0):
         return None, 0, half
     gates = 0

@@ -1,9 +1,8 @@
 """Memory of nonlocal_gates beyond inputs and outputs, ours and eager PyTorch's, on the CPU; in a process of its own.
 
-``python -m tests.ops.memory_of_nonlocal_gates`` prints a line of JSON per case, and one of a bf16 step of a single
-sample that keeps its weights or not: the most bytes during a call that are neither an input's nor an output's.
-Tensors are counted by PyTorch's profiler; our kernels' scratch, which is no tensor, by the C library, in a thread
-that never called a kernel and so has none.
+``python -m tests.ops.memory_of_nonlocal_gates`` prints a line of JSON per case: the most bytes during a call that
+are neither an input's nor an output's. Tensors are counted by PyTorch's profiler; our kernels' scratch, which is no
+tensor, by the C library, in a thread that never called a kernel and so has none.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor
 
 import rcu_ops
-from rcu_ops.ops import nonlocal_gates
 from rcu_ops.reference.nonlocal_gates import lstm_gates
 
 LIBC = ctypes.CDLL(None)
 CPU = torch.profiler.ProfilerActivity.CPU
 CASES = {"P49": (4, 49, 1024), "P196": (4, 196, 512)}
-ALONE = (1, 196, 512)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -125,17 +122,6 @@ def as_list(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)
 
 
-def kept_or_again() -> dict[str, int]:
-    """Bytes of a step and its gradients that keep the weights, and of one whose weights are computed again."""
-    b, p, d = ALONE
-    step = [(torch.randn(b, 4, p, d) * d**-0.25).bfloat16() for _ in range(4)]
-    found = {}
-    for name, gates in (("kept", 0), ("again", None)):
-        nonlocal_gates._what_a_step_keeps = lambda _, gates=gates: (gates, 0, 0)
-        found[name] = sum(beyond(rcu_ops.relational_lstm_step, [*step, torch.randn(b, p, d)], True).values())
-    return found
-
-
 def main(names: list[str]) -> None:
     """One line per case."""
     LIBC.mallinfo2.restype = MallInfo2
@@ -153,8 +139,6 @@ def main(names: list[str]) -> None:
                 ours, theirs = (beyond(f, arguments, training) for f in (function, definition))
                 line = {"case": name, "op": op, "training": training, **ours, "eager": theirs["tensors"]}
                 print(json.dumps(line), flush=True)
-    if not names:
-        print(json.dumps({"case": "alone", **kept_or_again()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from rcu_ops import _library
 from rcu_ops.ops import _triton, nonlocal_gates
-from tests.ops.memory_of_nonlocal_gates import ALONE, CASES
+from tests.ops.memory_of_nonlocal_gates import CASES
 
 SHAPES = [(24, 49, 1024), (24, 196, 512), (1, 49, 1024), (1, 196, 512)]  # B, P, D = Dv: the suite's
 
@@ -30,18 +30,13 @@ def test_the_cpus_kernels_take_less_than_half_of_eagers(monkeypatch) -> None:
         [sys.executable, "-m", "tests.ops.memory_of_nonlocal_gates"], capture_output=True, text=True, check=True
     )
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 4 * len(CASES) + 1
-    b, p, d = ALONE
-    gates, kept, _ = nonlocal_gates._what_a_step_keeps(torch.empty(b, 4, p, d, dtype=torch.bfloat16, device="meta"))
-    alone = lines.pop()
-    assert gates == 0 and kept < alone["kept"] <= alone["again"], "weights that were made again took less"
+    assert len(lines) == 4 * len(CASES)
     for line in lines:
         b, p, d = CASES[line["case"]]
         kept = 0
         if line["op"] == "relational_lstm_step" and line["training"]:
             _, kept, half = nonlocal_gates._what_a_step_keeps(torch.empty(b, 4, p, d, device="meta"))
             assert kept > 0 and half == line["eager"] // 2, "the planner's arithmetic is not eager's"
-            assert line["scratch"] <= nonlocal_gates._scratch_of_a_step(p, 4)
         assert line["tensors"] == kept and line["scratch"] > 0, f"no kernel of ours ran, or it made a tensor: {line}"
         assert line["scratch"] + line["tensors"] <= line["eager"] / 2, line
         if line["op"] == "relational_lstm_step":
