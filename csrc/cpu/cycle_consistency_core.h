@@ -421,13 +421,15 @@ static int64_t frames_with_weight(const typename V::S* w, int64_t pitch, int64_t
   using R = typename V::R;
   int64_t used = 0, most = finite ? count / 2 : -1;
   for (int64_t i = 0; i < count && used <= most; i += V::L) {
-    R largest{};  // there is no NaN, and no weight beyond the last frame
+    R largest{}, odd{};  // no weight is beyond the last frame; NaN, which compares with nothing, has weight
 #pragma GCC unroll 8
     for (int m = 0; m < V::M; ++m) {
       const R weight = V::load(w + m * pitch + i), size = weight < 0 ? -weight : weight;
       largest = size > largest ? size : largest;
+      odd += weight - weight;
     }
-    for (uint32_t lanes = V::lanes(largest > least); lanes; lanes &= lanes - 1) list[used++] = i + __builtin_ctz(lanes);
+    for (uint32_t lanes = V::lanes((largest > least) | (odd != odd)); lanes; lanes &= lanes - 1)
+      list[used++] = i + __builtin_ctz(lanes);
   }
   if (used <= most) return used;
   for (int64_t i = 0; i < count; ++i) list[i] = i;
@@ -1097,7 +1099,8 @@ static void short_losses(const Alignment& p, const Parallel& parallel) {
   // Multiply-adds of a product, about; a thread is worth waking for a few microseconds' work.
   const int64_t sample = p.T * (p.T + p.S) * p.C;
   const size_t bytes = static_cast<size_t>(ShortLoss<V>::bytes(p, s));
-  if (p.N >= parallel.threads || sample < (int64_t(1) << 19)) {
+  const int64_t at_once = min_of<int64_t>(parallel.threads, (p.T + V::M - 1) / V::M);  // of one sample
+  if (p.N >= at_once || sample < (int64_t(1) << 18)) {
     const auto whole = [&](int64_t n) {
       ShortLoss<V>(p, s, n, static_cast<char*>(scratch(1, bytes))).run_blocks(alone);
     };

@@ -27,7 +27,8 @@ void* scratch(int slot, size_t bytes) {
   if (arena.size[slot] < bytes) {
     std::free(arena.data[slot]);
     const size_t size = (bytes + 63) / 64 * 64;
-    arena.data[slot] = std::aligned_alloc(64, size);
+    constexpr size_t vectors = 256;  // that may be read beyond the end, whose page may be the last
+    arena.data[slot] = std::aligned_alloc(64, size + vectors);
     arena.size[slot] = arena.data[slot] ? size : 0;
     if (!arena.data[slot]) throw std::bad_alloc();
     ask_for_large_pages(arena.data[slot], size);

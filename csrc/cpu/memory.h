@@ -14,7 +14,7 @@ struct f16_t {
 };
 
 // A 64-byte aligned block of at least `bytes` bytes that belongs to the calling thread until its next request with the
-// same slot. Grows, to no more than was asked for, and is given back when the thread ends. Slot 0: what a call's tasks
+// same slot. Grows to what is asked for and no more, and is given back when the thread ends. Slot 0: what a call's tasks
 // share; slot 1: a task's own; slot 2: that of a part of a task, which needs it no longer than it runs.
 void* scratch(int slot, size_t bytes);
 

@@ -528,6 +528,23 @@ def test_training_aligns_two_sequences(backend) -> None:
     assert torch.equal(rcu_ops.soft_nearest_neighbor(a, b, temperature=0.01)[0].argsort(1)[0, :, 0], torch.arange(8))
 
 
+@pytest.mark.parametrize("odd", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("frames", [12, 65])  # in one pass, and one after the other
+def test_a_gradient_that_is_no_number_reaches_what_it_reaches_in_the_reference(frames, odd) -> None:
+    a, b = (torch.randn(2, frames, 16) for _ in range(2))
+    grad, found = torch.zeros(2, frames), []
+    grad[0, 3] = odd
+    for name in BACKENDS:
+        with rcu_ops.use_backend(name):
+            leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+            loss = rcu_ops.temporal_cycle_loss(*leaves, reduction="none", min_variance=1e-2)
+            found.append(torch.autograd.grad(loss, leaves, grad))
+    for gradients in zip(*found, strict=True):
+        for got in gradients:
+            assert torch.equal(got.isfinite(), gradients[0].isfinite())
+            assert not got[0].isfinite().all() and got[1].isfinite().all()
+
+
 # ---- gradients ----------------------------------------------------------------------------------------------------
 
 
