@@ -32,6 +32,7 @@ FLAGS = [
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
+    "-Winvalid-pch",  # and no object is compiled without it
     "-ffp-contract=off",
 ]
 
@@ -104,6 +105,7 @@ class BuildError(Exception):
     pass
 
 
+PRECOMPILED = HERE / "precompiled.h"
 INCLUDE = (HERE / "include", HERE, CSRC)  # where the compiler looks for "headers", in this order
 
 
@@ -136,7 +138,7 @@ def _compiler_identity() -> str:
 def _key(source: Path, flags: Sequence[str]) -> str:
     """Of an object: what it is made from, by content and not by date."""
     digest = hashlib.sha256(f"{_compiler_identity()}{flags}".encode())
-    for path in _sources_of(source):
+    for path in (*_sources_of(source), PRECOMPILED):
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
         content = path.read_bytes()
         digest.update(f"{name} {len(content)}\n".encode())
@@ -190,6 +192,16 @@ def whole(directory: Path, sanitizer: str) -> Path:
         return build(directory, sanitizer)
 
 
+def _precompiled(directory: Path, flags: Sequence[str], include: Sequence[str]) -> Path:
+    """A copy of ``precompiled.h``, beside which the compiler finds it compiled under these flags."""
+    header = directory / f"precompiled-{_key(PRECOMPILED, flags)}.h"
+    compiled = header.with_name(f"{header.name}.gch")
+    if not (_used(header) and _used(compiled)):
+        shutil.copyfile(PRECOMPILED, header)
+        _finish(_put(["g++", *flags, *include, "-x", "c++-header", PRECOMPILED], compiled), compiled)
+    return header
+
+
 def build(directory: Path, sanitizer: str, replaced: dict[str, Path] | None = None) -> Path:
     """Compile the machine with all kernels; ``replaced``: file names of kernel sources to take from elsewhere.
 
@@ -214,7 +226,10 @@ def build(directory: Path, sanitizer: str, replaced: dict[str, Path] | None = No
         elif source.name == "main.cpp" or source.name.startswith("run_"):
             flags = [*FLAGS, *MACHINE["none"]]
         output = directory / f"{source.stem}-{_key(source, flags)}.o"
-        jobs.append((["g++", *flags, *include, "-x", "c++", "-c", source], output))
+        command = ["g++", *flags, *include]
+        if source.suffix == ".cu" and not _used(output):
+            command += ["-include", str(_precompiled(directory, flags, include))]
+        jobs.append(([*command, "-x", "c++", "-c", str(source)], output))
     running: list[tuple[subprocess.Popen[str], Path]] = []
     waiting = [job for job in jobs if not _used(job[1])]
     while waiting or running:
