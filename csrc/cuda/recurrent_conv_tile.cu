@@ -168,11 +168,14 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     async_commit();
   };
 
-  // The address of this lane's row of the 16 x 16 tile (columns from 16 m, channels from 16 k) in a slot; the four 8 x
-  // 8 tiles come in the order of a's registers.
+  // Where row r % 8 of tile r / 8 lies in a slot, of the 16 x 16 tile (columns from 16 m, channels from 16 k); the four 8
+  // x 8 tiles come in the order of a's registers. load_matrix wants the address of this lane's.
   const int tile = lane / 8, tile_row = lane % 8;
-  const int tile_at = AlongChannels ? (tile % 2 * 8 + tile_row) * channels_pitch + tile / 2 * 16
-                                    : (tile / 2 * 8 + tile_row) * columns_pitch + tile % 2 * 16;
+  const auto row_at = [](int r) {
+    return AlongChannels ? (r / 8 % 2 * 8 + r % 8) * channels_pitch + r / 16 * 16
+                         : (r / 16 * 8 + r % 8) * columns_pitch + r / 8 % 2 * 16;
+  };
+  const int tile_at = row_at(lane);
   const auto load_tiles = [&](uint32_t (&r)[4], const unsigned char* slot, int m, int k) {
     if (AlongChannels)
       load_matrix<4, false>(r, slot + tile_at + m * (16 * channels_pitch) + k * 32);
@@ -181,9 +184,9 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   };
   const auto store_tiles = [&](unsigned char* slot, int m, int k, const uint32_t (&r)[4]) {
     if (AlongChannels)
-      store_matrix<4, false>(slot + tile_at + m * (16 * channels_pitch) + k * 32, r);
+      store_matrix<4, false>(slot + m * (16 * channels_pitch) + k * 32, tile_at, row_at, r);
     else
-      store_matrix<4, true>(slot + tile_at + m * 32 + k * (16 * columns_pitch), r);
+      store_matrix<4, true>(slot + m * 32 + k * (16 * columns_pitch), tile_at, row_at, r);
   };
 
   float state[MT][NT][4];

@@ -148,7 +148,10 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   // This lane's row of the product's 16 input channels x 16 columns, as four tiles, two for each b.
   const int product_at = along_channels ? (tile / 2 * 8 + tile_row) * channels_pitch + tile % 2 * 16
                                         : (tile % 2 * 8 + tile_row) * columns_pitch + tile / 2 * 16;
-  // This lane's row of the warp's 32 channels x 8 columns from 8 n, as four tiles one below the other.
+  // Where row r % 8 of tile r / 8 lies in a slot, of the warp's 32 channels x 8 columns from 8 n: four tiles one below
+  // the other. load_matrix wants the address of this lane's.
+  const auto row_along_channels = [&](int r) { return r % 8 * channels_pitch + 2 * (first_channel + r / 8 * 8); };
+  const auto row_along_columns = [&](int r) { return (first_channel + r) * columns_pitch; };
   const int own_at = along_channels ? tile_row * channels_pitch + 2 * (first_channel + 8 * tile)
                                     : (first_channel + 8 * tile + tile_row) * columns_pitch;
   const auto load_own = [&](uint32_t (&r)[4], const unsigned char* slot, int n) {
@@ -159,9 +162,9 @@ __global__ void __launch_bounds__(wide_threads, 1) wide_scan(const Scan p, const
   };
   const auto store_own = [&](unsigned char* slot, int n, const uint32_t (&r)[4]) {
     if (along_channels)
-      store_matrix<4, true>(slot + own_at + n * (8 * channels_pitch), r);
+      store_matrix<4, true>(slot + n * (8 * channels_pitch), own_at, row_along_channels, r);
     else
-      store_matrix<4, false>(slot + own_at + n * 16, r);
+      store_matrix<4, false>(slot + n * 16, own_at, row_along_columns, r);
   };
 
   float state[2][NT][4], diagonal[2][2];

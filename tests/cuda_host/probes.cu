@@ -46,17 +46,18 @@ __global__ void load_matrix_probe(const uint32_t* shared, const int* rows, uint3
 }
 
 // The inverse: shared is the output, of which the rest is zero.
-template <int Count, bool Transposed, bool Shuffled>
+template <int Count, bool Transposed, bool Plain>
 __global__ void store_matrix_probe(uint32_t* shared, const int* rows, const uint32_t* r) {
   auto* memory = dynamic_shared<uint32_t>();
   for (int i = threadIdx.x; i < tile_bytes / 4; i += 32) memory[i] = 0;
   warp_barrier();
   uint32_t stored[Count];
   for (int i = 0; i < Count; ++i) stored[i] = r[Count * threadIdx.x + i];
-  if constexpr (Shuffled)
-    store_matrix_shuffled<Count, Transposed>(dynamic_shared<char>(rows[threadIdx.x]), stored);
+  const auto row_at = [&](int row) { return rows[row]; };
+  if constexpr (Plain)
+    store_matrix_plain<Count, Transposed>(memory, row_at, stored);
   else
-    store_matrix<Count, Transposed>(dynamic_shared<char>(rows[threadIdx.x]), stored);
+    store_matrix<Count, Transposed>(dynamic_shared<unsigned char>(), rows[threadIdx.x], row_at, stored);
   warp_barrier();
   for (int i = threadIdx.x; i < tile_bytes / 4; i += 32) shared[i] = memory[i];
 }
@@ -226,9 +227,9 @@ Error load_probe(const std::vector<void*>& s) {
   return launch("load_matrix_probe", load_matrix_probe<Count, Transposed>, dim3(1), dim3(32), tile_bytes, Stream(),
                 static_cast<const uint32_t*>(s[0]), static_cast<const int*>(s[1]), static_cast<uint32_t*>(s[2]));
 }
-template <int Count, bool Transposed, bool Shuffled>
+template <int Count, bool Transposed, bool Plain>
 Error store_probe(const std::vector<void*>& s) {
-  return launch("store_matrix_probe", store_matrix_probe<Count, Transposed, Shuffled>, dim3(1), dim3(32), tile_bytes,
+  return launch("store_matrix_probe", store_matrix_probe<Count, Transposed, Plain>, dim3(1), dim3(32), tile_bytes,
                 Stream(), static_cast<uint32_t*>(s[0]), static_cast<const int*>(s[1]),
                 static_cast<const uint32_t*>(s[2]));
 }
@@ -296,12 +297,12 @@ const Probes& probes() {
       {"store_1_transposed", store_probe<1, true, false>},
       {"store_2_transposed", store_probe<2, true, false>},
       {"store_4_transposed", store_probe<4, true, false>},
-      {"store_1_shuffled", store_probe<1, false, true>},
-      {"store_2_shuffled", store_probe<2, false, true>},
-      {"store_4_shuffled", store_probe<4, false, true>},
-      {"store_1_transposed_shuffled", store_probe<1, true, true>},
-      {"store_2_transposed_shuffled", store_probe<2, true, true>},
-      {"store_4_transposed_shuffled", store_probe<4, true, true>},
+      {"store_1_plain", store_probe<1, false, true>},
+      {"store_2_plain", store_probe<2, false, true>},
+      {"store_4_plain", store_probe<4, false, true>},
+      {"store_1_transposed_plain", store_probe<1, true, true>},
+      {"store_2_transposed_plain", store_probe<2, true, true>},
+      {"store_4_transposed_plain", store_probe<4, true, true>},
       {"shuffles",
        [](const std::vector<void*>& s) {
          return launch("shuffle_probe", shuffle_probe, dim3(1), dim3(32), 0, Stream(),

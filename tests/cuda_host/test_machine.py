@@ -92,10 +92,10 @@ def test_load_matrix(machine, count, transposed) -> None:
             assert registers[lane, i, 1] == tile[lane // 4, 2 * (lane % 4) + 1]
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_store_matrix_and_its_substitute(machine, count, transposed, shuffled) -> None:
+def test_store_matrix_and_its_substitute(machine, count, transposed, plain) -> None:
     registers = torch.randint(0, 2**15, (32, count, 2), dtype=torch.int16)
     rows = rows_of_tiles(4)
     memory, want = torch.zeros(2048, dtype=torch.int16), torch.zeros(2048, dtype=torch.int16)
@@ -108,7 +108,7 @@ def test_store_matrix_and_its_substitute(machine, count, transposed, shuffled) -
             tile = tile.T
         for r in range(8):
             want[rows[8 * i + r] // 2 :][:8] = tile[r]
-    machine.probe(f"store_{count}" + "_transposed" * transposed + "_shuffled" * shuffled, memory, rows, registers)
+    machine.probe(f"store_{count}" + "_transposed" * transposed + "_plain" * plain, memory, rows, registers)
     assert torch.equal(memory, want)
 
 

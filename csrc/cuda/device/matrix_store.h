@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/device/matrix_store_shuffled.h"
+#include "cuda/device/matrix_store_plain.h"
 #include "cuda/device/runtime.h"
 
 #ifndef RCU_OPS_EACH_ARCHITECTURE
@@ -15,11 +15,11 @@
 
 namespace rcu_ops::cuda {
 
-// One instruction on sm_90 and later, shuffles and ordinary stores before.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// `row`: the address of row lane % 8 of tile lane / 8.
 template <int Count, bool Transposed>
 __device__ __forceinline__ void store_matrix(void* row, const uint32_t (&r)[Count]) {
   static_assert(Count == 1 || Count == 2 || Count == 4);
-#if __CUDA_ARCH__ >= 900
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(row));
   if constexpr (Count == 1 && !Transposed)
     asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(to), "r"(r[0]) : "memory");
@@ -38,8 +38,18 @@ __device__ __forceinline__ void store_matrix(void* row, const uint32_t (&r)[Coun
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
                  "r"(r[2]), "r"(r[3])
                  : "memory");
+}
+#endif
+
+// Row n % 8 of tile n / 8 lies row_at(n) bytes from `base`, and `own_at` is row_at(lane). One instruction on sm_90 and
+// later, which takes own_at; before, ordinary stores, for which a lane finds the rows that it has numbers of.
+template <int Count, bool Transposed, typename RowAt>
+__device__ __forceinline__ void store_matrix(unsigned char* base, int own_at, const RowAt& row_at,
+                                             const uint32_t (&r)[Count]) {
+#if __CUDA_ARCH__ >= 900
+  store_matrix<Count, Transposed>(base + own_at, r);
 #else
-  store_matrix_shuffled<Count, Transposed>(row, r);
+  store_matrix_plain<Count, Transposed>(base, row_at, r);
 #endif
 }
 

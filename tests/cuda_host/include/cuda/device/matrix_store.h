@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/device/matrix_copy.h"
-#include "cuda/device/matrix_store_shuffled.h"
+#include "cuda/device/matrix_store_plain.h"
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
@@ -22,6 +22,15 @@ void store_matrix(void* row, const uint32_t (&r)[Count], cuda_host::Location whe
       else
         reinterpret_cast<uint16_t*>(all[8 * i + g])[2 * q + j] = half;
     }
+}
+
+template <int Count, bool Transposed, typename RowAt>
+void store_matrix(unsigned char* base, int own_at, const RowAt& row_at, const uint32_t (&r)[Count],
+                  cuda_host::Location where = cuda_host::Location::current()) {
+  const auto all = matrix_host::rows<Count>("store_matrix", base + own_at, where);
+  for (int n = 0; n < 8 * Count; ++n)
+    if (all[n] != reinterpret_cast<uintptr_t>(base + row_at(n))) cuda_host::fail("row_at is not own_at", where);
+  store_matrix<Count, Transposed>(base + own_at, r, where);
 }
 
 }  // namespace rcu_ops::cuda
