@@ -58,7 +58,8 @@ def fast_gru(
             device.
         o0: [N,C,L,H,W] state before the first clip in x's dtype or the state's, or None.
         recompute: keep no gates for the backward pass, which runs the steps again for them: K steps of 2R + 3C numbers
-            per position less between the passes, for one more forward pass. No bit of a gradient changes.
+            per position less between the passes, for one more forward pass (on a Zen 4 processor, of 8 clips of 512
+            channels at 7x7, 1.3 times the time of forward and backward together). No bit of a gradient changes.
 
     Returns:
         ``(o, o_n)``: o [N,K,C,L,H,W] in x's dtype, channels innermost if they are in x, else contiguous;
