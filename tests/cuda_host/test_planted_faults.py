@@ -401,8 +401,8 @@ FAULTS = [
     ),
     Fault(
         "tiles of x in the wrong order",
-        "(tile % 2 * 8 + tile_row) * channels_pitch + tile / 2 * 16",
-        "(tile / 2 * 8 + tile_row) * channels_pitch + tile % 2 * 16",
+        "(r / 8 % 2 * 8 + r % 8) * channels_pitch + r / 16 * 16",
+        "(r / 16 * 8 + r % 8) * channels_pitch + r / 8 % 2 * 16",
         tile,
         file=TILE,
     ),
