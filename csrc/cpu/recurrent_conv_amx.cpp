@@ -42,7 +42,18 @@ struct Unit {
     TileConfig before_;
   };
 
-  static void product(const Operands& o, int64_t, float* c) {
+  template <class Row>
+  static void product(const Operands& o, int64_t rows, Row row_done) {
+    alignas(64) float c[4 * tile * tile];
+    multiply(o, c);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t half = row / tile, r = row % tile;
+      const float* const sums = c + half * 512 + r * tile;
+      row_done(half, r, _mm512_load_ps(sums), _mm512_load_ps(sums + 256));
+    }
+  }
+
+  static void multiply(const Operands& o, float* c) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -21,7 +21,8 @@ struct Unit {
 
   // 8 rows x 2 vectors of lanes at a time: 16 sums hide the instruction's latency, and each pair of A's is broadcast to
   // two.
-  static void product(const Operands& o, int64_t rows, float* c) {
+  template <class Row>
+  static void product(const Operands& o, int64_t rows, Row row_done) {
     constexpr int R = 8;
     const char* const* ahead = o.ahead;
     const int64_t share = o.share((rows + R - 1) / R * o.k_tiles);
@@ -50,12 +51,8 @@ struct Unit {
           }
         }
       }
-      float* const out = c + half * 512 + r * tile;
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        _mm512_storeu_ps(out + i * tile, sum[i][0]);
-        _mm512_storeu_ps(out + 256 + i * tile, sum[i][1]);
-      }
+      for (int i = 0; i < R; ++i) row_done(half, r + i, sum[i][0], sum[i][1]);
     }
   }
 };
