@@ -259,7 +259,8 @@ struct NormTask {
     }
     const T *h0 = at<const T>(p.h, 0), *other0 = at<const T>(p.other, 0);
     T *y0 = at<T>(p.y, 0), *out0 = at<T>(p.out, 0);
-    for_positions(part, [&](int64_t h, int64_t other, int64_t y, int64_t out) {
+    // By value and inline: behind references all would be fetched again for every position.
+    for_positions(part, [=, this](int64_t h, int64_t other, int64_t y, int64_t out) __attribute__((always_inline)) {
       const auto from = [](auto* base, int64_t i) { return base ? base + i : nullptr; };
       R none{};
       int64_t c = 0;
