@@ -25,7 +25,7 @@ std::optional<fast_gru::ColumnsPlan> columns_by_blocks(const Problem& p, const T
 bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
   const cpu::Isa isa = cpu::current_isa();
   return !x.is_cuda() && fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, isa == cpu::Isa::amx,
-                                              isa >= cpu::Isa::avx512, isa == cpu::Isa::avx512_bf16);
+                                              isa >= cpu::Isa::avx512);
 }
 bool in_fp32(const Problem& p, const Tensor& x) {
   const cpu::Isa isa = cpu::current_isa();

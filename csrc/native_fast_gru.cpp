@@ -91,10 +91,10 @@ Facts fast_gru_gpu_columns_plan(int64_t columns, int64_t c, int64_t r, const std
 }
 
 bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads,
-                std::optional<bool> avx512, std::optional<bool> pairs) {
+                std::optional<bool> avx512) {
   const cpu::Isa isa = cpu::current_isa();
   return fast_gru::by_columns(parse_dtype(dtype), columns, c, r, threads, isa == cpu::Isa::amx,
-                              avx512.value_or(isa >= cpu::Isa::avx512), pairs.value_or(isa == cpu::Isa::avx512_bf16));
+                              avx512.value_or(isa >= cpu::Isa::avx512));
 }
 
 }  // namespace
@@ -120,9 +120,9 @@ void bind_fast_gru(py::module_& m) {
          "Whether one launch on such a GPU would take so many columns through all steps, 8 in a block that has all "
          "weights, why not, and its cut: the products, and numbers of the data's type in shared memory.");
   define(m, "fast_gru_by_columns", by_columns,
-         {"columns", "c", "r", "dtype", keyword_only, "threads", {"avx512", nullptr}, {"pairs", nullptr}},
+         {"columns", "c", "r", "dtype", keyword_only, "threads", {"avx512", nullptr}},
          "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "
-         "whether it has these vectors; pairs: whether it multiplies pairs of bf16 fast; None: as this one.");
+         "whether it has these vectors; None: as this one.");
   define(m, "fast_gru_few_weights", fast_gru::few_weights, {"c", "r"},
          "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
   define(

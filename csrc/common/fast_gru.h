@@ -110,7 +110,7 @@ struct View {
 };
 
 // All steps on the CPU, columns taken through all of them in one core's caches (cpu/fast_gru_columns.h). Arithmetic in
-// fp32.
+// fp32; products of bf16 where a processor multiplies pairs of them.
 struct Columns {
   DType dtype = DType::f32, start_dtype = DType::f32;  // of data and weights; of the first state. Not fp64
   int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
@@ -202,10 +202,10 @@ constexpr bool very_few_weights(int64_t C, int64_t R) { return 6 * R * C + 2 * C
 // Own products save the library's calls, the passes through memory between them, and, of few weights, the threads'
 // meeting after each; of many weights and few columns what the library spends on laying out the weights for its own
 // loops, or multiplying 16-bit numbers at half of fp32's rate where there is neither AMX nor a fast instruction for
-// `pairs` of bf16. Columns in panels are all there is to share where every task reads all of few weights: many threads
+// pairs of bf16. Columns in panels are all there is to share where every task reads all of few weights: many threads
 // leave them to the library.
 constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads, bool amx = false,
-                          bool avx512 = true, bool pairs = false) {
+                          bool avx512 = true) {
   if (dtype == DType::f64) return false;
   if (few_weights(C, R)) return very_few_weights(C, R) || threads <= 2 * ((columns + 15) / 16);
   // The panels of all columns stay near a second-level cache: 12 MB.
@@ -213,10 +213,9 @@ constexpr bool by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, in
   // Time of the library's products over that of panels, as measured on Emerald Rapids with C = 4 R = 512 to 2048 (AVX2:
   // with a library that is held to it, too). AVX-512: 1.25 for 49 columns, 1.0 for 196, 0.93 for 448 and more. AVX2: 0.86
   // for up to 5 columns, 1.05 to 1.3 for 16 to 49, 0.97 for 98 and more. bf16 is what the library does slowly: 1.1 to 5,
-  // until it is made in fp32 (in_fp32). Where pairs of bf16 take a multiply-add's time (Zen 4), of C = 512 to 2048: 0.55
-  // to 0.7 for 49 to 300 columns, 1.0 for 512 channels and 32 columns, and 1.15 to 1.2 for less than that.
+  // until it is made in fp32 (in_fp32). Where pairs of bf16 take a multiply-add's time (Zen 4, one core), both multiply
+  // pairs: 1.9 for 4 to 16 columns, 1.04 to 1.2 for 49, 1.05 to 1.1 for 196, 1.0 for 392.
   if (dtype == DType::f32) return avx512 ? columns <= 256 : columns >= 8 && columns <= 64;
-  if (dtype == DType::bf16 && pairs) return columns * (6 * R * C + 2 * C * C) <= 1 << 25;
   if (dtype == DType::bf16) return !amx && columns <= (avx512 ? 256 : 127);
   return !amx;
 }

@@ -13,7 +13,8 @@ struct Kernels {
   void (*reorder)(const fast_gru::Reorder&, int64_t, int64_t);
   void (*columns)(const fast_gru::Columns&, int64_t, int64_t, float*);
   void (*phase)(const fast_gru::Columns&, fast_gru::Phase, int64_t, int64_t, int64_t, int64_t, int64_t, float*, float*);
-  int lanes;  // of a vector of fp32
+  int lanes;           // of a vector of fp32
+  bool pairs = false;  // columns and phase take weights of bf16 as they lie
 };
 
 Kernels best_kernels() {
@@ -40,6 +41,15 @@ struct Tasks {
   Range range;
   int64_t count, total;
 };
+
+Kernels column_kernels([[maybe_unused]] const fast_gru::Columns& problem) {
+  Kernels kernels = best_kernels();
+#if defined(__x86_64__)
+  if (problem.narrow && problem.dtype == DType::bf16 && current_isa() == Isa::avx512_bf16)
+    kernels.columns = avx512_bf16::columns_task, kernels.phase = avx512_bf16::columns_phase, kernels.pairs = true;
+#endif
+  return kernels;
+}
 
 }  // namespace
 
@@ -120,7 +130,7 @@ static void columns_together(const fast_gru::Columns& problem, const Parallel& p
     fast_gru::Phase phase;
     int64_t step, thin, width, count;
     float* panels;
-  } all{problem, best_kernels(), {}, 0, 0, 0, 0, nullptr};
+  } all{problem, column_kernels(problem), {}, 0, 0, 0, 0, nullptr};
   const int64_t columns = problem.samples * problem.positions;
   const int lanes = all.kernels.lanes;
   const int64_t rest = columns % lanes;
@@ -144,7 +154,7 @@ static void columns_together(const fast_gru::Columns& problem, const Parallel& p
             const auto bound = [&](int64_t task) {
               return task == a.count ? outputs : pieces * task / a.count * unit_rows;
             };
-            const int64_t wide = a.p.narrow ? fast_gru::wide_numbers(a.p.C, a.p.R) : 0;
+            const int64_t wide = a.p.narrow && !a.kernels.pairs ? fast_gru::wide_numbers(a.p.C, a.p.R) : 0;
             a.kernels.phase(a.p, a.phase, a.step, bound(i), bound(i + 1), a.thin, a.width, a.panels,
                             static_cast<float*>(scratch(1, static_cast<size_t>(wide) * sizeof(float))));
           },
@@ -157,11 +167,11 @@ void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
     fast_gru::Columns p;
     Kernels kernels;
     int64_t columns, width;  // of all samples, and of a panel
-  } all{problem, best_kernels(), 0, 0};
+  } all{problem, column_kernels(problem), 0, 0};
   fast_gru::Columns& p = all.p;
   if (p.samples == 0 || p.positions == 0) return;
   if (!fast_gru::few_weights(p.C, p.R)) return columns_together(p, parallel);
-  if (p.narrow) {
+  if (p.narrow && !all.kernels.pairs) {
     const int64_t sizes[] = {2 * p.R * p.C, 2 * p.R * p.C, 2 * p.C * p.R, p.C * p.C, p.C * p.C};
     const float** weights[] = {&p.ux, &p.uo, &p.w, &p.vx, &p.vo};
     int64_t numbers = 0;

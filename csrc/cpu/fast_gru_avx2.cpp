@@ -15,6 +15,7 @@ static constexpr int vector_bytes = 32;
 #define RCU_OPS_NO_F64
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
+#include "fast_gru_copies.h"
 
 #undef RCU_OPS_NO_F64
 

@@ -1,4 +1,5 @@
-// fast_gru with columns in panels. Included inside the namespace of an instruction set, after fast_gru_core.h.
+// fast_gru with columns in panels. Included inside the namespace of an instruction set, after vector.h. With
+// RCU_OPS_PAIRS, for bf16 alone, products are those of fast_gru_pairs.h.
 //
 // Columns (positions of samples) are independent. Where a core's caches hold all weights, a task takes a panel of them,
 // up to 3 vectors wide, through all steps, and nobody waits for anybody between steps (columns_task). More weights are
@@ -8,7 +9,9 @@
 // Layout.   Panels [channels][NR columns] of fp32, NR a whole number of vectors, in scratch memory: the state, x, r'
 //           and z', r (then the candidate), z, r * state. Weights [outputs][inputs] of fp32 as the caller has them, or
 //           widened: once per call, or a block of outputs at a time in the task's scratch memory. Where tasks share
-//           the weights, columns beyond whole vectors are a thin panel if they are few: [columns][channels].
+//           the weights, columns beyond whole vectors are a thin panel if they are few: [columns][channels]. Pairs of
+//           bf16 are multiplied with the weights as they lie, and with a panel's factors rounded, `deep` inputs at a
+//           time for a block of outputs: 3 instructions for what 64 products want.
 // Work.     A product's block is `block_rows` outputs by NR columns in registers; the activations are passes over what
 //           a block of `most_rows` outputs has left in cache. x is read, and o and what is saved are written, where
 //           they lie: with adjacent positions row by row, with adjacent channels through a transposition of L x L
@@ -31,46 +34,6 @@ constexpr int64_t run_of(int64_t inputs) {
   int64_t run = 16;
   while (4 * run * run <= 2 * inputs && run < 64) run *= 2;
   return run;
-}
-
-// out[rows][NR] = (or +=) weight[rows][inputs] in[inputs][NR], rows of the weight `pitch` apart.
-template <int NV>
-static void panel_product(float* out, const float* weight, int64_t pitch, int64_t rows, int64_t inputs, int64_t run,
-                          const float* in, bool add) {
-  constexpr int L = Vector<float>::L, NR = NV * L;
-  for (int64_t first = 0; first < rows; first += block_rows) {
-    const int64_t count = min_of<int64_t>(block_rows, rows - first);
-    const float* a[block_rows];  // the last row again where there are no more
-    for (int m = 0; m < block_rows; ++m) a[m] = weight + (first + min_of<int64_t>(m, count - 1)) * pitch;
-    float* to = out + first * NR;
-    for (int64_t k0 = 0; k0 < inputs; k0 += run) {
-      Floats acc[block_rows][NV] = {};
-      const float* b = in + k0 * NR;
-      const int64_t end = min_of(inputs, k0 + run);
-      for (int64_t k = k0; k < end; ++k, b += NR) {
-        Floats bv[NV];
-#pragma GCC unroll 3
-        for (int v = 0; v < NV; ++v) memcpy(&bv[v], b + v * L, sizeof(Floats));
-#pragma GCC unroll 8
-        for (int m = 0; m < block_rows; ++m) {
-          const float w = a[m][k];
-#pragma GCC unroll 3
-          for (int v = 0; v < NV; ++v) acc[m][v] += w * bv[v];
-        }
-      }
-      const bool more = add || k0 > 0;
-#pragma GCC unroll 8
-      for (int m = 0; m < block_rows; ++m)
-#pragma GCC unroll 3
-        for (int v = 0; v < NV; ++v) {
-          if (m >= count) break;
-          Floats before{};
-          if (more) memcpy(&before, to + m * NR + v * L, sizeof(Floats));
-          acc[m][v] += before;
-          memcpy(to + m * NR + v * L, &acc[m][v], sizeof(Floats));
-        }
-    }
-  }
 }
 
 // One round of transpose_lanes: lanes whose number has `bit` change places with those of the row whose number has it.
@@ -106,6 +69,12 @@ static inline void for_vectors(int64_t count, Visit visit) {
   for (int64_t i = 0; i < count; i += L) visit(min_of(i, count - L), std::integral_constant<int, L>{});
 }
 
+#ifdef RCU_OPS_PAIRS
+#include "fast_gru_pairs.h"
+#else
+#include "fast_gru_products.h"
+#endif
+
 // to[column][row] = from[row][column] for up to L rows and columns, in registers.
 template <class To, class From, class Count>
 static inline void transpose_block(To* to, int64_t to_pitch, const From* from, int64_t from_pitch, Count rows,
@@ -139,58 +108,6 @@ static void transpose(To* to, int64_t to_pitch, const From* from, int64_t from_p
       transpose_some(to + j * to_pitch + i, to_pitch, from + i * from_pitch + j, from_pitch, some_rows, some_columns);
     });
   });
-}
-
-// out[N columns][rows] = (or +=) weight[rows][inputs] in[N][inputs]: for few columns, lanes are inputs.
-template <int N>
-static void thin_product(float* out, int64_t out_pitch, const float* weight, int64_t rows, int64_t inputs,
-                         const float* in, int64_t in_pitch, bool add) {
-  constexpr int L = Vector<float>::L, M = L / fast_gru::most_thin(L);
-  for (int64_t first = 0; first < rows; first += M) {
-    const int64_t count = min_of<int64_t>(M, rows - first);
-    const float* a[M];
-    for (int m = 0; m < M; ++m) a[m] = weight + (first + min_of<int64_t>(m, count - 1)) * inputs;
-    Floats sums[L] = {};  // row by row
-    const auto some = [&](int64_t k, auto lanes) {
-      Floats x[N];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) x[n] = load_vector<float>(in + n * in_pitch + k, lanes);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Floats w = load_vector<float>(a[m] + k, lanes);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[m * N + n] += w * x[n];
-      }
-    };
-    int64_t k = 0;
-    for (; k + L <= inputs; k += L) some(k, std::integral_constant<int, L>{});
-    if (k < inputs) some(k, static_cast<int>(inputs - k));
-    transpose_lanes(sums);
-    Floats total = sums[0];
-    for (int i = 1; i < L; ++i) total += sums[i];
-    for (int m = 0; m < count; ++m)
-      for (int n = 0; n < N; ++n) {
-        float& to = out[n * out_pitch + first + m];
-        to = (add ? to : 0) + total[m * N + n];
-      }
-  }
-}
-
-// Units [begin, end) of reorder_units, in the order of samples, steps and channels. Bound by memory.
-void reorder_range(const fast_gru::Reorder& all, int64_t begin, int64_t end) {
-  const int64_t blocks = (all.channels + fast_gru::reorder_channels - 1) / fast_gru::reorder_channels;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t step = unit / blocks % all.steps, sample = unit / blocks / all.steps,
-                  first = unit % blocks * fast_gru::reorder_channels,
-                  channels = min_of(fast_gru::reorder_channels, all.channels - first);
-    const auto at = [&](const fast_gru::View& view) {
-      return static_cast<float*>(view.data) + sample * view.sample + step * view.step + first * view.channel;
-    };
-    if (all.from.channel == 1)
-      transpose(at(all.to), all.to.channel, at(all.from), all.from.position, all.positions, channels);
-    else
-      transpose(at(all.to), all.to.position, at(all.from), all.from.channel, channels, all.positions);
-  }
 }
 
 // panel [channels][NR] from `count` adjacent columns of a view's clip, or to them.
@@ -228,15 +145,6 @@ static inline void for_samples(const fast_gru::Columns& p, int64_t begin, int64_
     visit(sample, position, lane, columns);
     lane += columns;
   }
-}
-
-void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end) {
-  const auto all = [&](const auto* numbers) {
-    for_vectors(end - begin, [&](int64_t i, auto lanes) {
-      store_vector<float>(to + begin + i, load_vector<float>(numbers + begin + i, lanes), lanes);
-    });
-  };
-  dtype == DType::bf16 ? all(static_cast<const bf16_t*>(from)) : all(static_cast<const f16_t*>(from));
 }
 
 // A panel's columns and its matrices of `features` channels.
@@ -315,18 +223,12 @@ struct Panels {
   }
 };
 
-// Channels [to, to + rows) of a matrix of all panels = (or +=) rows [first, first + rows) of a weight [][inputs] times
-// channels [from, from + inputs) of another.
+// Channels [to, to + rows) of a matrix of all panels = (or +=) a weight's `rows` rows [inputs] times channels [from, from
+// + inputs) of another.
 using Place = Panel::Matrix Panel::*;
-static void multiply(const Panels& panels, Place out, int64_t to, const float* weight, int64_t first, int64_t rows,
-                     int64_t inputs, Place in, int64_t from, bool add) {
-  const fast_gru::Columns& p = panels.p;
-  const float* block = weight + first * inputs;
-  if (p.narrow) {
-    const void* narrow = reinterpret_cast<const bf16_t*>(weight) + first * inputs;  // any type of 16 bits
-    widen_range(panels.wide, narrow, p.dtype, 0, rows * inputs);
-    block = panels.wide;
-  }
+template <class W>
+static void multiply_block(const Panels& panels, Place out, int64_t to, const W* block, int64_t rows, int64_t inputs,
+                           Place in, int64_t from, bool add) {
   const int64_t run = run_of(inputs);
   for (int64_t k = 0; k < inputs; k += deep)
     panels.each([&](const Panel& panel) {
@@ -357,6 +259,22 @@ static void multiply(const Panels& panels, Place out, int64_t to, const float* w
       default: return product(std::integral_constant<int, most>());
     }
   });
+}
+
+// The same with rows [first, first + rows) of a weight [][inputs].
+static void multiply(const Panels& panels, Place out, int64_t to, const float* weight, int64_t first, int64_t rows,
+                     int64_t inputs, Place in, int64_t from, bool add) {
+#ifdef RCU_OPS_PAIRS
+  const bf16_t* const block = reinterpret_cast<const bf16_t*>(weight) + first * inputs;
+#else
+  const fast_gru::Columns& p = panels.p;
+  const float* block = weight + first * inputs;
+  if (p.narrow) {
+    widen(panels.wide, reinterpret_cast<const uint16_t*>(weight) + first * inputs, p.dtype, rows * inputs);
+    block = panels.wide;
+  }
+#endif
+  multiply_block(panels, out, to, block, rows, inputs, in, from, add);
 }
 
 // Channels [first, first + rows) of what a phase of one step makes, at most most_rows but for `read`.

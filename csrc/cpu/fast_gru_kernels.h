@@ -32,6 +32,11 @@ void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float*
 void columns_phase(const fast_gru::Columns&, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
                    int64_t thin, int64_t width, float* panels, float* wide);
 }  // namespace avx512::fast_gru_kernels
+namespace avx512_bf16::fast_gru_kernels {  // for narrow weights of bf16 alone
+void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panel);
+void columns_phase(const fast_gru::Columns&, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
+                   int64_t thin, int64_t width, float* panels, float* wide);
+}  // namespace avx512_bf16::fast_gru_kernels
 
 // The files of an instruction set are compiled as one: each operator has names of its own.
 namespace portable {
@@ -41,6 +46,9 @@ namespace avx2 {
 using namespace fast_gru_kernels;
 }
 namespace avx512 {
+using namespace fast_gru_kernels;
+}
+namespace avx512_bf16 {
 using namespace fast_gru_kernels;
 }
 

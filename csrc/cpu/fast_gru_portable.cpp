@@ -10,5 +10,6 @@ static constexpr int vector_bytes = 16;
 #include "vector.h"
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
+#include "fast_gru_copies.h"
 
 }  // namespace rcu_ops::cpu::portable::fast_gru_kernels

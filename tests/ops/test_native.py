@@ -68,7 +68,7 @@ def test_help_shows_types_and_defaults() -> None:
     integer = "typing.SupportsInt | typing.SupportsIndex"
     assert native.fast_gru_by_columns.__doc__.splitlines()[0] == (
         f"fast_gru_by_columns(columns: {integer}, c: {integer}, r: {integer}, dtype: str, *, threads: {integer}, "
-        "avx512: bool | None = None, pairs: bool | None = None) -> bool"
+        "avx512: bool | None = None) -> bool"
     )
     assert (
         f"shared_bytes: {integer} = 166912, backward: bool = False) -> dict" in native.fast_gru_gpu_columns_plan.__doc__
