@@ -321,8 +321,8 @@ struct Task {
   }
 
   // Everything adjacent along channels: nothing is staged. A block of columns goes through all frames by itself, its
-  // fp32 state [32][C] in the nearest cache that holds it; every frame rounds it to operands, and each product meets x
-  // and the old state where they lie.
+  // fp32 state [C / 32][32][32] and the two copies of operands in the nearest cache that holds them; each product meets
+  // x and the old state where they lie.
   bool direct_rows() const {
     const auto adjacent = [](const View& v) { return !v.data || v.c == 1; };
     return Channels && p.C % block == 0 && adjacent(p.x) && adjacent(p.y) && adjacent(p.residual) &&
@@ -336,7 +336,9 @@ struct Task {
     int64_t* at = nullptr;
     char* row(int64_t column, int64_t i = 0) const { return data + at[column] + i * frame; }
     // The columns from `column` on, frame i, from so many bytes on.
-    Rows frame_of(int64_t column, int64_t i, int64_t bytes) const { return {data + i * frame + bytes, 0, at + column}; }
+    Rows frame_of(int64_t column, int64_t i, int64_t bytes) const {
+      return data ? Rows{data + i * frame + bytes, 0, at + column} : Rows{};
+    }
   };
   Rows make_rows(const View& view, int64_t q0, int64_t columns, int64_t* table, bool sequence) const {
     Rows rows;
@@ -362,7 +364,7 @@ struct Task {
     const int64_t operand_values = 2 * k_tiles * tile_values;
     const size_t at_operands = reserve(2 * operand_values * sizeof(bf16_t)), at_v = reserve(block * C * sizeof(float));
     const size_t at_c = reserve(4096), at_unusual = reserve(4 * block),
-                 at_tables = reserve(5 * (columns + block) * sizeof(int64_t));
+                 at_tables = reserve(5 * columns * sizeof(int64_t));
     char* memory = static_cast<char*>(scratch(1, bytes));
     bf16_t* operands = reinterpret_cast<bf16_t*>(memory + at_operands);
     bf16_t* next_operands = operands + operand_values;
