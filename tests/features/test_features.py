@@ -107,6 +107,11 @@ def test_a_layer_by_name_is_what_the_network_computes(tmp_path: Path) -> None:
     for layer, expected in wanted.items():
         found = next(FeatureExtractor(model, layer, clip_length=4, step=4, size=16, scale=18)(str(clip)))
         torch.testing.assert_close(found, expected)
+    pair = Shades().eval()  # a layer such as an LSTM puts out a pair, of which the feature is the first
+    pair.keep.register_forward_hook(lambda module, arguments, output: (output, output + 1))
+    pair.register_forward_hook(lambda module, arguments, output: output[0])
+    plain, first = (FeatureExtractor(m, "keep", clip_length=4, size=16, scale=18) for m in (Shades().eval(), pair))
+    assert torch.equal(next(first(str(clip))), next(plain(str(clip))))
     assert feature_layer(model, None)[0] == "layer4"
     assert feature_layer(create_model("c3d", width=1, hidden=4), None)[0] == "relu6"
 

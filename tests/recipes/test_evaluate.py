@@ -169,6 +169,18 @@ def test_dense_scores_must_be_per_frame(tmp_path):
         evaluate(score, videos, DENSE, ["sliding"], tmp_path / "out", {})
 
 
+def test_clips_of_dense_labels_are_scores_without_map(tmp_path):
+    videos = VideoList("dense.csv", (LabelledVideo("v", "v", None, ((0, 0.0, 0.1),)),))
+    clips, frames = np.ones((2, 3), dtype=np.float32), np.ones((2, 6), dtype=np.float32)
+
+    def score(source):
+        return VideoResult({"clips": clips, "sliding": frames}, np.arange(6.0), None)
+
+    assert evaluate(score, videos, DENSE, ["clips", "sliding"], tmp_path, {}) == 0
+    assert list(_summary(tmp_path)["map"]) == ["sliding"]
+    assert scores_io.read_arrays(tmp_path / "scores_clips.npz")["v"].shape == (2, 3)
+
+
 def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     first = Scorer(stop="c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from safetensors import safe_open
 
 from rcu_ops.cli import main
 from rcu_ops.cli_errors import UserError
-from rcu_ops.faster.cache import ClipCache, ClipSampling, write_cache
+from rcu_ops.cost_patterns import ClipCosts
+from rcu_ops.faster.cache import ClipCache, ClipSampling, Example, write_cache
+from rcu_ops.faster.curve import curve_points
 from rcu_ops.faster.training import AggregatorTraining, aggregate_scores
 from rcu_ops.models import Faster, VideoResNet
 from rcu_ops.nn import make_aggregator
+from rcu_ops.nn.aggregators import AverageScores
 from rcu_ops.recipes.dataset import network_input
 from rcu_ops.recipes.lists import VideoList, read_list
 from tests.networks import calibrated
@@ -202,6 +206,67 @@ def test_training_learns_and_resumes_exactly(cached: Path, tmp_path: Path) -> No
         other.resume()
     with pytest.raises(UserError, match="--pattern"):
         AggregatorTraining(whole.aggregator, cache, 0, tmp_path, {}, steps=1)
+
+
+def test_the_cosine_rate_is_that_of_the_steps(cached: Path, tmp_path: Path) -> None:
+    training = trained(ClipCache(cached), tmp_path)
+    taken: list[float] = []
+    training._optimizer.register_step_pre_hook(lambda optimizer, *_: taken.append(optimizer.param_groups[0]["lr"]))
+    rows = training.run()
+    assert taken == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)])
+    assert [row[1] for row in rows] == taken
+
+
+class Clips:
+    """A cache of 1:0 in memory, of four clips of a video and two classes; scores are given as first choices.
+
+    The expensive network is right in clip 0 of all videos and in clip 2 of video 0 alone; the cheap one in clip 1 of
+    all videos, and by far. Labels are 1.
+    """
+
+    pattern, clips, classes, channels = 0, 4, 2, 1
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        place, _ = key
+        right = torch.tensor([0.0, 1.0])
+        expensive = [3 * right, 0 * right, 4 * right if place == 0 else -4 * right, 0 * right]
+        cheap = [-right, 9 * right, -right, -right]
+        features = torch.zeros(4, 1, 1, 1, 1)
+        return Example(place, 1, features, features, torch.stack(expensive), torch.stack(cheap))
+
+
+class LastClip(AverageScores):
+    """The scores of the last clip alone."""
+
+    def forward(self, x: torch.Tensor, state: object = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return x, {}
+
+
+def test_points_of_the_curve_are_the_accuracy_of_their_clips() -> None:
+    costs = ClipCosts(8, expensive=100.0, cheap=10.0, step=1.0)
+    points = {(p.method, p.clips): p for p in curve_points(LastClip(1, 2), Clips(), costs)}  # type: ignore[arg-type]
+    # Two clips of four are clips 0 and 2: spread over the video, not its first half.
+    expected = {
+        ("average, expensive", 2): (1 / 4, 200),  # 3 + 4 in video 0, 3 - 4 in the others
+        ("average, expensive", 4): (1 / 4, 400),
+        ("average, cheap", 2): (0, 20),
+        ("average, cheap", 4): (1, 40),  # 9 - 3
+        ("1:0", 2): (1 / 4, 201),
+        ("1:0", 4): (0, 403),
+        ("1:1", 2): (0, 111),
+        ("1:1", 4): (0, 223),
+        ("1:3", 4): (0, 133),
+    }
+    assert {key: (point.value, point.gmac) for key, point in points.items()} == expected
+    agreeing = curve_points(LastClip(1, 2), Clips(), costs, agreement=True)  # type: ignore[arg-type]
+    values = {(point.method, point.clips): point.value for point in agreeing}
+    # All expensive clips say 1 of video 0 and 0 of the others.
+    assert values["average, expensive", 4] == 1
+    assert values["average, cheap", 4] == 1 / 4
+    assert values["average, cheap", 2] == values["1:1", 2] == 3 / 4
 
 
 def test_every_example_once_per_pass(cached: Path, tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_faults_of_lists(tmp_path, text, message):
         ("a.mp4,0,inf,0", "line 2: expected seconds from 0, got 'inf'"),
         ("a.mp4,2,2,0", "line 2: expected the start before the end, got 2 and 2"),
         ("a.mp4,0,1,", "line 2: expected a class index from 0 to 2, got ''"),
+        ("a.mp4,1,,", "line 2: expected seconds from 0, got ''"),
+        ("a.mp4,,1,", "line 2: expected seconds from 0, got ''"),
+        ("a.mp4,,,1", "line 2: expected seconds from 0, got ''"),
         ("a.mp4,0", r"line 2: expected 4 columns \(path,start,end,label\), got 2"),
     ],
 )
