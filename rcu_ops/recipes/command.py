@@ -59,7 +59,7 @@ Exit codes: 0 done; 2 bad arguments; 3 done, but some videos could not be used (
 interrupted.
 """
 
-# Only these may differ from the run that is resumed: what has been trained so far does not depend on them.
+# Only these may differ from the run that is resumed, and only so that the steps it has taken do not depend on them.
 _RESUMABLE = ("iterations", "milestones")
 # What scores depend on, beside the weights.
 _EVALUATION_SETTINGS = (
@@ -414,7 +414,23 @@ def _resumed_settings(args: argparse.Namespace, checkpoint: dict[str, Any]) -> R
             raise UserError(
                 f"--model-option: the run to resume has {name}={stored.model_options.get(name)}, got {value}"
             )
-    return RunSettings(_override(recipe, args, stored.names), stored.model_options, stored.names)
+    further = _override(recipe, args, stored.names)
+    _check_steps_taken(recipe, further, checkpoint["step"])
+    return RunSettings(further, stored.model_options, stored.names)
+
+
+def _check_steps_taken(held: Recipe, further: Recipe, step: int) -> None:
+    """Refuse settings by which the first ``step`` steps would have been others."""
+    if further.iterations < step:
+        raise UserError(f"--iterations: the run to resume has taken {step} steps, got {further.iterations}")
+    if step and held.schedule == "cosine" and further.iterations != held.iterations:
+        raise UserError(
+            f"--iterations: with schedule=cosine the rates of the steps taken follow from the number of all, "
+            f"{held.iterations}, got {further.iterations}"
+        )
+    passed, given = (tuple(m for m in recipe.milestones if m < step) for recipe in (held, further))
+    if passed != given:
+        raise UserError(f"--milestones: the run to resume has passed {passed}, got {given} before its step {step}")
 
 
 def _model(settings: RunSettings) -> torch.nn.Module:

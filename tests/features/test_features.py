@@ -219,6 +219,7 @@ def test_command(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert features(videos, "--out", out, *TINY) == 3  # one video cannot be used
     error = capsys.readouterr().err
     assert "bad.mp4" in error.splitlines()[-1]
+    assert "note: the network is untrained (--weights)" in error
     assert {name: int(row["clips"]) for name, row in index(out).items()} == {"a.mp4": 5, "deep/a.mkv": 3}
     assert read_features(out / "deep" / "a.mkv.safetensors").shape == (3, 16)
     before = (out / "a.mp4.safetensors").stat().st_mtime_ns

@@ -147,6 +147,8 @@ def test_sweep(
         scores = np.load(tmp_path / f"{kind}_{value}_{network}/scores.npz")
         right = [scores[name][:, 0].argmax() == number % 2 for number, name in enumerate(scores.files)]
         assert float(row["top1"]) == np.mean(right)
+        *_, last = csv.DictReader((tmp_path / f"{kind}_{value}_{network}/metrics.csv").open())
+        assert row["loss"] == last["loss"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

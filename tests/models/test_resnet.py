@@ -224,6 +224,12 @@ def test_initialisation() -> None:
     assert abs(deviation / (2 / (9 * 512)) ** 0.5 - 1) < 0.02
     assert abs(model.head.conv.weight.std().item() / 0.01 - 1) < 0.1
     assert not model.head.conv.bias.any()
+    for name in ("i3d_resnet18", "r2plus1d_resnet18", "r2d_resnet26"):
+        others = create_model(name, width=16)
+        for layer in (m for m in others.modules() if isinstance(m, nn.Conv3d) and m is not others.head.conv):
+            fan_out = layer.weight[:, 0].numel()
+            near = 5 / (2 * layer.weight.numel()) ** 0.5  # five standard errors
+            assert abs(layer.weight.std().item() / (2 / fan_out) ** 0.5 - 1) < near
     random = create_model("rcn_resnet18", hidden_init="random", width=16)
     assert not torch.equal(random.stem.conv.weight_hh, torch.eye(16))
 

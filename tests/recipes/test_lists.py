@@ -30,6 +30,8 @@ def test_absolute_paths_stay(tmp_path):
 
 def test_quoted_paths_may_hold_commas(tmp_path):
     assert read_list(_write(tmp_path, '"a, b.mp4",1\n'), 2).videos[0].name == "a, b.mp4"
+    spaced = read_list(_write(tmp_path, 'label, path\n1, "a, b.mp4"\n'), 2).videos[0]
+    assert (spaced.name, spaced.label) == ("a, b.mp4", 1)
 
 
 def test_a_name_that_is_a_number_is_a_name(tmp_path):

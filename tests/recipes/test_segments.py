@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,24 @@ def test_training_takes_one_frame_of_every_segment(tmp_path: Path) -> None:
     assert len(drawn) > 6
     fixed = ClipDataset([video], recipe(jitter=False), seed=0)[ClipKey(0, 0)].frames
     assert [recognise(frame.numpy()) for frame in fixed] == segment_positions(18, 3)[0].tolist()
+
+
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_windows_have_several_sizes_in_multi_scale_training(tmp_path: Path, multi_scale: bool) -> None:
+    # Grey rises by 3 a pixel to the right and not downwards: how far it rises in a clip is the window's width.
+    ramp = np.broadcast_to((3 * np.arange(64) + 20).astype(np.uint8)[None, :, None], (48, 64, 3))
+    video = LabelledVideo("v", write_clip(tmp_path / "v.mp4", 3, images=[ramp] * 3), 1)
+    data = ClipDataset([video], recipe(scales=(48, 48), flip=0.0, multi_scale=multi_scale), seed=0)
+    widths = set()
+    for epoch in range(24):
+        frames = data[ClipKey(epoch, 0)].frames
+        assert frames.shape == (3, 32, 32, 3)
+        row = frames[0, 16, :, 0].double()
+        widths.add(round(float(row[26:].mean() - row[:6].mean()) / 3 * 31 / 26 / 4))  # in fours
+    if multi_scale:  # 1000, 875, 750 and 660 thousandths of 48
+        assert len(widths) > 2 and min(widths) >= 7 and max(widths) <= 12
+    else:
+        assert widths == {8}
 
 
 class Corner(nn.Module):
@@ -170,7 +189,5 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert main(["train", *common, "--iterations", "2", "--milestones", "1"]) == 0
     scored = ["--weights", str(out / "weights.safetensors"), "--videos", str(tmp_path / "list.csv"), "--device", "cpu"]
     assert main(["evaluate", *scored, "--modes", "clips", "--out", str(tmp_path / "scores")]) == 0
-    import numpy as np
-
     with np.load(tmp_path / "scores" / "scores_clips.npz") as scores:
         assert scores["a.mp4"].shape == (2, 4)

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import rcu_ops
 from rcu_ops.cli import main
+from rcu_ops.cli_errors import UserError
 from rcu_ops.models import registry
 from rcu_ops.recipes import checkpoint as checkpoints
 from rcu_ops.recipes import get_recipe
@@ -52,7 +54,9 @@ def test_loss_falls_where_only_motion_tells_the_classes_apart(tiny, tmp_path, ca
     assert losses[-1] < 0.6 * losses[0]
     assert float(rows[-1]["top1"]) > 0.75
     assert (tmp_path / "loss.png").stat().st_size > 0
-    assert "40 steps done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "40 steps done" in out
+    assert "note: untrained; the paper starts from ImageNet weights" in out
 
 
 KILLED = """
@@ -221,6 +225,28 @@ def test_validation_is_evaluation(tiny, motion, tmp_path, capsys):
     best = max(rows, key=lambda row: float(row["video_top1"]))
     assert load_checkpoint(out / "checkpoint.pt")["best"] == float(best["video_top1"])
     assert read_settings(out / "best.safetensors").recipe.frames == 4
+
+
+def test_the_best_weights_are_those_of_the_greatest_score(tiny, motion, tmp_path, monkeypatch):
+    held, scores = [], [0.25, 0.75, 0.5, 0.75, 0.6]
+    accuracy = module.accuracy_over
+
+    def graded(found):
+        return dataclasses.replace(accuracy(found), video_top1=scores[len(held)])
+
+    def validated(self, found):
+        take_validation(self, found)
+        held.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+    take_validation = module.Training._take_validation
+    monkeypatch.setattr(module, "accuracy_over", graded)
+    monkeypatch.setattr(module.Training, "_take_validation", validated)
+    (tmp_path / "val.csv").write_text(f"{motion / 'up_0.mp4'},up\n")
+    options = ("--val", str(tmp_path / "val.csv"), "--batch", "1", "--eval-clips", "1", "--save-every", "1")
+    for iterations in ("3", "5"):  # and what was the best stays so when the run is resumed
+        assert tiny(tmp_path, *options, "--iterations", iterations, "--resume") == 0
+        _assert_same(load_file(tmp_path / "best.safetensors"), held[1])
+    assert [float(row["video_top1"]) for row in _rows(tmp_path / "validation.csv")] == scores
 
 
 def test_dense_labels_train_and_validate_per_frame(tiny, motion, tmp_path):
@@ -420,6 +446,24 @@ def test_a_run_resumes_as_it_was_started(tiny, trained, options, message, capsys
     assert message in capsys.readouterr().err
 
 
+def test_further_steps_leave_those_taken_as_they_were(tiny, tmp_path, capsys):
+    steps, cosine = tmp_path / "steps", tmp_path / "cosine"
+    assert tiny(steps, "--batch", "1", "--iterations", "3", "--milestones", "1,4") == 0
+    assert tiny(cosine, "--batch", "1", "--iterations", "2", "--schedule", "cosine") == 0
+    for out, options, message in (
+        (steps, ("--iterations", "2"), "--iterations: the run to resume has taken 3 steps, got 2"),
+        (steps, ("--milestones", "2,4"), "--milestones: the run to resume has passed (1,), got (2,) before its step 3"),
+        (steps, ("--milestones", "1,2"), "--milestones: the run to resume has passed (1,), got (1, 2) before"),
+        (cosine, ("--iterations", "3"), "--iterations: with schedule=cosine the rates of the steps taken follow from"),
+    ):
+        assert tiny(out, "--batch", "1", "--resume", *options) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    more = ("--iterations", "4", "--milestones", "1,3", "--log-every", "1")
+    assert tiny(steps, "--batch", "1", "--resume", *more) == 0
+    assert [float(row["lr"]) for row in _rows(steps / "metrics.csv")] == pytest.approx([1e-3, 1e-4])
+
+
 def test_a_run_resumes_on_its_own_list_and_recipe(tiny, motion, trained, tmp_path, capsys):
     assert tiny(trained.parent, "--resume", videos=_list_with(motion, tmp_path)) == 2
     assert "is not the list of videos that the run was started with" in capsys.readouterr().err
@@ -467,6 +511,27 @@ def test_a_file_that_is_no_checkpoint_is_refused(tiny, tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
     assert tiny(tmp_path, "--resume") == 2
     assert "checkpoint.pt: this is not a training checkpoint of this version" in capsys.readouterr().err
+
+
+class Rogue:
+    """What makes a file as it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path):
+    made = tmp_path / "made"
+    torch.save({"format": checkpoints._FORMAT, "settings": Rogue(made)}, tmp_path / "checkpoint.pt")
+    assert read_settings(tmp_path / "checkpoint.pt") is None
+    with pytest.raises(UserError, match="not a training checkpoint"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="it holds other objects than tensors"):
+        rcu_ops.load_weights(FrameMeans(2), tmp_path / "checkpoint.pt")
+    assert not made.exists()
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
