@@ -120,10 +120,13 @@ def run_cache(args: argparse.Namespace) -> int:
             )
     try:
         low, high = (int(part) for part in args.scales.split(","))
-        clips = args.clips or max(1, model.frames // model.clip_length)
+    except ValueError:
+        raise UserError(f"--scales: expected two numbers such as 256,320, got {args.scales!r}") from None
+    clips = args.clips or max(1, model.frames // model.clip_length)
+    try:
         sampling = ClipSampling(clips, args.views, args.size, (low, high), args.seed)
-    except (ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     videos = read_list(args.videos, classes, names)
     model = model.to(pick_device(args.device))
     if args.overwrite:
@@ -157,8 +160,12 @@ def run_train(args: argparse.Namespace) -> int:
         aggregator = make_aggregator(args.aggregator, cache.channels, cache.classes, **options)
     except (ValueError, TypeError) as error:
         raise UserError(f"--aggregator, --option: {error}") from error
-    make_folder(args.out)
     pattern = cache.pattern if args.pattern is None else args.pattern
+    test = None if args.val is None else ClipCache(args.val)
+    if test is not None and (
+        (test.channels, test.classes) != (cache.channels, cache.classes) or not test.holds(pattern)
+    ):
+        raise UserError(f"--val: {args.val} is a cache of other networks or another pattern")
     training = AggregatorTraining(
         aggregator.to(pick_device(args.device)),
         cache,
@@ -170,15 +177,13 @@ def run_train(args: argparse.Namespace) -> int:
         lr=args.lr,
         seed=args.seed,
     )
+    make_folder(args.out)
     if (args.out / CHECKPOINT).is_file():
         training.resume()
         print(f"resumed at step {training.step}")
     rows = training.run()
     print(f"{args.aggregator}: loss {rows[-1][2]:.4f} after {args.steps} steps; wrote {WEIGHTS} to {args.out}")
-    if args.val is not None:
-        test = ClipCache(args.val)
-        if (test.channels, test.classes) != (cache.channels, cache.classes) or not test.holds(pattern):
-            raise UserError(f"--val: {args.val} is a cache of other networks or another pattern")
+    if test is not None:
         scores, labels = aggregate_scores(training.aggregator, test, pattern)
         right = (scores.argmax(2) == labels[:, None]).float().mean(0)
         each = ", ".join(f"{100 * float(value):.1f}" for value in right)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rcu_ops.cli import main
 from rcu_ops.cli_errors import UserError
@@ -269,6 +270,15 @@ def test_points_of_the_curve_are_the_accuracy_of_their_clips() -> None:
     assert values["average, cheap", 2] == values["1:1", 2] == 3 / 4
 
 
+def test_a_loss_that_is_not_finite_ends_training(cached: Path, tmp_path: Path) -> None:
+    training = trained(ClipCache(cached), tmp_path)
+    plain = training.scores
+    training.scores = lambda inputs: plain(inputs) * (math.nan if training.step == 5 else 1)
+    with pytest.raises(UserError, match="the loss is not finite at step 5; a smaller --lr may help"):
+        training.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # that of step 4
+
+
 def test_every_example_once_per_pass(cached: Path, tmp_path: Path) -> None:
     training = trained(ClipCache(cached), tmp_path)
     first, second = ([key for step in steps for key in training.examples(step)] for steps in ((0, 1), (2, 3)))
@@ -321,6 +331,39 @@ def test_command(motion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "c" / "mine.txt").touch()
     assert main([*other, "--overwrite"]) == 0
     assert ClipCache(tmp_path / "c").clips == 1 and (tmp_path / "c" / "mine.txt").is_file()
+
+
+def test_commands_refuse_what_does_not_fit(
+    motion: Path, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.csv").write_text(f"{motion / 'up_0.mp4'},0\ngone.mp4,1\n")
+    (tmp_path / "gone.csv").write_text("gone.mp4,1\n")
+    small = ["--classes", "2", "--size", "32", "--scales", "32,32", "--clips", "2", "--device", "cpu"]
+    cache = ["cache", *OPTIONS, *small, "--videos", str(tmp_path / "list.csv"), "--out"]
+    whole, none, wrong = (str(tmp_path / name) for name in ("one", "none", "wrong.safetensors"))
+    assert main(["faster", *cache, whole]) == 3
+    assert "warning: videos that could not be used: 'gone.mp4'" in capsys.readouterr().err
+    assert main(["faster", *cache, none, "--videos", str(tmp_path / "gone.csv")]) == 3
+    capsys.readouterr()
+    save_file({"weight": torch.zeros(1)}, wrong)
+    train = ["train", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run"), "--cache"]
+    curve = ["curve", *OPTIONS, "--out", str(tmp_path / "curve"), "--aggregator", wrong, "--cache"]
+    cache.append(str(tmp_path / "other"))
+    for command, message in (
+        ([*cache, "--scales", "32"], "--scales: expected two numbers such as 256,320, got '32'"),
+        ([*cache, "--scales", "16,32"], "--scales: expected two numbers, rising, from the size 32 on, got (16, 32)"),
+        ([*cache, "--model-option", "pattern=-1"], "--model-option pattern: the cache of all patterns is pattern=0"),
+        ([*train, none], "none of its videos could be used"),
+        ([*train, whole, "--option", "a=1"], "--aggregator, --option: "),
+        # Said before an hour's training instead of behind it.
+        ([*train, whole, "--val", str(cached)], "is a cache of other networks or another pattern"),
+        ([*curve, str(cached)], "--cache: expected one of --model-option pattern=0"),
+        ([*curve, whole], "not an aggregator for 128 channels and 2 classes"),
+    ):
+        assert main(["faster", *command]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not any((tmp_path / name).exists() for name in ("other", "run", "curve"))
 
 
 @pytest.mark.parametrize(
