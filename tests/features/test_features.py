@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -125,6 +126,10 @@ def test_layers_that_cannot_be_kept() -> None:
         FeatureExtractor(Shades(), "unused", size=16, scale=16)._run(frames)
     with pytest.raises(ValueError, match=r"expected pair to put out .* got \[\]"):
         FeatureExtractor(Shades(), "pair", size=16, scale=16)._run(frames)
+    endless = Shades()
+    nn.init.constant_(endless.scale, float("inf"))
+    with torch.inference_mode(), pytest.raises(ValueError, match="layer: the output of keep is not finite"):
+        FeatureExtractor(endless, "keep", size=16, scale=16)._run(frames)
     for options in ({"step": 0}, {"scale": 100}, {"crops": 3}):
         with pytest.raises(ValueError, match=next(iter(options))):
             FeatureExtractor(Shades(), "keep", **options)
@@ -160,6 +165,10 @@ def test_files(tmp_path: Path, suffix: str) -> None:
     assert feature_files(tmp_path) == [path]
     for steps in (1, 2, 4, 9):
         assert np.array_equal(select_steps(features, steps), features[spread_over(4, steps).numpy()])
+    for wrong, what in ((features[0], r"float32 \[3\]"), (features.astype(int), "int64"), (features[:0], r"\[0, 3\]")):
+        write_features(path, wrong)
+        with pytest.raises(UserError, match=rf"a.mp4{suffix}: expected features \[K,F\], got .*{what}"):
+            read_features(path)
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read as features"):
         read_features(path)
@@ -192,6 +201,9 @@ def test_pca_errors_and_file(tmp_path: Path) -> None:
         pca(few)
     with pytest.raises(UserError, match="cannot be read"):
         load_pca(tmp_path / "none.safetensors")
+    save_pca(tmp_path / "p.safetensors", PCA(np.zeros(3, np.float32), pca.components, pca.explained))
+    with pytest.raises(UserError, match="its components and mean do not fit each other"):
+        load_pca(tmp_path / "p.safetensors")
 
 
 @pytest.fixture
@@ -250,6 +262,59 @@ def test_command_with_pca(videos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert np.array_equal(read_features(other / "pca_2" / "a.mp4.safetensors"), reduced)
     assert features(videos / "a.mp4", "--out", other, *TINY, "--pca", "100") == 2
     assert "100 components need at least as many clips" in capsys.readouterr().err
+    (out / "mine.safetensors.txt").touch()
+    assert features(videos, "--out", out, *TINY, "--overwrite") == 0  # without components: those of before are gone
+    names = ["a.mp4.safetensors", "deep", "index.csv", "mine.safetensors.txt", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_a_video_that_breaks_gives_its_good_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rcu_ops.video import BrokenVideoError, open_video
+    from tests.recipes.motion import write_video
+
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    write_clip(folder / "a.mp4", 9)
+    write_video(tmp_path / "whole.mp4", 1, 3, count=40)
+    content = (tmp_path / "whole.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(content[: int(0.8 * len(content))])
+    with open_video(folder / "cut.mp4") as reader, pytest.raises(BrokenVideoError) as caught:
+        list(reader)
+    usable = caught.value.frame_index
+    rows = []
+    for turn in range(3):  # the file is not opened again, and all the same not forgotten
+        assert features(folder, "--out", out, *TINY) == 3
+        said = capsys.readouterr()
+        assert said.err.splitlines()[-1].startswith(f"  cut.mp4: broke at frame {usable}: ")
+        assert ("2 of 2 videos were done already" in said.out) == (turn > 0)
+        rows.append(index(out))
+        if turn == 1:  # as a kill leaves it
+            with (out / "faults.jsonl").open("a") as file:
+                file.write('{"video": "a.mp4", "fau')
+    assert rows[0] == rows[1] == rows[2]
+    assert (rows[0]["a.mp4"]["fault"], rows[0]["a.mp4"]["clips"]) == ("", "3")
+    assert rows[0]["cut.mp4"]["fault"].startswith(f"broke at frame {usable}: ")
+    assert int(rows[0]["cut.mp4"]["clips"]) == len(strided_clips(usable, 4, 2))
+
+
+def test_weights_say_how_their_network_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rcu_ops.recipes import get_recipe
+    from rcu_ops.recipes.checkpoint import RunSettings, save_weights
+
+    clip, out = write_clip(tmp_path / "a.mp4", 9), tmp_path / "out"
+    model = create_model("rcn_resnet18", num_classes=3, width=2, update="mean").eval()
+    recipe = dataclasses.replace(get_recipe("kinetics_resnet18"), classes=3)
+    save_weights(tmp_path / "own.safetensors", model, RunSettings(recipe, {"width": 2, "update": "mean"}))
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    expected = next(FeatureExtractor(model, None, clip_length=4, step=2, size=16, scale=18)(str(clip)))
+    plain = ("--weights", tmp_path / "plain.pt", "--model-option", "update=mean")
+    for more in (("--weights", tmp_path / "own.safetensors"), (*plain, "--classes", "3")):
+        assert features(clip, "--out", out, *TINY, *more, "--overwrite") == 0
+        assert "untrained" not in capsys.readouterr().err
+        assert np.array_equal(read_features(out / "a.mp4.safetensors"), expected.numpy())
+    assert features(clip, "--out", out, *TINY, *plain, "--overwrite") == 2
+    assert "is of 3 classes, the network of 400; --classes sets it" in capsys.readouterr().err
+    assert read_features(out / "a.mp4.safetensors").shape == (3, 16)  # nothing is removed for what cannot run
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
@@ -292,6 +357,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         (["--model", "res_lstm", "--model-option", "num_layers=1"], "--model"),
         (["--weights", "none.pt"], "--weights: there is no file none.pt"),
         (["--model-option", "x"], "--model-option: expected NAME=VALUE"),
+        (["--model", "c3d"], "--model: it cannot take clips of this length and size: C3D: expected a clip"),
+        (["--layer", "head.dropout", "--model-option", "in_channels=4"], "--model: it cannot take clips of this"),
     ],
 )
 def test_bad_options(options: list[str], message: str, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:

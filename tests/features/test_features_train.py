@@ -78,6 +78,7 @@ def test_learns_the_order_of_clips(toy: Path, tmp_path: Path, cell: str, capsys:
     assert [int(row["step"]) for row in rows] == list(range(1, 31))
     assert float(rows[-1]["loss"]) < 0.2 * float(rows[0]["loss"])
     assert {row["lr"] for row in rows} == {"0.01"}
+    assert float(rows[-1]["accuracy"]) > 0.75
     model = create_model("res_lstm", num_classes=2, input_size=SIZE, cell=cell)
     model.load_state_dict(load_file(tmp_path / "run/weights.safetensors"))
     test = FeatureVideos(toy, read_list(toy / "test.csv", 2, NAMES))

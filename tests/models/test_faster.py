@@ -108,6 +108,11 @@ def test_state_does_not_grow_and_travels(tmp_path: Path) -> None:
         for wrong in ({}, {"o": half["o"]}, {key: half[key] for key in ("#frames", "#pending")}):
             with pytest.raises(ValueError, match="state: "):
                 model.stream(frames[:, :, :8], wrong)
+        for nothing in (frames[:, :, :0], frames[0]):
+            with pytest.raises(ValueError, match=r"frames: expected \[N,3,t,H,W\] with t >= 1, got"):
+                model.stream(nothing)
+        with pytest.raises(ValueError, match=r"clips: expected \[N,K,3,L,H,W\] with L = 8, got \[1, 1, 3, 4, 32, 32\]"):
+            model.clip_inputs(frames[:, None, :, :4])
     with pytest.raises(ValueError, match="evaluation mode"):
         model.train().stream(frames)
 
@@ -176,6 +181,7 @@ def test_names_options_and_errors() -> None:
             ({"expensive": "r3d_resnet34"}, "as many channels"),
             ({"pattern": -1, "width": 8, "clip_length": 0}, "clip_length"),
             ({"pattern": -2}, "pattern: expected x >= 0"),
+            ({"cheap": "tsn_resnet50v2", "width": 8}, "tsn_resnet50v2: expected a video ResNet"),
             ({"aggregator_options": {"reduction": 3}}, "reduction"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -187,6 +187,9 @@ def test_gating(name: str, causal: bool) -> None:
 def test_stem_pool_and_channels() -> None:
     model = on_meta("rcn_resnet18", stem_pool=True, in_channels=20)
     assert model.stem(torch.empty(1, 20, 4, 112, 112, device="meta")).shape == (1, 64, 4, 28, 28)
+    pool, x = create_model("r2d_resnet26", width=2).stem.pool, torch.randn(2, 3, 4, 9, 12)
+    for t in range(4):
+        assert torch.equal(pool(x)[:, :, t], nn.functional.max_pool2d(x[:, :, t], 3, 2, 1))
     with torch.device("meta"):
         models = {name: create_model(name) for name in list_models("*_resnet*")}
     pooled = {name for name, model in models.items() if isinstance(model, VideoResNet) and model.stem.pool is not None}
@@ -332,6 +335,7 @@ def test_bad_arguments(argument: str, value: object) -> None:
         ({"nonlocal_after": ("layer1.0",), "nonlocal_kind": "cosine"}, "^nonlocal_kind: "),
         ({"srtg_gate": False}, "^srtg_gate: changes nothing without srtg"),
         ({"srtg_window": 3}, "^srtg_window: changes nothing without srtg"),
+        ({"nonlocal_after": ("layer1.0", "layer4.2")}, r"^nonlocal_after: expected names of blocks .*\['layer4.2'\]"),
         ({"nonlocal_memory": 2}, "^nonlocal_memory: changes nothing without nonlocal_after"),
     ],
     ids=str,

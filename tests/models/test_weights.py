@@ -208,6 +208,8 @@ def test_skip_head(tmp_path: Path) -> None:
     report = load_weights(model, tmp_path / "resnet.pth", skip_head=True)
     assert report.skipped == ["head.conv.bias", "head.conv.weight"]
     assert {"head.conv.bias", "head.conv.weight"} <= set(report.kept)
+    both = load_weights(model, tmp_path / "resnet.pth", skip_head=True, allow_missing=("head.", "stem.conv.weight_hh"))
+    assert both == report  # every name once
     assert torch.equal(model.head.conv.weight, head)
     torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "linear.pth")
     with pytest.raises(ValueError, match="skip_head"):
@@ -229,6 +231,16 @@ def test_networks_that_cannot_take_2d_weights(tmp_path: Path) -> None:
         load_weights(tiny("r2plus1d"), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="not Linear"):
         load_weights(nn.Linear(2, 2), tmp_path / "resnet.pth")
+
+
+def test_other_channels_in_one_layer_alone(tmp_path: Path) -> None:
+    def two(channels: int) -> nn.Module:
+        return nn.ModuleList([nn.Conv3d(channels, 2, 1), nn.Conv3d(channels, 4, 1)])
+
+    torch.save(two(3).state_dict(), tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"cross_modality: expected one layer .*, got 0\.weight, 1\.weight"):
+        load_weights(two(20), tmp_path / "two.pth", cross_modality=True)
+    load_weights(two(3), tmp_path / "two.pth", cross_modality=True)
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -200,6 +200,19 @@ def test_show_marks_what_the_paper_does_not_give(capsys):
     assert "ImageNet" in lines[-1]
 
 
+def test_show_of_a_stream_says_what_the_recipe_alone_does_not(capsys):
+    assert main(["train", "--recipe", "hmdb51_relational_flow", "--show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[1] for line in lines if line.startswith("model-option ")} == {"in_channels=20", "dropout=0.7"}
+    assert lines[-1] == "streams are fused by `rcu-ops fuse RGB FLOW --how weighted --weights 0.33,0.67`"
+
+
+def test_lists_and_folders_have_no_default(capsys):
+    for given, missing in ((["--out", "x"], "train"), (["--train", "x.csv"], "out")):
+        assert main(["train", "--recipe", "kinetics_resnet18", *given]) == 2
+        assert f"--{missing} is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from rcu_ops.recipes.dataset import (
     read_clip,
 )
 from rcu_ops.recipes.lists import LabelledVideo, read_list
-from rcu_ops.video import BrokenVideoError, open_video
+from rcu_ops.video import BrokenVideoError, VideoError, open_video
 from rcu_ops.video.transform import normalize
 from tests.recipes.motion import FRAMES, RATE, VIDEOS, write_video
 
@@ -207,6 +208,44 @@ def test_frame_counts_of_containers_are_not_trusted(motion, monkeypatch, announc
     assert counts[-1] == last + 1
     assert excerpt.fault is None
     np.testing.assert_array_equal(excerpt.images, np.stack([source[0], source[last], source[last]]))
+
+
+def test_pictures_that_change_their_size_and_times_without_a_rate(motion, monkeypatch):
+    class Changing:
+        """The video's frames, those from the third on a row shorter."""
+
+        def __init__(self, reader):
+            self._reader = reader
+
+        def __getattr__(self, name):
+            return getattr(self._reader, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._reader.close()
+
+        def __iter__(self):
+            for frame in self._reader:
+                image = frame.image[1:] if frame.index > 1 else frame.image
+                yield SimpleNamespace(index=frame.index, image=image, time_seconds=frame.time_seconds)
+
+    source = str(motion / "up_0.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_video", lambda path: Changing(open_video(path)))
+        assert len(read_clip(source, lambda count: [0, 1]).images) == 2
+        with pytest.raises(VideoError, match=r"up_0\.mp4: its picture size changes"):
+            read_clip(source, lambda count: [1, 2])
+
+    def open_timeless(path):
+        reader = open_video(path)
+        reader.frame_rate = None
+        return reader
+
+    monkeypatch.setattr(module, "open_video", open_timeless)
+    with pytest.raises(VideoError, match="it has no frame rate, by which seconds are found"):
+        read_clip(source, lambda count: [0], span=(0.0, 1.0))
 
 
 def test_seeds_are_distinct_and_fixed():

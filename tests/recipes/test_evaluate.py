@@ -13,7 +13,7 @@ import rcu_ops
 from rcu_ops.analysis import scores_io
 from rcu_ops.cli import main
 from rcu_ops.cli_errors import UserError
-from rcu_ops.recipes import get_recipe
+from rcu_ops.recipes import command, get_recipe
 from rcu_ops.recipes.evaluate import evaluate
 from rcu_ops.recipes.lists import LabelledVideo, VideoList
 from rcu_ops.recipes.metrics import accuracy_over, mean_average_precision
@@ -266,6 +266,20 @@ def test_the_command_gives_the_accuracy_of_the_network(motion, trained, tmp_path
     assert _run(motion, trained, out, "--modes", "clips", "--overwrite") == 0
     assert set(_summary(out)["accuracy"]) == {"clips"}
     assert not (out / "scores_unrolled.npz").exists()
+
+
+def test_overwrite_replaces_evaluations_alone(motion, trained, tmp_path):
+    (tmp_path / "parts").mkdir()
+    mine = [tmp_path / name for name in ("scores_mine.npz", "notes.txt", "parts/of_mine.npz")]
+    for path in mine:
+        path.touch()
+    command._remove_evaluation(tmp_path)  # there is none, so nothing is one's
+    assert all(path.is_file() for path in mine)
+    assert _run(motion, trained, tmp_path / "out", "--modes", "clips") == 0
+    (tmp_path / "out" / "notes.txt").touch()
+    assert _run(motion, trained, tmp_path / "out", "--modes", "sliding", "--overwrite") == 0
+    names = ["labels.csv", "notes.txt", "scores_sliding.npz", "settings.json", "summary.json", "videos.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
 def test_the_command_on_dense_labels(motion, tiny, tmp_path):

@@ -300,6 +300,11 @@ def test_command(motion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     cache = ["faster", "cache", *OPTIONS, *common, "--scales", "32,32", "--clips", "4", "--device", "cpu"]
     assert main([*cache, "--out", str(tmp_path / "c")]) == 0
     assert "8 videos, 4 clips of 8 frames" in capsys.readouterr().out
+    assert main([*cache, "--out", str(tmp_path / "singly"), "--clip-batch", "1"]) == 0
+    capsys.readouterr()
+    together, singly = (ClipCache(tmp_path / name)[3, 0] for name in ("c", "singly"))  # no statistics of a batch
+    for a, b in zip(together[2:], singly[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-9, atol=2**-9 * float(a.abs().max()))
     run = ["faster", "train", "--cache", str(tmp_path / "c"), "--val", str(tmp_path / "c"), "--steps", "3"]
     run += ["--batch", "4", "--pattern", "1", "--device", "cpu", "--out", str(tmp_path / "r")]
     assert main(run) == 0

@@ -47,6 +47,8 @@ def test_every_step_is_as_much_work() -> None:
     assert base.grid(3)[:2] == (2, 16)
     with pytest.raises(ValueError, match="multigrid: expected sampling=clip and frames in fours"):
         small(frames=6)
+    with pytest.raises(ValueError, match="multigrid: expected sampling=clip and frames in fours, got 'segments' and 4"):
+        small(sampling="segments")
 
 
 @pytest.mark.parametrize("milestones", [(), (1,), (4, 8, 13), (5, 6, 7, 8, 9)])

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rcu_ops
@@ -25,6 +26,7 @@ from rcu_ops.recipes import train as module
 from rcu_ops.recipes.checkpoint import load_checkpoint, read_settings
 from rcu_ops.recipes.dataset import ClipDataset, ClipSampler, mix_seed
 from rcu_ops.recipes.lists import read_list
+from rcu_ops.recipes.signals import signals_received
 from rcu_ops.recipes.train import ClipLoss
 from tests.recipes.motion import TINY, VIDEOS
 from tests.tolerance import assert_close_to_reference
@@ -368,6 +370,10 @@ def test_processes_and_parts_share_a_batch(motion, tmp_path):
             assert_close_to_reference(other[name], exact, one[name], name)
     tables = [_rows(tmp_path / name / "validation.csv") for name in ("one", "parts", "two")]
     assert tables[0] == tables[1] == tables[2]
+    (first, *others) = (_rows(tmp_path / name / "metrics.csv")[-1] for name in ("one", "parts", "two"))
+    for other in others:
+        assert float(other["loss"]) == pytest.approx(float(first["loss"]), rel=1e-5)
+        assert other["top1"] == first["top1"]
 
 
 def _four_steps_exactly(motion, name):
@@ -439,6 +445,7 @@ def test_the_head_of_other_classes_is_left_out_when_asked(tiny, motion, trained,
         (["--crop", "24"], "--crop: the run to resume has 32, got 24"),
         (["--seed", "4"], "--resume: the run was started with --seed 0, got 4"),
         (["--model-option", "width=6"], "--model-option: the run to resume has width=4, got 6"),
+        (["--classes", "3"], "--classes: the run to resume has 2, got 3"),
     ],
 )
 def test_a_run_resumes_as_it_was_started(tiny, trained, options, message, capsys):
@@ -465,6 +472,9 @@ def test_further_steps_leave_those_taken_as_they_were(tiny, tmp_path, capsys):
 
 
 def test_a_run_resumes_on_its_own_list_and_recipe(tiny, motion, trained, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("down\nup\n")
+    assert tiny(trained.parent, "--resume", "--labels", str(tmp_path / "names.txt")) == 2
+    assert "names.txt holds other names than the run to resume has" in capsys.readouterr().err
     assert tiny(trained.parent, "--resume", videos=_list_with(motion, tmp_path)) == 2
     assert "is not the list of videos that the run was started with" in capsys.readouterr().err
     assert tiny(trained.parent, "--resume", recipe="kinetics_resnet34") == 2
@@ -505,6 +515,67 @@ def test_bad_input_is_one_line(tiny, tmp_path, options, message, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_settings_of_another_version_are_refused(tiny, trained, tmp_path, capsys):
+    held = load_checkpoint(trained.with_name("checkpoint.pt"))
+    held["settings"]["recipe"]["warmup"] = 3
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", held)
+    metadata = {checkpoints._METADATA_KEY: json.dumps(held["settings"])}
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors", metadata=metadata)
+    for path in (tmp_path / "checkpoint.pt", tmp_path / "weights.safetensors"):
+        with pytest.raises(UserError, match=rf"{path.name}: recipe: expected the settings of this version.*'warmup'"):
+            read_settings(path)
+    assert tiny(tmp_path, "--resume") == 2
+    assert "--resume: recipe: expected the settings of this version, got unknown ['warmup']" in capsys.readouterr().err
+
+
+def test_files_that_were_cut_off(tiny, trained, tmp_path, capsys):
+    for name in ("checkpoint.pt", "weights.safetensors"):
+        content = trained.with_name(name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        assert read_settings(tmp_path / name) is None
+        with pytest.raises(ValueError, match=f"{name} is not a readable"):
+            rcu_ops.load_weights(FrameMeans(2), tmp_path / name)
+    assert tiny(tmp_path, "--resume") == 2
+    assert "checkpoint.pt: this is not a training checkpoint of this version" in capsys.readouterr().err
+
+
+def test_memory_that_is_not_enough_names_the_way_out(tiny, tmp_path, monkeypatch, capsys):
+    def full(self, frames, target):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ClipLoss, "forward", full)
+    assert tiny(tmp_path, "--accumulate", "2") == 2
+    error = capsys.readouterr().err
+    assert "the GPU's memory is not enough for 2 clips at once; --accumulate N splits a batch into N parts" in error
+
+
+def test_a_second_signal_is_answered_as_before():
+    answered = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: answered.append(number))
+    try:
+        with signals_received() as received:
+            signal.raise_signal(signal.SIGTERM)
+            assert (received[:], answered) == ([signal.SIGTERM], [])
+            signal.raise_signal(signal.SIGTERM)
+            assert answered == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert answered == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_signals_are_left_alone_by_other_threads():
+    def train():
+        with signals_received() as received:
+            found.append((received, signal.getsignal(signal.SIGINT)))
+
+    found = []
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert found == [([], signal.getsignal(signal.SIGINT))]
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tiny, tmp_path, capsys):
