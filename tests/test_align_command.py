@@ -72,8 +72,16 @@ def test_two_frames_have_room_for_the_words_around_them(clip: Path, tmp_path: Pa
 
 def test_two_videos_and_networks_with_strides(clip: Path, tmp_path: Path) -> None:
     options = ["--frames", "9", "--size", "32", "--model", "srtg_r3d_resnet34", "--model-option", "width=4"]
-    assert main(["align", str(clip), str(clip), *options, "--device", "cpu", "--out", str(tmp_path)]) == 0
-    result = found(tmp_path)
+    slow = tmp_path / "slow.mp4"  # the same pictures at another rate
+    write_sample_clip(slow, frame_count=60, frame_rate=10, height=96, width=128)
+    out = tmp_path / "out"
+    assert main(["align", str(clip), str(slow), *options, "--device", "cpu", "--out", str(out)]) == 0
+    result = found(out)
+    assert (result["a"]["name"], result["b"]["name"]) == ("clip.mp4", "slow.mp4")
+    numbers = result["a"]["frames"]
+    assert result["b"]["frames"] == numbers and len(numbers) == 9
+    for video, rate in (("a", 25), ("b", 10)):
+        assert result[video]["seconds"] == pytest.approx([number / rate for number in numbers], abs=1e-4)
     assert result["index_ab"] == result["index_ba"] == list(range(9))
     assert result["every_frame_at_its_own_place"] is True
     assert result["model"] == "srtg_r3d_resnet34"

@@ -13,7 +13,9 @@ import torch
 from rcu_ops import create_model
 from rcu_ops.analysis.relations import looked_at, plot_relations
 from rcu_ops.cli import main
+from rcu_ops.cli_errors import UserError
 from rcu_ops.models import resnet_v2
+from rcu_ops.relations_command import _cell
 from rcu_ops.video.synthetic import write_sample_clip
 
 pytest.importorskip("matplotlib")
@@ -75,6 +77,20 @@ def test_trained_and_dot_product(clip: Path, tmp_path: Path) -> None:
     values = np.array([float(row["weight"]) for row in rows_of(out)])
     assert values.min() < 0 < values.max()  # raw scores have both signs
     assert not values.reshape(2, 2, 4, 4)[0, 1].any()
+
+
+def test_positions_are_shares_of_the_picture_or_cells_of_the_grid() -> None:
+    for position, cell in (
+        ((0.0, 0.0), (0, 0)),
+        ((0.3, 0.7), (2, 2)),
+        ((1.0, 0.0), (0, 6)),
+        ((0.0, 1.0), (3, 0)),  # the far edges belong to the last cells
+        ((6, 3), (3, 6)),
+    ):
+        assert _cell(position, rows=4, columns=7) == cell
+    for outside in ((7, 0), (0, 4)):
+        with pytest.raises(UserError, match="a column from 0 to 6 and a row from 0 to 3"):
+            _cell(outside, rows=4, columns=7)
 
 
 def test_spread() -> None:

@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 
 import rcu_ops
 from rcu_ops.cli import main
-from rcu_ops.models import registry
+from rcu_ops.models import VideoResNet, registry
 from rcu_ops.nn import RecurrentConv3d
 from rcu_ops.recipes.checkpoint import RunSettings, save_weights
 from rcu_ops.recipes.config import get_recipe
@@ -239,16 +239,41 @@ def test_weights_say_what_they_were_trained_as(tmp_path, clip, monkeypatch):
         assert_scores_of_the_whole_clip(lines, model, clip)
 
 
-def test_a_full_disk(tmp_path, clip, labels, capsys):
+def test_weights_of_an_image_network_leave_the_recurrence_untrained(tmp_path, clip, capsys):
+    """Every output says so: such scores are no evidence of anything."""
+    image_network = VideoResNet("basic", (2, 2, 2, 2), "2d", 3, width=4).state_dict()
+    names = (("stem.conv", "conv1"), ("stem.bn", "bn1"), ("head.conv", "fc"))
+    weights = {}
+    for name, value in image_network.items():
+        for ours, theirs in names:
+            name = name.replace(ours, theirs)
+        weights[name] = value.flatten(1) if name == "fc.weight" else value.squeeze(2) if value.dim() == 5 else value
+    torch.save(weights, tmp_path / "resnet18.pth")
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS))
+    arguments = ["--model", "rcn_resnet18", "--model-option", "width=4", "--weights", tmp_path / "resnet18.pth"]
+    arguments += ["--labels", tmp_path / "labels.txt", "--max-frames", "2"]
+    assert stream(clip, *arguments, "--out", tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    assert f"weights {tmp_path / 'resnet18.pth'}, recurrent weights untrained" in text
+    assert text.count("recurrent weights untrained") == 2  # and with the leading classes
+    summary = summary_of(tmp_path / "out")
+    assert (summary["untrained"], summary["warning"]) == (False, "recurrent weights untrained")
+
+
+@pytest.mark.parametrize(("room", "file"), [(1000, ""), (5000, "/annotated.mp4")])
+def test_a_full_disk(tmp_path, clip, labels, capsys, room, file):
+    """The scores do not fit, or they do and the video does not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         code = stream(clip, "--labels", labels, "--out", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
-    assert f"rcu-ops: error: {tmp_path / 'out'}: cannot be written: File too large\n" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().err == f"rcu-ops: error: {tmp_path / 'out'}{file}: cannot be written: File too large\n"
+    left = [path.name for path in tmp_path.glob("out/*")]
+    assert left == (["scores.jsonl"] if file else [])
+    assert (tmp_path / "out").exists() is bool(left)
 
 
 def test_without_a_source_a_sample_is_streamed(capsys):
@@ -312,6 +337,26 @@ def test_realtime_paces_a_file_by_its_time_stamps(tmp_path):
     summary = summary_of(tmp_path / "out")
     assert (summary["frames"], summary["dropped_frames"]) == (3, 0)
     assert summary["seconds"] >= 0.6
+
+
+def test_times_are_those_of_the_last_frames():
+    from rcu_ops.stream_command import _Recent
+
+    recent = _Recent(4)
+    assert set(recent.milliseconds().values()) == {0.0}
+    for seconds, expected in (
+        (9.0, {"p50": 9000, "p99": 9000, "mean": 9000, "max": 9000}),
+        (1.0, {"p50": 5000, "p99": 8920, "mean": 5000, "max": 9000}),
+        (2.0, None),
+        (3.0, {"p50": 2500, "p99": 8820, "mean": 3750, "max": 9000}),
+        (4.0, {"p50": 2500, "p99": 3970, "mean": 2500, "max": 4000}),  # the first has gone
+        (5.0, {"p50": 3500, "p99": 4970, "mean": 3500, "max": 5000}),
+        (6.0, None),
+        (7.0, None),
+        (0.0, {"p50": 5500, "p99": 6970, "mean": 4500, "max": 7000}),  # all places have been taken twice
+    ):
+        recent.append(seconds)
+        assert expected is None or recent.milliseconds() == pytest.approx(expected)
 
 
 # What cannot be used: exit 2, one line, nothing left behind

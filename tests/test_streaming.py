@@ -308,8 +308,10 @@ def test_other_safetensors_files(tmp_path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="not the state of a stream"):
-        load_state(tmp_path / "weights.safetensors")
+    save_state({"layer": torch.ones(2)}, tmp_path / "layer.safetensors")  # our mark, but no count of frames
+    for name in ("weights", "layer"):
+        with pytest.raises(ValueError, match="not the state of a stream"):
+            load_state(tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError):
         load_state(tmp_path / "nothing")
 

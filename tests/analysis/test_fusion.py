@@ -75,7 +75,8 @@ def test_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     streams = (files / "rgb.npz", files / "flow.npz")
     assert run(*streams, "--how", "product", "--softmax", "--labels", files / "labels.csv", "--out", out) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[-3] for line in table[1:]] == ["66.7", "66.7", "100.0"]
+    numbers = [line.split()[-3:] for line in table[1:]]
+    assert numbers == [["66.7", "100.0", "3"], ["66.7", "100.0", "3"], ["100.0", "100.0", "3"]]
     with np.load(out) as fused:
         expected = softmax([2.0, 0.0]) * softmax([0.0, 1.0])
         np.testing.assert_allclose(fused["v0"], expected[:, None])
@@ -145,6 +146,10 @@ def test_mid_fusion_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(*folders, "--features", "--how", "sum", "--out", tmp_path / "mid") == 0
     fused = read_features(tmp_path / "mid" / "deep" / "v.mp4.safetensors")
     np.testing.assert_allclose(fused, features["rgb"] + features["flow"], rtol=1e-6)
+    for options in (["--labels", tmp_path / "labels.csv"], ["--softmax"]):
+        assert run(*folders, "--features", "--out", tmp_path / "refused", *options) == 2
+        assert "features have neither probabilities nor labels" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
     write_features(tmp_path / "flow" / "w.mp4.safetensors", features["flow"])
     assert run(*folders, "--features", "--out", tmp_path / "mid") == 2
     assert "expected features of the same videos" in capsys.readouterr().err

@@ -256,6 +256,9 @@ def test_dense_labels_as_arrays(tmp_path):
         labels.for_video("wrong", _video([0]))
     with pytest.raises(UserError, match=r"video 'small': expected shape \[3, 5 or more\], got \[3, 2\]"):
         labels.for_video("small", _video([4]))
+    assert labels.for_video("small", _video([0, 1])).shape == (3, 2)
+    with pytest.raises(UserError, match=r"expected shape \[3, 3 or more\], got \[3, 2\]"):
+        labels.for_video("small", _video([0, 2]))  # one frame too few
 
 
 @pytest.mark.parametrize(

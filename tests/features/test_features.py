@@ -39,10 +39,13 @@ class Shades(nn.Module):
         self.keep = nn.Identity()
         self.unused = nn.Identity()
         self.pair = nn.Identity()
+        self.state = nn.Identity()
 
     def forward(self, clip: torch.Tensor) -> torch.Tensor:
         self.pair(clip.mean((1, 3, 4)).mean())
-        return self.keep(clip.mean((1, 3, 4)) * self.scale)
+        shades = clip.mean((1, 3, 4)) * self.scale
+        self.state((shades, shades + 1))
+        return self.keep(shades)
 
 
 def seen(features: torch.Tensor) -> list[list[int]]:
@@ -115,6 +118,12 @@ def test_a_layer_by_name_is_what_the_network_computes(tmp_path: Path) -> None:
     assert torch.equal(next(first(str(clip))), next(plain(str(clip))))
     assert feature_layer(model, None)[0] == "layer4"
     assert feature_layer(create_model("c3d", width=1, hidden=4), None)[0] == "relu6"
+
+
+def test_of_a_layer_with_a_state_its_output_is_kept() -> None:
+    clips = [torch.randint(256, (4, 1, 16, 16, 3), dtype=torch.uint8) for _ in range(2)]
+    output, pair = (FeatureExtractor(Shades(), name, size=16, scale=16)._run(clips) for name in ("keep", "state"))
+    assert torch.equal(pair, output)
 
 
 def test_layers_that_cannot_be_kept() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from rcu_ops import Streamer, cost, fuse_for_inference
 from rcu_ops.cli import main
 from rcu_ops.models import create_model
-from rcu_ops.nn import RecurrentConv3d
+from rcu_ops.nn import RecurrentConv3d, RelationalLSTM
 from rcu_ops.streaming import state_bytes
 from tests.networks import small_model
 
@@ -86,6 +86,16 @@ def test_products_of_layers_with_a_state_are_their_recurrence() -> None:
     macs = cost.count_macs(gated, (1, 3, 8, 32, 32))
     assert macs["other"] == 0
     assert macs["recurrence"] > 0
+
+
+def test_a_layer_on_its_own_costs_what_it_costs_within_a_network() -> None:
+    with torch.device("meta"):
+        layer = RelationalLSTM(8, 6).eval()
+        network = nn.Sequential(layer, nn.ReLU()).eval()
+    alone = cost.count_macs(layer, (1, 8, 3, 4, 4))
+    assert alone == cost.count_macs(network, (1, 8, 3, 4, 4))
+    assert alone["recurrence"] > 0
+    assert alone["other"] == 0
 
 
 def test_networks_of_features(capsys: pytest.CaptureFixture[str]) -> None:

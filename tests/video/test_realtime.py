@@ -44,6 +44,17 @@ def test_a_slow_consumer_drops_frames_and_does_not_lag():
     assert seconds < 1.5
 
 
+def test_the_clock_starts_with_the_first_frame():
+    """Frames cut from the middle of a video come at once, not after the time before them."""
+    frames = [Frame(index, 1000.0 + index * 0.03, IMAGE) for index in range(3)]
+    start = time.perf_counter()
+    with RealtimeFrames(frames, paced=True) as paced:
+        for frame in paced:
+            assert abs(paced.due - start - 0.03 * frame.index) < 0.5
+    assert frame.index == 2
+    assert time.perf_counter() - start >= 0.06
+
+
 def test_a_live_source_is_taken_as_it_comes():
     offered = threading.Event()
 

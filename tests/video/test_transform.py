@@ -75,6 +75,14 @@ def test_flip():
     assert 150 < flipped < 250
 
 
+def test_pretrained_networks_see_what_they_were_trained_on():
+    """Black and white as every ImageNet network has been given them, in numbers from elsewhere."""
+    pictures = torch.stack([torch.zeros(1, 1, 3), torch.full((1, 1, 3), 255.0)]).to(torch.uint8)
+    seen = FrameTransform(1)(pictures)[..., 0, 0].T
+    expected = torch.tensor([[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]])
+    assert torch.allclose(seen, expected, rtol=0, atol=5.1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_normalize(dtype):
     clip = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3)

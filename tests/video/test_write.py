@@ -86,6 +86,9 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(VideoError, match="cannot be written"):
         VideoWriter(tmp_path / "file" / "a.mp4", 48, 64)
+    with pytest.raises(ValueError, match="NaN"):
+        VideoWriter(tmp_path / "a.mp4", 48, 64, frame_rate=float("nan"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_sample_clip(tmp_path):
