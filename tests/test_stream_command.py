@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -617,6 +618,22 @@ def test_an_interrupt_waits_for_the_frame_and_a_second_one_does_not():
             steps.append("not reached")
     assert steps == ["the frame is finished"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_of_the_main_thread_interrupts_are_left_alone():
+    from rcu_ops.stream_command import _DeferredInterrupt
+
+    before, steps = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with _DeferredInterrupt() as interrupt, interrupt.deferred():
+            steps.append(signal.getsignal(signal.SIGINT) is before)
+        steps.append("left")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert steps == [True, "left"]
 
 
 # ---- networks of clips ----------------------------------------------------------------------------------------------

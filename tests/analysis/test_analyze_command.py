@@ -82,6 +82,42 @@ def test_numbers_and_picture(files, analysis, capsys):
     assert leftovers == []
 
 
+@pytest.mark.parametrize("analysis", ["accuracy", "early", "segments", "map"])
+def test_what_is_printed_is_what_is_written(files, analysis, capsys, monkeypatch):
+    monkeypatch.setattr("rcu_ops.analysis.command._picture", lambda draw, table: None)
+    assert main(["analyze", analysis, *_commands(files)[analysis], "--out", str(files)]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    rows = _table(files / f"{analysis}.csv")
+    if analysis == "accuracy":
+        shares = ("clip_top1", "clip_top5", "video_top1", "video_top5")
+        written = [
+            [row["model"], *(f"{100 * float(row[name]):.1f}" for name in shares), row["clips"], row["videos"]]
+            for row in rows
+        ]
+    elif analysis == "map":
+        known = [row for row in rows if row["average_precision"]]
+        means = [row for row in known if row["class"] == "mean"]
+        written = [
+            [
+                mean["model"],
+                mean["every"],
+                f"{100 * float(mean['average_precision']):.2f}",
+                str(sum((row["model"], row["every"]) == (mean["model"], mean["every"]) for row in known) - 1),
+                mean["frames"],
+                str(VIDEOS),
+            ]
+            for mean in means
+        ]
+        assert [row[:2] for row in written] == [["RCN", "1"], ["RCN", "8"], ["I3D", "1"], ["I3D", "8"]]
+    else:
+        steps, sign = 10, "" if analysis == "early" else "+"
+        name = "accuracy" if analysis == "early" else "relative_accuracy"
+        models = [[format(100 * float(row[name]), f"{sign}.1f") for row in part] for part in (rows[:10], rows[10:])]
+        first = [str(10 * step if analysis == "early" else step) for step in range(1, steps + 1)]
+        written = [list(row) for row in zip(first, *models, strict=True)]
+    assert printed == written
+
+
 def test_early_numbers_round_trip(files):
     assert main(["analyze", "early", *_commands(files)["early"], "--steps", "4", "--out", str(files)]) == 0
     labels = np.array([int(row["label"]) for row in _table(files / "labels.csv")])
@@ -117,6 +153,15 @@ def test_segments_name_their_input(files):
     first = [row for row in _table(files / "segments.csv") if row["segment"] == "1"]
     assert {float(row["relative_accuracy"]) for row in first} == {0.0}
     assert {row["short_videos"] for row in first} == {"2"}
+
+
+def test_map_without_a_positive_frame(files, capsys):
+    (files / "dense.csv").write_text("video,class,start,end\n" + "".join(f"v{v},1,1,2\n" for v in range(VIDEOS)))
+    assert main(["analyze", "map", *_commands(files)["map"], "--every", "2", "--out", str(files)]) == 2
+    error = capsys.readouterr().err
+    assert "rcn.npz: labels: expected at least one positive frame" in error
+    assert error.count("\n") == 1
+    assert not (files / "map.csv").exists()
 
 
 def test_map_lists_classes_and_the_mean(files, capsys):

@@ -83,8 +83,23 @@ def test_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (files / "out" / "categories.csv").open() as file:
         found = {row["category"]: float(row["b"]) for row in csv.DictReader(file)}
     assert found == {"sport": 1.0, "music": 0.5}
+    with (files / "out" / "change_b.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["class", "a", "b", "change"]
+    assert {row[0]: [float(value) for value in row[1:]] for row in rows[1:4]} == {
+        "run": [0.5, 1, 0.5],
+        "jump": [0, 1, 1],
+        "play": [1, 0.5, -0.5],
+    }
+    assert [row[0] for row in rows[1:]] == ["run", "jump", "play", "drum"]  # by category
+    from matplotlib.image import imread
+
+    red = {}
     for name in ("confusion_a", "confusion_b", "difference_b", "change_b"):
-        assert (files / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        image = imread(files / "out" / f"{name}.png")
+        red[name] = int((image[..., 0] - image[..., 2] > 0.3).sum())
+    assert red["confusion_a"] == red["confusion_b"] == 0
+    assert red["difference_b"] > 100  # what became rarer has a colour of its own
 
 
 def test_top5_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -245,6 +246,25 @@ def test_dense_labels_in_seconds(tmp_path):
     assert DenseLabels(path, 3, fps=1.0).for_video("a", video)[1].tolist() == [False, True, False, False]
     with pytest.raises(UserError, match="the scores of 'a' have no times: give --fps"):
         DenseLabels(path, 3).for_video("a", _video(range(4)))
+
+
+class Payload:
+    """What an array file from elsewhere could hold: unpickling it runs code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_reading_scores_runs_no_code(tmp_path):
+    held = np.empty((2, 3), dtype=object)
+    held[0, 0] = Payload(tmp_path / "ran")
+    np.savez(tmp_path / "s.npz", v=held)
+    with pytest.raises(UserError, match=r"s\.npz: cannot be read"):
+        read_scores(tmp_path / "s.npz")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_dense_labels_as_arrays(tmp_path):

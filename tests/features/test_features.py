@@ -144,6 +144,25 @@ def test_layers_that_cannot_be_kept() -> None:
             FeatureExtractor(Shades(), "keep", **options)
 
 
+class Payload:
+    """What an array file from elsewhere could hold: unpickling it runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_reading_features_runs_no_code(tmp_path: Path) -> None:
+    held = np.empty((1, 1), dtype=object)
+    held[0, 0] = Payload(tmp_path / "ran")
+    np.save(tmp_path / "a.npy", held, allow_pickle=True)
+    with pytest.raises(UserError, match=r"a\.npy: cannot be read as features"):
+        read_features(tmp_path / "a.npy")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_rows_survive_a_cut(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     part = FeaturePart(tmp_path / "deep" / "a.part")

@@ -52,6 +52,7 @@ def test_time_shares(fused: bool) -> None:
     assert shares["convolution"] > 0
     assert shares["recurrence"] > 0
     assert shares["head"] > 0
+    assert fused or shares["normalisation and activation"] > 0
     assert steps[-1] == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in form.modules())
 
