@@ -95,6 +95,7 @@ def test_maps() -> None:
     lost = align_maps([1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0])
     assert lost.speed is None
     assert lost.consistent_a.tolist() == [True] + [False] * 8
+    assert lost.consistent_b.tolist() == [False, True, False]
     for maps in (([], []), ([0, 3], [0, 1]), ([0, -1], [0, 1])):
         with pytest.raises(ValueError, match="index_"):
             align_maps(*maps)

@@ -306,6 +306,27 @@ def test_top(tmp_path, clip, labels):
     assert len(lines_of(tmp_path / "b")[0]["top"]) == 3
 
 
+def test_the_table_shows_the_scores(tmp_path, clip, labels, capsys):
+    """The last frame's line and the summary's say what scores.jsonl says."""
+    names = ["juggling with five burning torches", "wrestling", "cooking"]
+    labels.write_text("\n".join(names))
+    trained_weights(tmp_path / "weights.pt")
+    arguments = [clip, "--labels", labels, "--weights", tmp_path / "weights.pt", "--top", "2"]
+    assert stream(*arguments, "--out", tmp_path / "out") == 0
+    last = lines_of(tmp_path / "out")[-1]
+    capsys.readouterr()
+    assert stream(*arguments) == 0
+    *_, shown, _, video = capsys.readouterr().out.splitlines()
+
+    def cell(entry, name):
+        return f"{name} {100 * entry['score']:.1f} %"
+
+    short = {names[0]: "juggling with five burn…"}
+    cells = [cell(entry, short.get(entry["label"], entry["label"])) for entry in (last["top"][0], last["frame_top"])]
+    assert " ".join(shown.split()) == " ".join(["0.44 s 11", *cells])
+    assert video == "video: " + ", ".join(cell(entry, entry["label"]) for entry in last["top"])
+
+
 def test_realtime_drops_rather_than_lags(tmp_path, monkeypatch, capsys):
     from rcu_ops import stream_command
 

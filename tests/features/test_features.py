@@ -144,6 +144,17 @@ def test_layers_that_cannot_be_kept() -> None:
             FeatureExtractor(Shades(), "keep", **options)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".npy"])
+def test_a_video_of_one_clip_has_features_and_one_of_none_has_not(tmp_path: Path, suffix: str) -> None:
+    for shape in ((1, 3), (4, 1)):
+        write_features(tmp_path / f"a{suffix}", np.ones(shape, np.float32))
+        assert read_features(tmp_path / f"a{suffix}").shape == shape
+    for wrong in (np.ones((0, 3), np.float32), np.ones(3, np.float32), np.ones((2, 3), np.int64)):
+        write_features(tmp_path / f"a{suffix}", wrong)
+        with pytest.raises(UserError, match=r"expected features \[K,F\], got"):
+            read_features(tmp_path / f"a{suffix}")
+
+
 class Payload:
     """What an array file from elsewhere could hold: unpickling it runs code."""
 
