@@ -222,6 +222,7 @@ def test_pca_in_batches_is_that_of_all_rows() -> None:
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(np.abs((pca.components * axes[:3]).sum(1)), 1, rtol=1e-4)
     np.testing.assert_allclose(pca.explained, (singular**2 / (singular**2).sum())[:3], rtol=1e-3)
+    np.testing.assert_allclose(fit_pca([data.astype(np.float32)], 1).explained, pca.explained[:1], rtol=1e-3)
     reduced = pca(data.astype(np.float32))
     np.testing.assert_allclose(reduced @ pca.components + pca.mean, data, atol=1e-3)
 

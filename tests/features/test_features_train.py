@@ -80,7 +80,9 @@ def test_learns_the_order_of_clips(toy: Path, tmp_path: Path, cell: str, capsys:
     assert {row["lr"] for row in rows} == {"0.01"}
     assert float(rows[-1]["accuracy"]) > 0.75
     model = create_model("res_lstm", num_classes=2, input_size=SIZE, cell=cell)
-    model.load_state_dict(load_file(tmp_path / "run/weights.safetensors"))
+    weights = load_file(tmp_path / "run/weights.safetensors")
+    assert weights["rnn.layers.0.weight_ih_l0"].shape == ({"lstm": 4, "gru": 3, "rnn": 1}[cell] * SIZE, SIZE)
+    model.load_state_dict(weights)
     test = FeatureVideos(toy, read_list(toy / "test.csv", 2, NAMES))
     scores = np.load(tmp_path / "run/scores.npz")
     assert scores.files == [f"test/v{number}.mp4" for number in range(10)]

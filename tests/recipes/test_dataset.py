@@ -23,6 +23,7 @@ from rcu_ops.recipes.lists import LabelledVideo, read_list
 from rcu_ops.video import BrokenVideoError, VideoError, open_video
 from rcu_ops.video.transform import normalize
 from tests.recipes.motion import FRAMES, RATE, VIDEOS, write_video
+from tests.video.clips import recognise, write_clip
 
 RECIPE = dataclasses.replace(
     get_recipe("kinetics_resnet18"), classes=2, frames=4, crop=24, scales=(24, 36), eval_scale=24, batch=4
@@ -78,6 +79,17 @@ def test_augmentation_covers_what_it_should(motion):
         starts.update(matches)
     assert starts == set(range(FRAMES - 3))
     assert len({data[ClipKey(epoch, 0)].frames.numpy().tobytes() for epoch in range(8)}) == 8
+
+
+def test_frames_are_a_period_apart(tmp_path):
+    video = LabelledVideo("v", write_clip(tmp_path / "v.mp4", 18), 0)
+    data = ClipDataset([video], dataclasses.replace(RECIPE, period=3), seed=0)
+    starts = set()
+    for epoch in range(40):
+        shown = [recognise(frame.numpy()) for frame in data[ClipKey(epoch, 0)].frames]
+        assert shown == list(range(shown[0], shown[0] + 12, 3))
+        starts.add(shown[0])
+    assert starts == set(range(18 - 9))
 
 
 def test_flip_and_jitter_can_be_fixed(motion):

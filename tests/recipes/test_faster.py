@@ -357,6 +357,7 @@ def test_commands_refuse_what_does_not_fit(
     for command, message in (
         ([*cache, "--scales", "32"], "--scales: expected two numbers such as 256,320, got '32'"),
         ([*cache, "--scales", "16,32"], "--scales: expected two numbers, rising, from the size 32 on, got (16, 32)"),
+        ([*cache, "--scales", "36,32"], "--scales: expected two numbers, rising, from the size 32 on, got (36, 32)"),
         ([*cache, "--model-option", "pattern=-1"], "--model-option pattern: the cache of all patterns is pattern=0"),
         ([*train, none], "none of its videos could be used"),
         ([*train, whole, "--option", "a=1"], "--aggregator, --option: "),
