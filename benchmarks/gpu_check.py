@@ -304,6 +304,8 @@ class Running:
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # so that the whole of it can be ended
+                    # What a shell starts with & ignores interrupts, and so would all that it starts.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
         except OSError as error:
             self.failure = f"not run: {self.command[0]}: {error.strerror}"

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_summaries(tmp_path) -> None:
 
 
 def test_interrupted_tests_are_reported(tmp_path, pretended_gpu) -> None:
-    """pytest at its limit still says which tests passed and which failed."""
+    """pytest at its limit still says which tests passed and which failed, also where interrupts are ignored."""
     (tmp_path / "test_slow.py").write_text(
         "import time\ndef test_good(): pass\ndef test_bad(): assert False, 'wrong'\ndef test_slow(): time.sleep(60)\n"
     )
@@ -200,7 +201,11 @@ def test_interrupted_tests_are_reported(tmp_path, pretended_gpu) -> None:
     )
     summary = functools.partial(gpu_check.tests_summary, file="t.xml")
     planned = [Step("tests", (*command, "-p", "no:xdist", str(tmp_path / "test_slow.py")), 12, summary=summary)]
-    assert gpu_check.main([str(tmp_path / "out")], planned) == 1
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert gpu_check.main([str(tmp_path / "out")], planned) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     (step,) = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["steps"]
     assert step["status"] == "timed out"
     (failed,) = step["summary"]["failed"]  # with the names of folders before it, where pytest knows of a root
