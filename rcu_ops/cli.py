@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         current_backend()  # a wrong RCU_OPS_BACKEND is told before any work is done
+        _check_instruction_set()
         return args.run(args)
     except (UserError, BackendError) as error:
         print(f"rcu-ops: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -103,6 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "cannot be written: " if error.errno in _DISK_IS_FULL else ""
         print(f"rcu-ops: error: {place}{what}{error.strerror}", file=sys.stderr)
         return 2
+
+
+def _check_instruction_set() -> None:
+    """UserError for an RCU_OPS_CPU_ISA that the CPU kernels would refuse in the midst of the work."""
+    from rcu_ops import _library
+
+    native = _library.native() if os.environ.get("RCU_OPS_CPU_ISA") else None
+    if native is not None:
+        try:
+            native.cpu_isa()
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
 
 
 def _without_a_requirement(name: str, error: Exception, argv: Sequence[str] | None) -> int:

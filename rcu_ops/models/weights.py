@@ -202,8 +202,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, ValueError) as error:
-            reason = str(error) if path.stat().st_size else "it is empty"
-            raise ValueError(f"source: {path} is not a readable safetensors file: {reason}") from error
+            why = _why_not_safetensors(path, error)
+            raise ValueError(f"source: {path} is not a readable safetensors file: {why}") from error
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's errors have no common base
@@ -216,6 +216,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     if content and all(name.startswith("module.") for name in content):  # saved from a DataParallel wrapper
         content = {name[len("module.") :]: tensor for name, tensor in content.items()}
     return content
+
+
+def _why_not_safetensors(path: Path, error: Exception) -> str:
+    """What is wrong with a file: the length of its header (8 bytes), the header (JSON), and the tensors' bytes."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        return "it is empty"
+    if start[8:] not in (b"", b"{"):
+        return "safetensors did not write it"
+    cut = int.from_bytes(start[:8], "little") + 8 > path.stat().st_size or "not fully covered" in str(error)
+    return "it is cut off" if cut else str(error)
 
 
 def _what_it_is(path: Path, error: Exception) -> str:

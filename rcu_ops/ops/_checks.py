@@ -16,6 +16,18 @@ def tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+    return _dense(name, value)
+
+
+def boolean(name: str, value: Any) -> Tensor:
+    """``value`` if it is a dense tensor of truth values."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    dtype(name, value, torch.bool)
+    return _dense(name, value)
+
+
+def _dense(name: str, value: Tensor) -> Tensor:
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
     if value.is_nested:

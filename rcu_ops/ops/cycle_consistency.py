@@ -161,10 +161,7 @@ def _check_sequences(a: Tensor, b: Tensor, *, same_batch: bool = True) -> tuple[
 def _check_mask(name: str, mask: Tensor | None, like: Tensor, like_name: str) -> Tensor | None:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
-    _checks.dtype(name, mask, torch.bool)
-    _checks.shape(name, mask, tuple(like.shape[:2]), f"{like_name}'s samples and frames")
+    _checks.shape(name, _checks.boolean(name, mask), tuple(like.shape[:2]), f"{like_name}'s samples and frames")
     _checks.same_device(name, mask, like, like_name)
     return mask
 

@@ -134,11 +134,7 @@ def _check_attention(
     if isinstance(scale, float) and not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
-        _checks.same_device("mask", mask, query, "query")
+        _checks.same_device("mask", _checks.boolean("mask", mask), query, "query")
         whole = (*lead, n, m)
         padded = (1,) * (len(whole) - mask.dim()) + tuple(mask.shape)
         if len(padded) != len(whole) or any(a not in (1, b) for a, b in zip(padded, whole, strict=True)):

@@ -78,10 +78,7 @@ def _check_fuse(
     _checks.shape("h", _checks.tensor("h", h), (n, t, c), "[N,T,C]")
     _checks.same_device("h", h, x, "x")
     if gate is not None:
-        if not isinstance(gate, Tensor):
-            raise TypeError(f"gate: expected a tensor, got {type(gate).__name__}")
-        _checks.dtype("gate", gate, torch.bool)
-        _checks.shape("gate", gate, (n,), "[N]")
+        _checks.shape("gate", _checks.boolean("gate", gate), (n,), "[N]")
         _checks.same_device("gate", gate, x, "x")
     return x, h.to(state_dtype_of(x.dtype)), gate, fusion == "add"
 

@@ -252,11 +252,18 @@ def test_bad_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{name} is not a readable"):
             load_weights(model, tmp_path / name)
     torch.save(model.state_dict(), tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
+    save_file(model.state_dict(), tmp_path / "whole.safetensors")
+    whole, tensors = ((tmp_path / f"whole.{suffix}").read_bytes() for suffix in ("pth", "safetensors"))
+    garbled = tensors[:8] + b"{" + tensors[9:].replace(b'"dtype"', b'"dtyp!"')
     for name, content, reason in (
         ("video.mp4", b"\0\0\0\x20ftypisom", "neither torch.save nor safetensors wrote it"),
         ("empty.pth", b"", "it is empty"),
         ("empty.safetensors", b"", "it is empty"),
+        ("text.safetensors", b"<html>no such page</html>", "safetensors did not write it"),
+        ("length.safetensors", tensors[:5], "it is cut off"),
+        ("header.safetensors", tensors[:40], "it is cut off"),
+        ("tensors.safetensors", tensors[:-1], "it is cut off"),
+        ("garbled.safetensors", garbled, "Error while deserializing header: "),
         ("cut.pth", whole[: len(whole) // 2], "it is cut off, or a zip archive"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -196,9 +196,7 @@ def test_every_tensor_that_does_not_fit_is_refused_by_name(name, argument) -> No
     }
     OPERATORS[name].check(**given)
     right = given[argument]
-    wrong = [(right.to(torch.int32), TypeError), (right.tolist(), TypeError)]
-    if right.dtype != torch.bool:
-        wrong.append((right.to_sparse(), TypeError))
+    wrong = [(right.to(torch.int32), TypeError), (right.tolist(), TypeError), (right.to_sparse(), TypeError)]
     if argument != next(iter(given)):  # the others go by the first
         wrong += [(right[:-1], ValueError), (right.to("meta"), ValueError)]
     for value, error in wrong:
@@ -289,6 +287,15 @@ def test_environment_variable_sets_the_choice() -> None:
     command = run_python("from rcu_ops.cli import main; raise SystemExit(main(['doctor']))", RCU_OPS_BACKEND="fastest")
     assert command.returncode == 2
     assert command.stderr.startswith("rcu-ops: error: RCU_OPS_BACKEND: expected") and command.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(_library.native() is None, reason="the processor is not known without rcu_ops._native")
+def test_a_wrong_instruction_set_is_told_in_one_line_before_a_command_does_anything() -> None:
+    code = "from rcu_ops.cli import main; raise SystemExit(main(['cost', 'rcn_resnet18']))"
+    command = run_python(code, RCU_OPS_CPU_ISA="mmx")
+    assert (command.returncode, command.stdout) == (2, "")
+    assert command.stderr.startswith("rcu-ops: error: RCU_OPS_CPU_ISA: expected one of portable")
+    assert command.stderr.count("\n") == 1
 
 
 def test_everything_runs_without_the_binary() -> None:
