@@ -143,7 +143,9 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   int64_t tile = budget / (2 * in.C * element) / unit * unit;
   if (tile < unit) tile = unit;
   plan.channel_tile = in.C;
-  const int64_t tiles = in.columns > 0 ? ceil_div(in.columns, tile) : 1;
+  int64_t tiles = in.columns > 0 ? ceil_div(in.columns, tile) : 1;
+  if (in.single_product && plan.channels && pairs && in.columns <= 4 * b.channels_rows && in.C > 2 * in.columns)
+    tiles = 1;  // W, which tasks divide then, is the larger operand
   if (in.single_product && plan.channels && in.dense_channels && !pairs && in.dtype != DType::f64 &&
       in.C % b.lanes == 0) {
     plan_step(in, b, threads, plan);
