@@ -11,7 +11,7 @@
 // Order.    Within a part by lanes, then lanes, then parts in ascending order: the sizes and the layout alone decide
 //           it, not the number of threads. A part's moments are its mean first and deviations from that mean after it,
 //           from the nearest cache, and combine as such: a large mean costs the variance nothing.
-// Scratch.  Slot 0: the partial sums and five numbers per channel.
+// Scratch.  Slot 0: the partial sums and five numbers per channel; slot 1: a part's sums along channels.
 // Bound.    Bytes: moments reads h; normalize reads h (and the residual), writes y; sums reads h and grad (and y, and
 //           writes dz); gradient reads h and grad, writes one. A handful of FLOP per number.
 
@@ -20,7 +20,7 @@ struct NormTask {
   using S = typename V::S;
   using R = typename V::R;
   static constexpr int L = V::L;
-  static constexpr int64_t plane_part = 4096, channels_part = 128 * 1024, run_elements = 16384;
+  static constexpr int64_t plane_part = 4096, channels_part = 128 * 1024, run_elements = 16384, together = 16;
   enum class Form { planes, channels, numbers };
 
   const Norm& p;
@@ -122,6 +122,7 @@ struct NormTask {
     R acc[4] = {};
     int64_t i = 0;
     for (; i + 4 * L <= count; i += 4 * L)
+#pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) acc[k] = acc[k] + V::load(h + i + k * L);
     for (; i + L <= count; i += L) acc[0] = acc[0] + V::load(h + i);
     double sum = V::sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
@@ -136,6 +137,7 @@ struct NormTask {
       second[k] = V::fma(deviation, deviation, second[k]);
     };
     for (i = 0; i + 4 * L <= count; i += 4 * L)
+#pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) step(i + k * L, k);
     for (; i < vectors; i += L) step(i, 0);
     double rest = V::sum((first[0] + first[1]) + (first[2] + first[3]));
@@ -168,6 +170,7 @@ struct NormTask {
     R a[4] = {}, b[4] = {};
     int64_t i = 0;
     for (; i + 4 * L <= count; i += 4 * L)
+#pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
         const int64_t from = i + u * L;
         numbers_at(h + from, beyond(other, from), beyond(y, from), beyond(out, from), k, a[u], b[u]);
@@ -195,66 +198,120 @@ struct NormTask {
   }
   int64_t positions_of(int64_t part) const { return (min_of(part_size, p.N * p.T * p.H - part * part_size)) * p.W; }
 
-  static R load_few(const T* from, int64_t count) {
+  static R load_lanes(const T* from, int64_t few) {
+    if (!few) return V::load(from);
     T copy[L] = {};
-    memcpy(copy, from, static_cast<size_t>(count) * sizeof(T));
+    memcpy(copy, from, static_cast<size_t>(few) * sizeof(T));
     return V::load(copy);
   }
 
-  // Vectors c .. c + M L of a part's channels; `few`: only so many numbers of the single vector exist.
-  template <int M>
-  void channel_moments(int64_t part, int64_t c, int64_t few) const {
-    const T* base = static_cast<const T*>(p.h.data) + c;
-    const auto load = [&](int64_t h, int m) { return few ? load_few(base + h, few) : V::load(base + h + m * L); };
-    const double count = static_cast<double>(positions_of(part));
-    R sum[M] = {}, rest[M] = {}, squares[M] = {};
-    for_positions(part, [&](int64_t h, int64_t, int64_t, int64_t) {
-      for (int m = 0; m < M; ++m) sum[m] = sum[m] + load(h, m);
+  // Where a few positions are, in h, other, y and out.
+  struct Rows {
+    int64_t count = 0, h[together], other[together], y[together], out[together];
+  };
+  // Calls visit(Rows) for a part's positions, some at a time: their channels are read as they follow one another, and what
+  // is summed up comes and goes once for all of them.
+  template <class Visit>
+  void for_rows(int64_t part, Visit visit) const {
+    Rows rows;
+    for_positions(part, [&](int64_t h, int64_t other, int64_t y, int64_t out) {
+      const int64_t i = rows.count++;
+      rows.h[i] = h, rows.other[i] = other, rows.y[i] = y, rows.out[i] = out;
+      if (rows.count == together) visit(rows), rows.count = 0;
     });
-    for (int m = 0; m < M; ++m) sum[m] = sum[m] * V::set1(static_cast<S>(1 / count));
-    for_positions(part, [&](int64_t h, int64_t, int64_t, int64_t) {
-      for (int m = 0; m < M; ++m) {
-        const R deviation = load(h, m) - sum[m];
-        rest[m] = rest[m] + deviation;
-        squares[m] = V::fma(deviation, deviation, squares[m]);
-      }
-    });
-    alignas(64) S lanes[3][M * L];
-    for (int m = 0; m < M; ++m)
-      V::store(lanes[0] + m * L, sum[m]), V::store(lanes[1] + m * L, rest[m]), V::store(lanes[2] + m * L, squares[m]);
-    double* to = partial + (part * p.C + c) * 2;
-    for (int64_t i = 0; i < (few ? few : M * L); ++i)
-      corrected(lanes[0][i], lanes[1][i], lanes[2][i], count, to + 2 * i);
+    if (rows.count) visit(rows);
   }
 
+  // Calls visit(vectors, c, few) for all channels: `vectors`, a constant, from channel c on; few: only so many numbers
+  // of the one vector exist.
+  template <class Visit>
+  void for_channels(Visit visit) const {
+    constexpr int M = 4;
+    int64_t c = 0;
+    for (; c + M * L <= p.C; c += M * L) visit(std::integral_constant<int, M>(), c, int64_t(0));
+    for (; c + L <= p.C; c += L) visit(std::integral_constant<int, 1>(), c, int64_t(0));
+    if (c < p.C) visit(std::integral_constant<int, 1>(), c, p.C - c);
+  }
   template <int M>
-  void channel_sums(int64_t part, int64_t c, int64_t few) const {
-    Channel k[M];
-    for (int m = 0; m < M; ++m) k[m] = of_lanes(c + m * L);
-    R a[M] = {}, b[M] = {};
-    const T *h0 = at<const T>(p.h, c), *other0 = at<const T>(p.other, c);
-    T *y0 = at<T>(p.y, c), *out0 = at<T>(p.out, c);
-    for_positions(part, [&](int64_t h, int64_t other, int64_t y, int64_t out) {
-      T *of_y = y0 ? y0 + y : nullptr, *to = out0 ? out0 + out : nullptr;
-      if (few) return few_at(few, h0 + h, other0 + other, of_y, to, k[0], a[0], b[0]);
-      for (int m = 0; m < M; ++m)
-        numbers_at(h0 + h + m * L, other0 + other + m * L, of_y ? of_y + m * L : nullptr, to ? to + m * L : nullptr,
-                   k[m], a[m], b[m]);
+  static void load_all(R (&to)[M], const S* from) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) to[m] = V::load(from + m * L);
+  }
+  template <int M>
+  static void store_all(S* to, const R (&from)[M]) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) V::store(to + m * L, from[m]);
+  }
+
+  // center, rest, squares: [padded] each.
+  void channel_moments(int64_t part, S* center, S* rest, S* squares) const {
+    const T* const base = static_cast<const T*>(p.h.data);
+    const double count = static_cast<double>(positions_of(part));
+    for_rows(part, [=, this](const Rows& rows) {
+      for_channels([&](auto vectors, int64_t c, int64_t few) {
+        constexpr int M = decltype(vectors)::value;
+        R sum[M];
+        load_all(sum, center + c);
+        for (int64_t i = 0; i < rows.count; ++i)
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) sum[m] = sum[m] + load_lanes(base + rows.h[i] + c + m * L, few);
+        store_all(center + c, sum);
+      });
     });
-    alignas(64) S first[M * L], second[M * L];
-    for (int m = 0; m < M; ++m) V::store(first + m * L, a[m]), V::store(second + m * L, b[m]);
-    double* to = partial + (part * p.C + c) * 2;
-    for (int64_t i = 0; i < (few ? few : M * L); ++i) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+    for (int64_t c = 0; c < p.C; c += L) V::store(center + c, V::load(center + c) * V::set1(static_cast<S>(1 / count)));
+    for_rows(part, [=, this](const Rows& rows) {
+      for_channels([&](auto vectors, int64_t c, int64_t few) {
+        constexpr int M = decltype(vectors)::value;
+        R from[M], a[M], b[M];
+        load_all(from, center + c), load_all(a, rest + c), load_all(b, squares + c);
+        for (int64_t i = 0; i < rows.count; ++i)
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            const R deviation = load_lanes(base + rows.h[i] + c + m * L, few) - from[m];
+            a[m] = a[m] + deviation;
+            b[m] = V::fma(deviation, deviation, b[m]);
+          }
+        store_all(rest + c, a), store_all(squares + c, b);
+      });
+    });
+    double* const to = partial + part * p.C * 2;
+    for (int64_t c = 0; c < p.C; ++c) corrected(center[c], rest[c], squares[c], count, to + 2 * c);
+  }
+
+  // first, second: [padded] each.
+  void channel_sums(int64_t part, S* first, S* second) const {
+    const T *h0 = at<const T>(p.h, 0), *other0 = at<const T>(p.other, 0);
+    T *y0 = at<T>(p.y, 0), *out0 = at<T>(p.out, 0);
+    for_rows(part, [=, this](const Rows& rows) {
+      for_channels([&](auto vectors, int64_t c, int64_t few) {
+        constexpr int M = decltype(vectors)::value;
+        const auto from = [](auto* base, int64_t i) { return base ? base + i : nullptr; };
+        Channel k[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) k[m] = of_lanes(c + m * L);
+        R a[M], b[M];
+        load_all(a, first + c), load_all(b, second + c);
+        for (int64_t i = 0; i < rows.count; ++i) {
+          const T *h = h0 + rows.h[i] + c, *other = other0 + rows.other[i] + c;
+          T *y = from(y0, rows.y[i] + c), *out = from(out0, rows.out[i] + c);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m)
+            few ? few_at(few, h, other, y, out, k[m], a[m], b[m])
+                : numbers_at(h + m * L, other + m * L, from(y, m * L), from(out, m * L), k[m], a[m], b[m]);
+        }
+        store_all(first + c, a), store_all(second + c, b);
+      });
+    });
+    double* const to = partial + part * p.C * 2;
+    for (int64_t c = 0; c < p.C; ++c) to[2 * c] = first[c], to[2 * c + 1] = second[c];
   }
 
   void channels(int64_t part) const {
     if (reduces()) {
-      constexpr int M = 4;
-      const bool moments = p.pass == NormPass::moments;
-      int64_t c = 0;
-      for (; c + M * L <= p.C; c += M * L) moments ? channel_moments<M>(part, c, 0) : channel_sums<M>(part, c, 0);
-      for (; c + L <= p.C; c += L) moments ? channel_moments<1>(part, c, 0) : channel_sums<1>(part, c, 0);
-      if (c < p.C) moments ? channel_moments<1>(part, c, p.C - c) : channel_sums<1>(part, c, p.C - c);
+      S* const sums = static_cast<S*>(scratch(1, static_cast<size_t>(3 * padded) * sizeof(S)));
+      memset(static_cast<void*>(sums), 0, static_cast<size_t>(3 * padded) * sizeof(S));
+      p.pass == NormPass::moments ? channel_moments(part, sums, sums + padded, sums + 2 * padded)
+                                  : channel_sums(part, sums, sums + padded);
       return;
     }
     const T *h0 = at<const T>(p.h, 0), *other0 = at<const T>(p.other, 0);
