@@ -255,7 +255,12 @@ struct PairedGrad {
         }
         transpose(pairs);
         bf16_t* const to = h + c / NR * K * NR + k * NR + c % NR * 2;
-        for (int64_t l = 0; l < (end - k) / 2; ++l) _mm512_storeu_si512(to + l * 2 * NR, pairs[l]);
+        const int64_t count_of_pairs = (end - k) / 2;
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < tile; ++l) {
+          if (l == count_of_pairs) break;
+          _mm512_storeu_si512(to + l * 2 * NR, pairs[l]);
+        }
       }
       k = end;
     }

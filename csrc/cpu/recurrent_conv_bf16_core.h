@@ -221,6 +221,7 @@ struct Task {
     const __mmask16 valid[2] = {static_cast<__mmask16>(present), static_cast<__mmask16>(present >> tile)};
     __mmask16 add_lanes[2] = {0, 0};
     __m512 scale_lanes[2] = {zero, zero}, shift_lanes[2] = {zero, zero};
+#pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       if (f.add_state) add_lanes[h] = 0xffff;
       if (Channels && f.product) add_lanes[h] = identity_lanes(channel0 + 16 * h);
@@ -439,6 +440,7 @@ struct Task {
           }
           __mmask16 add[2] = {0, 0};
           __m512 scale_lanes[2] = {zero, zero}, shift_lanes[2] = {zero, zero};
+#pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
             if (p.init == Init::added && !product_here) add[h] = 0xffff;
             if (product_here) add[h] = identity_lanes(c0 + 16 * h);
@@ -767,22 +769,26 @@ struct Task {
 // 16 x 16 values of 32 bits.
 __attribute__((always_inline)) static inline void transpose(__m512i (&a)[16]) {
   __m512i b[16];
+#pragma GCC unroll 8
   for (int l = 0; l < 16; l += 2) {
     b[l] = _mm512_unpacklo_epi32(a[l], a[l + 1]);
     b[l + 1] = _mm512_unpackhi_epi32(a[l], a[l + 1]);
   }
+#pragma GCC unroll 4
   for (int l = 0; l < 16; l += 4) {
     a[l] = _mm512_unpacklo_epi64(b[l], b[l + 2]);
     a[l + 1] = _mm512_unpackhi_epi64(b[l], b[l + 2]);
     a[l + 2] = _mm512_unpacklo_epi64(b[l + 1], b[l + 3]);
     a[l + 3] = _mm512_unpackhi_epi64(b[l + 1], b[l + 3]);
   }
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
     b[4 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
     b[8 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
     b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
   }
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     a[j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88);
     a[8 + j] = _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd);
@@ -819,8 +825,10 @@ struct Call {
       if (plain) {
         const bf16_t* rows = static_cast<const bf16_t*>(t.p.weight) + o0 * t.p.weight_out + kt * block;
         __m512i pairs[tile];
+#pragma GCC unroll 16
         for (int64_t o = 0; o < tile; ++o) pairs[o] = _mm512_loadu_si512(rows + o * t.p.weight_out);
         if (Channels) transpose(pairs);
+#pragma GCC unroll 16
         for (int64_t o = 0; o < tile; ++o) _mm512_store_si512(out + o * block, pairs[o]);
         continue;
       }
