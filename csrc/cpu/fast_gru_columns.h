@@ -69,6 +69,21 @@ static inline void for_vectors(int64_t count, Visit visit) {
   for (int64_t i = 0; i < count; i += L) visit(min_of(i, count - L), std::integral_constant<int, L>{});
 }
 
+// out[n][m] = (or +=) the sum of the lanes of sums[m N + n], for N columns and `rows` outputs: how a thin product ends.
+template <int N>
+static inline void add_lanes(float* out, int64_t out_pitch, Floats* sums, int64_t rows, bool add) {
+  constexpr int L = Vector<float>::L;
+  transpose_lanes(sums);
+  Floats total = sums[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < L; ++i) total += sums[i];
+  for (int64_t m = 0; m < rows; ++m)
+    for (int n = 0; n < N; ++n) {
+      float& to = out[n * out_pitch + m];
+      to = (add ? to : 0) + total[m * N + n];
+    }
+}
+
 #ifdef RCU_OPS_PAIRS
 #include "fast_gru_pairs.h"
 #else

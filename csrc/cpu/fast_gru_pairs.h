@@ -87,7 +87,7 @@ static void thin_product(float* out, int64_t out_pitch, const bf16_t* weight, in
       const int64_t count = min_of<int64_t>(M, rows - first);
       const bf16_t* a[M];
       for (int m = 0; m < M; ++m) a[m] = weight + (first + min_of<int64_t>(m, count - 1)) * inputs + k0;
-      __m512 sums[L] = {};  // row by row
+      Floats sums[L] = {};  // row by row
       for (int64_t k = 0; k < some; k += 2 * L) {
         const __mmask32 lanes = some - k >= 2 * L ? ~__mmask32(0) : (__mmask32(1) << (some - k)) - 1;
 #pragma GCC unroll 4
@@ -95,19 +95,11 @@ static void thin_product(float* out, int64_t out_pitch, const bf16_t* weight, in
           const __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(lanes, a[m] + k);
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n)
-            sums[m * N + n] = _mm512_dpbf16_ps(sums[m * N + n], w, (__m512bh)_mm512_load_si512(factors[n] + k));
+            sums[m * N + n] =
+                (Floats)_mm512_dpbf16_ps((__m512)sums[m * N + n], w, (__m512bh)_mm512_load_si512(factors[n] + k));
         }
       }
-      Floats rows_of[L];
-      memcpy(rows_of, sums, sizeof(sums));
-      transpose_lanes(rows_of);
-      Floats total = rows_of[0];
-      for (int i = 1; i < L; ++i) total += rows_of[i];
-      for (int m = 0; m < count; ++m)
-        for (int n = 0; n < N; ++n) {
-          float& to = out[n * out_pitch + first + m];
-          to = (add || k0 > 0 ? to : 0) + total[m * N + n];
-        }
+      add_lanes<N>(out + first, out_pitch, sums, count, add || k0 > 0);
     }
   }
 }

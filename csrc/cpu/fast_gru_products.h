@@ -64,14 +64,7 @@ static void thin_product(float* out, int64_t out_pitch, const float* weight, int
     int64_t k = 0;
     for (; k + L <= inputs; k += L) some(k, std::integral_constant<int, L>{});
     if (k < inputs) some(k, static_cast<int>(inputs - k));
-    transpose_lanes(sums);
-    Floats total = sums[0];
-    for (int i = 1; i < L; ++i) total += sums[i];
-    for (int m = 0; m < count; ++m)
-      for (int n = 0; n < N; ++n) {
-        float& to = out[n * out_pitch + first + m];
-        to = (add ? to : 0) + total[m * N + n];
-      }
+    add_lanes<N>(out + first, out_pitch, sums, count, add);
   }
 }
 

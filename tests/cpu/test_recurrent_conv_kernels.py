@@ -587,6 +587,17 @@ def test_one_product_takes_panels_of_the_weight_where_channels_are_adjacent() ->
 
 
 @planned
+def test_tasks_of_a_single_step_in_bf16_divide_the_larger_operand() -> None:
+    def tasks(channels: int, positions: int, isa: str = "avx512_bf16") -> list[tuple[int, ...]]:
+        details = native.recurrent_conv_plan_details(1, channels, 1, positions, "bfloat16", 2, True, True, isa=isa)
+        return [tuple(task) for task in details["tasks"]]
+
+    assert tasks(512, 49) == [(0, 49, 0, 256), (0, 49, 256, 512)]  # W; positions would be 32 and 17
+    assert {task[2:] for task in tasks(256, 196)} == {(0, 256)}  # the state
+
+
+
+@planned
 def test_offsets_past_two_to_the_31() -> None:
     assert native is not None
     plan = native.recurrent_conv_plan_details(2**20, 64, 16, 3136, "float32", 16)
