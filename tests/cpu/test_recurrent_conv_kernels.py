@@ -596,7 +596,6 @@ def test_tasks_of_a_single_step_in_bf16_divide_the_larger_operand() -> None:
     assert {task[2:] for task in tasks(256, 196)} == {(0, 256)}  # the state
 
 
-
 @planned
 def test_offsets_past_two_to_the_31() -> None:
     assert native is not None
