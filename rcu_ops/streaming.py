@@ -27,6 +27,7 @@ from rcu_ops.nn.causality import carries_state, register_per_frame, streaming_ob
 from rcu_ops.nn.stream_state import StreamPass
 from rcu_ops.report import replacing
 from rcu_ops.stream_graph import ChunkGraphs, State
+from rcu_ops.tensor_files import not_safetensors
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -327,7 +328,7 @@ def load_state(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable state file: {error}") from error
+        raise ValueError(f"{path} {not_safetensors(path, error)}") from error
     if header.get("__metadata__", {}).get("format") != _FILE_FORMAT or FRAMES_KEY not in tensors:
         raise ValueError(f"{path}: a safetensors file, but not the state of a stream")
     return state_to(tensors, device)

@@ -296,11 +296,18 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage that is no header", b"\x10\0\0\0\0\0\0\0{}              "])
-def test_damaged_state_files(content: bytes, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"garbage that is no header", "safetensors did not write it"),
+        (b"\x10\0\0\0\0\0\0\0{}      ", "it is cut off"),
+    ],
+)
+def test_damaged_state_files(content: bytes, why: str, tmp_path) -> None:
     path = tmp_path / "state.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.safetensors"):
+    with pytest.raises(ValueError, match=rf"state\.safetensors is not a readable safetensors file: {why}"):
         load_state(path)
 
 

@@ -26,12 +26,16 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rcu_ops.analysis import fusion
 from rcu_ops.cli_errors import UserError
+from rcu_ops.tensor_files import not_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -177,37 +181,25 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(_one_line(error)) from error
+        raise UserError(f"{path} {not_safetensors(path, error)}") from error
 
 
-def read_state_dict(path: str | Path) -> dict[str, Any]:
-    """Named tensors of a weights file: ``.safetensors``, or a ``torch.save`` file holding a state dict.
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """:func:`rcu_ops.tensor_files.read_state_dict`, with the layers in the order of the network.
 
-    A state dict nested under ``state_dict`` or ``model`` is unwrapped.  Nothing but tensors is unpickled.  Safetensors
-    files do not keep the order of the layers; it is recovered from their names.
+    Safetensors files do not keep that order; it is recovered from the names.
     """
-    import pickle
-
-    import torch
-
+    from rcu_ops import tensor_files
     from rcu_ops.analysis.spectrum import natural_order
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            tensors = _load_safetensors(path)
-            return {name: tensors[name] for name in natural_order(list(tensors))}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read as weights: {_one_line(error)}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path}: expected a state dict, got {type(loaded).__name__}")
-    return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        tensors = tensor_files.read_state_dict(path)
+    except (OSError, ValueError) as error:
+        raise UserError(_one_line(error)) from error
+    return {name: tensors[name] for name in natural_order(list(tensors))} if path.suffix == ".safetensors" else tensors
 
 
 def _one_line(error: BaseException) -> str:

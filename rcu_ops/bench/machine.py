@@ -45,6 +45,23 @@ class Peaks:
             rates.append(self.flops_per_second["fp32"])
         return max(bytes_moved / self.bytes_per_second, flops / max(rates))
 
+    def best_of(self, other: Peaks) -> Peaks:
+        """The higher rate of each kind.
+
+        A machine that others share, or whose clock depends on its temperature, shows its peaks only at times, and a
+        peak that is measured too low makes every share of a floor too high.
+        """
+        names = dict.fromkeys([*self.flops_per_second, *other.flops_per_second])
+        return Peaks(
+            max(self.bytes_per_second, other.bytes_per_second),
+            {n: max(self.flops_per_second.get(n, 0.0), other.flops_per_second.get(n, 0.0)) for n in names},
+        )
+
+    def __str__(self) -> str:
+        """In a few words: ``copy 40.1 GB/s, fp32 160 GFLOP/s``."""
+        rates = [f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in self.flops_per_second.items()]
+        return ", ".join([f"copy {self.bytes_per_second / 1e9:.1f} GB/s", *rates])
+
 
 def measure_peaks(device: torch.device, timer: Timer, dtypes: tuple[torch.dtype, ...]) -> Peaks:
     """Copy bandwidth and matrix rate of ``device``, the best of several runs: a peak, not a typical value."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rcu_ops.bench.case import DTYPE_NAMES, OURS, OWN, Case, Prepared
@@ -59,6 +59,10 @@ class CaseResult:
     plan: str | None
     floor_seconds: float
     candidates: tuple[CandidateResult, ...]
+
+    def with_floor(self, peaks: Peaks) -> CaseResult:
+        """The same times over the floor that ``peaks`` give."""
+        return replace(self, floor_seconds=peaks.floor(self.case.bytes_moved, self.case.flops, self.case.dtype))
 
     @property
     def least_seconds(self) -> float:

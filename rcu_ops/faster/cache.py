@@ -26,6 +26,7 @@ from rcu_ops.recipes.dataset import mix_seed, network_input, read_clip
 from rcu_ops.recipes.lists import LabelledVideo, VideoList
 from rcu_ops.report import replacing
 from rcu_ops.run_folder import SETTINGS, claim_folder
+from rcu_ops.tensor_files import not_safetensors
 from rcu_ops.video import VideoError
 from rcu_ops.video.sample import random_clips, regular_clips
 from rcu_ops.video.transform import center_crop, flip, random_crop, resize_short_side
@@ -244,8 +245,10 @@ def _read_problems(path: Path, digest: str) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it, and it is made again") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} {not_safetensors(path, error)}; remove it, and it is made again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     if metadata.get(_DIGEST) != digest:
         raise UserError(f"{path}: was made with other weights or another sampling than {SETTINGS} says; remove it")
     return dict(json.loads(metadata.get(_PROBLEMS, "{}")))

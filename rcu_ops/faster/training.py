@@ -14,6 +14,7 @@ from rcu_ops.cli_errors import UserError
 from rcu_ops.faster.cache import ClipCache
 from rcu_ops.nn.aggregators import Aggregator
 from rcu_ops.recipes.stored import CHECKPOINT, StoredTraining
+from rcu_ops.tensor_files import not_safetensors
 
 __all__ = ["CHECKPOINT", "WEIGHTS", "AggregatorTraining", "aggregate_scores", "load_aggregator"]
 
@@ -96,7 +97,9 @@ def load_aggregator(path: Path, channels: int, classes: int) -> tuple[Aggregator
             settings = json.loads((file.metadata() or {})[_SETTINGS_KEY])
         aggregator = make_aggregator(settings["aggregator"], channels, classes, **settings["options"])
         aggregator.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise UserError(f"{path} {not_safetensors(path, error)}") from error
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not an aggregator for {channels} channels and {classes} classes: {error}") from error
     return aggregator.eval(), settings
 

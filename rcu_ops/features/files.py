@@ -14,6 +14,7 @@ import numpy as np
 
 from rcu_ops.cli_errors import UserError
 from rcu_ops.report import replacing
+from rcu_ops.tensor_files import not_safetensors
 from rcu_ops.video.sample import spread_over
 
 __all__ = [
@@ -101,8 +102,10 @@ def read_features(path: Path) -> np.ndarray:
 
             try:
                 found = load_file(path)["features"]
-            except (SafetensorError, KeyError) as error:
-                raise ValueError(f"no features in it ({error})") from error
+            except SafetensorError as error:
+                raise UserError(f"{path} {not_safetensors(path, error)}") from error
+            except KeyError as error:
+                raise UserError(f"{path}: holds no features: there is no {error} in it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as features: {error}") from error
     if found.ndim != 2 or 0 in found.shape or found.dtype.kind != "f":

@@ -10,6 +10,7 @@ import numpy as np
 
 from rcu_ops.cli_errors import UserError
 from rcu_ops.report import replacing
+from rcu_ops.tensor_files import not_safetensors
 
 __all__ = ["PCA", "fit_pca", "load_pca", "save_pca"]
 
@@ -99,8 +100,12 @@ def load_pca(path: Path) -> PCA:
     try:
         arrays = load_file(path)
         pca = PCA(arrays["mean"], arrays["components"], arrays["explained"])
-    except (OSError, SafetensorError, KeyError) as error:
+    except SafetensorError as error:
+        raise UserError(f"{path} {not_safetensors(path, error)}") from error
+    except OSError as error:
         raise UserError(f"{path}: cannot be read as principal components: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{path}: holds no principal components: there is no {error} in it") from error
     if pca.components.ndim != 2 or pca.components.shape[1:] != pca.mean.shape:
         raise UserError(f"{path}: its components and mean do not fit each other")
     return pca

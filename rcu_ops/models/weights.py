@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
 from rcu_ops.models.resnet import Conv2Plus1d, VideoResNet
+from rcu_ops.tensor_files import read_state_dict
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,10 @@ def load_weights(
             or weights that do not fit: missing, unexpected and misshapen ones are all listed by name.
     """
     path = fetch_weights(source, sha256)
-    weights = _read(path)
+    try:
+        weights = read_state_dict(path)
+    except ValueError as error:
+        raise ValueError(f"source: {error}") from error
     expected = model.state_dict()
     kept: list[str] = []
     if _is_2d_resnet(weights):
@@ -192,55 +194,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, ValueError) as error:
-            why = _why_not_safetensors(path, error)
-            raise ValueError(f"source: {path} is not a readable safetensors file: {why}") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler's errors have no common base
-        raise ValueError(f"source: {path} is not a readable file of weights: {_what_it_is(path, error)}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"source: {path} holds no state dict (a dict of names and tensors)")
-    if content and all(name.startswith("module.") for name in content):  # saved from a DataParallel wrapper
-        content = {name[len("module.") :]: tensor for name, tensor in content.items()}
-    return content
-
-
-def _why_not_safetensors(path: Path, error: Exception) -> str:
-    """What is wrong with a file: the length of its header (8 bytes), the header (JSON), and the tensors' bytes."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    if not start:
-        return "it is empty"
-    if start[8:] not in (b"", b"{"):
-        return "safetensors did not write it"
-    cut = int.from_bytes(start[:8], "little") + 8 > path.stat().st_size or "not fully covered" in str(error)
-    return "it is cut off" if cut else str(error)
-
-
-def _what_it_is(path: Path, error: Exception) -> str:
-    """Why ``torch.load`` refused a file, from what it begins with: PyTorch's own words are about its arguments."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start:
-        return "it is empty"
-    if start == b"PK\x03\x04" and not isinstance(error, pickle.UnpicklingError):
-        return "it is cut off, or a zip archive that torch.save did not write"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "it holds other objects than tensors; save the state dict alone"
-    return "neither torch.save nor safetensors wrote it"
 
 
 def _is_2d_resnet(weights: dict[str, Tensor]) -> bool:

@@ -196,7 +196,7 @@ def test_labelled_videos_without_scores_are_mentioned(files, capsys):
         (["map", "{}/rcn.npz", "--labels", "{}/dense.csv", "--fps", "0"], "--fps: expected a number above 0"),
         (["map", "{}/rcn.npz", "--labels", "{}/labels.csv"], "labels.csv: expected a header line"),
         (["spectrum", "{}/missing.pth"], "missing.pth: no such file"),
-        (["spectrum", "{}/rcn.npz"], "rcn.npz: cannot be read as weights"),
+        (["spectrum", "{}/rcn.npz"], "rcn.npz is not a readable file of weights: it is cut off, or a zip archive"),
         (["early", "{}/rcn.npz", "--labels", "{}/labels.csv", "--out", "{}/labels.csv/x"], "cannot write the results"),
     ],
 )

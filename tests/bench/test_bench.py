@@ -14,7 +14,7 @@ import torch
 from rcu_ops.bench import command, fast_gru, output, recurrent_conv
 from rcu_ops.bench.case import OURS, OWN, Candidate, Case, Prepared, Variant
 from rcu_ops.bench.correctness import WrongResultError, check_outputs
-from rcu_ops.bench.machine import Peaks, describe
+from rcu_ops.bench.machine import Peaks, describe, peaks_as_data
 from rcu_ops.bench.runner import CandidateResult, CaseResult, as_data, run_case
 from rcu_ops.bench.suite import OPERATORS, TIERS, collect, spread
 from rcu_ops.bench.timing import SCHEDULES, CpuTimer, Schedule, Timing, interleaved, latency, make_timers
@@ -471,7 +471,8 @@ def test_a_baseline_outside_the_tolerance_rule_is_left_out_and_fails_nothing(tmp
     assert "FAILED" not in shown.err
     reason = "its own error breaks the tolerance rule"
     assert f"left out: doubling forward N3 fp32 contiguous: compile: {reason}: output 0: rms error" in shown.err
-    row, note = next(line for line in shown.out.splitlines() if line.startswith("N3")), shown.out.splitlines()[-1]
+    lines = shown.out.splitlines()
+    row, note = next(line for line in lines if line.startswith("N3")), lines[-3]
     assert row.split()[-3:] == ["inexact", "-", "cpu"]
     assert note == f"inexact: a baseline that has no time, because {reason}"
     found = {c["name"]: c for c in json.loads((tmp_path / "bench.json").read_text())["results"][0]["candidates"]}
@@ -501,6 +502,28 @@ def test_a_budget_leaves_cases_out_and_names_them(tmp_path, monkeypatch, capsys)
     for wrong_budget in ("-1", "soon"):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", "--budget", wrong_budget])
+
+
+def test_the_higher_of_the_peaks_before_and_after_a_run_counts(tmp_path, monkeypatch, capsys):
+    case = _Doubling(**{OURS: right, "eager": right})
+    measured = [
+        Peaks(bytes_per_second=16e9, flops_per_second={"fp32": 1e9, "bf16": 3e9}),
+        Peaks(bytes_per_second=1e9, flops_per_second={"fp32": 8e9, "bf16": 2e9}),
+    ]
+    best = Peaks(bytes_per_second=16e9, flops_per_second={"fp32": 8e9, "bf16": 3e9})
+    calls = iter(measured)
+    monkeypatch.setattr(command, "collect", lambda *_: [case])
+    monkeypatch.setattr("rcu_ops.bench.machine.measure_peaks", lambda *_: next(calls))
+    monkeypatch.setitem(SCHEDULES, "quick", FAST)
+    assert main(["bench", "--quick", "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["peaks"] == peaks_as_data(best)
+    floor = max(case.bytes_moved / 16e9, case.flops / 8e9)
+    assert data["results"][0]["floor_s"] == pytest.approx(floor)
+    assert floor < min(peaks.floor(case.bytes_moved, case.flops, case.dtype) for peaks in measured)
+    out = capsys.readouterr().out
+    assert "measured peaks: copy 16.0 GB/s, fp32 1 GFLOP/s, bf16 3 GFLOP/s" in out
+    assert "measured peaks at the end: copy 1.0 GB/s, fp32 8 GFLOP/s, bf16 2 GFLOP/s; bench.json" in out
 
 
 def _operators(monkeypatch, last) -> list[Case]:

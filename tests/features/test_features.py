@@ -209,7 +209,8 @@ def test_files(tmp_path: Path, suffix: str) -> None:
         with pytest.raises(UserError, match=rf"a.mp4{suffix}: expected features \[K,F\], got .*{what}"):
             read_features(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot be read as features"):
+    why = {".npy": ": cannot be read as features", ".safetensors": " is not a readable safetensors file: it is cut off"}
+    with pytest.raises(UserError, match=f"a.mp4{suffix}{why[suffix]}"):
         read_features(path)
 
 
@@ -241,6 +242,11 @@ def test_pca_errors_and_file(tmp_path: Path) -> None:
         pca(few)
     with pytest.raises(UserError, match="cannot be read"):
         load_pca(tmp_path / "none.safetensors")
+    write_features(tmp_path / "f.safetensors", few)
+    with pytest.raises(UserError, match="f.safetensors: holds no principal components: there is no 'mean' in it"):
+        load_pca(tmp_path / "f.safetensors")
+    with pytest.raises(UserError, match="p.safetensors: holds no features: there is no 'features' in it"):
+        read_features(tmp_path / "p.safetensors")
     save_pca(tmp_path / "p.safetensors", PCA(np.zeros(3, np.float32), pca.components, pca.explained))
     with pytest.raises(UserError, match="its components and mean do not fit each other"):
         load_pca(tmp_path / "p.safetensors")
