@@ -41,7 +41,22 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "srtg": lambda: SRTG(C, gate=False),
     "srtg_add": lambda: SRTG(C, gate=False, fusion="add"),
     "srtg_window": lambda: SRTG(C, window=3),
+    **{kind: lambda kind=kind: _FramesAsClips(kind) for kind in AGGREGATORS},
 }
+
+
+class _FramesAsClips(nn.Module):
+    """An aggregator over features [N,C,T,H,W], every frame of which is a clip; for scores their mean over positions."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.aggregator = make_aggregator(kind, C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,T,H,W] -> [N,C,T]."""
+        clips = x.transpose(1, 2).unsqueeze(3)
+        scores, _ = self.aggregator(clips if self.aggregator.takes == "features" else clips.mean((3, 4, 5)))
+        return scores.transpose(1, 2)
 
 
 def in_chunks(streamer: Streamer, x: Tensor, chunks: list[int]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ Sections 3.1-3.3 of "FASTER Recurrent Networks for Efficient Video Classificatio
 
 ``x`` is [N,K,C,L,H,W], the clips' features, or for :class:`AverageScores` [N,K,classes], their scores (``takes`` says
 which). The state is a ``dict[str, Tensor]`` with the batch first; None starts with the first clip: ``o_0 = x_0``.
+In a model that a :class:`rcu_ops.streaming.Streamer` runs, its clips being frames (L = 1), the streamer carries it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rcu_ops.nn.residual_rnn import ResidualRNN
+from rcu_ops.nn.stream_state import active_slot
 from rcu_ops.ops import fast_gru
 
 State = dict[str, Tensor]
@@ -37,6 +39,7 @@ class Aggregator(nn.Module):
         ValueError: a size below 1; features of another shape; a state of another aggregator or of another batch size.
     """
 
+    carries_state: ClassVar[bool] = True
     takes: ClassVar[str] = "features"
     parts: ClassVar[tuple[str, ...]] = ("o",)
 
@@ -56,9 +59,33 @@ class Aggregator(nn.Module):
         """x [N,K,C,L,H,W] -> (scores [N,K,classes], state)."""
         if x.dim() != 6 or x.shape[1] < 1 or x.shape[2] != self.channels:
             raise ValueError(f"x: expected [N,K,C,L,H,W] with K >= 1 and C = {self.channels}, got {list(x.shape)}")
-        self._check_state(state, x.shape[0])
+        return self._run(x, state)
+
+    def scores(self, x: Tensor, state: Mapping[str, Tensor] | None) -> tuple[Tensor, State]:
+        """The same for arguments that are checked, outside of a stream."""
         o, last = self.aggregate(x, state)
         return self.fc(_pool(o)), last
+
+    def state_shapes(self, x: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shape of every part of the state after clips such as ``x``."""
+        return {"o": (x.shape[0], *x.shape[2:])}
+
+    def _run(self, x: Tensor, state: Mapping[str, Tensor] | None) -> tuple[Tensor, State]:
+        self._check_state(state, x.shape[0])
+        slot = active_slot(self) if state is None else None
+        if slot is None:
+            return self.scores(x, state)
+        before = {part: slot.read(x, shape, part) for part, shape in self.state_shapes(x).items()}
+        carried = {part: value for part, value in before.items() if value is not None}
+        scores, last = self.scores(x, carried or None)
+        if carried and slot.fresh is not None:
+            # No state makes a recurrence of these start with o = x: samples that start anew take both.
+            anew, start = self.scores(x, None)
+            scores = _choose(slot.fresh, anew, scores)
+            last = {part: _choose(slot.fresh, start[part], value) for part, value in last.items()}
+        for part, value in last.items():
+            slot.write(value, part)
+        return scores, last
 
     def _check_state(self, state: Mapping[str, Tensor] | None, samples: int) -> None:
         for part in () if state is None else self.parts:
@@ -74,6 +101,11 @@ class Aggregator(nn.Module):
         """One clip: x [N,C,L,H,W] -> (scores [N,classes], state)."""
         scores, last = self(x.unsqueeze(1), state)
         return scores[:, 0], last
+
+
+def _choose(samples: Tensor, these: Tensor, others: Tensor) -> Tensor:
+    """``these`` for the samples [N] that are set, and ``others``."""
+    return torch.where(samples.view(-1, *[1] * (others.dim() - 1)), these, others)
 
 
 def _pool(o: Tensor) -> Tensor:
@@ -99,7 +131,10 @@ class AverageScores(Aggregator):
         """x [N,K,classes] -> (scores [N,K,classes], state)."""
         if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.num_classes:
             raise ValueError(f"x: expected scores [N,K,{self.num_classes}] with K >= 1, got {list(x.shape)}")
-        self._check_state(state, x.shape[0])
+        return self._run(x, state)
+
+    def scores(self, x: Tensor, state: Mapping[str, Tensor] | None) -> tuple[Tensor, State]:
+        """The means, for arguments that are checked."""
         wide = torch.promote_types(x.dtype, torch.float32)  # a sum of 16-bit numbers would stop growing
         total = x.to(wide).cumsum(1)
         count = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=wide).expand(x.shape[0], -1)
@@ -107,6 +142,10 @@ class AverageScores(Aggregator):
             total, count = total + state["sum"].to(wide).unsqueeze(1), count + state["count"].to(wide)[:, None]
         scores = (total / count.unsqueeze(2)).to(x.dtype)
         return scores, {"sum": total[:, -1], "count": count[:, -1]}
+
+    def state_shapes(self, x: Tensor) -> dict[str, tuple[int, ...]]:
+        """Sums of scores, and how many."""
+        return {"sum": (x.shape[0], self.num_classes), "count": (x.shape[0],)}
 
 
 class ConcatAggregator(Aggregator):
@@ -136,6 +175,10 @@ class LSTMAggregator(Aggregator):
         super().__init__(channels, num_classes)
         self.lstm = ResidualRNN(channels, num_layers=1, residual=False)
 
+    def state_shapes(self, x: Tensor) -> dict[str, tuple[int, ...]]:
+        """Of features without positions."""
+        return dict.fromkeys(self.parts, (x.shape[0], self.channels))
+
     def aggregate(self, x: Tensor, state: Mapping[str, Tensor] | None) -> tuple[Tensor, State]:
         """x [N,K,C,L,H,W] -> (o [N,K,C], state)."""
         pooled = _pool(x)
@@ -162,6 +205,10 @@ class GRUAggregator(Aggregator):
         self.from_x = nn.Linear(channels, 3 * channels)  # G_rx, G_zx, V_x
         self.gates_from_o = nn.Linear(channels, 2 * channels, bias=False)
         self.candidate_from_o = nn.Linear(channels, channels, bias=False)
+
+    def state_shapes(self, x: Tensor) -> dict[str, tuple[int, ...]]:
+        """Of features without positions."""
+        return {"o": (x.shape[0], self.channels)}
 
     def aggregate(self, x: Tensor, state: Mapping[str, Tensor] | None) -> tuple[Tensor, State]:
         """x [N,K,C,L,H,W] -> (o [N,K,C], state)."""

@@ -322,15 +322,15 @@ def test_unusable_weights(tmp_path):
         read_state_dict(tmp_path / "missing.pth")
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"nonsense")
-        with pytest.raises(UserError, match="is not a readable (safetensors file|file of weights): ") as error:
+        with pytest.raises(UserError, match=r"is not a readable (safetensors file|file of weights): ") as error:
             read_state_dict(tmp_path / name)
         assert "\n" not in str(error.value)
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="list.pth holds no state dict"):
+    with pytest.raises(UserError, match=r"list\.pth holds no state dict"):
         read_state_dict(tmp_path / "list.pth")
     # A pickled object could run code on loading: it is not loaded.
     torch.save(_Custom(), tmp_path / "object.pth")
-    with pytest.raises(UserError, match="object.pth is not a readable .*: it holds other objects than tensors"):
+    with pytest.raises(UserError, match=r"object\.pth is not a readable .*: it holds other objects than tensors"):
         read_state_dict(tmp_path / "object.pth")
 
 

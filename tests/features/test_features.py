@@ -243,9 +243,9 @@ def test_pca_errors_and_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_pca(tmp_path / "none.safetensors")
     write_features(tmp_path / "f.safetensors", few)
-    with pytest.raises(UserError, match="f.safetensors: holds no principal components: there is no 'mean' in it"):
+    with pytest.raises(UserError, match=r"f\.safetensors: holds no principal components: there is no 'mean' in it"):
         load_pca(tmp_path / "f.safetensors")
-    with pytest.raises(UserError, match="p.safetensors: holds no features: there is no 'features' in it"):
+    with pytest.raises(UserError, match=r"p\.safetensors: holds no features: there is no 'features' in it"):
         read_features(tmp_path / "p.safetensors")
     save_pca(tmp_path / "p.safetensors", PCA(np.zeros(3, np.float32), pca.components, pca.explained))
     with pytest.raises(UserError, match="its components and mean do not fit each other"):

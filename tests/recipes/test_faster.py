@@ -122,7 +122,7 @@ def test_other_weights_or_sampling_are_refused(cached: Path, videos: VideoList, 
         ClipCache(tmp_path)
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     (tmp_path / "shard-00001.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is not a readable safetensors file: .*; remove it, and it is made again"):
+    with pytest.raises(UserError, match=r"is not a readable safetensors file: .*; remove it, and it is made again"):
         ClipCache(tmp_path)
     with pytest.raises(UserError, match="not a cache"):
         ClipCache(tmp_path / "nowhere")
