@@ -137,6 +137,8 @@ Weights split(const Tensor& ux, const Tensor& uo, const Tensor& w, const Tensor&
 // Whether the CPU's own kernels make all steps of so many columns; whether the library's products are made in fp32.
 bool in_panels(const Problem& p, const Tensor& x, int64_t columns);
 bool in_fp32(const Problem& p, const Tensor& x);
+// Whether they make all steps' gradients.
+bool gradients_in_panels(const Problem& p, const Tensor& x);
 // The same problem in fp32: its matrices, those that are saved among them, lie as they would.
 Problem as_fp32(const Problem& p);
 #ifdef RCU_OPS_WITH_CUDA
@@ -212,6 +214,12 @@ void step(const Problem& p, const Weights& w, const Matrix& low, const Matrix& s
 // All steps on the CPU by columns: s is what to save, if anything.
 void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weights> given, const Tensor& start,
                       const Saved& s, const Tensor& o, const Tensor& o_n);
+// Their gradients on the CPU by columns, of tensors of the caller: into dx, do0 and the weights' gradients, those that
+// have elements.
+void gradients_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weights> given,
+                          const std::optional<Tensor>& o0, const Tensor& o, const Saved& s,
+                          const std::optional<Tensor>& grad_o, const std::optional<Tensor>& grad_o_n, const Tensor& dx,
+                          const Tensor& do0, const std::array<Tensor, weights>& d);
 #ifdef RCU_OPS_WITH_CUDA
 // All steps in one launch: hidden and candidate hold the products of x, state (fp32) the first state and then the last.
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,

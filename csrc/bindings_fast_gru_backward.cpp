@@ -14,6 +14,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
     bool need_weights) {
   const Weights weight = split(ux, uo, w, vx, vo);
   const int64_t C = p.C;
+  if (gradients_in_panels(p, x)) {
+    const Tensor dx = need_x ? empty_sequence(p, x, p.innermost) : empty_of(x, {0});
+    const Tensor do0 = o0 ? empty_state(p, x, o0->scalar_type(), p.innermost) : empty_of(x, {0});
+    std::array<Tensor, weights> d{ux, uo, w, vx, vo};
+    for (Tensor& t : d) t = need_weights ? empty_of(x, t.sizes(), p.scalar) : empty_of(x, {0});
+    gradients_by_columns(p, x, {ux, uo, w, vx, vo}, o0, o, saved_in(p, hidden, gates), grad_o, grad_o_n, dx, do0, d);
+    return {dx, d[0], d[1], d[2], d[3], d[4], do0};
+  }
   if (in_fp32(p, x)) {
     const auto wide = [](const auto& tensor) { return in_type(tensor, ScalarType::Float); };
     const auto narrow = [&](const Tensor& tensor) { return in_type(tensor, p.scalar); };

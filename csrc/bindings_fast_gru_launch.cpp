@@ -41,6 +41,40 @@ void steps_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weig
   cpu::columns(all, cpu_threads());
 }
 
+void gradients_by_columns(const Problem& p, const Tensor& x, std::array<Tensor, weights> given,
+                          const std::optional<Tensor>& o0, const Tensor& o, const Saved& s,
+                          const std::optional<Tensor>& grad_o, const std::optional<Tensor>& grad_o_n, const Tensor& dx,
+                          const Tensor& do0, const std::array<Tensor, weights>& d) {
+  fast_gru::ColumnsGradients all;
+  all.dtype = p.dtype, all.start_dtype = o0 ? dtype_of("o0", *o0) : p.dtype;
+  all.samples = p.N, all.positions = p.P, all.C = p.C, all.R = p.R, all.steps = p.steps;
+  const void** places[weights] = {&all.ux, &all.uo, &all.w, &all.vx, &all.vo};
+  for (int i = 0; i < weights; ++i) {
+    given[i] = contiguous_of(given[i]);
+    *places[i] = pointer(given[i]);
+  }
+  std::optional<Tensor> copies[6];
+  all.x = view_of(p, clips(x, p.first, p.steps), &copies[0]);
+  all.hidden = view_of(p, s.hidden), all.r = view_of(p, s.r), all.z = view_of(p, s.z),
+  all.candidate = view_of(p, s.candidate);
+  all.start = view_of(p, o0 ? as_sequence(*o0) : clips(o, 0, 1), &copies[1]);
+  all.before = view_of(p, clips(o, p.first, p.steps), &copies[2]);
+  if (grad_o) all.grad = view_of(p, clips(*grad_o, p.first, p.steps), &copies[3]);
+  if (grad_o_n) all.d_last = view_of(p, as_sequence(*grad_o_n), &copies[4]);
+  if (o0) {
+    all.d_start = view_of(p, as_sequence(do0));
+  } else if (dx.numel() > 0) {
+    all.d_start = view_of(p, clips(dx, 0, 1));
+    if (grad_o) all.grad_start = view_of(p, clips(*grad_o, 0, 1), &copies[5]);
+  }
+  if (dx.numel() > 0) all.dx = view_of(p, clips(dx, p.first, p.steps));
+  if (d[0].numel() > 0) {
+    void** to[weights] = {&all.dux, &all.duo, &all.dw, &all.dvx, &all.dvo};
+    for (int i = 0; i < weights; ++i) *to[i] = pointer(d[static_cast<size_t>(i)]);
+  }
+  cpu::gradients(all, cpu_threads());
+}
+
 #ifdef RCU_OPS_WITH_CUDA
 void steps_in_one_launch(const Problem& p, const Weights& w, const Tensor& w_both, const Saved& s, bool save,
                          const Matrix& state, const Tensor& o, Temporaries& temporaries) {

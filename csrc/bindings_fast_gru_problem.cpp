@@ -27,6 +27,10 @@ bool in_panels(const Problem& p, const Tensor& x, int64_t columns) {
   return !x.is_cuda() && fast_gru::by_columns(p.dtype, columns, p.C, p.R, cpu_threads().threads, isa == cpu::Isa::amx,
                                               isa >= cpu::Isa::avx512);
 }
+bool gradients_in_panels(const Problem& p, const Tensor& x) {
+  return !x.is_cuda() && p.steps > 0 &&
+         fast_gru::gradients_by_columns(p.dtype, p.step_columns(), p.C, p.R, cpu_threads().threads);
+}
 bool in_fp32(const Problem& p, const Tensor& x) {
   const cpu::Isa isa = cpu::current_isa();
   return !x.is_cuda() && fast_gru::in_fp32(p.dtype, p.step_columns(), p.C, p.R, p.steps, isa == cpu::Isa::amx,

@@ -121,6 +121,20 @@ struct Columns {
   View last;                          // has one step, fp32
 };
 
+// The gradients of all steps on the CPU, by columns too, from the last step to the first (cpu/fast_gru_gradients.h).
+// Arithmetic in fp32; views are of dtype but for start and d_start (start_dtype) and d_last (fp32), which have one step.
+struct ColumnsGradients {
+  DType dtype = DType::f32, start_dtype = DType::f32;  // not fp64
+  int64_t samples = 0, positions = 0, C = 0, R = 0, steps = 0;
+  const void *ux = nullptr, *uo = nullptr, *w = nullptr, *vx = nullptr, *vo = nullptr;  // of dtype, dense
+  View x, hidden, r, z, candidate;
+  View start, before;  // the state before the first step, and before each of the others: step k at k - 1
+  View grad, d_last;   // the gradients of the states after each step, and of the last state; may be absent
+  View grad_start;     // what joins the gradient of the first state, of dtype; may be absent
+  View dx, d_start;    // what is written; may be absent
+  void *dux = nullptr, *duo = nullptr, *dw = nullptr, *dvx = nullptr, *dvo = nullptr;  // of dtype, dense; all or none
+};
+
 // The same on a GPU in one launch: the block that has a column takes it through all steps (cuda/fast_gru_columns.cu).
 // Nothing in it depends on how columns are shared out. Not fp64. Views are of `dtype` but for start (start_dtype) and
 // last (fp32); these and `first` have one step.
@@ -229,6 +243,34 @@ constexpr bool in_fp32(DType dtype, int64_t columns, int64_t C, int64_t R, int64
   return dtype == DType::bf16 && (columns >= 128 || steps > 1);
 }
 
+// Gradients go by columns in units of one or more panels, each of which sums up the weights' gradients of its columns by
+// itself; all are added up in the end. How many there are depends on the problem alone, and so then do the sums. Columns
+// of a panel: about 48, and a whole number of pairs; panels of a unit: so that all units' sums are 16 MB at most.
+constexpr int64_t padded_to(int64_t count, int64_t lanes) { return (count + lanes - 1) / lanes * lanes; }
+struct GradientUnits {
+  int64_t width, panels, count;
+};
+constexpr int64_t weight_numbers(int64_t C, int64_t R) {  // with rows padded to any vector's lanes
+  const int64_t c = padded_to(C, 16), r = padded_to(R, 16);
+  return 4 * R * c + 2 * C * r + 2 * C * c;
+}
+constexpr GradientUnits gradient_units(int64_t columns, int64_t C, int64_t R) {
+  const int64_t pieces = 2 * ((columns + 95) / 96), width = padded_to((columns + pieces - 1) / pieces, 2);
+  const int64_t panels = (columns + width - 1) / width, most = (int64_t{1} << 22) / weight_numbers(C, R);
+  const int64_t of_unit = most < panels ? (panels + most - 1) / most : 1;
+  return {width, of_unit, (panels + of_unit - 1) / of_unit};
+}
+
+// A task's memory for a panel (cpu/fast_gru_gradients.h).
+constexpr int64_t gradient_numbers(int64_t C, int64_t R, int64_t width) {
+  return width * (9 * padded_to(C, 16) + 4 * padded_to(R, 16));
+}
+
+// Whether gradients do: of few weights, where there are units for at least every other thread.
+constexpr bool gradients_by_columns(DType dtype, int64_t columns, int64_t C, int64_t R, int threads) {
+  return dtype != DType::f64 && few_weights(C, R) && columns > 0 && threads <= 2 * gradient_units(columns, C, R).count;
+}
+
 // The width of panels, in vectors of `lanes` columns: what keeps the busiest of `threads` for the shortest time. A
 // panel costs its vectors and a fifth of one; the last may have fewer.
 constexpr int panel_vectors(int64_t columns, int lanes, int threads) {
@@ -255,5 +297,6 @@ void reorder(const fast_gru::Reorder& problem, const Parallel& parallel);
 
 // Outputs do not overlap inputs. Waits for the result.
 void columns(const fast_gru::Columns& problem, const Parallel& parallel);
+void gradients(const fast_gru::ColumnsGradients& problem, const Parallel& parallel);
 
 }  // namespace rcu_ops::cpu

@@ -13,6 +13,9 @@ struct Kernels {
   void (*reorder)(const fast_gru::Reorder&, int64_t, int64_t);
   void (*columns)(const fast_gru::Columns&, int64_t, int64_t, float*);
   void (*phase)(const fast_gru::Columns&, fast_gru::Phase, int64_t, int64_t, int64_t, int64_t, int64_t, float*, float*);
+  void (*gradients_weights)(const fast_gru::ColumnsGradients&, float*);
+  void (*gradients)(const fast_gru::ColumnsGradients&, int64_t, int64_t, int64_t, float*, const float*, float*);
+  void (*gradients_sum)(const fast_gru::ColumnsGradients&, float*, int64_t, int64_t, int64_t, int64_t);
   int lanes;           // of a vector of fp32
   bool pairs = false;  // columns and phase take weights of bf16 as they lie
 };
@@ -22,15 +25,18 @@ Kernels best_kernels() {
   const Isa isa = current_isa();
   if (isa >= Isa::avx512)
     return {avx512::elementwise_range, avx512::widen_range,   avx512::reorder_range,
-            avx512::columns_task,      avx512::columns_phase, 16};
+            avx512::columns_task,      avx512::columns_phase, avx512::gradients_weights,
+            avx512::gradients_task,    avx512::gradients_sum, 16};
   if (isa == Isa::avx2)
     return {avx2::elementwise_range, avx2::widen_range,   avx2::reorder_range,
-            avx2::columns_task,      avx2::columns_phase, 8};
+            avx2::columns_task,      avx2::columns_phase, avx2::gradients_weights,
+            avx2::gradients_task,    avx2::gradients_sum, 8};
 #else
   current_isa();  // an RCU_OPS_CPU_ISA that cannot run is an error here too
 #endif
   return {portable::elementwise_range, portable::widen_range,   portable::reorder_range,
-          portable::columns_task,      portable::columns_phase, 4};
+          portable::columns_task,      portable::columns_phase, portable::gradients_weights,
+          portable::gradients_task,    portable::gradients_sum, 4};
 }
 
 // Smaller ranges are not worth waking a thread for: about 10 us of work.
@@ -190,6 +196,56 @@ void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
                       numbers = fast_gru::panel_numbers(a.p.C, a.p.R, a.width);
         a.kernels.columns(a.p, first, left < a.width ? left : a.width,
                           static_cast<float*>(scratch(1, static_cast<size_t>(numbers) * sizeof(float))));
+      },
+      &all);
+}
+
+// ---- gradients by columns ----------------------------------------------------------------------------------------
+
+void gradients(const fast_gru::ColumnsGradients& problem, const Parallel& parallel) {
+  struct All {
+    const fast_gru::ColumnsGradients& p;
+    const Kernels kernels;
+    int64_t columns, numbers;  // of all samples; of all weights
+    fast_gru::GradientUnits units;
+    float *weights, *sums;
+    int64_t rows, count;  // of all weights, and tasks that share them
+  } all{problem,
+        best_kernels(),
+        problem.samples * problem.positions,
+        fast_gru::weight_numbers(problem.C, problem.R),
+        {},
+        nullptr,
+        nullptr,
+        4 * problem.R + 4 * problem.C,
+        0};
+  all.units = fast_gru::gradient_units(all.columns, problem.C, problem.R);
+  const bool need_weights = problem.dux != nullptr;
+  const int64_t numbers = all.numbers * (1 + (need_weights ? all.units.count : 0));
+  all.weights = static_cast<float*>(scratch(0, static_cast<size_t>(numbers) * sizeof(float)));
+  if (need_weights) all.sums = all.weights + all.numbers;
+  all.kernels.gradients_weights(problem, all.weights);
+  parallel.run(
+      parallel.pool, all.units.count,
+      [](void* context, int64_t i) {
+        const All& a = *static_cast<const All*>(context);
+        const int64_t of_unit = a.units.panels * a.units.width, first = i * of_unit, left = a.columns - first;
+        const int64_t own = fast_gru::gradient_numbers(a.p.C, a.p.R, a.units.width);
+        a.kernels.gradients(a.p, first, left < of_unit ? left : of_unit, a.units.width,
+                            static_cast<float*>(scratch(1, static_cast<size_t>(own) * sizeof(float))), a.weights,
+                            a.sums ? a.sums + i * a.numbers : nullptr);
+      },
+      &all);
+  if (!need_weights) return;
+  all.count = all.numbers * all.units.count / task_elements;
+  if (all.count > parallel.threads) all.count = parallel.threads;
+  if (all.count < 1) all.count = 1;
+  parallel.run(
+      parallel.pool, all.count,
+      [](void* context, int64_t i) {
+        const All& a = *static_cast<const All*>(context);
+        a.kernels.gradients_sum(a.p, a.sums, a.units.count, a.numbers, a.rows * i / a.count,
+                                a.rows * (i + 1) / a.count);
       },
       &all);
 }

@@ -16,6 +16,7 @@ static constexpr int vector_bytes = 32;
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 #include "fast_gru_copies.h"
+#include "fast_gru_gradients.h"
 
 #undef RCU_OPS_NO_F64
 

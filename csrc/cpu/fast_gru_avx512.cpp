@@ -13,6 +13,7 @@ namespace rcu_ops::cpu::avx512::fast_gru_kernels {
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 #include "fast_gru_copies.h"
+#include "fast_gru_gradients.h"
 
 #undef RCU_OPS_NO_F64
 

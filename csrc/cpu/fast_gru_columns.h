@@ -153,10 +153,10 @@ static T* clip_of(const fast_gru::View& view, int64_t sample, int64_t step, int6
 
 // Columns [begin, begin + count) of samples x positions, in runs of one sample: visit(sample, position, lane, columns).
 template <class Visit>
-static inline void for_samples(const fast_gru::Columns& p, int64_t begin, int64_t count, Visit visit) {
+static inline void for_samples(int64_t positions, int64_t begin, int64_t count, Visit visit) {
   for (int64_t lane = 0; lane < count;) {
-    const int64_t sample = (begin + lane) / p.positions, position = (begin + lane) % p.positions;
-    const int64_t columns = min_of(p.positions - position, count - lane);
+    const int64_t sample = (begin + lane) / positions, position = (begin + lane) % positions;
+    const int64_t columns = min_of(positions - position, count - lane);
     visit(sample, position, lane, columns);
     lane += columns;
   }
@@ -189,37 +189,41 @@ static Panel panel_at(const fast_gru::Columns& p, int64_t begin, int64_t count, 
 }
 
 // Channels [first, first + channels) of a panel's columns, from a view's clip or to it.
-static void read_any(const fast_gru::Columns& p, const Panel& panel, const Panel::Matrix& matrix,
-                     const fast_gru::View& view, DType dtype, int64_t step, int64_t first, int64_t channels) {
-  for_samples(p, panel.begin, panel.count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
-    const auto read = [&](auto type) {
-      const auto* from = clip_of<decltype(type)>(view, sample, step, first, position);
-      if (panel.vectors) return read_panel(panel.at(matrix, first) + lane, panel.NR, from, view, channels, columns);
-      const fast_gru::View across{.channel = view.position, .position = view.channel};
-      read_panel(panel.at(matrix, first) + lane * matrix.features, matrix.features, from, across, columns, channels);
-    };
-    switch (dtype) {
-      case DType::bf16: return read(bf16_t());
-      case DType::f16: return read(f16_t());
-      default: return read(float());
-    }
-  });
+static void read_any(int64_t positions, const Panel& panel, const Panel::Matrix& matrix, const fast_gru::View& view,
+                     DType dtype, int64_t step, int64_t first, int64_t channels) {
+  for_samples(positions, panel.begin, panel.count,
+              [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
+                const auto read = [&](auto type) {
+                  const auto* from = clip_of<decltype(type)>(view, sample, step, first, position);
+                  if (panel.vectors)
+                    return read_panel(panel.at(matrix, first) + lane, panel.NR, from, view, channels, columns);
+                  const fast_gru::View across{.channel = view.position, .position = view.channel};
+                  read_panel(panel.at(matrix, first) + lane * matrix.features, matrix.features, from, across, columns,
+                             channels);
+                };
+                switch (dtype) {
+                  case DType::bf16: return read(bf16_t());
+                  case DType::f16: return read(f16_t());
+                  default: return read(float());
+                }
+              });
 }
-static void write_any(const fast_gru::Columns& p, const Panel& panel, const Panel::Matrix& matrix,
-                      const fast_gru::View& view, DType dtype, int64_t step, int64_t first, int64_t channels) {
-  for_samples(p, panel.begin, panel.count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
-    const auto write = [&](auto type) {
-      auto* to = clip_of<decltype(type)>(view, sample, step, first, position);
-      if (panel.vectors) return write_panel(panel.at(matrix, first) + lane, panel.NR, to, view, channels, columns);
-      const fast_gru::View across{.channel = view.position, .position = view.channel};
-      write_panel(panel.at(matrix, first) + lane * matrix.features, matrix.features, to, across, columns, channels);
-    };
-    switch (dtype) {
-      case DType::bf16: return write(bf16_t());
-      case DType::f16: return write(f16_t());
-      default: return write(float());
-    }
-  });
+static void write_any(int64_t positions, const Panel& panel, const Panel::Matrix& matrix, const fast_gru::View& view,
+                      DType dtype, int64_t step, int64_t first, int64_t channels) {
+  for_samples(
+      positions, panel.begin, panel.count, [&](int64_t sample, int64_t position, int64_t lane, int64_t columns) {
+        const auto write = [&](auto type) {
+          auto* to = clip_of<decltype(type)>(view, sample, step, first, position);
+          if (panel.vectors) return write_panel(panel.at(matrix, first) + lane, panel.NR, to, view, channels, columns);
+          const fast_gru::View across{.channel = view.position, .position = view.channel};
+          write_panel(panel.at(matrix, first) + lane * matrix.features, matrix.features, to, across, columns, channels);
+        };
+        switch (dtype) {
+          case DType::bf16: return write(bf16_t());
+          case DType::f16: return write(f16_t());
+          default: return write(float());
+        }
+      });
 }
 
 // Panels side by side, the last `thin` columns in one of their own; and where a block of weights is widened.
@@ -299,7 +303,8 @@ static void phase_rows(const Panels& panels, fast_gru::Phase phase, int64_t step
   const fast_gru::Columns& p = panels.p;
   const auto save = [&](const fast_gru::View& view, Place matrix) {
     if (!view.data) return;
-    panels.each([&](const Panel& panel) { write_any(p, panel, panel.*matrix, view, p.dtype, step, first, rows); });
+    panels.each(
+        [&](const Panel& panel) { write_any(p.positions, panel, panel.*matrix, view, p.dtype, step, first, rows); });
   };
   // visit(panel, offset in a matrix of `features`, numbers): all of these channels, a vector at a time.
   const auto each = [&](int64_t features, auto visit) {
@@ -325,9 +330,9 @@ static void phase_rows(const Panels& panels, fast_gru::Phase phase, int64_t step
         if (step == 0) {
           clear(panel.state);
           clear(panel.x);
-          read_any(p, panel, panel.state, p.start, p.start_dtype, 0, first, rows);
+          read_any(p.positions, panel, panel.state, p.start, p.start_dtype, 0, first, rows);
         }
-        read_any(p, panel, panel.x, p.x, p.dtype, step, first, rows);
+        read_any(p.positions, panel, panel.x, p.x, p.dtype, step, first, rows);
       });
       return;
     case Phase::hidden:
@@ -360,7 +365,9 @@ static void phase_rows(const Panels& panels, fast_gru::Phase phase, int64_t step
       save(p.candidate, &Panel::r);
       save(p.out, &Panel::state);
       if (step == p.steps - 1)
-        panels.each([&](const Panel& panel) { write_any(p, panel, panel.state, p.last, DType::f32, 0, first, rows); });
+        panels.each([&](const Panel& panel) {
+          write_any(p.positions, panel, panel.state, p.last, DType::f32, 0, first, rows);
+        });
       return;
   }
 }

@@ -7,7 +7,7 @@
 namespace rcu_ops::cpu {
 
 // elementwise_range: elements [begin, end) of the pass, in the order of rows, segments and length. The others:
-// fast_gru_columns.h.
+// fast_gru_columns.h and fast_gru_gradients.h.
 namespace portable::fast_gru_kernels {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
 void widen_range(float* to, const void* from, DType dtype, int64_t begin, int64_t end);
@@ -15,6 +15,11 @@ void reorder_range(const fast_gru::Reorder&, int64_t begin, int64_t end);
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panel);
 void columns_phase(const fast_gru::Columns&, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
                    int64_t thin, int64_t width, float* panels, float* wide);
+void gradients_weights(const fast_gru::ColumnsGradients&, float* to);
+void gradients_task(const fast_gru::ColumnsGradients&, int64_t begin, int64_t count, int64_t width, float* memory,
+                    const float* weights, float* sums);
+void gradients_sum(const fast_gru::ColumnsGradients&, float* sums, int64_t units, int64_t numbers, int64_t begin,
+                   int64_t end);
 }  // namespace portable::fast_gru_kernels
 namespace avx2::fast_gru_kernels {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
@@ -23,6 +28,11 @@ void reorder_range(const fast_gru::Reorder&, int64_t begin, int64_t end);
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panel);
 void columns_phase(const fast_gru::Columns&, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
                    int64_t thin, int64_t width, float* panels, float* wide);
+void gradients_weights(const fast_gru::ColumnsGradients&, float* to);
+void gradients_task(const fast_gru::ColumnsGradients&, int64_t begin, int64_t count, int64_t width, float* memory,
+                    const float* weights, float* sums);
+void gradients_sum(const fast_gru::ColumnsGradients&, float* sums, int64_t units, int64_t numbers, int64_t begin,
+                   int64_t end);
 }  // namespace avx2::fast_gru_kernels
 namespace avx512::fast_gru_kernels {
 void elementwise_range(const fast_gru::Elementwise&, int64_t begin, int64_t end);
@@ -31,6 +41,11 @@ void reorder_range(const fast_gru::Reorder&, int64_t begin, int64_t end);
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panel);
 void columns_phase(const fast_gru::Columns&, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
                    int64_t thin, int64_t width, float* panels, float* wide);
+void gradients_weights(const fast_gru::ColumnsGradients&, float* to);
+void gradients_task(const fast_gru::ColumnsGradients&, int64_t begin, int64_t count, int64_t width, float* memory,
+                    const float* weights, float* sums);
+void gradients_sum(const fast_gru::ColumnsGradients&, float* sums, int64_t units, int64_t numbers, int64_t begin,
+                   int64_t end);
 }  // namespace avx512::fast_gru_kernels
 namespace avx512_bf16::fast_gru_kernels {  // for narrow weights of bf16 alone
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panel);

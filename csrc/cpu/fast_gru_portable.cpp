@@ -11,5 +11,6 @@ static constexpr int vector_bytes = 16;
 #include "fast_gru_core.h"
 #include "fast_gru_columns.h"
 #include "fast_gru_copies.h"
+#include "fast_gru_gradients.h"
 
 }  // namespace rcu_ops::cpu::portable::fast_gru_kernels

@@ -1,0 +1,291 @@
+// fast_gru's gradients by columns, of few weights. Included inside the namespace of an instruction set, after
+// fast_gru_columns.h.
+//
+// Columns are independent but for the weights' gradients, which are sums over them. A task takes a unit of columns, one
+// panel after the other, through all steps from the last to the first; what a step leaves for the products that PyTorch
+// would make of all steps at once (the gradients of x and of the weights) is used while it is in cache, and nothing of
+// it is written to memory.
+//
+// Layout.   Matrices [columns of a panel][features] of fp32 in the task's scratch memory, and weights [outputs][inputs]
+//           copied once per call, both with rows padded to whole vectors. Lanes are features: a gradient's product with
+//           a transposed weight reads the weight as it lies, and sums over columns read both factors as they lie. What
+//           padding holds meets no other lane.
+// Work.     One block for all products: `rows` x NV vectors of sums in registers. The activations' derivatives are
+//           passes over a panel.
+// Order.    A product adds one term after the other in runs of most_terms; a unit adds its panels' sums over columns
+//           step by step, and the units' sums are added up in their order. All of that depends on the problem alone.
+// Bound.    Arithmetic: 24 R C + 8 C^2 FLOP per column and step. A panel takes 4 (9 C + 4 R) bytes per column and the
+//           weights and their gradients 8 (6 R C + 2 C^2), all from the second-level cache.
+
+static constexpr int64_t most_terms = 64;
+static constexpr int wide_vectors = vector_bytes == 64 ? 4 : 3;
+constexpr int rows_of(int vectors) { return vector_bytes == 64 ? (vectors == 4 ? 6 : 8) : 4; }
+
+// out[rows][NV vectors] = (or +=) the sum over `terms` of a[row][term `step`] b[term `pitch`][NV vectors].
+template <int rows, int NV>
+static inline void sum_block(float* out, int64_t out_pitch, const float* const* a, int64_t step, int64_t terms,
+                             const float* b, int64_t pitch, bool add) {
+  constexpr int L = Vector<float>::L;
+  Floats acc[rows][NV] = {};
+  for (int64_t t = 0; t < terms; ++t, b += pitch) {
+    Floats bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) memcpy(&bv[v], b + v * L, sizeof(Floats));
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      const float w = a[m][t * step];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] += w * bv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      float* to = out + m * out_pitch + v * L;
+      Floats before{};
+      if (add) memcpy(&before, to, sizeof(Floats));
+      acc[m][v] += before;
+      memcpy(to, &acc[m][v], sizeof(Floats));
+    }
+}
+
+// A matrix with rows of `pitch` numbers, whose element (i, t) may stand at i row + t term, too.
+struct Factor {
+  const float* data;
+  int64_t row, term;
+};
+struct Rows {
+  float* data;
+  int64_t pitch;
+};
+
+template <int NV>
+static void sum_rows(Rows out, int64_t count, Factor a, int64_t terms, Rows b, bool add) {
+  constexpr int most = rows_of(NV);
+  for (int64_t i = 0; i < count;) {
+    const float* at[most];
+    float* const to = out.data + i * out.pitch;
+    const int64_t left = count - i;
+    for (int m = 0; m < most; ++m) at[m] = a.data + (i + min_of<int64_t>(m, left - 1)) * a.row;
+    if (left >= most) {
+      sum_block<most, NV>(to, out.pitch, at, a.term, terms, b.data, b.pitch, add);
+      i += most;
+    } else if (left >= 2) {
+      sum_block<2, NV>(to, out.pitch, at, a.term, terms, b.data, b.pitch, add);
+      i += 2;
+    } else {
+      sum_block<1, NV>(to, out.pitch, at, a.term, terms, b.data, b.pitch, add);
+      i += 1;
+    }
+  }
+}
+
+// out[count][features] = (or +=) the sum over terms of a(i, t) b[t][features].
+static void sum_products(Rows out, int64_t count, int64_t features, Factor a, int64_t terms, Rows b, bool add) {
+  constexpr int64_t L = Vector<float>::L;
+  for (int64_t t = 0; t < terms; t += most_terms) {
+    const int64_t some = min_of(most_terms, terms - t);
+    const Factor from{a.data + t * a.term, a.row, a.term};
+    for (int64_t j = 0; j < features;) {
+      const int64_t vectors = min_of<int64_t>(wide_vectors, (features - j + L - 1) / L);
+      const Rows to{out.data + j, out.pitch}, with{b.data + t * b.pitch + j, b.pitch};
+      const bool more = add || t > 0;
+      switch (vectors) {
+        case 1: sum_rows<1>(to, count, from, some, with, more); break;
+        case 2: sum_rows<2>(to, count, from, some, with, more); break;
+        case 3: sum_rows<3>(to, count, from, some, with, more); break;
+        default: sum_rows<wide_vectors>(to, count, from, some, with, more);
+      }
+      j += vectors * L;
+    }
+  }
+}
+
+// The weights, or their gradients, one after the other.
+struct WeightRows {
+  Rows ux, uo, wr, wz, vx, vo;
+};
+static WeightRows weight_rows(const fast_gru::ColumnsGradients& p, float* memory) {
+  constexpr int64_t L = Vector<float>::L;
+  const int64_t c = fast_gru::padded_to(p.C, L), r = fast_gru::padded_to(p.R, L);
+  const auto next = [&](int64_t rows, int64_t pitch) {
+    const Rows found{memory, pitch};
+    memory += rows * pitch;
+    return found;
+  };
+  // In the order of their mention, which braces keep.
+  return {next(2 * p.R, c), next(2 * p.R, c), next(p.C, r), next(p.C, r), next(p.C, c), next(p.C, c)};
+}
+
+// visit(rows, dense weight, first row in it, rows, inputs) for all of a call's weights.
+template <class Pointer, class Visit>
+static void each_weight(const fast_gru::ColumnsGradients& p, const WeightRows& rows, Pointer ux, Pointer uo, Pointer w,
+                        Pointer vx, Pointer vo, Visit visit) {
+  visit(rows.ux, ux, int64_t{0}, 2 * p.R, p.C);
+  visit(rows.uo, uo, int64_t{0}, 2 * p.R, p.C);
+  visit(rows.wr, w, int64_t{0}, p.C, p.R);
+  visit(rows.wz, w, p.C, p.C, p.R);
+  visit(rows.vx, vx, int64_t{0}, p.C, p.C);
+  visit(rows.vo, vo, int64_t{0}, p.C, p.C);
+}
+
+template <class Visit>
+static void with_type(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::bf16: return visit(bf16_t());
+    case DType::f16: return visit(f16_t());
+    default: return visit(float());
+  }
+}
+
+// The call's weights as fp32, rows padded with zeros.
+void gradients_weights(const fast_gru::ColumnsGradients& p, float* to) {
+  constexpr int64_t L = Vector<float>::L;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    each_weight(p, weight_rows(p, to), p.ux, p.uo, p.w, p.vx, p.vo,
+                [&](Rows out, const void* from, int64_t first, int64_t rows, int64_t inputs) {
+                  for (int64_t i = 0; i < rows; ++i) {
+                    const T* row = static_cast<const T*>(from) + (first + i) * inputs;
+                    for (int64_t k = 0; k < inputs; k += L) {
+                      const int n = static_cast<int>(min_of(L, inputs - k));
+                      store_vector<float>(out.data + i * out.pitch + k, load_vector<float>(row + k, n), L);
+                    }
+                  }
+                });
+  });
+}
+
+// Rows [begin, end) of all the weights' gradients, which are the sums of all units' `sums`, of `numbers` numbers each.
+void gradients_sum(const fast_gru::ColumnsGradients& p, float* sums, int64_t units, int64_t numbers, int64_t begin,
+                   int64_t end) {
+  constexpr int64_t L = Vector<float>::L;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    int64_t place = 0;  // of a weight's first row
+    each_weight(p, weight_rows(p, sums), p.dux, p.duo, p.dw, p.dvx, p.dvo,
+                [&](Rows of_first, void* out, int64_t first, int64_t rows, int64_t inputs) {
+                  const int64_t from = begin > place ? begin - place : 0, to = min_of(rows, end - place);
+                  place += rows;
+                  for (int64_t i = from; i < to; ++i)
+                    for (int64_t k = 0; k < inputs; k += L) {
+                      const float* at = of_first.data + i * of_first.pitch + k;
+                      Floats total{};
+                      for (int64_t unit = 0; unit < units; ++unit)
+                        total += load_vector<float>(at + unit * numbers, static_cast<int>(L));
+                      const int n = static_cast<int>(min_of(L, inputs - k));
+                      store_vector<float>(static_cast<T*>(out) + (first + i) * inputs + k, total, n);
+                    }
+                });
+  });
+}
+
+static inline Floats get(const Panel::Matrix& m, int64_t i) {
+  return load_vector<float>(m.data + i, Vector<float>::L);
+}
+static inline void put(const Panel::Matrix& m, int64_t i, Floats v) {
+  store_vector<float>(m.data + i, v, Vector<float>::L);
+}
+
+// The gradients of columns [begin, begin + count), a panel of at most `width` after the other. `memory`: gradient_numbers;
+// `weights`: as gradients_weights writes them; `sums`: the same of the weights' gradients.
+void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t count, int64_t width, float* memory,
+                    const float* weights, float* sums) {
+  constexpr int64_t L = Vector<float>::L;
+  const int64_t c = fast_gru::padded_to(p.C, L), r = fast_gru::padded_to(p.R, L);
+  const auto clear = [](float* at, int64_t numbers) { memset(at, 0, static_cast<size_t>(numbers) * sizeof(float)); };
+  clear(memory, width * (9 * c + 4 * r));  // what is padding stays so
+  const auto matrix = [&](int64_t pitch) {
+    const Panel::Matrix found{memory, pitch};
+    memory += width * pitch;
+    return found;
+  };
+  // What is written in the place of what it is made of: dz of z, dc of c, dr of the product before it, r state of r.
+  const Panel::Matrix carry = matrix(c), x = matrix(c), state = matrix(c), dz = matrix(c), dc = matrix(c),
+                      gated = matrix(c), dr = matrix(c), grad = matrix(c), dx = matrix(c);
+  const Panel::Matrix hidden[2] = {matrix(r), matrix(r)}, du[2] = {matrix(r), matrix(r)};
+  const WeightRows w = weight_rows(p, const_cast<float*>(weights)), d = weight_rows(p, sums);
+  const auto rows = [](const Panel::Matrix& m) { return Rows{m.data, m.features}; };
+  const auto from = [](const Rows& all, int64_t first) { return Rows{all.data + first * all.pitch, all.pitch}; };
+  const bool need_weights = sums != nullptr;
+
+  for (int64_t first = begin; first < begin + count; first += width) {
+    Panel panel{};  // a thin one: [columns][features]
+    panel.begin = first, panel.count = min_of(width, begin + count - first);
+    const int64_t columns = panel.count, numbers = columns * c;
+    const auto read = [&](const Panel::Matrix& m, const fast_gru::View& view, DType dtype, int64_t step,
+                          int64_t channels, int64_t channel = 0) {
+      fast_gru::View some = view;
+      some.data = static_cast<char*>(view.data) + channel * view.channel * (dtype == DType::f32 ? 4 : 2);
+      read_any(p.positions, panel, m, some, dtype, step, 0, channels);
+    };
+    // out (or +=) a matrix [columns][terms] times a weight [terms][features].
+    const auto multiply = [&](const Panel::Matrix& out, const Panel::Matrix& a, int64_t terms, Rows weight, bool add) {
+      sum_products(rows(out), columns, out.features, {a.data, a.features, 1}, terms, weight, add);
+    };
+    // A weight's gradient [outputs][inputs] (or +=) the sum over columns of da[outputs] in[inputs].
+    const auto add_outer = [&](Rows out, const Panel::Matrix& da, int64_t outputs, const Panel::Matrix& in, bool add) {
+      sum_products(out, outputs, in.features, {da.data, 1, da.features}, columns, rows(in), add);
+    };
+
+    if (p.d_last.data)
+      read(carry, p.d_last, DType::f32, 0, p.C);
+    else
+      clear(carry.data, numbers);
+    for (int64_t k = p.steps - 1; k >= 0; --k) {
+      if (k > 0)
+        read(state, p.before, p.dtype, k - 1, p.C);
+      else
+        read(state, p.start, p.start_dtype, 0, p.C);
+      read(dz, p.z, p.dtype, k, p.C);
+      read(dc, p.candidate, p.dtype, k, p.C);
+      read(gated, p.r, p.dtype, k, p.C);
+      for (int64_t i : {0, 1}) read(hidden[i], p.hidden, p.dtype, k, p.R, i * p.R);
+      if (p.grad.data) read(grad, p.grad, p.dtype, k, p.C);
+      for (int64_t i = 0; i < numbers; i += L) {
+        const Floats update = get(dz, i), next = get(dc, i);
+        Floats g = get(carry, i);
+        if (p.grad.data) g += get(grad, i);
+        put(dc, i, g * update * (1 - next * next));
+        put(dz, i, g * (next - get(state, i)) * update * (1 - update));
+        put(carry, i, g * (1 - update));
+      }
+      multiply(dr, dc, p.C, w.vo, false);
+      for (int64_t i = 0; i < numbers; i += L) {
+        const Floats through = get(dr, i), reset = get(gated, i), before = get(state, i);
+        put(dr, i, through * before * reset * (1 - reset));
+        put(gated, i, reset * before);
+        put(carry, i, get(carry, i) + through * reset);
+      }
+      multiply(du[0], dr, p.C, w.wr, false);
+      multiply(du[1], dz, p.C, w.wz, false);
+      for (int half : {0, 1})
+        for (int64_t i = 0; i < columns * r; i += L)
+          put(du[half], i, get(hidden[half], i) <= 0 ? Floats{} : get(du[half], i));
+      for (int half : {0, 1}) multiply(carry, du[half], p.R, from(w.uo, half * p.R), true);
+      if (p.dx.data) {
+        multiply(dx, dc, p.C, w.vx, false);
+        for (int half : {0, 1}) multiply(dx, du[half], p.R, from(w.ux, half * p.R), true);
+        write_any(p.positions, panel, dx, p.dx, p.dtype, k, 0, p.C);
+      }
+      if (!need_weights) continue;
+      read(x, p.x, p.dtype, k, p.C);
+      const bool add = first > begin || k < p.steps - 1;
+      for (int half : {0, 1}) {
+        add_outer(from(d.ux, half * p.R), du[half], p.R, x, add);
+        add_outer(from(d.uo, half * p.R), du[half], p.R, state, add);
+      }
+      add_outer(d.wr, dr, p.C, hidden[0], add);
+      add_outer(d.wz, dz, p.C, hidden[1], add);
+      add_outer(d.vx, dc, p.C, x, add);
+      add_outer(d.vo, dc, p.C, gated, add);
+    }
+    if (!p.d_start.data) continue;
+    if (p.grad_start.data) {
+      read(grad, p.grad_start, p.dtype, 0, p.C);
+      for (int64_t i = 0; i < numbers; i += L) put(carry, i, get(carry, i) + get(grad, i));
+    }
+    write_any(p.positions, panel, carry, p.d_start, p.start_dtype, 0, 0, p.C);
+  }
+}
