@@ -1,5 +1,6 @@
 // fast_gru: the gradients of its steps. The steps run backwards through the states, each by three products and the
-// passes between them, or all in one launch; what is left then are products of all steps at once.
+// passes between them, or all in one launch; what is left then are products of all steps at once. Few weights on the CPU
+// are left to a kernel that makes all of that, column by column.
 #include "bindings_fast_gru.h"
 
 namespace rcu_ops::bindings::gru {

@@ -71,9 +71,10 @@ Problem checked(const Tensor& x, const Tensor& ux, const Tensor& uo, const Tenso
   p.innermost = x.stride(2) == 1;
   // From many channels on, CPU libraries are 5 to 18 % faster on [columns][features] for few columns: more than it
   // costs to reorder the sequences. For more columns both orders are alike; for very many, fp32 is 2 % faster that way.
-  // Of very few weights only the gradients are made of the library's products: as matrices of [columns][features] they
-  // and what is saved for them are 5 to 15 % faster. Whoever makes a forward pass saves its gates in the order of the
-  // backward pass's products, whatever the number of threads.
+  // Of very few weights only the gradients may be the library's products (of more threads than there are units of
+  // columns for): as matrices of [columns][features] they and what is saved for them are 5 to 15 % faster, and the
+  // gradients by columns read such matrices where they lie. Whoever makes a forward pass saves its gates in the order of
+  // the backward pass, whatever the number of threads.
   const int64_t m = p.step_columns();
   const bool as_fp32 = p.dtype == DType::f32 || in_fp32(p, x);
   const bool few = m <= (as_fp32 ? 256 : 128), very_many = as_fp32 && m >= 1000;

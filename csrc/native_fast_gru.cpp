@@ -97,6 +97,10 @@ bool by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype,
                               avx512.value_or(isa >= cpu::Isa::avx512));
 }
 
+bool gradients_by_columns(int64_t columns, int64_t c, int64_t r, const std::string& dtype, int threads) {
+  return fast_gru::gradients_by_columns(parse_dtype(dtype), columns, c, r, threads);
+}
+
 }  // namespace
 
 void bind_fast_gru(py::module_& m) {
@@ -123,6 +127,21 @@ void bind_fast_gru(py::module_& m) {
          {"columns", "c", "r", "dtype", keyword_only, "threads", {"avx512", nullptr}},
          "Whether the CPU takes so many columns through all steps by themselves, without a library's products. avx512: "
          "whether it has these vectors; None: as this one.");
+  define(m, "fast_gru_gradients_by_columns", gradients_by_columns,
+         {"columns", "c", "r", "dtype", keyword_only, "threads"}, "Whether it does so with their gradients.");
+  define(
+      m, "fast_gru_gradient_units",
+      +[](int64_t columns, int64_t c, int64_t r) {
+        const fast_gru::GradientUnits units = fast_gru::gradient_units(columns, c, r);
+        Facts found;
+        found["width"] = units.width;
+        found["panels"] = units.panels;
+        found["count"] = units.count;
+        return found;
+      },
+      {"columns", "c", "r"},
+      "How gradients by columns are cut, whatever the number of threads: the columns of a panel (width), the panels of "
+      "a unit, and how many units.");
   define(m, "fast_gru_few_weights", fast_gru::few_weights, {"c", "r"},
          "Whether every task reads all weights for its own columns; else tasks share them, for all columns.");
   define(

@@ -245,7 +245,8 @@ constexpr bool in_fp32(DType dtype, int64_t columns, int64_t C, int64_t R, int64
 
 // Gradients go by columns in units of one or more panels, each of which sums up the weights' gradients of its columns by
 // itself; all are added up in the end. How many there are depends on the problem alone, and so then do the sums. Columns
-// of a panel: about 48, and a whole number of pairs; panels of a unit: so that all units' sums are 16 MB at most.
+// of a panel: a whole number of pairs, about 48 until 16 panels can be shared by threads, then more, up to 96 or what
+// leaves a second-level cache room for weights and sums; panels of a unit: so that all units' sums are 16 MB at most.
 constexpr int64_t padded_to(int64_t count, int64_t lanes) { return (count + lanes - 1) / lanes * lanes; }
 struct GradientUnits {
   int64_t width, panels, count;
@@ -255,15 +256,20 @@ constexpr int64_t weight_numbers(int64_t C, int64_t R) {  // with rows padded to
   return 4 * R * c + 2 * C * r + 2 * C * c;
 }
 constexpr GradientUnits gradient_units(int64_t columns, int64_t C, int64_t R) {
-  const int64_t pieces = 2 * ((columns + 95) / 96), width = padded_to((columns + pieces - 1) / pieces, 2);
-  const int64_t panels = (columns + width - 1) / width, most = (int64_t{1} << 22) / weight_numbers(C, R);
+  const int64_t room = 100000 / (12 * C + 4 * R), most_columns = room < 24 ? 24 : room < 96 ? room : 96;
+  const auto even = [&](int64_t width) { return 2 * ((columns + 2 * width - 1) / (2 * width)); };
+  const int64_t for_threads = even(48) < 16 ? even(48) : 16, least = even(most_columns);
+  const int64_t pieces = least > for_threads ? least : for_threads;
+  const int64_t width = padded_to((columns + pieces - 1) / pieces, 2);
+  const int64_t panels = (columns + width - 1) / width;
+  const int64_t most = (int64_t{1} << 22) / weight_numbers(C, R);
   const int64_t of_unit = most < panels ? (panels + most - 1) / most : 1;
   return {width, of_unit, (panels + of_unit - 1) / of_unit};
 }
 
 // A task's memory for a panel (cpu/fast_gru_gradients.h).
 constexpr int64_t gradient_numbers(int64_t C, int64_t R, int64_t width) {
-  return width * (9 * padded_to(C, 16) + 4 * padded_to(R, 16));
+  return width * (12 * padded_to(C, 16) + 4 * padded_to(R, 16));
 }
 
 // Whether gradients do: of few weights, where there are units for at least every other thread.

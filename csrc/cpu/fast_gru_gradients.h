@@ -14,7 +14,7 @@
 //           passes over a panel.
 // Order.    A product adds one term after the other in runs of most_terms; a unit adds its panels' sums over columns
 //           step by step, and the units' sums are added up in their order. All of that depends on the problem alone.
-// Bound.    Arithmetic: 24 R C + 8 C^2 FLOP per column and step. A panel takes 4 (9 C + 4 R) bytes per column and the
+// Bound.    Arithmetic: 24 R C + 8 C^2 FLOP per column and step. A panel takes 4 (12 C + 4 R) bytes per column and the
 //           weights and their gradients 8 (6 R C + 2 C^2), all from the second-level cache.
 
 static constexpr int64_t most_terms = 64;
@@ -181,11 +181,31 @@ void gradients_sum(const fast_gru::ColumnsGradients& p, float* sums, int64_t uni
   });
 }
 
-static inline Floats get(const Panel::Matrix& m, int64_t i) {
-  return load_vector<float>(m.data + i, Vector<float>::L);
+// Asks for what a panel will read of a view's step, into the second-level cache: many short pieces of memory, which no
+// processor would foresee.
+static void fetch(int64_t positions, const Panel& panel, const fast_gru::View& view, DType dtype, int64_t step,
+                  int64_t channels) {
+  const int64_t size = element_size(dtype);
+  for_samples(positions, panel.begin, panel.count, [&](int64_t sample, int64_t position, int64_t, int64_t columns) {
+    const char* from = static_cast<const char*>(view.data) +
+                       (sample * view.sample + step * view.step + position * view.position) * size;
+    const bool across = view.position == 1;
+    const int64_t rows = across ? channels : columns, row = (across ? view.channel : view.position) * size,
+                  bytes = (across ? columns : channels) * size;
+    for (int64_t i = 0; i < rows; ++i, from += row)
+      for (const char* at = from - reinterpret_cast<uintptr_t>(from) % 64; at < from + bytes; at += 64) {
+        __builtin_prefetch(at, 0, 2);
+        asm volatile("");  // GCC takes a function that does nothing else for one without effect, and leaves it out
+      }
+  });
 }
-static inline void put(const Panel::Matrix& m, int64_t i, Floats v) {
-  store_vector<float>(m.data + i, v, Vector<float>::L);
+
+// A vector of a matrix: at column `row`, from feature i on.
+static inline Floats get(const Panel::Matrix& m, int64_t row, int64_t i) {
+  return load_vector<float>(m.data + row * m.features + i, Vector<float>::L);
+}
+static inline void put(const Panel::Matrix& m, int64_t row, int64_t i, Floats v) {
+  store_vector<float>(m.data + row * m.features + i, v, Vector<float>::L);
 }
 
 // The gradients of columns [begin, begin + count), a panel of at most `width` after the other. `memory`: gradient_numbers;
@@ -195,16 +215,17 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
   constexpr int64_t L = Vector<float>::L;
   const int64_t c = fast_gru::padded_to(p.C, L), r = fast_gru::padded_to(p.R, L);
   const auto clear = [](float* at, int64_t numbers) { memset(at, 0, static_cast<size_t>(numbers) * sizeof(float)); };
-  clear(memory, width * (9 * c + 4 * r));  // what is padding stays so
+  clear(memory, fast_gru::gradient_numbers(p.C, p.R, width));  // what is padding stays so
   const auto matrix = [&](int64_t pitch) {
     const Panel::Matrix found{memory, pitch};
     memory += width * pitch;
     return found;
   };
-  // What is written in the place of what it is made of: dz of z, dc of c, dr of the product before it, r state of r.
-  const Panel::Matrix carry = matrix(c), x = matrix(c), state = matrix(c), dz = matrix(c), dc = matrix(c),
-                      gated = matrix(c), dr = matrix(c), grad = matrix(c), dx = matrix(c);
-  const Panel::Matrix hidden[2] = {matrix(r), matrix(r)}, du[2] = {matrix(r), matrix(r)};
+  const Panel::Matrix carry = matrix(c), dz = matrix(c), dc = matrix(c), dr = matrix(c), gated = matrix(c),
+                      dx = matrix(c), du[2] = {matrix(r), matrix(r)};
+  // Where what is read is not a matrix in fp32 already.
+  const Panel::Matrix copy_of_state = matrix(c), copy_of_z = matrix(c), copy_of_c = matrix(c), copy_of_r = matrix(c),
+                      copy_of_grad = matrix(c), copy_of_x = matrix(c), copy_of_hidden[2] = {matrix(r), matrix(r)};
   const WeightRows w = weight_rows(p, const_cast<float*>(weights)), d = weight_rows(p, sums);
   const auto rows = [](const Panel::Matrix& m) { return Rows{m.data, m.features}; };
   const auto from = [](const Rows& all, int64_t first) { return Rows{all.data + first * all.pitch, all.pitch}; };
@@ -213,78 +234,101 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
   for (int64_t first = begin; first < begin + count; first += width) {
     Panel panel{};  // a thin one: [columns][features]
     panel.begin = first, panel.count = min_of(width, begin + count - first);
-    const int64_t columns = panel.count, numbers = columns * c;
-    const auto read = [&](const Panel::Matrix& m, const fast_gru::View& view, DType dtype, int64_t step,
-                          int64_t channels, int64_t channel = 0) {
-      fast_gru::View some = view;
-      some.data = static_cast<char*>(view.data) + channel * view.channel * (dtype == DType::f32 ? 4 : 2);
-      read_any(p.positions, panel, m, some, dtype, step, 0, channels);
+    const int64_t columns = panel.count;
+    const auto read = [&](const Panel::Matrix& copy, const fast_gru::View& view, DType dtype, int64_t step,
+                          int64_t channels) {
+      const int64_t sample = first / p.positions, position = first % p.positions;
+      const bool in_line = view.sample == p.positions * view.position || position + columns <= p.positions;
+      if (dtype == DType::f32 && view.channel == 1 && channels % L == 0 && in_line)
+        return Panel::Matrix{clip_of<float>(view, sample, step, 0, position), view.position};
+      read_any(p.positions, panel, copy, view, dtype, step, 0, channels);
+      return copy;
+    };
+    const auto fetch_next = [&](const fast_gru::View& view, int64_t step, int64_t channels) {
+      if (step >= 0 && view.data) fetch(p.positions, panel, view, p.dtype, step, channels);
+    };
+    const auto half_of_hidden = [&](int64_t half) {
+      fast_gru::View view = p.hidden;
+      view.data = static_cast<char*>(view.data) + half * p.R * view.channel * element_size(p.dtype);
+      return view;
+    };
+    const auto each = [&](int64_t features, auto visit) {
+      for (int64_t row = 0; row < columns; ++row)
+        for (int64_t i = 0; i < features; i += L) visit(row, i);
     };
     // out (or +=) a matrix [columns][terms] times a weight [terms][features].
     const auto multiply = [&](const Panel::Matrix& out, const Panel::Matrix& a, int64_t terms, Rows weight, bool add) {
       sum_products(rows(out), columns, out.features, {a.data, a.features, 1}, terms, weight, add);
     };
     // A weight's gradient [outputs][inputs] (or +=) the sum over columns of da[outputs] in[inputs].
-    const auto add_outer = [&](Rows out, const Panel::Matrix& da, int64_t outputs, const Panel::Matrix& in, bool add) {
-      sum_products(out, outputs, in.features, {da.data, 1, da.features}, columns, rows(in), add);
+    const auto add_outer = [&](Rows out, const Panel::Matrix& da, int64_t outputs, const Panel::Matrix& in,
+                               int64_t inputs, bool add) {
+      sum_products(out, outputs, inputs, {da.data, 1, da.features}, columns, rows(in), add);
     };
 
     if (p.d_last.data)
-      read(carry, p.d_last, DType::f32, 0, p.C);
+      read_any(p.positions, panel, carry, p.d_last, DType::f32, 0, 0, p.C);
     else
-      clear(carry.data, numbers);
+      clear(carry.data, columns * c);
     for (int64_t k = p.steps - 1; k >= 0; --k) {
-      if (k > 0)
-        read(state, p.before, p.dtype, k - 1, p.C);
-      else
-        read(state, p.start, p.start_dtype, 0, p.C);
-      read(dz, p.z, p.dtype, k, p.C);
-      read(dc, p.candidate, p.dtype, k, p.C);
-      read(gated, p.r, p.dtype, k, p.C);
-      for (int64_t i : {0, 1}) read(hidden[i], p.hidden, p.dtype, k, p.R, i * p.R);
-      if (p.grad.data) read(grad, p.grad, p.dtype, k, p.C);
-      for (int64_t i = 0; i < numbers; i += L) {
-        const Floats update = get(dz, i), next = get(dc, i);
-        Floats g = get(carry, i);
-        if (p.grad.data) g += get(grad, i);
-        put(dc, i, g * update * (1 - next * next));
-        put(dz, i, g * (next - get(state, i)) * update * (1 - update));
-        put(carry, i, g * (1 - update));
-      }
+      const Panel::Matrix state = k > 0 ? read(copy_of_state, p.before, p.dtype, k - 1, p.C)
+                                        : read(copy_of_state, p.start, p.start_dtype, 0, p.C);
+      const Panel::Matrix z = read(copy_of_z, p.z, p.dtype, k, p.C),
+                          cand = read(copy_of_c, p.candidate, p.dtype, k, p.C),
+                          r_gate = read(copy_of_r, p.r, p.dtype, k, p.C);
+      const Panel::Matrix hidden[2] = {read(copy_of_hidden[0], half_of_hidden(0), p.dtype, k, p.R),
+                                       read(copy_of_hidden[1], half_of_hidden(1), p.dtype, k, p.R)};
+      const Panel::Matrix grad = p.grad.data ? read(copy_of_grad, p.grad, p.dtype, k, p.C) : Panel::Matrix{};
+      each(c, [&](int64_t row, int64_t i) {
+        const Floats update = get(z, row, i), next = get(cand, row, i);
+        Floats g = get(carry, row, i);
+        if (grad.data) g += get(grad, row, i);
+        put(dc, row, i, g * update * (1 - next * next));
+        put(dz, row, i, g * (next - get(state, row, i)) * update * (1 - update));
+        put(carry, row, i, g * (1 - update));
+      });
+      fetch_next(p.z, k - 1, p.C);
       multiply(dr, dc, p.C, w.vo, false);
-      for (int64_t i = 0; i < numbers; i += L) {
-        const Floats through = get(dr, i), reset = get(gated, i), before = get(state, i);
-        put(dr, i, through * before * reset * (1 - reset));
-        put(gated, i, reset * before);
-        put(carry, i, get(carry, i) + through * reset);
-      }
+      each(c, [&](int64_t row, int64_t i) {
+        const Floats through = get(dr, row, i), reset = get(r_gate, row, i), before = get(state, row, i);
+        put(dr, row, i, through * before * reset * (1 - reset));
+        put(gated, row, i, reset * before);
+        put(carry, row, i, get(carry, row, i) + through * reset);
+      });
+      fetch_next(p.candidate, k - 1, p.C);
       multiply(du[0], dr, p.C, w.wr, false);
       multiply(du[1], dz, p.C, w.wz, false);
-      for (int half : {0, 1})
-        for (int64_t i = 0; i < columns * r; i += L)
-          put(du[half], i, get(hidden[half], i) <= 0 ? Floats{} : get(du[half], i));
-      for (int half : {0, 1}) multiply(carry, du[half], p.R, from(w.uo, half * p.R), true);
+      for (const int half : {0, 1})
+        each(r, [&](int64_t row, int64_t i) {
+          put(du[half], row, i, get(hidden[half], row, i) <= 0 ? Floats{} : get(du[half], row, i));
+        });
+      fetch_next(p.r, k - 1, p.C);
+      for (const int half : {0, 1}) multiply(carry, du[half], p.R, from(w.uo, half * p.R), true);
+      fetch_next(p.grad, k - 1, p.C);
       if (p.dx.data) {
         multiply(dx, dc, p.C, w.vx, false);
-        for (int half : {0, 1}) multiply(dx, du[half], p.R, from(w.ux, half * p.R), true);
+        for (const int half : {0, 1}) multiply(dx, du[half], p.R, from(w.ux, half * p.R), true);
         write_any(p.positions, panel, dx, p.dx, p.dtype, k, 0, p.C);
       }
+      fetch_next(p.before, k - 2, p.C);
+      fetch_next(p.hidden, k - 1, 2 * p.R);
       if (!need_weights) continue;
-      read(x, p.x, p.dtype, k, p.C);
+      const Panel::Matrix x = read(copy_of_x, p.x, p.dtype, k, p.C);
       const bool add = first > begin || k < p.steps - 1;
-      for (int half : {0, 1}) {
-        add_outer(from(d.ux, half * p.R), du[half], p.R, x, add);
-        add_outer(from(d.uo, half * p.R), du[half], p.R, state, add);
+      for (const int half : {0, 1}) {
+        add_outer(from(d.ux, half * p.R), du[half], p.R, x, c, add);
+        add_outer(from(d.uo, half * p.R), du[half], p.R, state, c, add);
       }
-      add_outer(d.wr, dr, p.C, hidden[0], add);
-      add_outer(d.wz, dz, p.C, hidden[1], add);
-      add_outer(d.vx, dc, p.C, x, add);
-      add_outer(d.vo, dc, p.C, gated, add);
+      fetch_next(p.x, k - 1, p.C);
+      add_outer(d.wr, dr, p.C, hidden[0], r, add);
+      add_outer(d.wz, dz, p.C, hidden[1], r, add);
+      add_outer(d.vx, dc, p.C, x, c, add);
+      add_outer(d.vo, dc, p.C, gated, c, add);
     }
     if (!p.d_start.data) continue;
     if (p.grad_start.data) {
-      read(grad, p.grad_start, p.dtype, 0, p.C);
-      for (int64_t i = 0; i < numbers; i += L) put(carry, i, get(carry, i) + get(grad, i));
+      const Panel::Matrix grad = read(copy_of_grad, p.grad_start, p.dtype, 0, p.C);
+      each(c, [&](int64_t row, int64_t i) { put(carry, row, i, get(carry, row, i) + get(grad, row, i)); });
     }
     write_any(p.positions, panel, carry, p.d_start, p.start_dtype, 0, 0, p.C);
   }

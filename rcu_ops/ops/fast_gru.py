@@ -529,7 +529,9 @@ def _cpu_plan(
         return f"{words}; in fp32, which this processor multiplies faster" if wide else words
     few = native.fast_gru_few_weights(c, r)
     how = "each column through all steps in one core's caches" if few else "each weight read once per step for all"
-    return f"{steps} steps of {columns} columns, {how}, gates {'saved' if save else 'not saved'}"
+    words = f"{steps} steps of {columns} columns, {how}, gates {'saved' if save else 'not saved'}"
+    likewise = save and native.fast_gru_gradients_by_columns(columns, c, r, dtype, threads=threads)
+    return f"{words}; gradients likewise" if likewise else words
 
 
 def _gpu_plans(x: Tensor, ux: Tensor, backward: bool) -> tuple[dict[str, Any], dict[str, Any]]:

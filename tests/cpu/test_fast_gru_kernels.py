@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -21,6 +23,22 @@ if not _library.LIBRARY.exists():
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("RCU_OPS_CPU_ISA", request.param)
     return request.param
+
+
+@pytest.fixture
+def on_threads() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which torch has so many threads."""
+
+    @contextlib.contextmanager
+    def with_threads(threads: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return with_threads
 
 
 def one_channel(
@@ -42,14 +60,18 @@ def one_channel(
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "middle_channels"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instruction_set_keeps_the_tolerance_rule(isa, dtype, layout) -> None:
-    errors = Errors(ignored=RESULTS[1:6])  # gradients of weights are sums of the library's alone
+@pytest.mark.parametrize("threads", [1, 9])
+def test_every_instruction_set_keeps_the_tolerance_rule(isa, dtype, layout, threads, on_threads) -> None:
+    """On one thread gradients go by columns, on many they are the library's products and passes between them."""
+    own = _library.native().fast_gru_gradients_by_columns(80, 10, 3, str(dtype)[6:], threads=threads)
+    assert own == (threads == 1 and dtype != torch.float64)
+    errors = Errors(ignored=() if own else RESULTS[1:6])  # the library's sums alone
     for positions in range(1, 9):  # runs of all lengths around a vector's
         shape = (2, 3, 10, 1, 5, positions)
         tensors = inputs(shape, 3, dtype)
         laid_out = [LAYOUTS[layout](tensors[0]), *tensors[1:]]
         grads = [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])]
-        with rcu_ops.use_backend("cpu"):
+        with rcu_ops.use_backend("cpu"), on_threads(threads):
             compare(tensors, laid_out, grads, errors)
     errors.check()
 
@@ -283,14 +305,67 @@ def test_which_problems_go_by_columns() -> None:
             assert 1 <= chosen <= 3 and rounds * chosen <= -(-columns // (16 * threads)) + 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "threads"), [(torch.float32, 1), (torch.float32, 49), (torch.float64, 1)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients_of_weights_over_many_columns(layout, dtype) -> None:
-    """Their sums are made in pieces of 64 columns, 64 at a time: here more than one time, and a rest."""
+def test_gradients_of_weights_over_many_columns(layout, dtype, threads, on_threads) -> None:
+    """The library's sums are made in pieces of 64 columns, 64 at a time: here more than one time, and a rest.
+
+    On few threads the sums in fp32 are those of panels.
+    """
     shape, errors = (1, 3, 2, 1, 1, 2100), Errors()
+    own = _library.native().fast_gru_gradients_by_columns(2100, 2, 2, str(dtype)[6:], threads=threads)
+    assert own == (threads == 1 and dtype == torch.float32)
     for _ in range(18):
         tensors = inputs(shape, 2, dtype, with_o0=False)
         laid_out = [LAYOUTS[layout](tensors[0]), *tensors[1:]]
-        with rcu_ops.use_backend("cpu"):
+        with rcu_ops.use_backend("cpu"), on_threads(threads):
             compare(tensors, laid_out, [torch.randn(shape).to(dtype), None], errors)
     errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("with_o0", [False, True])
+def test_gradients_by_columns_do_not_depend_on_threads(isa, layout, dtype, with_o0, on_threads) -> None:
+    """Twelve panels, across samples and with a rest."""
+    shape = (3, 4, 32, 1, 5, 37)
+    x, *weights, o0 = inputs(shape, 9, dtype, with_o0=with_o0)
+    given = [LAYOUTS[layout](x), *weights, o0]
+    grad_o, grad_o_n = LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.randn(shape[:1] + shape[2:])
+    o, _, hidden, gates = torch.ops.rcu_ops.fast_gru(*given, True)
+    found = []
+    for threads in (1, 2, 3, 8):
+        assert _library.native().fast_gru_gradients_by_columns(555, 32, 9, str(dtype)[6:], threads=threads)
+        with on_threads(threads):
+            found.append(torch.ops.rcu_ops.fast_gru_backward(grad_o, grad_o_n, *given, o, hidden, gates, True, True))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_by_columns_of_more_panels_than_sums(dtype, on_threads) -> None:
+    """A task takes one panel after the other, and adds their sums up."""
+    shape, errors = (2, 2, 256, 1, 1, 290), Errors()
+    units = _library.native().fast_gru_gradient_units(580, 256, 64)
+    assert units["panels"] == 2 and units["count"] == 10 and 580 % (2 * units["width"])
+    tensors = inputs(shape, 64, dtype, with_o0=False)
+    with rcu_ops.use_backend("cpu"), on_threads(1):
+        compare(tensors, tensors, [torch.randn(shape).to(dtype), None], errors)
+    errors.check()
+
+
+def test_units_of_gradients() -> None:
+    native = _library.native()
+    assert native.fast_gru_gradient_units(784, 64, 16) == {"width": 50, "panels": 1, "count": 16}
+    for c, r in ((1, 1), (20, 5), (64, 16), (256, 64)):
+        for columns in (1, 2, 31, 48, 97, 196, 784, 3136, 100_000):
+            width, panels, count = native.fast_gru_gradient_units(columns, c, r).values()
+            assert (count - 1) * panels * width < columns <= count * panels * width
+            assert width % 2 == 0 and width <= 96
+            numbers = 4 * r * -(-c // 16) * 16 + 2 * c * -(-r // 16) * 16 + 2 * c * -(-c // 16) * 16
+            assert count * numbers <= 2**22 or count == 1
+            assert native.fast_gru_gradients_by_columns(columns, c, r, "float32", threads=2 * count)
+            assert not native.fast_gru_gradients_by_columns(columns, c, r, "float32", threads=2 * count + 1)
+    assert not native.fast_gru_gradients_by_columns(784, 64, 16, "float64", threads=1)
+    assert not native.fast_gru_gradients_by_columns(784, 512, 128, "float32", threads=1)
+    assert not native.fast_gru_gradients_by_columns(0, 64, 16, "float32", threads=1)
