@@ -269,7 +269,7 @@ constexpr GradientUnits gradient_units(int64_t columns, int64_t C, int64_t R) {
 
 // A task's memory for a panel (cpu/fast_gru_gradients.h).
 constexpr int64_t gradient_numbers(int64_t C, int64_t R, int64_t width) {
-  return width * (12 * padded_to(C, 16) + 4 * padded_to(R, 16));
+  return width * (15 * padded_to(C, 16) + 6 * padded_to(R, 16));
 }
 
 // Whether gradients do: of few weights, where there are units for at least every other thread.

@@ -48,11 +48,13 @@ struct Tasks {
   int64_t count, total;
 };
 
-Kernels column_kernels([[maybe_unused]] const fast_gru::Columns& problem) {
+Kernels column_kernels([[maybe_unused]] DType weights) {
   Kernels kernels = best_kernels();
 #if defined(__x86_64__)
-  if (problem.narrow && problem.dtype == DType::bf16 && current_isa() == Isa::avx512_bf16)
+  if (weights == DType::bf16 && current_isa() == Isa::avx512_bf16) {
     kernels.columns = avx512_bf16::columns_task, kernels.phase = avx512_bf16::columns_phase, kernels.pairs = true;
+    kernels.gradients_weights = avx512_bf16::gradients_weights, kernels.gradients = avx512_bf16::gradients_task;
+  }
 #endif
   return kernels;
 }
@@ -136,7 +138,7 @@ static void columns_together(const fast_gru::Columns& problem, const Parallel& p
     fast_gru::Phase phase;
     int64_t step, thin, width, count;
     float* panels;
-  } all{problem, column_kernels(problem), {}, 0, 0, 0, 0, nullptr};
+  } all{problem, column_kernels(problem.narrow ? problem.dtype : DType::f32), {}, 0, 0, 0, 0, nullptr};
   const int64_t columns = problem.samples * problem.positions;
   const int lanes = all.kernels.lanes;
   const int64_t rest = columns % lanes;
@@ -173,7 +175,7 @@ void columns(const fast_gru::Columns& problem, const Parallel& parallel) {
     fast_gru::Columns p;
     Kernels kernels;
     int64_t columns, width;  // of all samples, and of a panel
-  } all{problem, column_kernels(problem), 0, 0};
+  } all{problem, column_kernels(problem.narrow ? problem.dtype : DType::f32), 0, 0};
   fast_gru::Columns& p = all.p;
   if (p.samples == 0 || p.positions == 0) return;
   if (!fast_gru::few_weights(p.C, p.R)) return columns_together(p, parallel);
@@ -211,7 +213,7 @@ void gradients(const fast_gru::ColumnsGradients& problem, const Parallel& parall
     float *weights, *sums;
     int64_t rows, count;  // of all weights, and tasks that share them
   } all{problem,
-        best_kernels(),
+        column_kernels(problem.dtype),
         problem.samples * problem.positions,
         fast_gru::weight_numbers(problem.C, problem.R),
         {},

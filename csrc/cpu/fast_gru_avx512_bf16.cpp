@@ -11,6 +11,7 @@ namespace rcu_ops::cpu::avx512_bf16::fast_gru_kernels {
 #include "vector_avx512.h"
 #define RCU_OPS_PAIRS
 #include "fast_gru_columns.h"
+#include "fast_gru_gradients.h"
 
 #undef RCU_OPS_PAIRS
 

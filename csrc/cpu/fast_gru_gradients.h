@@ -7,7 +7,8 @@
 // it is written to memory.
 //
 // Layout.   Matrices [columns of a panel][features] of fp32 in the task's scratch memory, and weights [outputs][inputs]
-//           copied once per call, both with rows padded to whole vectors. Lanes are features: a gradient's product with
+//           copied once per call, both with rows padded to whole vectors. With RCU_OPS_PAIRS factors are packed to pairs
+//           of bf16, neighbouring features or neighbouring rows, which take the place of numbers of fp32. Lanes are features: a gradient's product with
 //           a transposed weight reads the weight as it lies, and sums over columns read both factors as they lie. What
 //           padding holds meets no other lane.
 // Work.     One block for all products: `rows` x NV vectors of sums in registers. The activations' derivatives are
@@ -21,7 +22,8 @@ static constexpr int64_t most_terms = 64;
 static constexpr int wide_vectors = vector_bytes == 64 ? 4 : 3;
 constexpr int rows_of(int vectors) { return vector_bytes == 64 ? (vectors == 4 ? 6 : 8) : 4; }
 
-// out[rows][NV vectors] = (or +=) the sum over `terms` of a[row][term `step`] b[term `pitch`][NV vectors].
+// out[rows][NV vectors] = (or +=) the sum over `terms` of a[row][term `step`] b[term `pitch`][NV vectors]; here and below
+// a term is a number of a factor, or a pair.
 template <int rows, int NV>
 static inline void sum_block(float* out, int64_t out_pitch, const float* const* a, int64_t step, int64_t terms,
                              const float* b, int64_t pitch, bool add) {
@@ -35,7 +37,7 @@ static inline void sum_block(float* out, int64_t out_pitch, const float* const* 
     for (int m = 0; m < rows; ++m) {
       const float w = a[m][t * step];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] += w * bv[v];
+      for (int v = 0; v < NV; ++v) acc[m][v] = add_product(acc[m][v], w, bv[v]);
     }
   }
 #pragma GCC unroll 8
@@ -61,7 +63,7 @@ struct Rows {
 };
 
 template <int NV>
-static void sum_rows(Rows out, int64_t count, Factor a, int64_t terms, Rows b, bool add) {
+static void sum_rows(Rows out, int64_t count, Factor a, int64_t terms, FactorMatrix b, bool add) {
   constexpr int most = rows_of(NV);
   for (int64_t i = 0; i < count;) {
     const float* at[most];
@@ -82,14 +84,15 @@ static void sum_rows(Rows out, int64_t count, Factor a, int64_t terms, Rows b, b
 }
 
 // out[count][features] = (or +=) the sum over terms of a(i, t) b[t][features].
-static void sum_products(Rows out, int64_t count, int64_t features, Factor a, int64_t terms, Rows b, bool add) {
+static void sum_products(Rows out, int64_t count, int64_t features, Factor a, int64_t terms, FactorMatrix b, bool add) {
   constexpr int64_t L = Vector<float>::L;
   for (int64_t t = 0; t < terms; t += most_terms) {
     const int64_t some = min_of(most_terms, terms - t);
     const Factor from{a.data + t * a.term, a.row, a.term};
     for (int64_t j = 0; j < features;) {
       const int64_t vectors = min_of<int64_t>(wide_vectors, (features - j + L - 1) / L);
-      const Rows to{out.data + j, out.pitch}, with{b.data + t * b.pitch + j, b.pitch};
+      const Rows to{out.data + j, out.pitch};
+      const FactorMatrix with{b.data + t * b.pitch + j, b.pitch};
       const bool more = add || t > 0;
       switch (vectors) {
         case 1: sum_rows<1>(to, count, from, some, with, more); break;
@@ -102,9 +105,9 @@ static void sum_products(Rows out, int64_t count, int64_t features, Factor a, in
   }
 }
 
-// The weights, or their gradients, one after the other.
+// The weights, or their gradients, one after the other: for r', z' (or r, z), then for the candidate.
 struct WeightRows {
-  Rows ux, uo, wr, wz, vx, vo;
+  Rows ux[2], uo[2], w[2], vx, vo;
 };
 static WeightRows weight_rows(const fast_gru::ColumnsGradients& p, float* memory) {
   constexpr int64_t L = Vector<float>::L;
@@ -115,31 +118,38 @@ static WeightRows weight_rows(const fast_gru::ColumnsGradients& p, float* memory
     return found;
   };
   // In the order of their mention, which braces keep.
-  return {next(2 * p.R, c), next(2 * p.R, c), next(p.C, r), next(p.C, r), next(p.C, c), next(p.C, c)};
+  return {{next(p.R, c), next(p.R, c)},
+          {next(p.R, c), next(p.R, c)},
+          {next(p.C, r), next(p.C, r)},
+          next(p.C, c),
+          next(p.C, c)};
 }
 
 // visit(rows, dense weight, first row in it, rows, inputs) for all of a call's weights.
 template <class Pointer, class Visit>
 static void each_weight(const fast_gru::ColumnsGradients& p, const WeightRows& rows, Pointer ux, Pointer uo, Pointer w,
                         Pointer vx, Pointer vo, Visit visit) {
-  visit(rows.ux, ux, int64_t{0}, 2 * p.R, p.C);
-  visit(rows.uo, uo, int64_t{0}, 2 * p.R, p.C);
-  visit(rows.wr, w, int64_t{0}, p.C, p.R);
-  visit(rows.wz, w, p.C, p.C, p.R);
+  for (const int64_t i : {0, 1}) visit(rows.ux[i], ux, i * p.R, p.R, p.C);
+  for (const int64_t i : {0, 1}) visit(rows.uo[i], uo, i * p.R, p.R, p.C);
+  for (const int64_t i : {0, 1}) visit(rows.w[i], w, i * p.C, p.C, p.R);
   visit(rows.vx, vx, int64_t{0}, p.C, p.C);
   visit(rows.vo, vo, int64_t{0}, p.C, p.C);
 }
 
 template <class Visit>
 static void with_type(DType dtype, Visit visit) {
+#ifdef RCU_OPS_PAIRS
+  return visit(bf16_t());
+#else
   switch (dtype) {
     case DType::bf16: return visit(bf16_t());
     case DType::f16: return visit(f16_t());
     default: return visit(float());
   }
+#endif
 }
 
-// The call's weights as fp32, rows padded with zeros.
+// The call's weights as factors, rows padded with zeros.
 void gradients_weights(const fast_gru::ColumnsGradients& p, float* to) {
   constexpr int64_t L = Vector<float>::L;
   with_type(p.dtype, [&](auto type) {
@@ -153,10 +163,12 @@ void gradients_weights(const fast_gru::ColumnsGradients& p, float* to) {
                       store_vector<float>(out.data + i * out.pitch + k, load_vector<float>(row + k, n), L);
                     }
                   }
+                  pairs_of_rows(out.data, out.pitch, rows, fast_gru::padded_to(inputs, L), out.data);
                 });
   });
 }
 
+#ifndef RCU_OPS_PAIRS
 // Rows [begin, end) of all the weights' gradients, which are the sums of all units' `sums`, of `numbers` numbers each.
 void gradients_sum(const fast_gru::ColumnsGradients& p, float* sums, int64_t units, int64_t numbers, int64_t begin,
                    int64_t end) {
@@ -180,6 +192,8 @@ void gradients_sum(const fast_gru::ColumnsGradients& p, float* sums, int64_t uni
                 });
   });
 }
+
+#endif
 
 // Asks for what a panel will read of a view's step, into the second-level cache: many short pieces of memory, which no
 // processor would foresee.
@@ -215,7 +229,7 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
   constexpr int64_t L = Vector<float>::L;
   const int64_t c = fast_gru::padded_to(p.C, L), r = fast_gru::padded_to(p.R, L);
   const auto clear = [](float* at, int64_t numbers) { memset(at, 0, static_cast<size_t>(numbers) * sizeof(float)); };
-  clear(memory, fast_gru::gradient_numbers(p.C, p.R, width));  // what is padding stays so
+  if (c > p.C || r > p.R) clear(memory, fast_gru::gradient_numbers(p.C, p.R, width));  // what is padding stays so
   const auto matrix = [&](int64_t pitch) {
     const Panel::Matrix found{memory, pitch};
     memory += width * pitch;
@@ -226,9 +240,9 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
   // Where what is read is not a matrix in fp32 already.
   const Panel::Matrix copy_of_state = matrix(c), copy_of_z = matrix(c), copy_of_c = matrix(c), copy_of_r = matrix(c),
                       copy_of_grad = matrix(c), copy_of_x = matrix(c), copy_of_hidden[2] = {matrix(r), matrix(r)};
+  const Panel::Matrix pairs_of_dc = matrix(c), pairs_of_dr = matrix(c), pairs_of_dz = matrix(c),
+                      pairs_of_du[2] = {matrix(r), matrix(r)};
   const WeightRows w = weight_rows(p, const_cast<float*>(weights)), d = weight_rows(p, sums);
-  const auto rows = [](const Panel::Matrix& m) { return Rows{m.data, m.features}; };
-  const auto from = [](const Rows& all, int64_t first) { return Rows{all.data + first * all.pitch, all.pitch}; };
   const bool need_weights = sums != nullptr;
 
   for (int64_t first = begin; first < begin + count; first += width) {
@@ -256,14 +270,22 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
       for (int64_t row = 0; row < columns; ++row)
         for (int64_t i = 0; i < features; i += L) visit(row, i);
     };
-    // out (or +=) a matrix [columns][terms] times a weight [terms][features].
-    const auto multiply = [&](const Panel::Matrix& out, const Panel::Matrix& a, int64_t terms, Rows weight, bool add) {
-      sum_products(rows(out), columns, out.features, {a.data, a.features, 1}, terms, weight, add);
+    // A matrix as a factor of `multiply`, and, in the place of `out`, of `add_outer`.
+    const auto by_features = [&](const Panel::Matrix& m, const Panel::Matrix& out) {
+      return pairs_of_features(m.data, m.features, columns, out.features, out.data);
+    };
+    const auto by_columns = [&](const Panel::Matrix& m, const Panel::Matrix& out) {
+      return pairs_of_rows(m.data, m.features, columns, out.features, out.data);
+    };
+    // out [columns][features] (or +=) a [columns][inputs] times a weight [inputs][features].
+    const auto multiply = [&](const Panel::Matrix& out, FactorMatrix a, int64_t inputs, Rows weight, bool add) {
+      sum_products({out.data, out.features}, columns, out.features, {a.data, a.pitch, 1},
+                   (inputs + terms_at_once - 1) / terms_at_once, {weight.data, weight.pitch}, add);
     };
     // A weight's gradient [outputs][inputs] (or +=) the sum over columns of da[outputs] in[inputs].
-    const auto add_outer = [&](Rows out, const Panel::Matrix& da, int64_t outputs, const Panel::Matrix& in,
-                               int64_t inputs, bool add) {
-      sum_products(out, outputs, inputs, {da.data, 1, da.features}, columns, rows(in), add);
+    const auto add_outer = [&](Rows out, FactorMatrix da, int64_t outputs, FactorMatrix in, bool add) {
+      sum_products(out, outputs, out.pitch, {da.data, 1, da.pitch}, (columns + terms_at_once - 1) / terms_at_once,
+                   {in.data, in.pitch}, add);
     };
 
     if (p.d_last.data)
@@ -288,7 +310,8 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
         put(carry, row, i, g * (1 - update));
       });
       fetch_next(p.z, k - 1, p.C);
-      multiply(dr, dc, p.C, w.vo, false);
+      const FactorMatrix dc_rows = by_features(dc, pairs_of_dc);
+      multiply(dr, dc_rows, p.C, w.vo, false);
       each(c, [&](int64_t row, int64_t i) {
         const Floats through = get(dr, row, i), reset = get(r_gate, row, i), before = get(state, row, i);
         put(dr, row, i, through * before * reset * (1 - reset));
@@ -296,34 +319,37 @@ void gradients_task(const fast_gru::ColumnsGradients& p, int64_t begin, int64_t 
         put(carry, row, i, get(carry, row, i) + through * reset);
       });
       fetch_next(p.candidate, k - 1, p.C);
-      multiply(du[0], dr, p.C, w.wr, false);
-      multiply(du[1], dz, p.C, w.wz, false);
+      multiply(du[0], by_features(dr, pairs_of_dr), p.C, w.w[0], false);
+      multiply(du[1], by_features(dz, pairs_of_dz), p.C, w.w[1], false);
       for (const int half : {0, 1})
         each(r, [&](int64_t row, int64_t i) {
           put(du[half], row, i, get(hidden[half], row, i) <= 0 ? Floats{} : get(du[half], row, i));
         });
       fetch_next(p.r, k - 1, p.C);
-      for (const int half : {0, 1}) multiply(carry, du[half], p.R, from(w.uo, half * p.R), true);
+      const FactorMatrix du_rows[2] = {by_features(du[0], pairs_of_du[0]), by_features(du[1], pairs_of_du[1])};
+      for (const int half : {0, 1}) multiply(carry, du_rows[half], p.R, w.uo[half], true);
       fetch_next(p.grad, k - 1, p.C);
       if (p.dx.data) {
-        multiply(dx, dc, p.C, w.vx, false);
-        for (const int half : {0, 1}) multiply(dx, du[half], p.R, from(w.ux, half * p.R), true);
+        multiply(dx, dc_rows, p.C, w.vx, false);
+        for (const int half : {0, 1}) multiply(dx, du_rows[half], p.R, w.ux[half], true);
         write_any(p.positions, panel, dx, p.dx, p.dtype, k, 0, p.C);
       }
       fetch_next(p.before, k - 2, p.C);
       fetch_next(p.hidden, k - 1, 2 * p.R);
       if (!need_weights) continue;
-      const Panel::Matrix x = read(copy_of_x, p.x, p.dtype, k, p.C);
+      const FactorMatrix x = by_columns(read(copy_of_x, p.x, p.dtype, k, p.C), copy_of_x),
+                         before = by_columns(state, copy_of_state), dc_columns = by_columns(dc, dc),
+                         du_columns[2] = {by_columns(du[0], du[0]), by_columns(du[1], du[1])};
       const bool add = first > begin || k < p.steps - 1;
       for (const int half : {0, 1}) {
-        add_outer(from(d.ux, half * p.R), du[half], p.R, x, c, add);
-        add_outer(from(d.uo, half * p.R), du[half], p.R, state, c, add);
+        add_outer(d.ux[half], du_columns[half], p.R, x, add);
+        add_outer(d.uo[half], du_columns[half], p.R, before, add);
       }
       fetch_next(p.x, k - 1, p.C);
-      add_outer(d.wr, dr, p.C, hidden[0], r, add);
-      add_outer(d.wz, dz, p.C, hidden[1], r, add);
-      add_outer(d.vx, dc, p.C, x, c, add);
-      add_outer(d.vo, dc, p.C, gated, c, add);
+      add_outer(d.w[0], by_columns(dr, dr), p.C, by_columns(hidden[0], copy_of_hidden[0]), add);
+      add_outer(d.w[1], by_columns(dz, dz), p.C, by_columns(hidden[1], copy_of_hidden[1]), add);
+      add_outer(d.vx, dc_columns, p.C, x, add);
+      add_outer(d.vo, dc_columns, p.C, by_columns(gated, gated), add);
     }
     if (!p.d_start.data) continue;
     if (p.grad_start.data) {

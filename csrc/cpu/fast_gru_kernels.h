@@ -51,6 +51,9 @@ namespace avx512_bf16::fast_gru_kernels {  // for narrow weights of bf16 alone
 void columns_task(const fast_gru::Columns&, int64_t begin, int64_t count, float* panel);
 void columns_phase(const fast_gru::Columns&, fast_gru::Phase phase, int64_t step, int64_t begin, int64_t end,
                    int64_t thin, int64_t width, float* panels, float* wide);
+void gradients_weights(const fast_gru::ColumnsGradients&, float* to);
+void gradients_task(const fast_gru::ColumnsGradients&, int64_t begin, int64_t count, int64_t width, float* memory,
+                    const float* weights, float* sums);
 }  // namespace avx512_bf16::fast_gru_kernels
 
 // The files of an instruction set are compiled as one: each operator has names of its own.

@@ -103,3 +103,38 @@ static void thin_product(float* out, int64_t out_pitch, const bf16_t* weight, in
     }
   }
 }
+
+// What fast_gru_gradients.h is made of: a number of a factor holds the bits of two terms in bf16.
+static constexpr int64_t terms_at_once = 2;
+static inline Floats add_product(Floats sum, float w, Floats b) {
+  int32_t two;
+  memcpy(&two, &w, 4);
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)b);
+}
+struct FactorMatrix {
+  const float* data;
+  int64_t pitch;
+};
+// Of a matrix [rows][features], whole vectors of them: neighbouring features, [rows][features / 2].
+static FactorMatrix pairs_of_features(const float* m, int64_t pitch, int64_t rows, int64_t features, float* out) {
+  constexpr int64_t L = Vector<float>::L;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < features; k += 2 * L) {
+      const float* const from = m + i * pitch + k;
+      const __m512 second = k + L < features ? _mm512_loadu_ps(from + L) : _mm512_setzero_ps();
+      _mm512_storeu_si512(out + i * pitch + k / 2, two_vectors(_mm512_loadu_ps(from), second));
+    }
+  return {out, pitch};
+}
+static inline __m512i rounded(__m512 v) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)); }
+// Neighbouring rows, [rows / 2][features]; after the last row of an odd number come zeros. `out` may be the matrix.
+static FactorMatrix pairs_of_rows(const float* m, int64_t pitch, int64_t rows, int64_t features, float* out) {
+  for (int64_t i = 0; i < rows; i += 2)
+    for (int64_t k = 0; k < features; k += Vector<float>::L) {
+      const float* const from = m + i * pitch + k;
+      const __m512i low = rounded(_mm512_loadu_ps(from)),
+                    high = i + 1 < rows ? rounded(_mm512_loadu_ps(from + pitch)) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + i / 2 * pitch + k, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  return {out, pitch};
+}

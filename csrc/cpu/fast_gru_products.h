@@ -77,3 +77,15 @@ static void widen(float* to, const void* from, DType dtype, int64_t count) {
   };
   dtype == DType::bf16 ? all(static_cast<const bf16_t*>(from)) : all(static_cast<const f16_t*>(from));
 }
+
+// What fast_gru_gradients.h is made of: a number of a factor holds one term, and matrices are factors as they are.
+static constexpr int64_t terms_at_once = 1;
+static inline Floats add_product(Floats sum, float w, Floats b) { return sum + w * b; }
+struct FactorMatrix {
+  const float* data;
+  int64_t pitch;
+};
+static inline FactorMatrix pairs_of_features(const float* m, int64_t pitch, int64_t, int64_t, float*) {
+  return {m, pitch};
+}
+static inline FactorMatrix pairs_of_rows(const float* m, int64_t pitch, int64_t, int64_t, float*) { return {m, pitch}; }
