@@ -144,13 +144,14 @@ inline Plan plan_scan(const PlanInput& in, Isa isa) {
   if (tile < unit) tile = unit;
   plan.channel_tile = in.C;
   int64_t tiles = in.columns > 0 ? ceil_div(in.columns, tile) : 1;
-  if (in.single_product && plan.channels && pairs && in.columns <= 4 * b.channels_rows && in.C > 2 * in.columns)
-    tiles = 1;  // W, which tasks divide then, is the larger operand
+  // Few columns: W is the traffic, so tasks share the columns and divide W.
+  const bool few_pairs = plan.channels && pairs && in.columns <= 4 * b.channels_rows;
+  const bool divides_w = in.single_product && (!plan.channels || few_pairs);
+  if (divides_w && few_pairs && in.C > 2 * in.columns) tiles = 1;  // W is the larger operand, too
   if (in.single_product && plan.channels && in.dense_channels && !pairs && in.dtype != DType::f64 &&
       in.C % b.lanes == 0) {
     plan_step(in, b, threads, plan);
-  } else if (in.single_product && (!plan.channels || (pairs && in.columns <= 4 * b.channels_rows)) && tiles < threads) {
-    // Few columns: W is the traffic, so tasks share the columns and divide W.
+  } else if (divides_w && tiles < threads) {
     const int64_t least = plan.channels ? b.lanes : b.planar_rows;
     plan.tile = ceil_div(ceil_div(in.columns, tiles), vector) * vector;
     plan.channel_tile = ceil_div(ceil_div(in.C, ceil_div(threads, tiles)), least) * least;
