@@ -7,16 +7,16 @@
 // it is written to memory.
 //
 // Layout.   Matrices [columns of a panel][features] of fp32 in the task's scratch memory, and weights [outputs][inputs]
-//           copied once per call, both with rows padded to whole vectors. With RCU_OPS_PAIRS factors are packed to pairs
-//           of bf16, neighbouring features or neighbouring rows, which take the place of numbers of fp32. Lanes are features: a gradient's product with
-//           a transposed weight reads the weight as it lies, and sums over columns read both factors as they lie. What
-//           padding holds meets no other lane.
+//           copied once per call, both with rows padded to whole vectors; what is such a matrix in the caller's memory
+//           is read there. Lanes are features: a gradient's product with a transposed weight reads the weight as it
+//           lies, and sums over columns read both factors as they lie. With RCU_OPS_PAIRS factors are packed to pairs of
+//           bf16, neighbouring features or neighbouring rows, in the place of numbers of fp32.
 // Work.     One block for all products: `rows` x NV vectors of sums in registers. The activations' derivatives are
 //           passes over a panel.
 // Order.    A product adds one term after the other in runs of most_terms; a unit adds its panels' sums over columns
 //           step by step, and the units' sums are added up in their order. All of that depends on the problem alone.
-// Bound.    Arithmetic: 24 R C + 8 C^2 FLOP per column and step. A panel takes 4 (12 C + 4 R) bytes per column and the
-//           weights and their gradients 8 (6 R C + 2 C^2), all from the second-level cache.
+// Bound.    Arithmetic: 24 R C + 8 C^2 FLOP per column and step. A panel takes up to 4 (12 C + 4 R) bytes per column (15 C
+//           and 6 R with pairs), and the weights and their gradients 8 (6 R C + 2 C^2), in the second-level cache.
 
 static constexpr int64_t most_terms = 64;
 static constexpr int wide_vectors = vector_bytes == 64 ? 4 : 3;
@@ -192,7 +192,6 @@ void gradients_sum(const fast_gru::ColumnsGradients& p, float* sums, int64_t uni
                 });
   });
 }
-
 #endif
 
 // Asks for what a panel will read of a view's step, into the second-level cache: many short pieces of memory, which no
