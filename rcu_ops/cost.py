@@ -88,21 +88,40 @@ def count_macs(model: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     for operator, flops in counts.get("Global", {}).items():
         by_kind[kind(operator)] += flops // 2
 
-    def move(name: str, to: str, of: Sequence[str]) -> None:
+    def move(name: str, to: str, of: Sequence[str], sign: int = 1) -> None:
         # The counter names modules by their path below the root's class.
         path = f"{type(model).__name__}.{name}" if name else "Global"
         for operator, flops in counts.get(path, {}).items():
             if kind(operator) in of:
-                by_kind[kind(operator)] -= flops // 2
-                by_kind[to] += flops // 2
+                by_kind[kind(operator)] -= sign * (flops // 2)
+                by_kind[to] += sign * (flops // 2)
 
-    move("head", "head", KINDS)
-    inside: tuple[str, ...] = ("head.",)
+    heads = _heads(model)
+    for name in heads:
+        move(name, "head", KINDS)
+    inside = tuple(f"{name}." for name in heads)
     for name, module in model.named_modules():
-        if carries_state(module) and name != "head" and not name.startswith(inside):
+        if carries_state(module) and name not in heads and not name.startswith(inside):
+            below = f"{name}." if name else ""
             move(name, "recurrence", ("other",))
-            inside = (*inside, f"{name}." if name else "")
+            for head in heads:
+                if head.startswith(below):  # which was moved already
+                    move(head, "recurrence", ("other",), sign=-1)
+            inside = (*inside, below)
     return by_kind
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Names of the classifiers: modules called "head", and those of aggregators."""
+    from rcu_ops.nn import Aggregator
+
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "head" and not name.startswith(tuple(f"{head}." for head in found)):
+            found.append(name)
+        elif isinstance(module, Aggregator) and hasattr(module, "fc"):
+            found.append(f"{name}.fc" if name else "fc")
+    return found
 
 
 def stream_state_bytes(model: nn.Module, shape: Sequence[int]) -> int | None:
@@ -330,25 +349,25 @@ def _labelled(model: nn.Module) -> Iterator[None]:
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         open_labels.pop().__exit__(None, None, None)
 
+    heads = _heads(model)
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            kind = _kind_of_module(name, module)
+            kind = _kind_of_module(name, module, heads)
             if kind is not None:
                 hooks.enter_context(module.register_forward_pre_hook(enter(kind)))
                 hooks.enter_context(module.register_forward_hook(leave))
         yield
 
 
-def _kind_of_module(name: str, module: nn.Module) -> str | None:
+def _kind_of_module(name: str, module: nn.Module, heads: Sequence[str]) -> str | None:
     """The kind of a leaf module, or None for modules that are made of others."""
     from torch import nn
 
     from rcu_ops.nn.causality import carries_state
     from rcu_ops.nn.fuse import FusedFrameConv3d
 
-    path = name.split(".")
-    if "head" in path:
-        return "head" if path[-1] == "head" else None
+    if name in heads or name.startswith(tuple(f"{head}." for head in heads)):
+        return "head" if name in heads else None
     if carries_state(module):
         return "recurrence"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, FusedFrameConv3d)):

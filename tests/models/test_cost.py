@@ -12,7 +12,7 @@ from torch import nn
 from rcu_ops import Streamer, cost, fuse_for_inference
 from rcu_ops.cli import main
 from rcu_ops.models import create_model
-from rcu_ops.nn import RecurrentConv3d, RelationalLSTM
+from rcu_ops.nn import RecurrentConv3d, RelationalLSTM, make_aggregator
 from rcu_ops.streaming import state_bytes
 from tests.networks import small_model
 
@@ -87,6 +87,24 @@ def test_products_of_layers_with_a_state_are_their_recurrence() -> None:
     macs = cost.count_macs(gated, (1, 3, 8, 32, 32))
     assert macs["other"] == 0
     assert macs["recurrence"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "products"),
+    [  # of two samples of three clips, two of which are steps, with four positions
+        ("concat", 2 * 2 * 4 * 2 * 64),
+        ("lstm", 2 * 2 * 8 * 64),
+        ("gru", 2 * (3 + 2) * 3 * 64),
+        ("fast_gru", 2 * 2 * 4 * (2 * 4 * 8 + 2 * 8 * 2 + 2 * 64)),
+    ],
+)
+def test_an_aggregator_is_a_recurrence_and_a_head(kind: str, products: int) -> None:
+    with torch.device("meta"):
+        aggregator = make_aggregator(kind, 8, 5).eval()
+    macs = cost.count_macs(aggregator, (2, 3, 8, 1, 2, 2))
+    assert macs["head"] == 2 * 3 * 8 * 5
+    assert macs["convolution" if kind == "concat" else "recurrence"] == products
+    assert sum(macs.values()) == macs["head"] + products
 
 
 def test_a_layer_on_its_own_costs_what_it_costs_within_a_network() -> None:
