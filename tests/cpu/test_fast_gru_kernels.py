@@ -67,10 +67,12 @@ def test_every_instruction_set_keeps_the_tolerance_rule(isa, dtype, layout, thre
     assert own == (threads == 1 and dtype != torch.float64)
     errors = Errors(ignored=() if own else RESULTS[1:6])  # the library's sums alone
     for positions in range(1, 9):  # runs of all lengths around a vector's
-        shape = (2, 3, 10, 1, 5, positions)
-        tensors = inputs(shape, 3, dtype)
+        # Whole vectors of features, which may be read where they lie, in panels across samples; and others.
+        channels, hidden = (16, 16) if positions % 2 else (10, 3)
+        shape = (2, 3, channels, 1, 5, positions)
+        tensors = inputs(shape, hidden, dtype)
         laid_out = [LAYOUTS[layout](tensors[0]), *tensors[1:]]
-        grads = [torch.randn(shape).to(dtype), torch.randn(shape[:1] + shape[2:])]
+        grads = [LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.randn(shape[:1] + shape[2:])]
         with rcu_ops.use_backend("cpu"), on_threads(threads):
             compare(tensors, laid_out, grads, errors)
     errors.check()
