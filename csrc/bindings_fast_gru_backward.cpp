@@ -98,9 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(
                  dr = temporaries.take(C, S, p.scalar), dz = temporaries.take(C, S, p.scalar);
     const auto one_by_one = [&] {
       const Matrix q = temporaries.take(C, M, p.scalar);
-      // U_o^T du joins the gradient of the state before: at once, or by the next pass. In fp64 MKL may add its terms to
-      // that gradient one by one (measured on Zen 4: half again the error).
-      const bool at_once = !x.is_cuda() && p.scalar == ScalarType::Float;
+      // U_o^T du joins the gradient of the state before: at once, or by the next pass.
+      const bool at_once = !x.is_cuda() && p.state == p.scalar;
       const Matrix from_later = at_once ? Matrix{} : temporaries.take(C, M, p.scalar);
       const Tensor uo_t = transposed(uo), vo_t = transposed(vo), wr_t = transposed(weight.wr),
                    wz_t = transposed(weight.wz);
