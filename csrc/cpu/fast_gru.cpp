@@ -41,6 +41,11 @@ Kernels best_kernels() {
 
 // Smaller ranges are not worth waking a thread for: about 10 us of work.
 constexpr int64_t task_elements = 16384;
+// Tasks that share `elements`, `most` at most.
+int64_t tasks_of(int64_t elements, int64_t most) {
+  const int64_t count = elements / task_elements < most ? elements / task_elements : most;
+  return count < 1 ? 1 : count;
+}
 
 struct Tasks {
   fast_gru::Elementwise pass;
@@ -66,9 +71,7 @@ void elementwise(const fast_gru::Elementwise& pass, const Parallel& parallel) {
   if (pass.dtype == DType::f64) tasks.range = portable::elementwise_range;  // for gradient checks: no other has it
   if (tasks.total == 0) return;
   fast_gru::merge(tasks.pass);
-  tasks.count = tasks.total / task_elements;
-  if (tasks.count > parallel.threads) tasks.count = parallel.threads;
-  if (tasks.count < 1) tasks.count = 1;
+  tasks.count = tasks_of(tasks.total, parallel.threads);
   parallel.run(
       parallel.pool, tasks.count,
       [](void* context, int64_t i) {
@@ -87,10 +90,8 @@ void reorder(const fast_gru::Reorder& problem, const Parallel& parallel) {
     int64_t units, count;
   } tasks{problem, best_kernels(), fast_gru::reorder_units(problem), 1};
   if (tasks.units == 0 || problem.positions == 0) return;
-  tasks.count = problem.samples * problem.steps * problem.channels * problem.positions / task_elements;
-  if (tasks.count > parallel.threads) tasks.count = parallel.threads;
-  if (tasks.count > tasks.units) tasks.count = tasks.units;
-  if (tasks.count < 1) tasks.count = 1;
+  tasks.count = tasks_of(problem.samples * problem.steps * problem.channels * problem.positions,
+                         tasks.units < parallel.threads ? tasks.units : parallel.threads);
   parallel.run(
       parallel.pool, tasks.count,
       [](void* context, int64_t i) {
@@ -239,9 +240,7 @@ void gradients(const fast_gru::ColumnsGradients& problem, const Parallel& parall
       },
       &all);
   if (!need_weights) return;
-  all.count = all.numbers * all.units.count / task_elements;
-  if (all.count > parallel.threads) all.count = parallel.threads;
-  if (all.count < 1) all.count = 1;
+  all.count = tasks_of(all.numbers * all.units.count, parallel.threads);
   parallel.run(
       parallel.pool, all.count,
       [](void* context, int64_t i) {
