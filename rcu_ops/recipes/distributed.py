@@ -69,6 +69,9 @@ def distributed(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, count, chosen)
+        # The first process keeps the store through which the others find each other: it must not leave before them.
+        # Not after an error, which may be this process's alone: the others would not come.
+        dist.barrier(device_ids=[chosen.index] if chosen.type == "cuda" else None)
     finally:
         dist.destroy_process_group()
 
