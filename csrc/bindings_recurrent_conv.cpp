@@ -142,6 +142,17 @@ void launch(const WeightGrad& problem, [[maybe_unused]] const Tensor& like) {
   cpu::weight_grad(problem, cpu_threads());
 }
 
+// dW of sums that a scan made.
+void launch_parts([[maybe_unused]] const WeightGrad& problem, [[maybe_unused]] const Tensor& partial) {
+#ifdef RCU_OPS_WITH_CUDA
+  launch_on_gpu(
+      problem, partial, [](const auto&) { return cuda::Scratch{}; },
+      [&](const auto& p, void*, CUstream_st* stream) {
+        return cuda::add_weight_grad_parts(p, static_cast<const float*>(pointer(partial)), partial.size(0), stream);
+      });
+#endif
+}
+
 // ---- recurrent_conv --------------------------------------------------------------------------------------------
 
 Scan forward_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& h0, bool mean) {
@@ -170,16 +181,44 @@ Scan forward_problem(const Tensor& x, const Tensor& weight, const std::optional<
   return p;
 }
 
-// 0 where the scan's kernel takes no part of batch normalisation.
-int64_t norm_columns([[maybe_unused]] const Scan& p, [[maybe_unused]] const Tensor& like) {
-  int64_t columns = 0;
 #ifdef RCU_OPS_WITH_CUDA
+// What the scan's kernel takes of the work around it, as the kernels answer; 0: nothing.
+int64_t taken_by_scan(const Scan& p, const Tensor& like, Text (*question)(const Scan&, int64_t&)) {
   if (!like.is_cuda() || p.dtype == DType::f64 || p.N * p.H * p.W == 0 || forced_chunk().value_or(0) > 0) return 0;
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  const Text error = cuda::fused_norm_columns(p, columns);
+  int64_t found = 0;
+  const Text error = question(p, found);
   check(error.empty(), error.c_str());
+  return found;
+}
 #endif
-  return columns;
+
+// 0 where the scan's kernel takes no part of batch normalisation.
+int64_t norm_columns([[maybe_unused]] const Scan& p, [[maybe_unused]] const Tensor& like) {
+#ifdef RCU_OPS_WITH_CUDA
+  return taken_by_scan(p, like, cuda::fused_norm_columns);
+#else
+  return 0;
+#endif
+}
+
+// The partial sums that a scan backwards in time makes of the weight's gradient, [parts,C,C], where its kernel takes that:
+// then p says so.
+std::optional<Tensor> weight_grad_parts([[maybe_unused]] Scan& p, [[maybe_unused]] const Tensor& h,
+                                        [[maybe_unused]] const std::optional<Tensor>& h0) {
+  std::optional<Tensor> partial;
+#ifdef RCU_OPS_WITH_CUDA
+  Scan with_sums = p;
+  with_sums.residual = sequence_view(h);
+  if (h0) with_sums.weight_grad.first = state_view(*h0);
+  with_sums.weight_grad.partial = static_cast<float*>(p.y.data);  // never followed
+  if (const int64_t parts = taken_by_scan(with_sums, h, cuda::fused_weight_grad_parts)) {
+    partial = empty_of(h, {parts, p.C, p.C}, ScalarType::Float);
+    p = with_sums;
+    p.weight_grad.partial = static_cast<float*>(pointer(*partial));
+  }
+#endif
+  return partial;
 }
 
 }  // namespace
@@ -292,6 +331,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<T
     p.norm = *norm;
     if (!norm_columns(p, h)) return std::nullopt;
   }
+  const std::optional<Tensor> partial = need_weight_grad && !norm ? weight_grad_parts(p, h, h0) : std::nullopt;
   launch(p, h);
   if (need_weight_grad) {
     WeightGrad g;
@@ -302,7 +342,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> backward(const std::optional<T
     if (h0) g.first = state_view(*h0);
     g.reverse = reverse;
     g.dweight = pointer(dweight);
-    launch(g, h);
+    partial ? launch_parts(g, *partial) : launch(g, h);
   }
   return std::tuple<Tensor, Tensor, Tensor>{dx, dweight, dh0};
 }

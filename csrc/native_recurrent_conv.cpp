@@ -287,10 +287,11 @@ Facts recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, co
                               const std::optional<Strides>& residual, int64_t misalignment, bool with_state,
                               bool reverse, bool plain, bool warpgroups, bool statistics, bool powers_kept, bool sm90a,
                               int architecture, int multiprocessors, int64_t shared_bytes, int64_t begin, int64_t end,
-                              const std::optional<Strides>& first, const std::string& first_dtype) {
+                              const std::optional<Strides>& first, const std::string& first_dtype, bool weight_sums) {
   Scan p = gpu_scan(shape, dtype, x, y, residual, misalignment, with_state || first, reverse);
   if (first) p.first = gpu_view(parse_dtype(first_dtype), *first, 0);
   if (statistics) p.norm.partial = static_cast<double*>(p.y.data);  // never followed
+  if (weight_sums) p.weight_grad.partial = static_cast<float*>(p.y.data);
   const Gpu gpu = gpu_of(architecture, multiprocessors, shared_bytes, sm90a);
   const cuda::ScanPlan plan = cuda::plan_scan(p, gpu,
                                               plain        ? cuda::Kernel::plain
@@ -316,6 +317,7 @@ Facts recurrent_conv_gpu_plan(const Strides& shape, const std::string& dtype, co
                                " columns"
                          : std::string("; batch normalisation's statistics in a pass of their own"));
   d["norm_columns"] = columns;
+  d["weight_parts"] = weight_sums && !chunks.frames ? cuda::fused_weight_grad_parts(p, plan) : 0;
   d["chunk"] = chunks.frames;
   d["sequential_us"] = chunks.sequential_us;
   d["chunked_us"] = chunks.chunked_us;
@@ -454,7 +456,8 @@ void bind_recurrent_conv(py::module_& m) {
        {"begin", 0},
        {"end", 0},
        {"first", nullptr},
-       {"first_dtype", ""}},
+       {"first_dtype", ""},
+       {"weight_sums", false}},
       "How the CUDA kernels run x of a shape [n, c, t, h, w] and strides on a GPU of these limits: text (one "
       "sentence); chunk, the frames of the library form's chunks, 0 where it is not taken, and the two times "
       "compared, chunked_us and sequential_us (predictions, 0 where none was made); of the scan's kernel blocks, "
@@ -463,7 +466,9 @@ void bind_recurrent_conv(py::module_& m) {
       "that kernel, wherever it can run. sm90a: the library has code for sm_90a. statistics: batch normalisation's "
       "are asked for; norm_columns: how many columns a part of them has, 0 where the kernel takes none. powers_kept: "
       "those that the library form needs of the weight are there already. first: strides of the given state, as a "
-      "frame of x, whose dtype is first_dtype; None: it lies as the kernels like it best.");
+      "frame of x, whose dtype is first_dtype; None: it lies as the kernels like it best. weight_sums: of a scan "
+      "backwards in time, whose residual is h; weight_parts: of how many parts of columns its kernel adds up the "
+      "weight's gradient, 0 where it does not.");
   define(m, "recurrent_conv_gpu_weight_grad", gpu_weight_grad,
          {"shape",
           "dtype",

@@ -44,6 +44,14 @@ struct ScanNorm {
   bool present() const { return partial || moments; }
 };
 
+// What the weight's gradient leaves to the scan backwards in time on a GPU, where its kernel takes it
+// (fused_weight_grad_parts in recurrent_conv_gpu_plan.h); elsewhere it reads dx and h again (WeightGrad).
+struct ScanWeightGrad {
+  // dW's sums over the parts of the columns, in all their frames, [part][C][C]; Scan::residual holds h.
+  float* partial = nullptr;
+  View first;  // the state before the frame that is processed last; may be absent
+};
+
 // One scan over time, the shape of the forward pass, of its fused inference form and of the backward pass alike:
 //
 //     v_i = alpha_i * (W v_{i-1} + x_{t(i)}),   t(i) = i or T-1-i,   alpha_i = alpha except at the two ends
@@ -70,6 +78,7 @@ struct Scan {
   Last last_kind = Last::none;
   double alpha = 1, alpha_first = 1, alpha_final = 1;
   ScanNorm norm;  // with neither scale nor, for the statistics, a residual
+  ScanWeightGrad weight_grad;  // with neither scale nor norm
 };
 
 // dW[o][i] = sum over frames and positions of dx_t[o] * h_{t-1}[i], where t-1 is the frame processed before t and the

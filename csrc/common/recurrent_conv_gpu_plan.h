@@ -143,7 +143,7 @@ inline constexpr int64_t offset_bytes = sizeof(Offset);
 
 // Whether all elements of a frame, whichever it is, are within `most` elements of its start.
 inline bool fit_offsets(const Scan& p, int64_t most) {
-  for (const View* v : {&p.x, &p.y, &p.residual, &p.first, &p.last}) {
+  for (const View* v : {&p.x, &p.y, &p.residual, &p.first, &p.last, &p.weight_grad.first}) {
     if (!v->data) continue;
     int64_t left = most;
     const int64_t sizes[] = {p.N, p.C, p.H, p.W}, strides[] = {v->n, v->c, v->h, v->w};
@@ -163,6 +163,11 @@ inline Words plan_words(const Scan& p) {
     return {false, 0, "a frame reaches further than the offsets of this build, 32 bits"};
   return plan_words(p, {&p.x, &p.y, &p.residual});
 }
+
+// Whether a block of all warps can add up the weight's gradient beside the scan (Scan::weight_grad). Of 128 channels its
+// sums would take 128 registers a thread.
+template <int PaddedChannels>
+inline constexpr bool sums_weights_of = PaddedChannels <= 64;
 
 constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
 
@@ -188,11 +193,13 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
   // Warps share nothing but W, so that blocks of fewer are as good, but for more copies of W. The waves decide: the
   // fewest columns on the multiprocessor that has most of them, where all its blocks find room at once (each takes 1
-  // KiB more than it asks for); of equals, the most warps.
+  // KiB more than it asks for); of equals, the most warps. Sums of the weight's gradient
+  // are of blocks of all warps.
   const int64_t columns = p.N * p.H * p.W;
   std::optional<TileScanPlan> best;
   int64_t least = 0;
-  for (plan.warps = tile_warps; plan.warps >= 1; plan.warps /= 2) {
+  const int fewest = p.weight_grad.partial ? tile_warps : 1;
+  for (plan.warps = tile_warps; plan.warps >= fewest; plan.warps /= 2) {
     const int64_t tables = 3 + (p.norm.moments ? 3 : p.norm.partial ? statistics_floats * plan.warps : 0);
     plan.offsets_at = plan.numbers_at + tables * 4 * plan.padded_channels;
     plan.slots_at = plan.offsets_at + 5 * offset_bytes * plan.warps * plan.positions;

@@ -2,6 +2,7 @@
 #include "cuda/recurrent_conv.h"
 
 #include "common/recurrent_conv_chunk_plan.h"
+#include "common/recurrent_conv_weight_grad_plan.h"
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
@@ -265,6 +266,14 @@ Text fused_norm_columns(const Scan& p, int64_t& columns) {
   return {};
 }
 
+Text fused_weight_grad_parts(const Scan& p, int64_t& parts) {
+  Gpu gpu;
+  if (Error error = current_gpu(gpu); !error.empty()) return error;
+  const ScanPlan plan = plan_scan(p, gpu, Kernel::best);
+  parts = plan_chunks(p, plan, gpu).frames ? 0 : fused_weight_grad_parts(p, plan);
+  return {};
+}
+
 Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   if (p.N * p.G * p.H * p.W == 0) return {};
   Gpu gpu;
@@ -272,6 +281,8 @@ Text scan(const Scan& p, void* scratch, Stream stream, Kernel kernel) {
   const ScanPlan plan = plan_scan(p, gpu, kernel);
   if (p.norm.present() && !fused_norm_columns(plan))
     return "recurrent_conv: this scan takes no part of batch normalisation";
+  if (p.weight_grad.partial && !sums_weights(p, plan))
+    return "recurrent_conv: this scan takes no part of the weight's gradient";
   if (plan.blocks() > most_blocks) return "recurrent_conv: too many positions for one launch";
   if (plan.step) return launch_step_scan(p, *plan.step, scratch, stream);
   if (plan.fp32) return launch_fp32_scan(p, *plan.fp32, stream);

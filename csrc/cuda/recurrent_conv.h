@@ -24,9 +24,15 @@ Text planned_chunk(const Scan& problem, bool powers_kept, int64_t& frames);
 // Scan::norm on the current device, 0 where it does not, or an error.
 Text fused_norm_columns(const Scan& problem, int64_t& columns);
 
+// Into how many parts the columns are cut where the scan's kernel is to make the sums that Scan::weight_grad holds, on
+// the current device; 0 where it is not, or an error.
+Text fused_weight_grad_parts(const Scan& problem, int64_t& parts);
+
 // Enqueue the work on `stream` of the current device and return; all pointers are the device's. The text of an error,
 // or an empty one. Nothing is allocated and nothing waits, so the calls can be captured in a CUDA graph.
 Text scan(const Scan& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
 Text weight_grad(const WeightGrad& problem, void* scratch, CUstream_st* stream, Kernel kernel = Kernel::best);
+// dW of the sums that a scan made, [parts][C][C] in fp32. Of `problem` C, dtype and dweight.
+Text add_weight_grad_parts(const WeightGrad& problem, const float* partial, int64_t parts, CUstream_st* stream);
 
 }  // namespace rcu_ops::cuda

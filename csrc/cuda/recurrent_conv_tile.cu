@@ -12,6 +12,7 @@
 #include "cuda/device/registers.h"
 #include "cuda/device/shared_memory.h"
 #include "cuda/recurrent_conv_views.h"
+#include "cuda/recurrent_conv_weight_sums.h"
 
 namespace rcu_ops::cuda {
 namespace {
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   Offset* x_offset = dynamic_shared<Offset>(plan.offsets_at) + warp * 5 * M;
   Offset *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
          *last_offset = first_offset + M;
-  const bool with_residual = p.residual.data != nullptr;
+  const bool with_residual = p.residual.data != nullptr, sums_weights = sums_weights_of<CP> && p.weight_grad.partial != nullptr;
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
   constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
   constexpr int pitch = AlongChannels ? channels_pitch : columns_pitch;
@@ -130,14 +131,18 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     shift[c] = p.scale && c < C ? static_cast<const float*>(p.shift)[c] : 0.0f;
     if (p.norm.moments) fill_norm_tables(p.norm, C, c, scale, shift, mean, mean + CP, mean + 2 * CP);
   }
-  const int64_t column0 = (static_cast<int64_t>(blockIdx.x) * plan.warps + warp) * M;
-  const int64_t columns_left = p.N * p.H * p.W - column0;
+  const auto column0 = [&] {  // of this warp
+    return (static_cast<int64_t>(blockIdx.x) * plan.warps + recomputed(static_cast<int>(threadIdx.x)) / 32) * M;
+  };
+  const int64_t columns_left = p.N * p.H * p.W - column0();
   const int columns = columns_left <= 0 ? 0 : columns_left < M ? static_cast<int>(columns_left) : M;
   if (lane < columns)
-    fill_offsets(p, column0 + lane, lane, x_offset, y_offset, residual_offset, first_offset, last_offset);
+    fill_offsets(p, column0() + lane, lane, x_offset, y_offset, residual_offset, first_offset, last_offset);
   async_wait<0>();
   block_barrier();
-  if (columns == 0) return;
+  if (columns == 0 && !sums_weights) return;
+  // Of warps that read each other's slots.
+  const auto meet = [&] { sums_weights ? block_barrier() : warp_barrier(); };
 
   const auto time_of = [&](int64_t i) { return p.reverse ? p.T - 1 - i : i; };
   const int numbers = plan.vector_bytes / 2;  // of a word
@@ -156,13 +161,29 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
       copy_word(decltype(whole)::value ? 8 : numbers, slot + at, from + element);
     });
   };
+  // The state before all frames as the weight's gradient wants it, where h of the frame before would be: rounded as all
+  // others have been. The offsets in h have had their last use.
+  const auto fetch_first_state = [&] {
+    const View& first = p.weight_grad.first;
+    if (lane < columns)
+      residual_offset[lane] = static_cast<Offset>(column_offset(column_of(p, column0() + lane), first));
+    warp_barrier();
+    unsigned char* const slot = residual_slot(0);
+    for_elements<CP, M>(lane, 32, first.c == 1, C, columns, [&](int channel, int column) {
+      const float value = load_number(first.data, first.dtype, residual_offset[column] + channel * first.c);
+      const int at = AlongChannels ? column * pitch + 2 * channel : channel * pitch + 2 * column;
+      *reinterpret_cast<T*>(slot + at) = narrow<T>(value, bf16);
+    });
+  };
   // Two groups: the residual of frame i, which only the epilogue wants, and x of the frame that takes `stage`, stages -
   // 1 frames later. For batch normalisation h is wanted with x.
   const auto prefetch = [&](int64_t i, int stage) {
     const bool early = p.norm.moments != nullptr;
-    const int64_t ahead = i + plan.stages - 1, wanted = early ? ahead : i;
+    const int64_t ahead = i + plan.stages - 1, wanted = early ? ahead : sums_weights && i >= 0 ? i + 1 : i;
     if (with_residual && wanted >= 0 && wanted < p.T)
       fetch(p.residual, residual_offset, wanted, residual_slot(early ? stage : 0));
+    else if (sums_weights && wanted == p.T && p.weight_grad.first.data)
+      fetch_first_state();
     if (!early) async_commit();
     if (p.x.data && ahead < p.T) fetch(p.x, x_offset, ahead, slots + stage * plan.slot_bytes);
     async_commit();
@@ -219,6 +240,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
     for_elements_loaded<CP, M, 16>(
         lane, 32, p.first.c == 1, C, columns,
         [&](int channel, int column) {
+          if (columns == 0) return 0.0f;
           return load_number(p.first.data, p.first.dtype, first_offset[column] + channel * p.first.c);
         },
         [&](int channel, int column, float value) { wide[column * wide_pitch + channel] = value; });
@@ -230,6 +252,12 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   for (int64_t i = lane; i < all_slots * plan.slot_bytes / 4; i += 32) reinterpret_cast<uint32_t*>(slots)[i] = 0;
   warp_barrier();
   with_format(bf16, round_state);
+
+  // 32 x 32 elements of this block's part of the weight's gradient are this warp's, of four.
+  constexpr bool can_sum = sums_weights_of<CP>;
+  float weight_sums[can_sum ? 2 : 1][can_sum ? 4 : 2][4] = {};
+  const auto my_output = [] { return recomputed(static_cast<int>(threadIdx.x)) / 32 % 2 * 32; };
+  const auto my_input = [] { return recomputed(static_cast<int>(threadIdx.x)) / 64 * 32; };
 
   // The gradient of the first state is one more product, without an input and without y.
   const int64_t frames = p.T + (p.last_kind == Last::projected ? 1 : 0);
@@ -243,7 +271,7 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
         async_wait<1>();
       else
         async_wait<0>();
-      warp_barrier();  // frame i is here for all lanes, and frame i - 1 has left its slot
+      meet();  // frame i is here for all lanes, and frame i - 1 has left its slot
     }
     if (!extra) prefetch(i, before);
     if (i < 0) continue;
@@ -317,9 +345,9 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
           }
       }
       if (alpha != 1) for_state([&](float& h, int, int) { h *= alpha; });
-      if (C < CP)
-        for_state([&](float& h, int channel, int) {
-          if (channel >= C) h = 0;
+      if (C < CP || (sums_weights && columns < M))
+        for_state([&](float& h, int channel, int column) {
+          if (channel >= C || (sums_weights && column >= columns)) h = 0;
         });
       round_state(format);
 
@@ -356,7 +384,19 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
       }
     });
     if (p.y.data && !extra) {
-      warp_barrier();  // y is complete
+      meet();  // y is complete
+      if constexpr (can_sum)
+        if (sums_weights && (i + 1 < p.T || p.weight_grad.first.data))
+          with_format(bf16, [&](auto format) {
+            const int64_t warp_bytes = all_slots * plan.slot_bytes;
+            const unsigned char *dx = dynamic_shared<unsigned char>(plan.slots_at) + stage * plan.slot_bytes,
+                                *h = dx + (plan.stages - stage) * plan.slot_bytes;
+#pragma unroll 1
+            for (int j = 0; j < tile_warps; ++j, dx += warp_bytes, h += warp_bytes)
+#pragma unroll
+              for (int k = 0; k < M; k += 16)
+                add_weight_sums<decltype(format), AlongChannels>(weight_sums, dx, h, pitch, k, my_output(), my_input());
+          });
       if (p.norm.partial)
         for (int c = lane; c < C; c += 32)
           add_statistics(statistics, bf16, slot, AlongChannels, pitch, c, columns, i == 0);
@@ -369,10 +409,17 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   if (p.norm.partial) {
     const int64_t parts = (p.N * p.H * p.W + M - 1) / M;
     for (int c = lane; c < C; c += 32)
-      store_statistics(statistics, p.norm.partial, parts, column0 / M, c, columns * p.T);
+      store_statistics(statistics, p.norm.partial, parts, column0() / M, c, columns * p.T);
   }
+  if constexpr (can_sum)
+    if (sums_weights)
+      for_weight_sums(weight_sums, [&](float value, int o, int i) {
+        const int output = my_output() + o, input = my_input() + i;
+        if (output < C && input < C)
+          p.weight_grad.partial[(static_cast<int64_t>(blockIdx.x) * C + output) * C + input] = value;
+      });
   if (p.last_kind == Last::none) return;
-  warp_barrier();  // y has left the slots
+  meet();  // y has left the slots
   for_state([&](float& h, int channel, int column) { wide[column * wide_pitch + channel] = h; });
   warp_barrier();
   for_elements<CP, M>(lane, 32, p.last.c == 1, C, columns, [&](int channel, int column) {

@@ -11,7 +11,6 @@
 #include "cuda/device/barrier.h"
 #include "cuda/device/convert.h"
 #include "cuda/device/launch.h"
-#include "cuda/device/matrix_copy.h"
 #include "cuda/device/mma.h"
 #include "cuda/device/registers.h"
 #include "cuda/device/runtime.h"
@@ -19,6 +18,7 @@
 #include "cuda/recurrent_conv.h"
 #include "cuda/recurrent_conv_plain.h"
 #include "cuda/recurrent_conv_views.h"
+#include "cuda/recurrent_conv_weight_sums.h"
 
 namespace rcu_ops::cuda {
 namespace {
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
   using T = uint16_t;
   constexpr int R = weight_grad_depth, stages = matrix_weight_grad_stages, threads = 2 * Tile;
   constexpr int warps = threads / 32, MT = Tile / 32, NT = 4;  // tiles of 16 output and of 8 input channels of a warp
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, tile = lane / 8, tile_row = lane % 8;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int pitch = static_cast<int>(plan.slot_pitch), numbers = plan.vector_bytes / 2;
   const bool bf16 = p.dtype == DType::bf16;
   const int64_t per_side = (p.C + Tile - 1) / Tile, split = blockIdx.y;
@@ -113,15 +113,6 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
     }
     async_commit();
   };
-  // This lane's row of a slot's four 8 x 8 tiles, 16 channels from `channel` x 16 rows from `row`: channels first (of
-  // dx, in the order of a's registers) or rows first (of the states, two b).
-  const auto tiles_at = [&](unsigned char* slot, int channel, int row, bool rows_first) {
-    const int second = tile % 2 * 8, third = tile / 2 * 8;
-    channel += rows_first ? third : second;
-    row += rows_first ? second : third;
-    return Channels ? slot + (row + tile_row) * pitch + 2 * channel : slot + (channel + tile_row) * pitch + 2 * row;
-  };
-
   float acc[MT][NT][4] = {};
   const int my_output = warp % 2 * (Tile / 2), my_input = warp / 2 * 32;
   for (int s = -stages; s < stage_count; ++s) {  // before stage 0 there are rows to find and stages to copy
@@ -134,38 +125,18 @@ __global__ void __launch_bounds__(2 * Tile, 256 / Tile)
     with_format(bf16, [&](auto format) {
       using F = decltype(format);
 #pragma unroll 1
-      for (int k = 0; k < R; k += 16) {
-        uint32_t a[MT][4];
-#pragma unroll
-        for (int m = 0; m < MT; ++m) load_matrix<4, Channels>(a[m], tiles_at(dx_slot, my_output + 16 * m, k, false));
-#pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-          uint32_t b[4];
-          load_matrix<4, Channels>(b, tiles_at(before_slot, my_input + 8 * n, k, true));
-          const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-#pragma unroll
-          for (int m = 0; m < MT; ++m) {
-            mma_m16n8k16<F>(acc[m][n], a[m], left);
-            mma_m16n8k16<F>(acc[m][n + 1], a[m], right);
-          }
-        }
-      }
+      for (int k = 0; k < R; k += 16)
+        add_weight_sums<F, Channels>(acc, dx_slot, before_slot, pitch, k, my_output, my_input);
     });
   }
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int64_t output = output0 + my_output + 16 * m + j / 2 * 8 + lane / 4;
-        const int64_t input = input0 + my_input + 8 * n + lane % 4 * 2 + j % 2;
-        if (output >= p.C || input >= p.C) continue;
-        if (plan.splits > 1)
-          partial[(split * p.C + output) * p.C + input] = acc[m][n][j];
-        else
-          static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(acc[m][n][j], bf16);
-      }
+  for_weight_sums(acc, [&](float value, int o, int i) {
+    const int64_t output = output0 + my_output + o, input = input0 + my_input + i;
+    if (output >= p.C || input >= p.C) return;
+    if (plan.splits > 1)
+      partial[(split * p.C + output) * p.C + input] = value;
+    else
+      static_cast<T*>(p.dweight)[output * p.C + input] = narrow<T>(value, bf16);
+  });
 }
 
 Error launch_matrix_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, void* scratch, Stream stream) {
@@ -388,12 +359,11 @@ Error launch_plain_weight_grad(const WeightGrad& p, const WeightGradPlan& plan, 
 }
 
 template <typename S>
-Error launch_sum_splits(const WeightGrad& p, const WeightGradPlan& plan, const void* scratch, Stream stream) {
+Error launch_sum_splits(const WeightGrad& p, int64_t splits, const void* partial, Stream stream) {
   const int64_t elements = p.C * p.C;
   return launch("recurrent_conv sum_splits", sum_splits<S>,
                 dim3(static_cast<unsigned>(ceil_div(elements, sum_elements))), dim3(weight_grad_threads),
-                weight_grad_threads * sizeof(S), stream, static_cast<const S*>(scratch), plan.splits, elements, p.dtype,
-                p.dweight);
+                weight_grad_threads * sizeof(S), stream, static_cast<const S*>(partial), splits, elements, p.dtype, p.dweight);
 }
 
 }  // namespace
@@ -426,8 +396,12 @@ Text weight_grad(const WeightGrad& p, void* scratch, Stream stream, Kernel kerne
     error = wide ? launch_plain_weight_grad<double>(p, plan, scratch, stream)
                  : launch_plain_weight_grad<float>(p, plan, scratch, stream);
   if (!error.empty() || plan.splits == 1) return error;
-  return wide ? launch_sum_splits<double>(p, plan, scratch, stream)
-              : launch_sum_splits<float>(p, plan, scratch, stream);
+  return wide ? launch_sum_splits<double>(p, plan.splits, scratch, stream)
+              : launch_sum_splits<float>(p, plan.splits, scratch, stream);
+}
+
+Text add_weight_grad_parts(const WeightGrad& p, const float* partial, int64_t parts, Stream stream) {
+  return launch_sum_splits<float>(p, parts, partial, stream);
 }
 
 }  // namespace rcu_ops::cuda

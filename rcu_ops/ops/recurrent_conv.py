@@ -586,6 +586,19 @@ def cuda_plan(
     )["text"]
     if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
         return text
+    backwards = native.recurrent_conv_gpu_plan(
+        x.shape,
+        dtype,
+        like_x,
+        like_x,
+        residual=like_x,
+        reverse=not reverse,
+        weight_sums=not statistics,
+        **limits,
+        sm90a=_planner.holds_sm90a(),
+    )
+    if parts := backwards["weight_parts"]:
+        return f"{text}; gradient of the weight: added up by the scan backwards in time, in {parts} parts"
     first = None if h0 is None else (h0.stride(0), h0.stride(1), 0, h0.stride(2), h0.stride(3))
     summed = native.recurrent_conv_gpu_weight_grad(
         x.shape, dtype, like_x, like_x, first, reverse=reverse, shared_bytes=limits["shared_bytes"]

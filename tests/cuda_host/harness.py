@@ -374,16 +374,23 @@ class Machine:
         norm: dict[str, Tensor] | None = None,
         eps: float = 0,
         relu: bool = False,
+        fused: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """norm: tables of the batch normalisation after it, whose gradient grad_h then is."""
+        """norm: tables of the batch normalisation after it, whose gradient grad_h then is.
+
+        fused: the scan makes the weight gradient's sums.
+        """
         alpha = 0.5 if mean else 1.0
         dx, dweight = poisoned_like(h), poisoned_like(torch.empty(weight.shape, dtype=weight.dtype))
         dh0 = None if h0 is None else poisoned_like(h0)
         final = 1.0 if h0 is None else alpha
+        n, c, _, height, width = h.shape
+        partial = poisoned_like(torch.empty(-(-n * height * width // 128) if fused else 0, c, c))
         self._recurrent_conv(
             "scan",
             {"x": grad_h, "y": dx, "first": grad_h_n, "last": dh0, "weight": weight.T}
-            | ({"residual": h, **norm} if norm else {}),
+            | ({"residual": h, **norm} if norm else {})
+            | ({"residual": h, "weight_partial": partial, "weight_first": h0} if fused else {}),
             shape=h,
             reverse=int(not reverse),
             relu=int(relu),
@@ -394,6 +401,11 @@ class Machine:
             alpha_first=alpha if h.shape[2] > 1 else final,
             alpha_final=final,
         )
+        if fused:
+            sums, plan = {"weight_partial": partial, "dweight": dweight}, self.plan
+            self._recurrent_conv("weight_grad_parts", sums, shape=h, reverse=0, parts=len(partial))
+            self.plan = plan
+            return dx, dweight, dh0
         device = self.device
         if "shared_bytes" in device:  # of which the weight gradient's kernel for all formats needs what every GPU has
             fewest = (72 if h.dtype == torch.float64 else 48) * 1024

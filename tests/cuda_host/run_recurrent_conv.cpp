@@ -1,5 +1,5 @@
 // Cases of recurrent_conv: op scan and op weight_grad (both: kernel, a number of Kernel), with the fields of Scan and
-// WeightGrad.
+// WeightGrad, and op weight_grad_parts, of as many `parts` of sums.
 #include "case.h"
 #include "cuda/recurrent_conv.h"
 
@@ -57,6 +57,8 @@ std::string run_scan(const Case& c, std::string& plan) {
   p.norm.moments = table("moments"), p.norm.gamma = table("gamma"), p.norm.beta = table("beta"),
   p.norm.sums = table("sums");
   if (p.norm.moments) p.norm.eps = static_cast<float>(c.number("eps")), p.norm.relu = p.relu;
+  p.weight_grad.partial = static_cast<float*>(c.tensor("weight_partial"));
+  p.weight_grad.first = view(c, "weight_first");
   const auto kernel = static_cast<rcu_ops::cuda::Kernel>(c.integer("kernel"));
   plan = rcu_ops::cuda::describe_scan(p, kernel).c_str();
   return with_scratch(rcu_ops::cuda::scan_scratch(p, kernel),
@@ -76,6 +78,15 @@ std::string run_weight_grad(const Case& c, std::string& plan) {
                       [&](void* scratch) { return rcu_ops::cuda::weight_grad(p, scratch, nullptr, kernel); });
 }
 
-const cuda_host::Registration scan("scan", run_scan), weight_grad("weight_grad", run_weight_grad);
+std::string run_weight_grad_parts(const Case& c, std::string&) {
+  rcu_ops::WeightGrad p;
+  shape(c, p);
+  p.dweight = c.tensor("dweight");
+  const auto* partial = static_cast<const float*>(c.tensor("weight_partial"));
+  return rcu_ops::cuda::add_weight_grad_parts(p, partial, c.integer("parts"), nullptr).c_str();
+}
+
+const cuda_host::Registration scan("scan", run_scan), weight_grad("weight_grad", run_weight_grad),
+    weight_grad_parts("weight_grad_parts", run_weight_grad_parts);
 
 }  // namespace

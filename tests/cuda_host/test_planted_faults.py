@@ -16,6 +16,7 @@ from rcu_ops import reference
 from tests.cuda_host import harness
 from tests.cuda_host import test_cycle_consistency as cycles
 from tests.cuda_host import test_nonlocal_gates as relations
+from tests.cuda_host import test_recurrent_conv as scans
 from tests.cuda_host.harness import LaunchError, Machine, SanitizerReport
 from tests.cuda_host.test_fast_gru_columns import check as check_columns
 from tests.cuda_host.test_fast_gru_persistent import CLUSTERS
@@ -73,6 +74,18 @@ def tile_with_residual(machine: Machine) -> None:
     eager, eager_last = reference.recurrent_conv(x, weight, state_dtype=torch.bfloat16)
     assert_close_to_reference(y, h + 1 + 2 * x.double(), eager + 1 + 2 * x)
     assert_close_to_reference(h_n, last, eager_last)
+
+
+def tile_with_sums(machine: Machine) -> None:
+    for layout in ("contiguous", "channels_last"):
+        x, weight, h0 = inputs((1, 24, 5, 8, 20), torch.bfloat16)
+        x = LAYOUTS[layout](x)
+        check_backward(machine, x, None, x, weight, h0, False, False, fused=True)
+        assert machine.plan.startswith("tile")
+
+
+def tile_with_absent_columns(machine: Machine) -> None:
+    scans.test_columns_that_are_not_there_add_nothing_to_the_weight_gradient(machine)
 
 
 def tile_by_words(machine: Machine) -> None:
@@ -424,9 +437,43 @@ FAULTS = [
         file=TILE,
     ),
     Fault("all warps keep one table", "mean + warp * statistics_floats * CP", "mean", norm_in_tile, file=TILE),
-    Fault("no warp barrier after the wait", "warp_barrier();  // frame i", "// frame i", tile, "thread", file=TILE),
+    Fault("no barrier after the wait", "meet();  // frame i", "// frame i", tile, "thread", file=TILE),
+    Fault(
+        "no wait for the block before a frame",
+        "meet();  // frame i",
+        "warp_barrier();  //",
+        tile_with_sums,
+        "thread",
+        file=TILE,
+    ),
+    Fault(
+        "no wait for the block before its sums",
+        "meet();  // y is",
+        "warp_barrier();  //",
+        tile_with_sums,
+        "thread",
+        file=TILE,
+    ),
+    Fault(
+        "no wait for the block after its sums",
+        "meet();  // y has",
+        "warp_barrier();  //",
+        tile_with_sums,
+        "thread",
+        file=TILE,
+    ),
+    Fault("sums of the frame itself", "&& i >= 0 ? i + 1 : i;", "&& i >= 0 ? i : i;", tile_with_sums, file=TILE),
+    Fault("no first state in the sums", "      fetch_first_state();\n", "      ;\n", tile_with_sums, file=TILE),
+    Fault(
+        "sums of columns that are not there",
+        "sums_weights && column >= columns",
+        "false",
+        tile_with_absent_columns,
+        file=TILE,
+    ),
+    Fault("a warp without columns leaves", "columns == 0 && !sums_weights", "columns == 0", tile_with_sums, file=TILE),
     Fault("no warp barrier before y", "      warp_barrier();  // x has been read\n", "", tile, "thread", file=TILE),
-    Fault("no warp barrier after y", "      warp_barrier();  // y is complete\n", "", tile, file=TILE),
+    Fault("no barrier after y", "      meet();  // y is complete\n", "", tile, file=TILE),
     Fault("a bf16 state", "rest ? with_rest(v.x, d.x, h[0], h16.x)", "rest ? v.x", tile_long, file=TILE),
     Fault("words beyond the last column", "32, C, columns, pitch, v", "32, C, M, pitch, v", tile, file=TILE),
     Fault(
@@ -902,6 +949,8 @@ def test_a_planted_fault_is_noticed(fault, objects, tmp_path, seed) -> None:
         backward,
         fp32,
         tile,
+        tile_with_sums,
+        tile_with_absent_columns,
         tile_by_words,
         tile_long,
         norm_in_tile,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rcu_ops import reference
-from tests.cuda_host.harness import DTYPES, Machine, one_number_further, state_dtype
+from tests.cuda_host.harness import DTYPES, LaunchError, Machine, one_number_further, state_dtype
 from tests.tolerance import assert_close_to_reference
 
 contiguous = functools.partial(torch.clone, memory_format=torch.contiguous_format)
@@ -103,8 +103,9 @@ def check_backward(
     h0: Tensor | None,
     mean: bool,
     reverse: bool,
+    fused: bool = False,
 ) -> None:
-    """Eager is autograd through the recurrence in x's dtype."""
+    """Eager is autograd through the recurrence in x's dtype. fused: the scan adds up the weight's gradient."""
     leaves = [v.detach().requires_grad_() for v in (x, weight, h0) if v is not None]
     out = reference.recurrent_conv(*leaves, update=update(mean), reverse=reverse, state_dtype=x.dtype)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(out, (grad_h, grad_h_n), strict=True) if g is not None]
@@ -112,7 +113,7 @@ def check_backward(
         [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True, materialize_grads=True
     )
     h = torch.empty_like(x).copy_(reference.recurrent_conv(x, weight, h0, update=update(mean), reverse=reverse)[0])
-    got = machine.backward(grad_h, grad_h_n, h, weight, h0, mean=mean, reverse=reverse)
+    got = machine.backward(grad_h, grad_h_n, h, weight, h0, mean=mean, reverse=reverse, fused=fused)
     states, _ = exact_forward(x, weight, h0, mean, reverse)
     exact = exact_backward(grad_h, grad_h_n, states, weight, h0, mean, reverse)
     for g, e, r, name in zip(got, exact, eager, ("dx", "dweight", "dh0"), strict=False):
@@ -830,6 +831,71 @@ def test_weight_gradient_of_the_matrix_unit_in_integers(machine) -> None:
         assert torch.equal(dweight.double(), want)
 
 
+# Sums beside the scan: one block and several, the last one's columns all of one warp or of some, words of every width,
+# and channels that fill the tile or not.
+FUSED = [
+    ((1, 64, 4, 8, 16), "contiguous"),
+    ((1, 64, 4, 8, 20), "channels_last"),
+    ((2, 20, 5, 9, 10), "channels_last"),
+    ((3, 33, 3, 5, 9), "contiguous"),
+    ((2, 40, 4, 8, 9), "frame_major"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout"), FUSED, ids=lambda v: str(v).replace(" ", "")[:24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_scan_adds_up_the_weight_gradient(machine, shape, layout, dtype, seed) -> None:
+    """Without a first state, and with one in fp32 and in x's dtype, as it lies; both directions and updates."""
+    machine.seed = seed
+    x, weight, h0 = inputs(shape, dtype)
+    x, grad_h = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(shape).to(dtype))
+    grad_h_n = torch.randn(h0.shape)
+    check_backward(machine, grad_h, grad_h_n, x, weight, None, False, True, fused=True)
+    assert machine.plan.startswith("tile: "), machine.plan
+    check_backward(machine, grad_h, None, x, weight, h0.float(), True, False, fused=True)
+    state = LAYOUTS["channels_last"](h0.unsqueeze(2)).squeeze(2)
+    check_backward(machine, None, grad_h_n, x, weight, state, True, True, fused=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_sums_beside_the_scan_in_integers(machine, layout, stages) -> None:
+    """With W = 0 dx is the gradient: not one bit may differ, and nothing of one block is another's."""
+    machine.device = {"multiprocessors": 1, "shared_bytes": (78 if stages == 2 else 100) * 1024}
+    h, dx, h0 = (LAYOUTS[layout](torch.randint(-1, 2, (2, 60, 7, 11, 10)).half()) for _ in range(3))
+    for state in (h0[:, :, 0], None):
+        got, dweight, _ = machine.backward(dx, None, h, torch.zeros(60, 60).half(), state, fused=True)
+        assert machine.plan.endswith(f"{stages} stages"), machine.plan
+        before = torch.cat([h0[:, :, :1] if state is not None else torch.zeros_like(h[:, :, :1]), h[:, :, :-1]], 2)
+        want = torch.einsum("nothw,nithw->oi", dx.double(), before.double())
+        assert torch.equal(got, dx)
+        assert want.abs().max() < 2048
+        assert torch.equal(dweight.double(), want)
+
+
+def test_columns_that_are_not_there_add_nothing_to_the_weight_gradient(machine) -> None:
+    """An infinite weight makes NaN of the zeros beside the last column, in a channel whose gradients it leaves finite."""
+    h, grad_h = (torch.randn(1, 24, 3, 5, 7).bfloat16() for _ in range(2))
+    weight = torch.eye(24).bfloat16()
+    weight[3, 5] = torch.inf
+    grad_h[:, 3] = 1  # times infinity: dx of channel 5
+    apart, together = (machine.backward(grad_h, None, h, weight, fused=fused) for fused in (False, True))
+    assert torch.equal(apart[0].nan_to_num(), together[0].nan_to_num())
+    for dweight in (apart[1], together[1]):
+        assert dweight[:5].isfinite().all()
+        assert dweight[6:].isfinite().all()
+        assert not dweight[5].isfinite().any()
+    assert torch.equal(apart[1].isnan(), together[1].isnan())
+
+
+@pytest.mark.parametrize("shape", [(1, 72, 4, 8, 16), (1, 16, 129, 2, 2)], ids=str)
+def test_a_scan_that_cannot_add_up_the_weight_gradient_says_so(machine, shape) -> None:
+    """More channels than its sums have room for, and more rows than the matrix unit's additions bear."""
+    x, weight, _ = inputs(shape, torch.bfloat16)
+    with pytest.raises(LaunchError, match="takes no part of the weight's gradient"):
+        machine.backward(x, None, x, weight, fused=True)
+
+
 # ---- sanitizers ---------------------------------------------------------------------------------------------------
 
 SANITIZED = [
@@ -869,3 +935,6 @@ def test_sanitizers_have_nothing_to_report(machine_with, sanitizer, shape, dtype
     assert machine.plan.startswith("hopper") == (device is HOPPER)
     check_backward(machine, x, h0.to(state), x, weight, h0, True, True)
     check_backward(machine, x, None, x, weight, None, False, False)
+    if shape[1] <= 64 and shape[2] > 2 and dtype != torch.float32:
+        check_backward(machine, x, h0.to(state), x, weight, h0, True, True, fused=True)
+        assert machine.plan.startswith("tile: ")
