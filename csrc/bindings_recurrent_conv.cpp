@@ -202,8 +202,8 @@ int64_t norm_columns([[maybe_unused]] const Scan& p, [[maybe_unused]] const Tens
 #endif
 }
 
-// The partial sums that a scan backwards in time makes of the weight's gradient, [parts,C,C], where its kernel takes that:
-// then p says so.
+// The partial sums that a scan backwards in time makes of the weight's gradient, [parts,C,C], where its kernel takes
+// that: then p says so.
 std::optional<Tensor> weight_grad_parts([[maybe_unused]] Scan& p, [[maybe_unused]] const Tensor& h,
                                         [[maybe_unused]] const std::optional<Tensor>& h0) {
   std::optional<Tensor> partial;

@@ -77,7 +77,7 @@ struct Scan {
   Init init = Init::none;
   Last last_kind = Last::none;
   double alpha = 1, alpha_first = 1, alpha_final = 1;
-  ScanNorm norm;  // with neither scale nor, for the statistics, a residual
+  ScanNorm norm;               // with neither scale nor, for the statistics, a residual
   ScanWeightGrad weight_grad;  // with neither scale nor norm
 };
 

@@ -52,16 +52,16 @@ inline constexpr int64_t matrix_weight_grad_rows = 16384;
 
 inline constexpr int64_t most_splits = 65535;  // along y of a grid
 
-// Sums of the weight's gradient beside the scan backwards in time (Scan::weight_grad): dx and h are read once less. Whether
-// the kernel of this plan makes them: of the tile, whose block adds up its columns in all frames.
+// Sums of the weight's gradient beside the scan backwards in time (Scan::weight_grad): dx and h are read once less.
+// Whether the kernel of this plan makes them: of the tile, whose block adds up its columns in all frames.
 inline bool sums_weights(const Scan& p, const ScanPlan& plan) {
   return plan.tile && plan.tile->padded_channels <= 64 && plan.tile->warps == tile_warps && p.y.data && !p.scale &&
          !p.norm.present() && p.T * tile_warps * plan.tile->positions <= matrix_weight_grad_rows;
 }
 
-// Into how many parts the columns are cut by the kernel of this plan where it is to make them, else 0: fewer columns than
-// for one block of every multiprocessor of a large GPU are spread over more of them without, and of few frames the parts'
-// sums weigh as much as what they save. A function of shape and strides, so that the order of additions is, too.
+// Into how many parts the columns are cut by the kernel of this plan where it is to make them, else 0: fewer columns
+// than for one block of every multiprocessor of a large GPU are spread over more of them without, and of few frames the
+// parts' sums weigh as much as what they save. A function of shape and strides, so that the order of additions is, too.
 inline int64_t fused_weight_grad_parts(const Scan& p, const ScanPlan& plan) {
   const bool enough = p.T >= 4 && plan.tile && plan.tile->blocks >= 128;
   return enough && sums_weights(p, plan) ? plan.tile->blocks : 0;

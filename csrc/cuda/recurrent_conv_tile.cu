@@ -52,12 +52,18 @@ constexpr int rows_of_warp = tile_positions(PaddedChannels);
 // Norm.     Batch normalisation (ScanNorm): its statistics of y are added up where y lies in the slot, a lane per
 //           channel, column after column and frame after frame, about the first frame's mean; its gradient is taken of
 //           x and of h, which comes through the residual's slots, on the way to the state.
+// Weights.  The scan backwards in time may add up the weight's gradient (ScanWeightGrad): y is dx, and h of the frame
+//           before comes through the residual's slot. Once both slots of all warps are complete a warp adds dx^T h of
+//           the block's 128 columns to its quarter of the sums, 32 x 32 of them in 32 registers: two barriers a frame
+//           are the block's then, and a warp without columns stays, on zeros. Each block leaves its sums in `partial`,
+//           to be added up in order. For KT = 4: four times the sums would not fit into registers.
 // Aliasing. y and last overlap no input. Every output element has one writer.
 // Order.    The matrix unit's order of additions depends on nothing but C: cutting a sequence in two changes no bit, as
 //           the state handed on is fp32 (h0 in T loses what rounding to T loses).
 // Bound.    4 bytes per element moved against 2 C FLOP: memory, up to C = 128 (C = 128 at 4.3 TB/s: 138 TFLOP/s).
 //           Reading b from shared memory costs 16 KT^2 * 32 bytes per frame and warp: at KT = 8 as many cycles as x and
-//           y need from HBM, the reason why more channels want another kernel.
+//           y need from HBM, the reason why more channels want another kernel. With the weight's gradient 6 bytes
+//           against 4 C FLOP; what reads dx and h for it in a kernel of its own moves 8.
 template <int KT, bool AlongChannels>
 __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Scan p, const TileScanPlan plan) {
   using T = uint16_t;  // a number of either format
@@ -76,7 +82,8 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   Offset* x_offset = dynamic_shared<Offset>(plan.offsets_at) + warp * 5 * M;
   Offset *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
          *last_offset = first_offset + M;
-  const bool with_residual = p.residual.data != nullptr, sums_weights = sums_weights_of<CP> && p.weight_grad.partial != nullptr;
+  const bool with_residual = p.residual.data != nullptr,
+             sums_weights = sums_weights_of<CP> && p.weight_grad.partial != nullptr;
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
   constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
   constexpr int pitch = AlongChannels ? channels_pitch : columns_pitch;

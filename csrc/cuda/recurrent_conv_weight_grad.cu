@@ -363,7 +363,8 @@ Error launch_sum_splits(const WeightGrad& p, int64_t splits, const void* partial
   const int64_t elements = p.C * p.C;
   return launch("recurrent_conv sum_splits", sum_splits<S>,
                 dim3(static_cast<unsigned>(ceil_div(elements, sum_elements))), dim3(weight_grad_threads),
-                weight_grad_threads * sizeof(S), stream, static_cast<const S*>(partial), splits, elements, p.dtype, p.dweight);
+                weight_grad_threads * sizeof(S), stream, static_cast<const S*>(partial), splits, elements, p.dtype,
+                p.dweight);
 }
 
 }  // namespace

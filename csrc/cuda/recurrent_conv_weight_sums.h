@@ -9,17 +9,19 @@
 #include "cuda/device/runtime.h"
 
 namespace rcu_ops::cuda {
+namespace {
 
-// acc += dx[rows][outputs]^T h[rows][inputs] of 16 rows from `row` on, outputs from `output` and inputs from `input` on,
-// by one warp. Slots of 16-bit numbers have one row per row of the sum (Channels) or per channel, `pitch` bytes apart, an
-// odd number of 16-byte words. Both factors become fragments by ldmatrix, transposed where channels are contiguous.
+// acc += dx[rows][outputs]^T h[rows][inputs] of 16 rows from `row` on, outputs from `output` and inputs from `input`
+// on, by one warp. Slots of 16-bit numbers have one row per row of the sum (Channels) or per channel, `pitch` bytes
+// apart, an odd number of 16-byte words. Both factors become fragments by ldmatrix, transposed where channels are
+// contiguous.
 template <typename Format, bool Channels, int MT, int NT>
 __device__ __forceinline__ void add_weight_sums(float (&acc)[MT][NT][4], const unsigned char* dx,
                                                 const unsigned char* h, int pitch, int row, int output, int input) {
   static_assert(NT % 2 == 0);
   const int lane = recomputed(static_cast<int>(threadIdx.x)) % 32, tile = lane / 8, tile_row = lane % 8;
-  // This lane's row of four 8 x 8 tiles, 16 channels from `channel` x these 16 rows: channels first (of dx, in the order
-  // of a's registers) or rows first (of h, two b).
+  // This lane's row of four 8 x 8 tiles, 16 channels from `channel` x these 16 rows: channels first (of dx, in the
+  // order of a's registers) or rows first (of h, two b).
   const auto tiles_at = [&](const unsigned char* slot, int channel, bool rows_first) {
     const int second = tile % 2 * 8, third = tile / 2 * 8;
     const int at_channel = channel + (rows_first ? third : second), at_row = row + (rows_first ? second : third);
@@ -54,4 +56,5 @@ __device__ __forceinline__ void for_weight_sums(const float (&acc)[MT][NT][4], V
       for (int j = 0; j < 4; ++j) visit(acc[m][n][j], 16 * m + j / 2 * 8 + lane / 4, 8 * n + lane % 4 * 2 + j % 2);
 }
 
+}  // namespace
 }  // namespace rcu_ops::cuda

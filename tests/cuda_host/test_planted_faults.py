@@ -463,11 +463,17 @@ FAULTS = [
         file=TILE,
     ),
     Fault("sums of the frame itself", "&& i >= 0 ? i + 1 : i;", "&& i >= 0 ? i : i;", tile_with_sums, file=TILE),
-    Fault("no first state in the sums", "      fetch_first_state();\n", "      ;\n", tile_with_sums, file=TILE),
+    Fault(
+        "no first state in the sums",
+        "(lane < columns)\n      residual",
+        "(lane < 0)\n      residual",
+        tile_with_sums,
+        file=TILE,
+    ),
     Fault(
         "sums of columns that are not there",
-        "sums_weights && column >= columns",
-        "false",
+        "column >= columns)",
+        "column < 0)",
         tile_with_absent_columns,
         file=TILE,
     ),
@@ -636,9 +642,7 @@ FAULTS = [
         file=GRADIENTS,
     ),
     Fault("rows beyond the last", "e < Tile * (R - rows)", "e < 0", weight_gradient, file=WEIGHT_GRAD),
-    Fault(
-        "a and b hold the same channels", "+ 8 * n, k, true)", "+ 8 * n, k, false)", weight_gradient, file=WEIGHT_GRAD
-    ),
+    Fault("a and b hold the same channels", "+ 8 * n, true)", "+ 8 * n, false)", weight_gradient, file=WEIGHT_GRAD),
     Fault(
         "rows found too early",
         "find_rows(s + stages);",
@@ -908,6 +912,7 @@ FEWER = {
 BODIES = {
     "nonlocal_gates_tile.cu": RELATE_BODY,
     "nonlocal_gates_sm90.cu": RELATE_BODY,
+    WEIGHT_GRAD: "recurrent_conv_weight_sums.h",
     SHORT: SHORT_BODY,
     SHORT_CLUSTERS: SHORT_BODY,
     "fast_gru_persistent.cu": STEPS_BODY,

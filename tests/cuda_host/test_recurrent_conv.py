@@ -874,8 +874,8 @@ def test_sums_beside_the_scan_in_integers(machine, layout, stages) -> None:
 
 
 def test_columns_that_are_not_there_add_nothing_to_the_weight_gradient(machine) -> None:
-    """An infinite weight makes NaN of the zeros beside the last column, in a channel whose gradients it leaves finite."""
-    h, grad_h = (torch.randn(1, 24, 3, 5, 7).bfloat16() for _ in range(2))
+    """An infinite weight makes NaN of the zeros beside the last column, in a channel that it makes infinite itself."""
+    h, grad_h = (torch.rand(1, 24, 3, 5, 7).bfloat16() for _ in range(2))
     weight = torch.eye(24).bfloat16()
     weight[3, 5] = torch.inf
     grad_h[:, 3] = 1  # times infinity: dx of channel 5
@@ -884,8 +884,7 @@ def test_columns_that_are_not_there_add_nothing_to_the_weight_gradient(machine) 
     for dweight in (apart[1], together[1]):
         assert dweight[:5].isfinite().all()
         assert dweight[6:].isfinite().all()
-        assert not dweight[5].isfinite().any()
-    assert torch.equal(apart[1].isnan(), together[1].isnan())
+        assert (dweight[5] == torch.inf).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 72, 4, 8, 16), (1, 16, 129, 2, 2)], ids=str)

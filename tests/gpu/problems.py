@@ -127,6 +127,8 @@ SCANS: dict[str, tuple[tuple[int, int, int, int, int], torch.memory_format]] = {
     "many frames": ((1, 64, 70, 3, 3), torch.contiguous_format),
     "many chunks": ((1, 512, 150, 3, 3), torch.channels_last_3d),
     "C64 many columns": ((6, 64, 3, 28, 28), torch.contiguous_format),
+    "C64 56x56": ((6, 64, 5, 56, 56), torch.contiguous_format),
+    "C60 many columns": ((21, 60, 4, 28, 28), torch.channels_last_3d),
     "C96 many columns": ((16, 96, 2, 40, 40), torch.channels_last_3d),
     "C256 many columns": ((12, 256, 3, 28, 28), torch.contiguous_format),
     "C200 many columns": ((12, 200, 3, 28, 28), torch.channels_last_3d),

@@ -97,6 +97,21 @@ def test_an_h200_would_run_every_variant() -> None:
     assert not missing, said
 
 
+def test_an_h200_would_add_up_a_weight_gradient_beside_the_scan() -> None:
+    """Both layouts, and channels that fill the tile or not; the first state is x's frame in its format."""
+    found = []
+    for title, (shape, _) in SCANS.items():
+        with torch.device("meta"):
+            x = random_scan(title, torch.bfloat16)["x"]
+        plan = _native.recurrent_conv_gpu_plan(
+            shape, "bfloat16", x.stride(), x.stride(), residual=x.stride(), reverse=True, weight_sums=True, **H200
+        )
+        if plan["weight_parts"]:
+            assert plan["weight_parts"] == plan["blocks"] == -(-shape[0] * shape[3] * shape[4] // 128)
+            found.append(title)
+    assert found == ["C64 56x56", "C60 many columns"]
+
+
 SMALL = [p for p in ALL if p.name in ("probe", "C20 odd", "many frames", "C33 odd")]
 
 

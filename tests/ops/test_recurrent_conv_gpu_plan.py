@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +224,31 @@ def test_splits_of_the_weight_gradient_fill_a_gpu_and_stay_short() -> None:
         assert small["text"].endswith("(not the matrix unit: too little shared memory)")
 
 
+def test_when_the_scan_adds_up_the_weight_gradient() -> None:
+    """A matter of shape and strides alone: no GPU's sums are in another order than another's."""
+
+    def parts(shape: tuple[int, ...], dtype: str = "bfloat16", **options: Any) -> int:
+        x = torch.empty(shape, device="meta").stride()
+        residual = options.pop("h", x)
+        return native.recurrent_conv_gpu_plan(
+            shape, dtype, x, x, residual=residual, reverse=True, **{"weight_sums": True, **options}
+        )["weight_parts"]
+
+    assert parts((16, 64, 16, 56, 56)) == parts((16, 20, 4, 56, 56), "float16") == 16 * 56 * 56 // 128
+    assert parts((16, 64, 16, 56, 56), weight_sums=False) == 0
+    for least in (4, 128):
+        assert parts((1, 64, least, 127, 128)) == 0
+        assert parts((1, 64, least, 128, 128)) == 128
+    assert [parts((1, 64, frames, 128, 128)) for frames in (3, 129)] == [0, 0]
+    assert parts((1, 65, 16, 128, 128)) == 0
+    assert parts((1, 64, 16, 128, 128), "float32") == 0
+    assert parts((1, 64, 16, 128, 128), statistics=True) == 0
+    columns_last = torch.empty(1, 128, 128, 64, 16, device="meta").permute(0, 3, 4, 1, 2).stride()
+    assert parts((1, 64, 16, 128, 128), h=columns_last) == 0  # neither way contiguous in all
+    found = {parts((1, 64, 16, 130, 127), multiprocessors=many, architecture=90) for many in (16, 108, 132, 500)}
+    assert found == {-(-130 * 127 // 128)}
+
+
 def test_the_weight_gradient_of_more_than_2_to_the_31_elements() -> None:
     shape = (9, 64, 64, 270, 270)
     stride = strides(shape, (0, 1, 2, 3, 4))
@@ -391,6 +417,9 @@ def test_explain_asks_for_the_device_s_plan(monkeypatch) -> None:
     x, weight = torch.empty(2, 64, 4, 8, 8, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
     plan = OPERATORS["recurrent_conv"].backend("cuda").plan
     short = "; one frame after the other: too few frames for chunks"
+    many = torch.empty(6, 64, 4, 56, 56, dtype=torch.bfloat16)
+    beside = "; gradient of the weight: added up by the scan backwards in time, in 147 parts"
+    assert plan(many, weight.detach().requires_grad_(), None, False, False).endswith(beside)
     assert plan(x, weight, None, False, False).endswith(f"along columns by 16 bytes, 3 stages{short}")
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
     assert plan(shifted, weight, None, False, True).endswith(f"along columns by 2 bytes, 3 stages{short}")
