@@ -45,7 +45,7 @@ struct ScanNorm {
 };
 
 // What the weight's gradient leaves to the scan backwards in time on a GPU, where its kernel takes it
-// (fused_weight_grad_parts in recurrent_conv_gpu_plan.h); elsewhere it reads dx and h again (WeightGrad).
+// (fused_weight_grad_parts in recurrent_conv_weight_grad_plan.h); elsewhere it reads dx and h again (WeightGrad).
 struct ScanWeightGrad {
   // dW's sums over the parts of the columns, in all their frames, [part][C][C]; Scan::residual holds h.
   float* partial = nullptr;

@@ -193,8 +193,7 @@ inline std::optional<TileScanPlan> plan_tile_scan(const Scan& p, const Gpu& gpu,
   plan.numbers_at = 2 * plan.padded_channels * (plan.padded_channels + 8);
   // Warps share nothing but W, so that blocks of fewer are as good, but for more copies of W. The waves decide: the
   // fewest columns on the multiprocessor that has most of them, where all its blocks find room at once (each takes 1
-  // KiB more than it asks for); of equals, the most warps. Sums of the weight's gradient
-  // are of blocks of all warps.
+  // KiB more than it asks for); of equals, the most warps. Blocks that add up the weight's gradient have all.
   const int64_t columns = p.N * p.H * p.W;
   std::optional<TileScanPlan> best;
   int64_t least = 0;
