@@ -356,6 +356,30 @@ def test_gradients_by_columns_of_more_panels_than_sums(dtype, on_threads) -> Non
     errors.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [(20, 5), (19, 7)], ids=str)
+def test_gradients_by_columns_do_not_depend_on_the_call_before(isa, features, dtype, on_threads) -> None:
+    """It leaves NaN in all memory of the thread, also where this one's channels, features and columns end."""
+
+    def gradients(tensors: list[Tensor], grad_o: Tensor) -> list[Tensor]:
+        o, _, hidden, gates = torch.ops.rcu_ops.fast_gru(*tensors, True)
+        return torch.ops.rcu_ops.fast_gru_backward(grad_o, None, *tensors, o, hidden, gates, True, True)
+
+    c, r = features
+    given, grad_o = inputs((1, 3, c, 1, 1, 37), r, dtype), torch.randn(1, 3, c, 1, 1, 37).to(dtype)
+    larger, grad_larger = inputs((1, 3, 32, 1, 1, 37), 16, dtype), torch.randn(1, 3, 32, 1, 1, 37).to(dtype)
+    with on_threads(1):
+        for sizes in (features, (32, 16)):
+            assert _library.native().fast_gru_gradients_by_columns(37, *sizes, str(dtype)[6:], threads=1)
+        first = gradients(given, grad_o)
+        nothing = gradients([torch.full_like(t, torch.nan) for t in larger], grad_larger)
+        assert all(t.isnan().all() for t in nothing)
+        again = gradients(given, grad_o)
+    for name, a, b in zip(RESULTS, first, again, strict=False):
+        assert a.isfinite().all(), name
+        assert torch.equal(a, b), name
+
+
 def test_units_of_gradients() -> None:
     native = _library.native()
     assert native.fast_gru_gradient_units(784, 64, 16) == {"width": 50, "panels": 1, "count": 16}
