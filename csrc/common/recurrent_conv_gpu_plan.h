@@ -164,10 +164,9 @@ inline Words plan_words(const Scan& p) {
   return plan_words(p, {&p.x, &p.y, &p.residual});
 }
 
-// Whether a block of all warps can add up the weight's gradient beside the scan (Scan::weight_grad). Of 128 channels its
-// sums would take 128 registers a thread.
-template <int PaddedChannels>
-inline constexpr bool sums_weights_of = PaddedChannels <= 64;
+// Padded channels up to which a block of all warps can add up the weight's gradient beside the scan (Scan::weight_grad).
+// Of 128 its sums would take 128 registers a thread.
+inline constexpr int most_summed_channels = 64;
 
 constexpr int tile_positions(int padded_channels) { return padded_channels > 64 ? 16 : 32; }
 

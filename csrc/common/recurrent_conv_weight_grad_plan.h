@@ -55,8 +55,9 @@ inline constexpr int64_t most_splits = 65535;  // along y of a grid
 // Sums of the weight's gradient beside the scan backwards in time (Scan::weight_grad): dx and h are read once less.
 // Whether the kernel of this plan makes them: of the tile, whose block adds up its columns in all frames.
 inline bool sums_weights(const Scan& p, const ScanPlan& plan) {
-  return plan.tile && plan.tile->padded_channels <= 64 && plan.tile->warps == tile_warps && p.y.data && !p.scale &&
-         !p.norm.present() && p.T * tile_warps * plan.tile->positions <= matrix_weight_grad_rows;
+  return plan.tile && plan.tile->padded_channels <= most_summed_channels && plan.tile->warps == tile_warps &&
+         p.y.data && !p.scale && !p.norm.present() &&
+         p.T * tile_warps * plan.tile->positions <= matrix_weight_grad_rows;
 }
 
 // Into how many parts the columns are cut by the kernel of this plan where it is to make them, else 0: fewer columns

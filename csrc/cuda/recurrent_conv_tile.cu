@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   Offset* x_offset = dynamic_shared<Offset>(plan.offsets_at) + warp * 5 * M;
   Offset *y_offset = x_offset + M, *residual_offset = y_offset + M, *first_offset = residual_offset + M,
          *last_offset = first_offset + M;
-  const bool with_residual = p.residual.data != nullptr,
-             sums_weights = sums_weights_of<CP> && p.weight_grad.partial != nullptr;
+  constexpr bool can_sum = CP <= most_summed_channels;
+  const bool with_residual = p.residual.data != nullptr, sums_weights = can_sum && p.weight_grad.partial != nullptr;
   // Of slots whose rows are columns or channels, as plan.slot_pitch has it.
   constexpr int channels_pitch = 2 * CP + 16, columns_pitch = 2 * M + 16;
   constexpr int pitch = AlongChannels ? channels_pitch : columns_pitch;
@@ -261,7 +261,6 @@ __global__ void __launch_bounds__(tile_threads, tile_blocks) tile_scan(const Sca
   with_format(bf16, round_state);
 
   // 32 x 32 elements of this block's part of the weight's gradient are this warp's, of four.
-  constexpr bool can_sum = sums_weights_of<CP>;
   float weight_sums[can_sum ? 2 : 1][can_sum ? 4 : 2][4] = {};
   const auto my_output = [] { return recomputed(static_cast<int>(threadIdx.x)) / 32 % 2 * 32; };
   const auto my_input = [] { return recomputed(static_cast<int>(threadIdx.x)) / 64 * 32; };
