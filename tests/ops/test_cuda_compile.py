@@ -80,6 +80,7 @@ STACK_OF_CUDA_12 = {
     "hopper_scan": 32,
     "plain_key_gradient<float>": 32,
     "plain_query_gradient<float>": 56,
+    "tile_scan": 8,
     "update_cells": 16,
     "wide_scan": 8,
 }
