@@ -61,16 +61,13 @@ NAMED_ARCHITECTURES = {
 # an expensive optimisation does it make one instruction of a product and a sum where the processor has it (aarch64).
 PORTABLE_FLAGS = ("-O1", "-ftree-vectorize", "-fschedule-insns2", "-fexpensive-optimizations")
 
-# What GCC's -O2 does for other programs: an eighth of the time of kernels that unroll and vectorise by themselves, none
+# What GCC's -O2 does for other programs: a twelfth of the time of kernels that unroll and vectorise by themselves, none
 # of which is slower without, and some of which are faster.
 KERNEL_FLAGS = (
-    "-fno-code-hoisting",
-    "-fno-cse-follow-jumps",
     "-fno-gcse",
     "-fno-ipa-cp",
     "-fno-ipa-icf",
     "-fno-ipa-sra",
-    "-fno-rerun-cse-after-loop",
     "-fno-thread-jumps",
     "-fno-tree-pre",
     "-fno-tree-vrp",

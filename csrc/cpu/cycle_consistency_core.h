@@ -707,7 +707,13 @@ static void map_blocks(const Alignment& p, const Sizes& s, const Sample<typename
     // Most weights matter: they are added up at once, around the mean, or a probable frame.
     const int64_t used = frames_with_weight<V>(block.z, s.pitch, b.count, sample.finite, index ? small : 0, block.list);
     if (2 * used <= b.count) continue;
-    around[k] = index ? sample.mean : b.rows + likely[k][min_of<int64_t>(M, a.count - t0 - k * M) / 2] * s.C;
+    around[k] = sample.mean;
+    if (!index) {
+      const int64_t rows = min_of<int64_t>(M, a.count - t0 - k * M);
+      const S* near[M];
+      for (int m = 0; m < M; ++m) near[m] = b.rows + likely[k][m] * s.C;
+      around[k] = near_frame<V>(near, rows, s.C, block.split);
+    }
     sums[dense++] = {Weights<false, V>(block.z, s.pitch), around[k], block.rest, s.C};
   }
   sums_around_one<V, false>(sums, dense, b.rows, nullptr, b.count, s.C);
@@ -910,10 +916,12 @@ static void landing_blocks(const Alignment& p, const Sizes& s, const Sample<type
   for (int64_t k = 0; k < count; ++k) land_block<V>(p, s, sample, n, t0 + k * M, block_at(k), to, near[k]);
   if (p.kind == Align::back) return;
   if (p.kind == Align::soft_backward) {
+    const S* one[most_blocks];  // around which keys are taken
+    for (int64_t k = 0; k < count; ++k)
+      one[k] = near_frame<V>(near[k], min_of<int64_t>(M, a.count - t0 - k * M), s.C, block_at(k).centre);
     products<V>(
         count, [&](int64_t k) { return OfPanel<V>(sample.grad.panels, t0 + k * M, p.C); },
-        [&](int64_t k) { return b.rows + middle<M>(t0 + k * M, b.count) * s.C; }, b.panels, b.count, p.C,
-        [&](int64_t k) { return block_at(k).r; }, s.pitch);
+        [&](int64_t k) { return one[k]; }, b.panels, b.count, p.C, [&](int64_t k) { return block_at(k).r; }, s.pitch);
     for (int64_t k = 0; k < count; ++k)
       for (int m = 0; m < M; ++m)
         distance_gradients<V>(block_at(k).z + m * s.pitch, block_at(k).r + m * s.pitch, b.count, sample.sharpness);

@@ -10,7 +10,8 @@
 // Saved     for the gradients: soft neighbours, and of long sequences distances, where the caller has room for them. Both
 //           softmaxes are computed again. With distances or without, gradients have the same bits.
 // Centres.  Weights that add up to zero over keys may be taken around any point: the soft neighbour where keys are b's,
-//           the most probable frame where they are a's.
+//           the most probable frame where they are a's. What is made around one point for a block of frames is made
+//           around the most probable frame of the middle one where that is near those of all, else around nothing.
 
 struct Logarithm {
   float operator()(float x) const { return __builtin_logf(x); }
@@ -30,6 +31,7 @@ struct ShortLoss {
   const bool forward, backward;
   Sample<S> sample;
   S *soft, *d_soft, *da;  // rows
+  S* zeros;               // a row for every block
   S *z, *w, *back;        // [T][pitch]: weights of b's frames, gradients of their logits, and those of the way back
   // Squared distances of the middle one of every block to all frames of the other side, [block][frames]: of a to b and
   // of soft neighbours to a, and, of keys, of b to a and of a to soft neighbours.
@@ -37,8 +39,8 @@ struct ShortLoss {
   bool nothing;
 
   static int64_t bytes(const Alignment& p, const Sizes& s) {
-    const int64_t numbers = (s.T + s.S) * (p.C + s.C + 1) + 3 * (s.T + M) * s.C + 3 * (s.T + M) * s.pitch +
-                            2 * (s.T / M + 1) * s.pitch + (s.T / M + s.S / M + 2) * (s.T + M);
+    const int64_t numbers = (s.T + s.S) * (p.C + s.C + 1) + (3 * (s.T + M) + s.T / M + 1) * s.C +
+                            3 * (s.T + M) * s.pitch + 2 * (s.T / M + 1) * s.pitch + (s.T / M + s.S / M + 2) * (s.T + M);
     return round_up((p.T + p.S) * 8 + numbers * static_cast<int64_t>(sizeof(S)) + 16 * 64, 64);
   }
 
@@ -47,6 +49,7 @@ struct ShortLoss {
     sample = lay_out<V>(p, s, true, false, at);
     S* next = reinterpret_cast<S*>(at);
     for (S** rows : {&soft, &d_soft, &da}) *rows = next, next += (s.T + M) * s.C;
+    zeros = next, next += (s.T / M + 1) * s.C;
     for (S** weights : {&z, &w, &back}) *weights = next, next += (s.T + M) * s.pitch;
     for (S** rows : {&a_to_b, &soft_to_a}) *rows = next, next += (s.T / M + 1) * s.pitch;
     a_to_soft = next, next += (s.T / M + 1) * (s.T + M), b_to_a = next;
@@ -79,14 +82,17 @@ struct ShortLoss {
       for (int m = 0; m < M; ++m) of_keys[i0 / M * (s.T + M) + t0 + m] = d[m * s.pitch + middle<M>(i0, keys)];
   }
 
-  // Weights of b's frames for queries from t0 on, in z.
-  void match(int64_t t0) {
+  // Weights of b's frames for queries from t0 on, in z. Returns a row around which a block's numbers are made.
+  const S* match(int64_t t0) {
     const Frames<S>&a = sample.a, &b = sample.b;
     const Given queries(a.rows, t0, a.count, s.C);
     distances<V>(OfRows<V>{queries.at}, b.panels, b.count, p.C, z + t0 * s.pitch, s.pitch);
     if (backward) keep_middles(z + t0 * s.pitch, t0, a.count, b.count, a_to_b, b_to_a);
     S least, sum;
-    for (int m = 0; m < M; ++m) softmax<V>(z + (t0 + m) * s.pitch, b.count, sample.sharpness, least, sum);
+    const S* likely[M];
+    for (int m = 0; m < M; ++m)
+      likely[m] = b.rows + softmax<V>(z + (t0 + m) * s.pitch, b.count, sample.sharpness, least, sum) * s.C;
+    return near_frame<V>(likely, rows_of(t0, a), s.C, zeros + t0 / M * s.C);
   }
 
   // Where soft neighbours land, in `back`. `finish` makes of row m its loss or the gradients of its logits; it takes m,
@@ -119,12 +125,11 @@ struct ShortLoss {
     }
   }
 
-  // Soft neighbours of queries from t0 on, by their weights.
-  void find_neighbors(int64_t t0) const {
+  // Soft neighbours of queries from t0 on, by their weights, around `one`.
+  void find_neighbors(int64_t t0, const S* one) const {
     const Frames<S>&a = sample.a, &b = sample.b;
     const Weights<false, V> of(z + t0 * s.pitch, s.pitch);
     // Weights add up to 1, so that what b's frames have in common need not go through the sum.
-    const S* const one = b.rows + middle<M>(t0, b.count) * s.C;
     const Sum<V, false> rest(of, one, soft + t0 * s.C, s.C);
     sums_around_one<V, false>(&rest, 1, b.rows, nullptr, b.count, s.C);
     for (int m = 0; m < rows_of(t0, a); ++m) {
@@ -137,8 +142,8 @@ struct ShortLoss {
   // The loss of a block, and gradients of the logits on both ways, of soft neighbours, and of a's frames as queries.
   void query_block(int64_t t0) {
     const Frames<S>&a = sample.a, &b = sample.b;
-    match(t0);
-    if (forward) find_neighbors(t0);
+    const S* const one = match(t0);
+    if (forward) find_neighbors(t0, one);
     const Landing<S> landing(p);
     const S factor = static_cast<S>(2 / sample.scale / p.temperature);
     const S* near[M];
@@ -171,8 +176,8 @@ struct ShortLoss {
     // What a row's products have in common makes no difference to its gradients.
     const Given grads(d_soft, t0, t0 + M, s.C), around(soft, t0, a.count, s.C);
     products<V>(
-        1, [&](int64_t) { return OfRows<V>{grads.at}; }, [&](int64_t) { return b.rows + middle<M>(t0, b.count) * s.C; },
-        b.panels, b.count, p.C, [&](int64_t) { return w + t0 * s.pitch; }, s.pitch);
+        1, [&](int64_t) { return OfRows<V>{grads.at}; }, [&](int64_t) { return one; }, b.panels, b.count, p.C,
+        [&](int64_t) { return w + t0 * s.pitch; }, s.pitch);
     for (int m = 0; m < M; ++m)
       distance_gradients<V>(z + (t0 + m) * s.pitch, w + (t0 + m) * s.pitch, b.count, sample.sharpness);
     Sum<V, false> matched(of, a.rows + mid * s.C, da + t0 * s.C, s.C);

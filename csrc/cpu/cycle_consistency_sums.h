@@ -5,12 +5,36 @@
 //          known where they do not. One centre for all results costs a multiply-add per number, a centre for each a
 //          subtraction as well. Rounding is measured by sum_i w_mi^2 |x_i - c|^2, and that of one centre may be sixteen
 //          times the square of what comes out: frames next to each other in time are usually close enough.
+// Near.    So that sums which come to no more than the frames themselves keep their digits beside frames of another size,
+//          one centre is taken only where it is near (near_frame) those that matter most to each result, else none.
 // Order.   In parts (part_of), which are then added. Which blocks are taken together makes no difference to any.
 
 // The middle one of a block of M frames, or the last one where there is none.
 template <int M>
 static int64_t middle(int64_t first, int64_t count) {
   return min_of<int64_t>(first + M / 2, count - 1);
+}
+
+// The middle one of `count` frames where it is no farther from any than that is from nothing: numbers made of
+// differences from it round no more than those of the frames themselves would. Else `nothing`, which becomes [Cp] zeros;
+// NaN is near nothing.
+template <class V>
+static const typename V::S* near_frame(const typename V::S* const (&frames)[V::M], int64_t count, int64_t Cp,
+                                       typename V::S* nothing) {
+  using R = typename V::R;
+  const typename V::S* const one = frames[count / 2];
+  for (int64_t m = 0; m < count; ++m) {
+    if (frames[m] == one) continue;
+    R apart{}, size{};
+    for (int64_t c = 0; c < Cp; c += V::L) {
+      const R frame = V::load(frames[m] + c), difference = frame - V::load(one + c);
+      apart += difference * difference, size += frame * frame;
+    }
+    if (V::sum(apart) <= V::sum(size)) continue;
+    memset(nothing, 0, static_cast<size_t>(Cp) * sizeof(typename V::S));
+    return nothing;
+  }
+  return one;
 }
 
 // M rows of numbers from the first on, the last of `count` in place of those beyond it.

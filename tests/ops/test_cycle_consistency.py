@@ -472,6 +472,37 @@ def test_losses_keep_the_tolerance_rule_whatever_frames_lie_around(backend, case
         assert_close_to_reference(*triple, name)
 
 
+@pytest.mark.parametrize("of", ["soft neighbours", "loss"])
+@pytest.mark.parametrize("order", ["one scene after the other", "frame by frame"])
+@pytest.mark.parametrize("frames", [24, 80])
+def test_frames_keep_their_digits_beside_a_scene_of_far_larger_ones(backend, frames, order, of) -> None:
+    far = torch.arange(frames) % 2 == 0 if order == "frame by frame" else torch.arange(frames) >= frames // 2
+    a = torch.randn(2, frames, 24) + 1e4 * torch.randn(2, 1, 24) * far[:, None]
+    b, grad = a + 0.5 * torch.randn(a.shape), torch.randn(2, int((~far).sum()), 24)
+
+    def run(to: torch.dtype, function) -> list[Tensor]:
+        leaves = [v.to(to).requires_grad_() for v in (a, b)]
+        rows = function(*leaves)[:, ~far]  # what is judged has to do with small numbers alone
+        found = torch.autograd.grad(rows, leaves, (grad if rows.dim() == 3 else grad[..., 0]).to(to))
+        return [rows.detach(), *(v[:, ~far] for v in found)]
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        soft, _ = reference.soft_nearest_neighbor(x, y, temperature=30.0, state_dtype=x.dtype)
+        if of == "soft neighbours":
+            return soft
+        landing = reference.cycle_back(soft, x, temperature=30.0, state_dtype=x.dtype)
+        return loss_of_landing(landing, None, None, "regression", 0.001, 0.1)
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        if of == "soft neighbours":
+            return rcu_ops.soft_nearest_neighbor(x, y, temperature=30.0)[0]
+        return rcu_ops.temporal_cycle_loss(x, y, temperature=30.0, min_variance=0.1, reduction="none")
+
+    values = zip(run(torch.float32, ours), run(torch.float64, plain), run(torch.float32, plain), strict=True)
+    for name, triple in zip((of, "da", "db"), values, strict=True):
+        assert_close_to_reference(*triple, name)
+
+
 def test_frames_that_are_not_there_do_not_change_the_loss(backend) -> None:
     a, b = inputs((2, 6, 8, 5))
     whole = rcu_ops.temporal_cycle_loss(a, b)
