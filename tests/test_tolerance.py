@@ -35,7 +35,7 @@ def test_what_is_always_over_the_bound_is_not(error):
 
 
 def test_what_is_far_off_once_is_not_forgiven():
-    with pytest.raises(ToleranceError, match="max error .* in the mean of"):
+    with pytest.raises(ToleranceError, match=r"max error .* in the mean of"):
         judge_over_draws(
             lambda number: assert_close_to_reference(
                 EXACT + torch.eye(8, dtype=torch.float64)[0] * (25 * ULP if number == 3 else 0), EXACT, EXACT + ULP
@@ -45,7 +45,7 @@ def test_what_is_far_off_once_is_not_forgiven():
 
 
 def test_draws_of_different_results_are_not_judged():
-    with pytest.raises(ToleranceError, match="^the first$"):
+    with pytest.raises(ToleranceError, match=r"^the first$"):
         judge_over_draws(lambda number: [once(0) for _ in range(1 + number % 2)] and None, ToleranceError("the first"))
 
 
