@@ -325,6 +325,27 @@ def _alignment_problems(name: str) -> Iterator[Problem]:
             (torch.float32, torch.bfloat16),
         )
 
+    def beside_a_far_scene(dtype: torch.dtype, frames: int) -> Tensors:
+        """Every other frame, from the first on, is of a scene of far larger numbers, and has no gradient."""
+        given = make(dtype, frames, frames, 40)
+        far = (torch.arange(frames) % 2 == 0)[:, None]
+        a = given["a"] + 1e3 * torch.randn(3, 1, 40, dtype=dtype) * far
+        return {"a": a, "b": a + 0.3 * given["b"], "grad": given["grad"] * ~far}
+
+    def of_near_frames(run: Callable[[Tensor, Tensor], Any], given: Tensors) -> Outputs:
+        return tuple(output[:, 1::2] for output in with_gradients(run, given))
+
+    for frames in (24, 80):
+        yield Problem(
+            name,
+            f"{frames} frames beside a far scene",
+            functools.partial(beside_a_far_scene, frames=frames),
+            lambda given: of_near_frames(ours, given),
+            lambda given: of_near_frames(exact, given),
+            lambda given: of_near_frames(eager, given),
+            (torch.float32,),
+        )
+
 
 # ---- fast_gru ------------------------------------------------------------------------------------------------------
 
