@@ -164,6 +164,35 @@ def test_losses(machine, shape, kind, masked, seed) -> None:
         assert (loss[~mask_a] == 0).all() and (soft[~mask_a] == 0).all() and (found[1][~mask_a] == 0).all()
 
 
+@pytest.mark.parametrize("frames", [20, 42])
+def test_frames_keep_their_digits_beside_a_scene_of_far_larger_ones(machine, frames, seed) -> None:
+    """Every other frame is of that scene, and has no gradient: what is judged has to do with small numbers alone."""
+    near = torch.arange(frames) % 2 == 1
+    a = torch.randn(1, frames, 24) + 1e4 * torch.randn(24) * ~near[:, None]
+    b = a + 0.5 * torch.randn(a.shape)
+    grads = {"grad": torch.randn(a.shape) * near[:, None]}
+    grads |= {f"grad_{name}": torch.randn(1, frames) * near for name in ("log_probability", "mean", "variance")}
+    machine.seed = seed
+    run = functools.partial(align, machine, temperature=30.0)
+    soft, _ = run("soft", a, b)
+    of_grad = grads.pop("grad")
+    of_soft = run("soft_backward", a, b, grad=of_grad)
+    of_back = run("back_backward", soft, a, **grads)
+
+    def plain(to: torch.dtype) -> tuple[Tensor, ...]:
+        first, second = (v.to(to).requires_grad_() for v in (a, b))
+        found, _ = reference.soft_nearest_neighbor(first, second, temperature=30.0, state_dtype=to)
+        given, keys = (v.to(to).requires_grad_() for v in (soft, a))
+        landing = reference.cycle_back(given, keys, temperature=30.0, state_dtype=to)
+        weights = [g.to(to) for g in grads.values()]
+        of_landing = torch.autograd.grad(landing, (given, keys), weights)
+        return found.detach(), *torch.autograd.grad(found, (first, second), of_grad.to(to)), *of_landing
+
+    values = zip((soft, *of_soft, *of_back), plain(torch.float64), plain(torch.float32), strict=True)
+    for name, triple in zip(("soft", "da", "db", "d soft", "da of back"), values, strict=True):
+        assert_close_to_reference(*(value[:, near] for value in triple), name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["offset", "cut", "huge", "tiny", "copies"])
 def test_indices_whatever_the_magnitude(machine, case, dtype) -> None:
