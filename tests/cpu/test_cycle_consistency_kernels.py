@@ -185,5 +185,7 @@ def test_the_checks_notice_planted_faults(kernels: Kernels, number: int, seed: i
         torch.manual_seed(seed + which)
         FAULTS[number - 1].noticed_by(kernels)
 
-    with pytest.raises(AssertionError):
-        judge_over_draws(draw, ToleranceError())
+    uneven = ToleranceError("draws of different numbers of results")  # which would be no fault noticed
+    with pytest.raises(AssertionError) as noticed:
+        judge_over_draws(draw, uneven)
+    assert noticed.value is not uneven
